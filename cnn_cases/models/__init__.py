@@ -1,0 +1,54 @@
+"""The architectures, and the one table of their names.
+
+Every model is a Linen module that maps `image [B, H, W, C]` to `logits [B, num_classes]` when called as
+`model(image, train)`.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from cnn_cases.models.lenet import LeNet5
+from cnn_cases.models.resnet import CifarResNet
+
+MODELS = {
+    "lenet5": LeNet5,
+    "resnet_cifar": CifarResNet,
+}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
+    """The module called `name`, with its knobs set.
+
+    Args:
+      name: a key of MODELS.
+      num_classes: length of the logits.
+      dtype: compute type, a key of DTYPES.
+      axis_name: the pmap axis over which batch statistics are taken, for models that take any.
+      **knobs: the architecture's own fields, such as `depth`.
+
+    Raises:
+      ValueError: the name, the dtype or a knob is unknown, or a knob has the wrong type.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model.name = {name!r} is unknown; known: {', '.join(MODELS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    fields = {field.name: field for field in dataclasses.fields(MODELS[name])}
+    settings = dict(num_classes=num_classes, dtype=DTYPES[dtype])
+    own = [field for field in fields if field not in {*settings, "axis_name", "parent", "name"}]
+    for knob, value in knobs.items():
+        if knob not in own:
+            raise ValueError(
+                f"model.{knob} = {value!r}: {name} has no such setting; it has: {', '.join(own) or 'none'}"
+            )
+        # A float where an int is meant, or a word where a number is, would fail far from here.
+        expected = fields[knob].type
+        if expected in (int, bool, str) and type(value) is not expected:
+            raise ValueError(f"model.{knob} = {value!r} must be of type {expected.__name__}")
+        settings[knob] = value
+    if "axis_name" in fields:
+        settings["axis_name"] = axis_name
+    return MODELS[name](**settings)
