@@ -1,0 +1,1 @@
+"""TFDS sets in, batches out."""

@@ -1,0 +1,24 @@
+"""Downloads and prepares TFDS sets: `python -m cnn_cases.data.prepare mnist cifar10 [--data_dir=DIR]`."""
+
+import argparse
+import sys
+
+from cnn_cases.data import sources
+
+
+def main(arguments=None):
+    """Prepares the sets named on the command line; ends with one message where that fails."""
+    parser = argparse.ArgumentParser(prog="python -m cnn_cases.data.prepare", description=__doc__)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a TFDS data set")
+    parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        try:
+            builder = sources.prepare(name, options.data_dir)
+        except (ValueError, ConnectionError) as error:
+            sys.exit(f"prepare: error: {error}")
+        print(f"{name} is prepared in {builder.data_path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Checkpoints of a run, through Orbax: asynchronous, atomic, checked before they are read."""
+
+import json
+import logging
+import pathlib
+import zlib
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+CHECKSUMS = "checksums.json"
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints below one directory: the last ones, and the best.
+
+    A checkpoint holds the state and some JSON of the caller's. It is written to a temporary directory and
+    committed when it is whole, with the checksums of its files, since Orbax keeps none.
+    """
+
+    def __init__(self, directory, keep_last):
+        """Opens or creates `directory`.
+
+        Args:
+          directory: where the checkpoints lie, one directory a step.
+          keep_last: how many of the latest are kept, besides the one with the lowest `error`.
+
+        Raises:
+          ValueError: `keep_last` is below 1.
+        """
+        if keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last = {keep_last} must be 1 or more")
+        self._directory = pathlib.Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep_last), _lowest_error()]),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step, state, extra, error=None):
+        """Starts to save; returns when the state has been copied off the devices.
+
+        Args:
+          step: number of steps done.
+          state: a pytree of arrays.
+          extra: what JSON can hold.
+          error: of the evaluation at this step, by which the best is chosen; None where there was none.
+        """
+        state = jax.device_get(state)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
+        self._manager.save(step, args=items, metrics=None if error is None else {"error": error})
+
+    def restore(self, like):
+        """The newest checkpoint that is whole.
+
+        A damaged one is moved to the directory `damaged` beside the checkpoints, with a warning.
+
+        Args:
+          like: a state of the same structure, shapes and types.
+
+        Returns:
+          (step, state with numpy leaves, extra), or None where there is no checkpoint.
+
+        Raises:
+          ValueError: there are checkpoints and none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.device_get(like)), extra=ocp.args.JsonRestore()
+        )
+        damaged = {}
+        for step in steps:
+            try:
+                _verify(self._directory / str(step))
+                restored = self._manager.restore(step, args=items)
+            except Exception as error:  # whatever a damaged file makes the libraries below raise
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                logger.warning(
+                    "checkpoint %d is damaged (%s); going on from step %d", bad, _first_line(error), step
+                )
+                self._set_aside(bad)
+            return step, restored.state, restored.extra
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self._directory} can be read: "
+                + "; ".join(f"step {step}: {_first_line(error)}" for step, error in damaged.items())
+                + ". Nothing was changed; use another workdir to start anew"
+            )
+        return None
+
+    def _set_aside(self, step):
+        target = self._directory.parent / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        number = sum(1 for _ in target.parent.glob(f"{step}*"))
+        (self._directory / str(step)).rename(target.with_name(f"{step}-{number}") if number else target)
+        self._manager.reload()
+
+    def _add_checksums(self):
+        # Orbax calls this when all values are on disk and before it commits, with no word of where they are.
+        for checkpoint in self._directory.iterdir():
+            if not (checkpoint / CHECKSUMS).exists():
+                (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
+
+    def all_steps(self):
+        """The steps that have a checkpoint."""
+        return sorted(self._manager.all_steps())
+
+    def close(self):
+        """Waits for the saves under way."""
+        self._manager.close()
+
+
+def _lowest_error():
+    # BestN keeps the end of the sorted list.
+    return BestN(
+        n=1,
+        get_metric_fn=lambda metrics: metrics["error"],
+        reverse=True,
+        keep_checkpoints_without_metrics=False,
+    )
+
+
+def _checksums(checkpoint):
+    """{file with values, below the directory `checkpoint`: CRC-32 of its bytes}."""
+    files = sorted(path for item in checkpoint.glob("*/") for path in item.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(checkpoint)): zlib.crc32(path.read_bytes())
+        for path in files
+        if path.name != "commit_success.txt"  # Orbax's own mark, set when it commits
+    }
+
+
+def _verify(checkpoint):
+    """Raises ValueError, naming a file, unless all files with values are as they were written."""
+    expected, found = json.loads((checkpoint / CHECKSUMS).read_text()), _checksums(checkpoint)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name} is {'not as it was written' if name in found else 'missing'}")
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,60 @@
+"""The one home of pmap: how a batch is split over devices and a state is kept on all of them.
+
+The state goes in and comes out as an ordinary pytree that is replicated over the devices, without a leading
+device axis: `in_axes=None` and `out_axes=None`. With `out_axes=None` nothing checks that the devices agree, so a
+step must reduce over the axis all that depends on its share of the batch.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "batch"
+
+
+def check_batch_size(key, batch_size, num_devices):
+    """Raises ValueError, with the nearest sizes that work, unless the devices divide the batch evenly."""
+    if batch_size < 1 or batch_size % num_devices:
+        lower = batch_size // num_devices * num_devices
+        nearest = [size for size in (lower, lower + num_devices) if size > 0]
+        raise ValueError(
+            f"{key} = {batch_size} cannot be split evenly over {num_devices} devices; "
+            f"the nearest sizes that can: {' and '.join(map(str, nearest))}"
+        )
+
+
+def pmap_train(train_steps, devices):
+    """`steps.make_train_steps`' function over devices; the state that goes in is donated.
+
+    (state, arrays, batches) -> (state, metrics), batches as `shard(..., axis=1)` gives them.
+    """
+    return jax.pmap(
+        train_steps, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices
+    )
+
+
+def pmap_eval(eval_step, devices):
+    """`steps.make_eval_step`'s function over devices; the batch as `shard(..., axis=0)` gives it."""
+    return jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
+
+
+def shard(batch, num_devices, axis=0):
+    """Splits the leaves of a host batch along `axis`; the devices become the leading axis.
+
+    [..., B, ...] -> [num_devices, ..., B / num_devices, ...]; the order of the examples is kept.
+    """
+    return jax.tree.map(lambda leaf: np.stack(np.split(leaf, num_devices, axis)), batch)
+
+
+def replicate(tree, devices):
+    """Puts a whole copy of every leaf on every device."""
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
+    return jax.device_put(tree, sharding)
+
+
+def calls_ahead(devices):
+    """How many calls may be under way before the host waits for the first of them.
+
+    Virtual CPU devices share threads: collectives of several calls at once can wait for each other for ever.
+    """
+    return 0 if devices[0].platform == "cpu" and len(devices) > 1 else 2

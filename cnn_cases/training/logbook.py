@@ -1,0 +1,186 @@
+"""What a run leaves behind for people: config, environment, metrics, progress.
+
+    config.json        the resolved config; a workdir belongs to one
+    environment.json   commit, versions and devices of each start
+    metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
+    tensorboard/       the same figures as event files
+    result.json        written once, at the end
+
+`running/` figures are means over the steps since the last row, in training mode and with augmentation; the
+figures of a split are an evaluation of the whole of it. Rows hold nothing that depends on the clock, so
+two runs of one config leave equal files.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+class Logbook:
+    """The log of one run."""
+
+    def __init__(self, workdir, config, *, num_steps, title, show_progress):
+        """Opens or creates the log of `workdir`.
+
+        Args:
+          workdir: a directory.
+          config: the resolved config, as a dict that JSON can hold.
+          num_steps: length of the run, for the progress bar.
+          title: of the progress bar.
+          show_progress: draw a bar where the output is a terminal, print lines elsewhere.
+
+        Raises:
+          ValueError: the workdir belongs to another config, or cannot be written.
+        """
+        self._workdir = pathlib.Path(workdir)
+        claim(self._workdir, config)
+        environments = self._workdir / "environment.json"
+        starts = json.loads(environments.read_text()) if environments.exists() else []
+        write_json(environments, [*starts, environment()])
+        self._rows_path = self._workdir / "metrics.jsonl"
+        self._rows = self._tensorboard = None
+        self._show_progress, self._started_at = show_progress, 0
+        self._bar = tqdm(
+            total=num_steps,
+            desc=title,
+            unit=" steps",
+            disable=not (show_progress and sys.stderr.isatty()),
+            leave=False,
+            dynamic_ncols=True,
+        )
+        self._latest = {}
+
+    def start(self, step):
+        """Goes on after `step`: rows of later steps, left by a run that was killed, are dropped."""
+        rows = [row for row in read_rows(self._rows_path) if row["step"] <= step]
+        write_text(self._rows_path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._rows = self._rows_path.open("a")
+        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
+        self._started_at = step
+        self._bar.update(step)
+        self._bar.unpause()  # the time left is reckoned from here
+
+    def write(self, step, values):
+        """Adds a row: {name: number}."""
+        self._rows.write(json.dumps({"step": step} | values) + "\n")
+        self._rows.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def progress(self, step, values, images_per_second):
+        """Shows where the run stands; on a terminal as a bar."""
+        self._latest |= values
+        shown = {
+            "loss": f"{self._latest.get('running/loss', float('nan')):.4f}",
+            "accuracy": f"{1 - self._latest.get('running/error', float('nan')):.2%}",
+            "images/s": f"{images_per_second:,.0f}",
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, message):
+        """One line for the person who watches; nothing where no progress is shown."""
+        if self._show_progress:
+            tqdm.write(message, file=sys.stderr)
+
+    def flush(self):
+        """Brings all rows to the disk."""
+        os.fsync(self._rows.fileno())
+        self._tensorboard.flush()
+
+    def close(self):
+        """Ends the log."""
+        self._bar.close()
+        if self._rows is not None:
+            self._rows.close()
+            self._tensorboard.close()
+
+
+def claim(workdir, config):
+    """Makes `workdir` belong to `config`.
+
+    Raises:
+      ValueError: it belongs to another config (the message shows what differs), or it cannot be written.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.exists():
+        differences = _differences(json.loads(path.read_text()), config)
+        if differences:
+            raise ValueError(
+                f"workdir = {workdir} belongs to another config:\n  "
+                + "\n  ".join(differences)
+                + "\nUse another workdir, or the config that this one was started with"
+            )
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+    except OSError as error:
+        raise ValueError(f"workdir = {workdir} cannot be written: {error}") from error
+
+
+def _differences(old, new, prefix=""):
+    """Lines such as "optimizer.momentum: 0.9 there, 0.5 here"."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        there, here = old.get(key, "nothing"), new.get(key, "nothing")
+        if isinstance(there, dict) and isinstance(here, dict):
+            lines += _differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            lines.append(f"{prefix}{key}: {there!r} there, {here!r} here")
+    return lines
+
+
+def environment():
+    """What a result may depend on besides its config."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def _commit():
+    """The commit of this code, with "-dirty" after local changes; None outside a git checkout."""
+    here = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_rows(path):
+    """The rows of a metrics file; a last line that a kill cut short is left out."""
+    path = pathlib.Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_json(path, value):
+    """Writes a JSON file as a whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path, text):
+    """Writes a file as a whole or not at all."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

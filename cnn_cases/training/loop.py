@@ -1,0 +1,305 @@
+"""One way through: config -> data set, model, optimizer -> state -> steps -> log, checkpoints, evaluation."""
+
+import collections
+import contextlib
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cnn_cases.data import resident
+from cnn_cases.models import make_model
+from cnn_cases.training import devices as devices_lib
+from cnn_cases.training import steps
+from cnn_cases.training.checkpoint import Checkpoints
+from cnn_cases.training.logbook import Logbook, claim, write_json
+from cnn_cases.training.optimizer import make_optimizer, make_schedule
+from cnn_cases.training.state import init_state
+
+RUNNING = ("loss", "error", "grad_norm")
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the gradient is no longer a finite number; `step` says since when."""
+
+    def __init__(self, message, step):
+        super().__init__(message)
+        self.step = step
+
+
+class InterruptedRun(Exception):  # noqa: N818 - not an error: all is saved
+    """SIGTERM or SIGINT came and the run was saved; `signal_number` says which."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Program(NamedTuple):
+    """All of a run that does not depend on its seed; runs that share it share the compiled steps."""
+
+    model: Any
+    tx: Any
+    schedule: Any
+    feed: Any
+    arrays: Any
+    train: Any
+    evaluate: Any
+    devices: list
+
+
+def make_program(config, devices=None):
+    """Builds what a config describes.
+
+    Args:
+      config: of `configs/`.
+      devices: the local devices to use; None for all.
+
+    Raises:
+      ValueError: a value of the config is not possible; the message names it and what is.
+    """
+    devices = devices or jax.local_devices()
+    _check_numbers(config, len(devices))
+    feed = resident.load(
+        **config.data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size
+    )
+    model = make_model(
+        **config.model,
+        num_classes=feed.num_classes,
+        dtype=config.dtype,
+        axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
+    )
+    optimizer = config.optimizer.to_dict()
+    schedule = make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule)
+    tx = make_optimizer(schedule, **optimizer)
+    train_steps = steps.make_train_steps(model.apply, tx, feed.prepare, devices_lib.AXIS)
+    eval_step = steps.make_eval_step(model.apply, feed.prepare, devices_lib.AXIS)
+    return Program(
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        feed=feed,
+        arrays=devices_lib.replicate(feed.arrays, devices),
+        train=devices_lib.pmap_train(train_steps, devices),
+        evaluate=devices_lib.pmap_eval(eval_step, devices),
+        devices=devices,
+    )
+
+
+def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
+    """Trains one network, or goes on where an earlier call on the same workdir stopped.
+
+    Args:
+      config: of `configs/`.
+      workdir: the run's directory; see `logbook` for what it holds.
+      program: `make_program` of this config or of one that differs in the seed alone; None builds it.
+      show_progress: tell on the standard error output how the run goes.
+
+    Returns:
+      The content of result.json: {"status": "finished", "step", "metrics", "seconds"}.
+
+    Raises:
+      ValueError: the config is not possible, or the workdir belongs to another one.
+      DivergedError: the loss or the gradient became NaN or infinite; the last good checkpoint is kept.
+      InterruptedRun: SIGTERM or SIGINT came; the run was saved.
+    """
+    started = time.monotonic()
+    workdir = pathlib.Path(workdir)
+    if (workdir / "result.json").exists():
+        claim(workdir, config.to_dict())
+        return _earlier_result(workdir)
+    # All that a config can get wrong is built before the workdir is touched.
+    program = program or make_program(config)
+    state = init_state(program.model, program.tx, program.feed.image_shape, config.seed)
+    log = Logbook(
+        workdir,
+        config.to_dict(),
+        num_steps=config.num_steps,
+        title=workdir.name,
+        show_progress=show_progress,
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
+    with contextlib.closing(log), contextlib.closing(checkpoints), _stop_signals() as stop:
+        restored = checkpoints.restore(state)
+        step, state, extra = restored or (0, state, {"window": [], "final": None})
+        if restored:
+            log.say(f"{workdir}: resuming after step {step}")
+        log.start(step)
+        try:
+            final = extra["final"] or _train(
+                config, program, step, state, extra["window"], log=log, checkpoints=checkpoints, stop=stop
+            )
+        except DivergedError as error:
+            write_json(workdir / "result.json", {"status": "diverged", "step": error.step})
+            kept = checkpoints.all_steps()
+            where = (
+                f"the last good checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
+            )
+            raise DivergedError(f"{workdir}: {error}; {where}", error.step) from None
+        result = {
+            "status": "finished",
+            "step": config.num_steps,
+            "metrics": final,
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        write_json(workdir / "result.json", result)
+        log.say(f"{workdir}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
+    return result
+
+
+def _train(config, program, first_step, state, window, *, log, checkpoints, stop):
+    """The steps from `first_step` to the last; returns the final evaluation.
+
+    `window` holds the metrics of the steps since the last row, as lists in the order of RUNNING. It is saved
+    with the state, so that the row in which a run was stopped is the row of an unbroken run.
+    """
+    num_devices = len(program.devices)
+    ahead = devices_lib.calls_ahead(program.devices)
+    state = devices_lib.replicate(state, program.devices)
+    under_way = collections.deque()  # (steps done, metrics still on the devices)
+    clock = time.monotonic()
+
+    def collect(at_most):
+        """Waits until `at_most` calls are under way; notes the metrics of the others."""
+        nonlocal clock
+        while len(under_way) > at_most:
+            step, metrics = under_way.popleft()
+            metrics = jax.device_get(metrics)
+            rows = np.stack([metrics[name] for name in RUNNING], axis=1).tolist()
+            for number, row in enumerate(rows, start=step - len(rows) + 1):
+                if not all(map(math.isfinite, row)):
+                    named = ", ".join(f"{name} {value}" for name, value in zip(RUNNING, row, strict=True))
+                    raise DivergedError(f"the training diverged at step {number}: {named}", number)
+            window.extend(rows)
+            if step % config.log_every_steps == 0:
+                means = {
+                    f"running/{name}": _mean(column)
+                    for name, column in zip(RUNNING, zip(*window, strict=True), strict=True)
+                }
+                log.write(step, means | {"learning_rate": float(program.schedule(step - 1))})
+                seconds, clock = time.monotonic() - clock, time.monotonic()
+                log.progress(step, means, len(window) * config.batch_size / seconds)
+                window.clear()
+
+    final = None
+    for before in range(first_step, config.num_steps, config.steps_per_call):
+        step = before + config.steps_per_call
+        batches = [program.feed.train_batch(config.seed, number) for number in range(before, step)]
+        batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        state, metrics = program.train(state, program.arrays, devices_lib.shard(batches, num_devices, axis=1))
+        under_way.append((step, metrics))
+        collect(ahead)
+
+        last = step == config.num_steps
+        save = last or stop.number or _is_due(step, config.checkpoint.every_steps)
+        values = {}
+        if last or _is_due(step, config.evaluation.every_steps):
+            collect(0)
+            splits = config.evaluation.final_splits if last else config.evaluation.splits
+            for split in splits:
+                values |= evaluate(program, state, split)
+            log.write(step, values)
+            log.say(
+                f"step {step}/{config.num_steps}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+            )
+            final = values if last else None
+            clock = time.monotonic()
+        if save:
+            collect(0)
+            log.flush()
+            error = values.get(f"{config.evaluation.splits[0]}/error") if config.evaluation.splits else None
+            checkpoints.save(step, state, {"window": window, "final": final}, error)
+            clock = time.monotonic()
+        if stop.number and not last:
+            name = signal.Signals(stop.number).name
+            raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stop.number)
+    return final
+
+
+def evaluate(program, state, split):
+    """{"<split>/loss", "<split>/error"} of a state, every example of the split counted once."""
+    totals = collections.Counter()
+    for batch in program.feed.eval_batches(split):
+        batch = devices_lib.shard(batch, len(program.devices))
+        totals.update(jax.tree.map(float, program.evaluate(state, program.arrays, batch)))
+    return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
+
+
+def _mean(values):
+    return math.fsum(values) / len(values)
+
+
+def _is_due(step, every_steps):
+    return bool(every_steps) and step % every_steps == 0
+
+
+def _check_numbers(config, num_devices):
+    """Raises ValueError for steps, batches and splits that cannot be."""
+    if config.num_steps < 1:
+        raise ValueError(f"num_steps = {config.num_steps} must be 1 or more")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"seed = {config.seed} must be in [0, 2**31)")
+    if config.steps_per_call < 1:
+        raise ValueError(f"steps_per_call = {config.steps_per_call} must be 1 or more")
+    numbers = {
+        "num_steps": config.num_steps,
+        "log_every_steps": config.log_every_steps,
+        "evaluation.every_steps": config.evaluation.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+    }
+    for key, value in numbers.items():
+        if value < (key == "log_every_steps") or value % config.steps_per_call:
+            raise ValueError(
+                f"{key} = {value} must be a positive multiple of steps_per_call = {config.steps_per_call}"
+            )
+    for key in ("splits", "final_splits"):
+        for split in config.evaluation[key]:
+            if split not in config.data.splits:
+                raise ValueError(
+                    f"evaluation.{key} names {split!r}; data.splits has {', '.join(config.data.splits)}"
+                )
+    devices_lib.check_batch_size("batch_size", config.batch_size, num_devices)
+    devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
+
+
+def _earlier_result(workdir):
+    result = json.loads((workdir / "result.json").read_text())
+    if result["status"] == "diverged":
+        raise DivergedError(
+            f"{workdir}: this run diverged at step {result['step']}, and would again; "
+            "change its config, and its workdir",
+            result["step"],
+        )
+    return result
+
+
+class _Stop:
+    """The signal that asked the run to stop; 0 for none."""
+
+    number = 0
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as ever."""
+    stop, before = _Stop(), {}
+
+    def note(number, _):
+        stop.number = number
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""All that changes from one step to the next."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+class TrainState(struct.PyTreeNode):
+    """An ordinary pytree, replicated over the devices, without a leading device axis.
+
+    Attributes:
+      step: int32, the number of steps done; the only clock.
+      seed: int32, the seed of data order, augmentation and dropout. A leaf and not a constant, so that runs
+        that differ in nothing else share one compiled step.
+      params: the model's parameters, float32.
+      batch_stats: the running statistics of batch normalisation; empty where there is none.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    seed: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def init_state(model, tx, image_shape, seed):
+    """The state before the first step.
+
+    Args:
+      model: a Linen module.
+      tx: an optax optimizer.
+      image_shape: (H, W, C) of one image.
+      seed: of the initial parameters, and of all that is drawn later.
+
+    Raises:
+      ValueError: the model refuses its settings or the image size.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    # `lazy_init` draws the parameters without running the network, which takes seconds off a start.
+    variables = model.lazy_init(jax.random.key(seed), image, train=False)
+    return TrainState(
+        step=jnp.int32(0),
+        seed=jnp.int32(seed),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(variables["params"]),
+    )

@@ -1,0 +1,60 @@
+"""Every key of a training config, with its default and its unit.
+
+The other files change what their experiment needs and lock the result, so that a mistyped key is an error.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """The defaults; not yet a whole config, for want of a model."""
+    config = ConfigDict()
+    config.seed = 0  # of the initial parameters, the data order, augmentation and dropout
+    config.num_steps = 1_000  # training steps
+    config.batch_size = 128  # examples of one step, over all devices
+    config.steps_per_call = 1  # steps in one call to the devices; divides every other number of steps
+    config.dtype = "float32"  # compute type, "float32" or "bfloat16"; parameters are float32
+    config.sync_batch_norm = True  # batch statistics over the global batch; False: over each device's share
+
+    config.model = ConfigDict()  # the name of an architecture and its own settings
+    config.model.name = "lenet5"
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # a TFDS name
+    config.data.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    config.data.splits = ConfigDict()  # what each part is made of, as TFDS split expressions
+    config.data.splits.train = "train"
+    config.data.splits.validation = "validation"
+    config.data.splits.test = "test"
+    config.data.image_size = 0  # pixels, height and width to which images are resized; 0: as they are
+    config.data.normalization = "channel"  # "none", "channel" (mean and deviation) or "pixel_mean"
+    config.data.pad = 0  # pixels around the image before a random crop; 0: no crop
+    config.data.flip = False  # mirror left and right at random
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.1  # after the warm-up
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = False
+    config.optimizer.weight_decay = 1e-4  # times every parameter, added to its gradient
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "piecewise"  # "constant", "piecewise" or "cosine"
+    config.schedule.boundaries = (0.5, 0.75)  # of "piecewise", as fractions of num_steps
+    config.schedule.factor = 0.1  # of "piecewise", at each boundary
+    config.schedule.warmup = "linear"  # "linear" or "constant"
+    config.schedule.warmup_steps = 0  # steps; 0: no warm-up
+    config.schedule.warmup_factor = 0.1  # of the learning rate, where the warm-up begins
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 500  # examples, over all devices
+    config.evaluation.every_steps = 100  # steps; 0: only at the end
+    config.evaluation.splits = ("validation",)  # parts of data.splits to evaluate on the way
+    config.evaluation.final_splits = ("train", "validation", "test")  # and at the end
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 500  # steps; 0: only at the end
+    config.checkpoint.keep_last = 2  # besides the one with the lowest error on evaluation.splits[0]
+
+    config.log_every_steps = 20  # steps between rows of the running metrics
+    return config

@@ -1,0 +1,26 @@
+"""Residual nets of depth 6n + 2, and their plain twins, on scikit-learn's digits of 8x8 pixels.
+
+Paper: He et al. 2015, section 4.2, with the maps of 32, 16 and 8 pixels become 8, 4 and 2; recipe shortened.
+Command: python train.py --config=configs/resnet_digits.py --workdir=runs/resnet20
+         python train.py --config=configs/resnet_digits.py --config.model.depth=56 --config.model.plain=True \
+             --workdir=runs/plain56
+"""
+
+from configs import common
+
+
+def get_config():
+    """ResNet-20 on digits."""
+    config = common.get_config()
+    config.num_steps = 240
+    config.batch_size = 32
+    config.model.name = "resnet_cifar"
+    config.model.depth = 20
+    config.model.plain = False
+    config.model.shortcut = "A"
+    config.optimizer.learning_rate = 0.05
+    config.evaluation.every_steps = 20
+    config.checkpoint.every_steps = 120
+    config.log_every_steps = 10
+    config.lock()
+    return config
