@@ -54,7 +54,8 @@ def get_config():
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # steps; 0: only at the end
-    config.checkpoint.keep_last = 2  # besides the one with the lowest error on evaluation.splits[0]
+    config.checkpoint.keep_last = 2  # the latest ones, besides the best
+    config.checkpoint.best_on = "validation"  # the split whose error tells the best; "": keep no best
 
     config.log_every_steps = 20  # steps between rows of the running metrics
     return config

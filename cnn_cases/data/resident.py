@@ -1,12 +1,12 @@
 """A feed for sets that fit in device memory.
 
-The images live on the device as uint8; a batch is a list of indices. Gathering, augmentation and normalisation
-happen inside the jitted step (`make_prepare`). A feed has the same calls whatever its kind:
+The images live on the device as uint8; a batch is a list of indices. Gathering, augmentation and
+normalisation happen inside the jitted step. A feed has the same calls whatever its kind:
 
-    feed.arrays                   what lives on the devices, an argument of every step
-    feed.train_batch(seed, step)  the batch of a training step, a pure function of its arguments
-    feed.eval_batches(split)      the batches of a whole split, padded and masked
-    feed.prepare(...)             a batch -> image, label, inside the step
+    feed.arrays                        what lives on the devices, an argument of every step
+    feed.train_batch(seed, step)       the batch of a training step, a pure function of its arguments
+    feed.eval_batches(role)            the batches of a whole split, padded and masked
+    feed.prepare(arrays, batch, key)   a batch -> image, label, inside the step
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The one home of pmap: how a batch is split over devices and a state is kept on all of them.
 
 The state goes in and comes out as an ordinary pytree that is replicated over the devices, without a leading
-device axis: `in_axes=None` and `out_axes=None`. With `out_axes=None` nothing checks that the devices agree, so a
-step must reduce over the axis all that depends on its share of the batch.
+device axis: `in_axes=None` and `out_axes=None`. With `out_axes=None` nothing checks that the devices agree,
+so a step must reduce over the axis all that depends on its share of the batch.
 """
 
 import jax

@@ -75,7 +75,7 @@ def make_program(config, devices=None):
         dtype=config.dtype,
         axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
     )
-    optimizer = config.optimizer.to_dict()
+    optimizer = dict(**config.optimizer)
     schedule = make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule)
     tx = make_optimizer(schedule, **optimizer)
     train_steps = steps.make_train_steps(model.apply, tx, feed.prepare, devices_lib.AXIS)
@@ -213,7 +213,7 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
         if save:
             collect(0)
             log.flush()
-            error = values.get(f"{config.evaluation.splits[0]}/error") if config.evaluation.splits else None
+            error = values.get(f"{config.checkpoint.best_on}/error")
             checkpoints.save(step, state, {"window": window, "final": final}, error)
             clock = time.monotonic()
         if stop.number and not last:
@@ -264,6 +264,12 @@ def _check_numbers(config, num_devices):
                 raise ValueError(
                     f"evaluation.{key} names {split!r}; data.splits has {', '.join(config.data.splits)}"
                 )
+    best_on, splits = config.checkpoint.best_on, config.evaluation.splits
+    if best_on and best_on not in splits:
+        raise ValueError(
+            f"checkpoint.best_on = {best_on!r} is not evaluated on the way; "
+            f"set it to '' or to one of evaluation.splits = {splits}"
+        )
     devices_lib.check_batch_size("batch_size", config.batch_size, num_devices)
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 

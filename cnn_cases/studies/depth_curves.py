@@ -1,0 +1,209 @@
+"""Plain against residual nets as depth grows: the runs, a table, and the figures after He et al. figure 6.
+
+    python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_digits.py --workdir=runs/depth
+
+Started again, it skips the runs that are finished and resumes the one that is not.
+"""
+
+import collections
+import csv
+import io
+import pathlib
+import statistics
+import sys
+
+import matplotlib
+from absl import app, flags, logging
+from matplotlib import pyplot as plt
+from ml_collections import config_flags
+
+from cnn_cases.studies import sweep
+from cnn_cases.training import logbook, loop
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the study.")
+_FIGURES_ONLY = flags.DEFINE_bool("figures_only", False, "Only draw what the finished runs gave.")
+
+KINDS = {True: "plain", False: "residual"}
+COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
+FIGURES = ("train/loss", "train/error", "test/error")
+
+
+def summarise(record):
+    """The table's rows, one a depth.
+
+    Args:
+      record: of `sweep.make_record`, over model.depth and model.plain.
+
+    Returns:
+      [{"depth": ..., "plain train/loss": [one value a seed], ..., "plain diverged": number of seeds}].
+    """
+    rows = {}
+    for run in record["runs"]:
+        depth, kind = run["model.depth"], KINDS[run["model.plain"]]
+        row = rows.setdefault(depth, collections.defaultdict(list, depth=depth))
+        row[f"{kind} diverged"] = row.get(f"{kind} diverged", 0) + (run["status"] == "diverged")
+        for name in FIGURES:
+            if run["status"] == "finished":
+                row[f"{kind} {name}"].append(run["metrics"][name])
+    return [rows[depth] for depth in sorted(rows)]
+
+
+def _cell(row, kind, name):
+    """Mean and sample deviation over the seeds that finished; losses as they are, errors in percent."""
+    values = [value * (100 if name.endswith("error") else 1) for value in row[f"{kind} {name}"]]
+    diverged = row[f"{kind} diverged"]
+    digits = 2 if name.endswith("error") else 3
+    text = f"{statistics.mean(values):.{digits}f}" if values else ""
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return f"{text} ({diverged} diverged)".strip() if diverged else text
+
+
+def table(record, form):
+    """The table as text.
+
+    Args:
+      record: see `summarise`.
+      form: "text", "markdown" or "csv"; CSV has the mean and the deviation of fractions, the others percent.
+    """
+    rows = summarise(record)
+    columns = [(kind, name) for name in FIGURES for kind in KINDS.values() if f"{kind} diverged" in rows[0]]
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out)
+        writer.writerow(
+            [
+                "depth",
+                *(f"{kind} {name} {what}" for kind, name in columns for what in ("mean", "std", "seeds")),
+            ]
+        )
+        for row in rows:
+            cells = []
+            for kind, name in columns:
+                values = row[f"{kind} {name}"]
+                cells += [
+                    statistics.mean(values) if values else "",
+                    statistics.stdev(values) if len(values) > 1 else "",
+                    len(values),
+                ]
+            writer.writerow([row["depth"], *cells])
+        return out.getvalue()
+    titles = {"train/loss": "training loss", "train/error": "training error %", "test/error": "test error %"}
+    head = ["depth", *(f"{kind} {titles[name]}" for kind, name in columns)]
+    body = [[str(row["depth"]), *(_cell(row, *column) for column in columns)] for row in rows]
+    if form == "markdown":
+        lines = [head, ["---:"] * len(head), *body]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    widths = [max(len(line[n]) for line in [head, *body]) for n in range(len(head))]
+    return "".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n"
+        for line in [head, *body]
+    )
+
+
+def _mean_curve(runs, name):
+    """Steps, and in percent the mean, least and greatest value over the runs at each of them."""
+    values = collections.defaultdict(list)
+    for run in runs:
+        for step, value in run["curves"].get(name, []):
+            values[step].append(100 * value)
+    steps = sorted(values)
+    return steps, *([pick(values[step]) for step in steps] for pick in (statistics.mean, min, max))
+
+
+def draw_curves(record):
+    """Error over steps, plain left and residual right; training thin, test bold (He et al., figure 6)."""
+    depths = sorted({run["model.depth"] for run in record["runs"]})
+    shades = matplotlib.colormaps["viridis_r"](
+        [0.12 + 0.88 * n / max(1, len(depths) - 1) for n in range(len(depths))]
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
+    for axis, (plain, kind) in zip(axes, KINDS.items(), strict=True):
+        for depth, shade in zip(depths, shades, strict=True):
+            runs = [r for r in record["runs"] if (r["model.depth"], r["model.plain"]) == (depth, plain)]
+            steps, mean, _, _ = _mean_curve(runs, "running/error")
+            axis.plot(steps, mean, color=shade, linewidth=0.8)
+            steps, mean, low, high = _mean_curve(runs, "test/error")
+            axis.plot(steps, mean, color=shade, linewidth=2.4, label=f"{kind}-{depth}")
+            axis.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
+        axis.set(title=f"{kind} nets", xlabel="training step", ylim=(0, None), xlim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    seeds = len(record["config"]["seeds"])
+    axes[0].set_ylabel("error (%)")
+    axes[0].set_ylim(0, 100)
+    figure.suptitle(
+        f"thin: training error, bold: test error; mean of {seeds} seeds, band: all of them", fontsize=10
+    )
+    return figure
+
+
+def draw_depth(record):
+    """Final training and test error against depth, plain against residual, every seed a dot."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
+    rows = summarise(record)
+    for axis, name, title in zip(axes, ("train/error", "test/error"), ("training", "test"), strict=True):
+        for kind, colour in COLOURS.items():
+            points = [(row["depth"], [100 * v for v in row[f"{kind} {name}"]]) for row in rows]
+            points = [(depth, values) for depth, values in points if values]
+            axis.plot(
+                [depth for depth, _ in points],
+                [statistics.mean(values) for _, values in points],
+                color=colour,
+                linestyle="--" if kind == "plain" else "-",
+                label=kind,
+            )
+            for depth, values in points:
+                marker = "s" if kind == "plain" else "o"
+                axis.plot([depth] * len(values), values, marker, color=colour, markersize=4, alpha=0.7)
+        axis.set(xlabel="depth (weighted layers)", title=f"{title} error after the last step")
+        axis.set_xticks([row["depth"] for row in rows])
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("error (%)")
+    return figure
+
+
+def write_report(record, workdir):
+    """Writes record.json, the table (table.csv, table.md) and the figures (curves, depth: .png and .svg)."""
+    workdir = pathlib.Path(workdir)
+    logbook.write_json(workdir / "record.json", record)
+    logbook.write_text(workdir / "table.csv", table(record, "csv"))
+    logbook.write_text(workdir / "table.md", table(record, "markdown"))
+    for name, draw in (("curves", draw_curves), ("depth", draw_depth)):
+        figure = draw(record)
+        for form in ("png", "svg"):
+            figure.savefig(workdir / f"{name}.{form}", dpi=150)
+        plt.close(figure)
+
+
+def main(_):
+    """Runs the study, prints its table and draws its figures."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    matplotlib.use("agg")
+    study, workdir = _CONFIG.value, _WORKDIR.value
+    try:
+        if not _FIGURES_ONLY.value:
+            sweep.run_all(study, workdir)
+        record = sweep.make_record(study, workdir)
+    except ValueError as error:
+        logging.debug("where it was raised", exc_info=True)
+        _leave(f"error: {error}", 2)
+    except loop.InterruptedRun as interruption:
+        _leave(str(interruption), 128 + interruption.signal_number)
+    write_report(record, workdir)
+    print(table(record, "text"))
+    print(f"table and figures: {workdir}")
+
+
+def _leave(message, code):
+    print(f"depth_curves: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,115 @@
+"""A sweep: every point of a grid of config keys with every seed, each a run that can be resumed."""
+
+import copy
+import itertools
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from cnn_cases.training import logbook, loop
+
+
+class Run(NamedTuple):
+    """One run of a sweep: its name, its point of the grid {key: value}, and its whole config."""
+
+    name: str
+    point: dict
+    config: Any
+
+
+def expand(study):
+    """The runs of a study, those that differ in the seed alone one after another.
+
+    Args:
+      study: a config with `base` (a training config), `grid` (pairs of a key of `base` and the values it
+        takes) and `seeds`.
+
+    Raises:
+      ValueError: the grid names an unknown key or a value of the wrong type, or there is nothing to run.
+    """
+    keys = [key for key, _ in study.grid]
+    for key, values in (*study.grid, ("seed", study.seeds)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"grid: {key} = {tuple(values)} must have values, and none of them twice")
+    runs = []
+    for values in itertools.product(*(values for _, values in study.grid)):
+        for seed in study.seeds:
+            config = copy.deepcopy(study.base)
+            point = dict(zip(keys, values, strict=True))
+            for key, value in (point | {"seed": seed}).items():
+                _override(config, key, value)
+            name = "_".join(
+                f"{key.split('.')[-1]}-{value}" for key, value in (point | {"seed": seed}).items()
+            )
+            runs.append(Run(name, point, config))
+    return runs
+
+
+def _override(config, key, value):
+    try:
+        old = config
+        for part in key.split("."):
+            old = old[part]
+        config.update_from_flattened_dict({key: value})
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"grid: {key} = {value!r} does not fit the base config: {error}") from None
+
+
+def run_all(study, workdir):
+    """Runs what is not finished yet, one run after another, and tells of each.
+
+    A run that diverges is marked and the sweep goes on.
+
+    Args:
+      study: see `expand`.
+      workdir: the study's directory; the runs lie in its `runs/`.
+
+    Raises:
+      ValueError: the study or a run of it is not possible, or the workdir belongs to another study.
+      InterruptedRun: SIGTERM or SIGINT came and the run at hand was saved.
+    """
+    runs = expand(study)
+    logbook.claim(workdir, study.to_dict())
+    point, program = None, None
+    for number, run in enumerate(runs, start=1):
+        run_dir = pathlib.Path(workdir) / "runs" / run.name
+        done = (run_dir / "result.json").exists()
+        if not done and run.point != point:
+            point, program = run.point, loop.make_program(run.config)
+        try:
+            result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
+        except loop.DivergedError as error:
+            news = f"diverged at step {error.step}"
+        else:
+            news = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+            news += " (finished before)" if done else f" ({result['seconds']:.1f} s)"
+        print(f"[{number}/{len(runs)}] {run.name}: {news}", file=sys.stderr, flush=True)
+
+
+def make_record(study, workdir):
+    """What the runs gave, as a dict that JSON can hold: config, environment, and each run with its curves.
+
+    Args:
+      study: see `expand`.
+      workdir: the study's directory.
+
+    Raises:
+      ValueError: a run is not finished.
+    """
+    outcomes, environments = [], []
+    for run in expand(study):
+        run_dir = pathlib.Path(workdir) / "runs" / run.name
+        if not (run_dir / "result.json").exists():
+            raise ValueError(f"{run_dir} is not finished; start the study again without --figures_only")
+        environments += json.loads((run_dir / "environment.json").read_text())
+        result = json.loads((run_dir / "result.json").read_text())
+        curves = {}
+        for row in logbook.read_rows(run_dir / "metrics.jsonl"):
+            for name, value in row.items():
+                if name.endswith("/error"):
+                    curves.setdefault(name, []).append((row["step"], round(value, 6)))
+        outcomes.append({**run.point, "seed": run.config.seed, **result, "curves": curves})
+    # Started and resumed on other machines or commits, a study says so.
+    environments = [value for n, value in enumerate(environments) if value not in environments[:n]]
+    return {"config": study.to_dict(), "environments": environments, "runs": outcomes}

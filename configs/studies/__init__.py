@@ -1,0 +1,1 @@
+"""Sweeps: a base config, a grid of its keys and the seeds."""

@@ -1,0 +1,31 @@
+"""Plain against residual nets as depth grows, on scikit-learn's digits: five depths, three seeds.
+
+Paper: He et al. 2015, section 4.2 and figure 6, on 8x8 pixels and with a schedule of seconds.
+Command: python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_digits.py \
+             --workdir=runs/depth_digits
+"""
+
+from ml_collections import ConfigDict
+
+from configs import resnet_digits
+
+
+def get_config():
+    """The grid: every depth, plain and residual, with every seed."""
+    config = ConfigDict()
+    config.base = resnet_digits.get_config()
+    with config.base.unlocked():
+        # The curves of figure 6 are of the test set; nothing is chosen by them.
+        config.base.evaluation.splits = ("test",)
+        config.base.evaluation.final_splits = ("train", "test")
+        config.base.evaluation.every_steps = 40
+        config.base.evaluation.batch_size = 120
+        config.base.checkpoint.best_on = ""
+        config.base.checkpoint.keep_last = 1
+    config.grid = (
+        ("model.depth", (8, 20, 32, 44, 56)),
+        ("model.plain", (True, False)),
+    )
+    config.seeds = (0, 1, 2)
+    config.lock()
+    return config

@@ -1,0 +1,45 @@
+"""Four virtual devices, the digits prepared once, and a config small enough to train in seconds."""
+
+import os
+
+# Before JAX starts. Four devices need more threads than two cores would get (see devices.calls_ahead).
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["PJRT_NPROC"] = "16"
+
+import pytest
+
+from cnn_cases.data import sources
+from configs import lenet5_digits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_dir(tmp_path_factory):
+    """A TFDS directory of the session's own, with the digits in it."""
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    before = os.environ.get("TFDS_DATA_DIR")
+    os.environ["TFDS_DATA_DIR"] = directory
+    sources.prepare("digits", directory)
+    yield directory
+    if before is None:
+        del os.environ["TFDS_DATA_DIR"]
+    else:
+        os.environ["TFDS_DATA_DIR"] = before
+
+
+@pytest.fixture
+def config(data_dir):
+    """LeNet-5 on digits of 16x16 pixels for 12 steps; unlocked types, locked keys."""
+    config = lenet5_digits.get_config()
+    config.num_steps = 12
+    config.batch_size = 24
+    config.data.image_size = 16
+    config.data.data_dir = data_dir
+    config.data.pad = 1
+    config.data.flip = True
+    config.schedule.warmup_steps = 2
+    config.evaluation.every_steps = 4
+    config.evaluation.batch_size = 200
+    config.checkpoint.every_steps = 4
+    config.log_every_steps = 3
+    return config

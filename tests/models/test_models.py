@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnn_cases.models import MODELS, make_model
+
+SIZES = {"lenet5": (32, 32, 1), "resnet_cifar": (32, 32, 3)}
+
+
+def make(name, **settings):
+    return make_model(name, **{"num_classes": 10, "dtype": "float32"} | settings)
+
+
+def logits_shape(model, image_shape, train=False):
+    def apply():
+        image = jnp.zeros((2, *image_shape))
+        variables = model.init(jax.random.key(0), image, train=False)
+        return model.apply(
+            variables, image, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}
+        )[0]
+
+    return jax.eval_shape(apply)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_have_the_compute_type_and_a_value_for_each_class(name, dtype):
+    logits = logits_shape(make(name, num_classes=7, dtype=dtype), SIZES[name], train=True)
+    assert logits.shape == (2, 7)
+    assert logits.dtype == dtype
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_float32_whatever_the_compute_type(name):
+    model = make(name, dtype="bfloat16")
+    image = jnp.zeros((1, *SIZES[name]))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"model.name = 'lenet'.*lenet5, .*resnet_cifar"):
+        make("lenet")
+    with pytest.raises(ValueError, match=r"dtype = 'float16'.*float32, bfloat16"):
+        make("lenet5", dtype="float16")
+    with pytest.raises(ValueError, match=r"model.deepth = 20: resnet_cifar has no such.*depth, plain"):
+        make("resnet_cifar", deepth=20)
+
+
+@pytest.mark.parametrize("depth", [20.0, "20", True])
+def test_a_setting_of_the_wrong_type_is_refused(depth):
+    with pytest.raises(ValueError, match=r"model.depth = .* must be of type int"):
+        make("resnet_cifar", depth=depth)
+
+
+def test_every_model_of_the_registry_is_tried_here():
+    assert set(SIZES) == set(MODELS)

@@ -1,0 +1,101 @@
+"""Every config builds, and every key is read."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from cnn_cases.studies import sweep
+from cnn_cases.training import loop
+from cnn_cases.training.state import init_state
+from configs import common
+
+ROOT = pathlib.Path(__file__).parent.parent / "configs"
+TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "common"))
+STUDIES = sorted(path.stem for path in (ROOT / "studies").glob("*.py") if path.stem != "__init__")
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_config_builds_a_state(name, data_dir):
+    config = load(name)
+    config.data.data_dir = data_dir
+    program = loop.make_program(config, jax.devices()[:1])
+    state = jax.eval_shape(lambda: init_state(program.model, program.tx, program.feed.image_shape, 0))
+    assert state.params
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_names_its_runs_apart(name):
+    study = load(f"studies.{name}")
+    runs = sweep.expand(study)
+    points = len(study.seeds)
+    for _, values in study.grid:
+        points *= len(values)
+    assert len({run.name for run in runs}) == len(runs) == points
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *(f"studies.{name}" for name in STUDIES)])
+def test_a_config_is_locked_and_says_how_to_run_it(name):
+    config = load(name)
+    assert config.is_locked
+    with pytest.raises((AttributeError, KeyError)):
+        config.a_key_that_nobody_reads = 1
+    assert "Command: python" in importlib.import_module(f"configs.{name}").__doc__
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_config_adds_keys_to_the_model_alone(name):
+    keys = set(flat(common.get_config()))
+    added = {key for key in flat(load(name)) if not key.startswith(("model.", "data.splits."))} - keys
+    assert not added
+
+
+def flat(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+class Reader:
+    """A config that notes which of its keys are read."""
+
+    def __init__(self, config, seen, prefix=""):
+        self._config, self._seen, self._prefix = config, seen, prefix
+
+    def __getattr__(self, key):
+        value = self._config[key]
+        if isinstance(value, ConfigDict):
+            return Reader(value, self._seen, f"{self._prefix}{key}.")
+        self._seen.add(self._prefix + key)
+        return value
+
+    __getitem__ = __getattr__
+
+    def __iter__(self):
+        return iter(self._config)
+
+    def keys(self):
+        return self._config.keys()
+
+    def items(self):
+        return [(key, self[key]) for key in self._config]
+
+    def to_dict(self):
+        return self._config.to_dict()
+
+
+def test_every_key_is_read(config, tmp_path):
+    seen = set()
+    program = loop.make_program(config, jax.devices()[:1])
+    reader = Reader(config, seen)
+    loop.make_program(reader, jax.devices()[:1])
+    loop.train_and_evaluate(reader, tmp_path, program=program, show_progress=False)
+    assert set(flat(config)) - seen == set()
