@@ -18,7 +18,7 @@ def get_config():
     config.model.depth = 20
     config.model.plain = False
     config.model.shortcut = "A"
-    config.optimizer.learning_rate = 0.05
+    config.optimizer.learning_rate = 0.02
     config.evaluation.every_steps = 20
     config.checkpoint.every_steps = 120
     config.log_every_steps = 10

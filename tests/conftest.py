@@ -27,9 +27,8 @@ def data_dir(tmp_path_factory):
         os.environ["TFDS_DATA_DIR"] = before
 
 
-@pytest.fixture
-def config(data_dir):
-    """LeNet-5 on digits of 16x16 pixels for 12 steps; unlocked types, locked keys."""
+def tiny_config(data_dir):
+    """LeNet-5 on digits of 16x16 pixels for 12 steps."""
     config = lenet5_digits.get_config()
     config.num_steps = 12
     config.batch_size = 24
@@ -43,3 +42,9 @@ def config(data_dir):
     config.checkpoint.every_steps = 4
     config.log_every_steps = 3
     return config
+
+
+@pytest.fixture
+def config(data_dir):
+    """A tiny config of the test's own, to change as it likes."""
+    return tiny_config(data_dir)

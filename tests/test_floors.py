@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "cnn_cases.data": ("cnn_cases.data",),
     "cnn_cases.analysis": ("cnn_cases.models", "cnn_cases.analysis"),
     "cnn_cases.studies": ("cnn_cases",),
+    "cnn_cases.command": ("cnn_cases.training.loop",),
     "cnn_cases": (),
     "configs": ("configs",),
-    "train": ("cnn_cases.training.loop",),
+    "train": ("cnn_cases.command", "cnn_cases.training.loop"),
 }
 
 

@@ -81,7 +81,7 @@ def load_split(name, split, data_dir="", image_size=0):
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "
                 f"run `python -m cnn_cases.data.prepare {name}{where}`"
             )
-        prepare(name, data_dir)
+        builder = prepare(name, data_dir)
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")
@@ -110,5 +110,6 @@ def _resize(image, size):
     return np.stack([channel.resize((size, size), Image.Resampling.BILINEAR) for channel in channels], -1)
 
 
-# TFDS recommends OpenCV each time it decodes with Pillow.
-logging.getLogger("absl").addFilter(lambda record: "OpenCV is not installed" not in record.getMessage())
+# What TFDS warns of at each start: that OpenCV would decode faster, and that an empty directory is empty.
+_NOISE = ("OpenCV is not installed", "has no dataset_info.json")
+logging.getLogger("absl").addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))

@@ -10,15 +10,15 @@ import csv
 import io
 import pathlib
 import statistics
-import sys
 
 import matplotlib
-from absl import app, flags, logging
+from absl import flags
 from matplotlib import pyplot as plt
 from ml_collections import config_flags
 
+from cnn_cases import command
 from cnn_cases.studies import sweep
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import logbook
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the study.")
@@ -115,26 +115,26 @@ def _mean_curve(runs, name):
 def draw_curves(record):
     """Error over steps, plain left and residual right; training thin, test bold (He et al., figure 6)."""
     depths = sorted({run["model.depth"] for run in record["runs"]})
-    shades = matplotlib.colormaps["viridis_r"](
-        [0.12 + 0.88 * n / max(1, len(depths) - 1) for n in range(len(depths))]
-    )
+    positions = [0.1 + 0.9 * n / max(1, len(depths) - 1) for n in range(len(depths))]
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
     for axis, (plain, kind) in zip(axes, KINDS.items(), strict=True):
-        for depth, shade in zip(depths, shades, strict=True):
+        for depth, shade in zip(depths, matplotlib.colormaps["viridis_r"](positions), strict=True):
             runs = [r for r in record["runs"] if (r["model.depth"], r["model.plain"]) == (depth, plain)]
             steps, mean, _, _ = _mean_curve(runs, "running/error")
             axis.plot(steps, mean, color=shade, linewidth=0.8)
             steps, mean, low, high = _mean_curve(runs, "test/error")
-            axis.plot(steps, mean, color=shade, linewidth=2.4, label=f"{kind}-{depth}")
+            axis.plot(steps, mean, color=shade, linewidth=2.4, label=f"{depth} layers")
             axis.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
-        axis.set(title=f"{kind} nets", xlabel="training step", ylim=(0, None), xlim=(0, None))
+        axis.set(title=f"{kind} nets", xlabel="training step", xlim=(0, None), ylim=(0, 100))
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    seeds = len(record["config"]["seeds"])
     axes[0].set_ylabel("error (%)")
-    axes[0].set_ylim(0, 100)
+    lines, labels = axes[0].get_legend_handles_labels()
+    # The deepest on top, as the plain curves lie.
+    figure.legend(lines[::-1], labels[::-1], loc="outside right center", frameon=False)
+    seeds = len(record["config"]["seeds"])
     figure.suptitle(
-        f"thin: training error, bold: test error; mean of {seeds} seeds, band: all of them", fontsize=10
+        f"thin: training error, bold: test error; mean over {seeds} seeds, band: from least to greatest",
+        fontsize=10,
     )
     return figure
 
@@ -159,7 +159,7 @@ def draw_depth(record):
                 axis.plot([depth] * len(values), values, marker, color=colour, markersize=4, alpha=0.7)
         axis.set(xlabel="depth (weighted layers)", title=f"{title} error after the last step")
         axis.set_xticks([row["depth"] for row in rows])
-        axis.set_ylim(0, 100)
+        axis.set_ylim(-2, 100)  # dots at zero stay whole
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     axes[0].set_ylabel("error (%)")
@@ -179,31 +179,18 @@ def write_report(record, workdir):
         plt.close(figure)
 
 
-def main(_):
+def main():
     """Runs the study, prints its table and draws its figures."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     matplotlib.use("agg")
     study, workdir = _CONFIG.value, _WORKDIR.value
-    try:
-        if not _FIGURES_ONLY.value:
-            sweep.run_all(study, workdir)
-        record = sweep.make_record(study, workdir)
-    except ValueError as error:
-        logging.debug("where it was raised", exc_info=True)
-        _leave(f"error: {error}", 2)
-    except loop.InterruptedRun as interruption:
-        _leave(str(interruption), 128 + interruption.signal_number)
+    if not _FIGURES_ONLY.value:
+        sweep.run_all(study, workdir)
+    record = sweep.make_record(study, workdir)
     write_report(record, workdir)
     print(table(record, "text"))
     print(f"table and figures: {workdir}")
 
 
-def _leave(message, code):
-    print(f"depth_curves: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command.run(main)

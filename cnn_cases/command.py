@@ -1,0 +1,56 @@
+"""What the command lines share: a user's mistake becomes one message and an exit code.
+
+0     done
+2     bad input
+3     the training diverged
+130   SIGINT (Ctrl-C) came, and all is saved
+143   SIGTERM came, and all is saved
+"""
+
+import sys
+
+from absl import app, flags, logging
+
+from cnn_cases.training import loop
+
+
+def run(main):
+    """Parses the flags, calls `main()` and exits."""
+
+    def guarded(_):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
+            _leave(f"error: {error}", 2)
+        except loop.DivergedError as error:
+            _leave(f"error: {error}", 3)
+        except loop.InterruptedRun as interruption:
+            _leave(str(interruption), 128 + interruption.signal_number)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments):
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        _leave(f"error: {error}", 2)
+    except (AttributeError, KeyError) as error:
+        # ml_collections' word for a key that the config does not have: "'lrr'\nDid you mean ...?"
+        key = str(error.args[0] if error.args else "").partition("\n")[0].strip("'\"\\")
+        culprit = next((one for one in arguments if f".{key}" in one.partition("=")[0]), None)
+        if culprit is None or not key:
+            raise
+        section = flags.FLAGS["config"].value
+        for part in culprit.partition("=")[0].partition(f".{key}")[0].split(".")[1:]:
+            section = section[part]
+        _leave(f"error: {culprit}: the config has no key {key!r} there; it has {', '.join(section)}", 2)
+    return None
+
+
+def _leave(message, code):
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,90 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from cnn_cases.data import prepare, sources
+
+
+def test_slices_of_a_split_are_its_parts(data_dir):
+    whole, labels, _ = sources.load_split("digits", "train", data_dir)
+    head, head_labels, _ = sources.load_split("digits", "train[:90%]", data_dir)
+    tail, _, _ = sources.load_split("digits", "train[90%:]", data_dir)
+    np.testing.assert_array_equal(np.concatenate([head, tail]), whole)
+    np.testing.assert_array_equal(head_labels, labels[: len(head)])
+
+
+def test_images_are_resized_and_keep_their_range(data_dir):
+    small, _, _ = sources.load_split("digits", "test", data_dir)
+    large, _, _ = sources.load_split("digits", "test", data_dir, image_size=32)
+    assert (large.shape, large.dtype) == ((355, 32, 32, 1), np.uint8)
+    assert abs(float(large.mean()) - float(small.mean())) < 2
+
+
+def test_an_unknown_set_is_refused():
+    with pytest.raises(ValueError, match=r"data.name = 'cifr10' is no TFDS data set; known are digits"):
+        sources.load_split("cifr10", "train")
+
+
+def test_a_set_that_is_not_prepared_is_refused_without_a_try_at_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
+    with pytest.raises(ValueError, match="not prepared") as error:
+        sources.load_split("mnist", "train", str(tmp_path))
+    assert f"{tmp_path}/mnist" in str(error.value)
+    assert f"`python -m cnn_cases.data.prepare mnist --data_dir={tmp_path}`" in str(error.value)
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones(data_dir):
+    with pytest.raises(ValueError, match=r"split 'tset' of 'digits'.*train, validation, test"):
+        sources.load_split("digits", "tset", data_dir)
+
+
+def test_the_digits_are_prepared_on_first_use(tmp_path):
+    images, _, _ = sources.load_split("digits", "test", str(tmp_path))
+    assert len(images) == 355
+    assert (tmp_path / "digits" / "1.0.0" / "dataset_info.json").exists()
+
+
+def test_preparing_and_reading_load_no_tensorflow(tmp_path):
+    code = (
+        "import sys\n"
+        "from cnn_cases.data import sources\n"
+        f"sources.prepare('digits', {str(tmp_path)!r})\n"
+        f"images, _, _ = sources.load_split('digits', 'train', {str(tmp_path)!r})\n"
+        "print(len(images), 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["1257", "False"]
+
+
+def test_the_preparation_command_says_where_the_set_lies(tmp_path, capsys):
+    prepare.main(["digits", f"--data_dir={tmp_path}"])
+    prepare.main(["digits", f"--data_dir={tmp_path}"])  # a second time it finds the set prepared
+    assert capsys.readouterr().out.count(f"digits is prepared in {tmp_path}") == 2
+
+
+def test_the_preparation_command_ends_with_one_message():
+    with pytest.raises(SystemExit, match=r"prepare: error: .*'cifr10' is no TFDS data set"):
+        prepare.main(["cifr10"])
+
+
+def test_a_failed_download_names_the_set_and_the_directory(tmp_path, monkeypatch):
+    def fail(_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(
+        ConnectionError, match=f"'mnist' could not be prepared in {tmp_path}.*no route to host"
+    ):
+        sources.prepare("mnist", str(tmp_path))
+
+
+def test_a_missing_tensorflow_is_named_with_its_cure(tmp_path, monkeypatch):
+    def fail(_):
+        raise ModuleNotFoundError("No module named 'tensorflow'")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(ValueError, match="pip install tensorflow-cpu"):
+        sources.prepare("mnist", str(tmp_path))

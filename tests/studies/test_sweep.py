@@ -1,0 +1,115 @@
+import json
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from cnn_cases.studies import sweep
+from cnn_cases.training import loop
+from tests.conftest import tiny_config
+
+
+def tiny_study(data_dir, **changes):
+    base = tiny_config(data_dir)
+    base.num_steps = 4
+    base.log_every_steps = 2
+    study = {
+        "base": base,
+        "grid": (("optimizer.momentum", (0.0, 0.9)), ("data.flip", (True, False))),
+        "seeds": (0, 1),
+    }
+    return ConfigDict(study | changes)
+
+
+@pytest.fixture
+def study(data_dir):
+    return tiny_study(data_dir)
+
+
+def test_a_study_runs_each_point_of_its_grid_with_each_seed(study):
+    runs = sweep.expand(study)
+    assert [run.name for run in runs[:3]] == [
+        "momentum-0.0_flip-True_seed-0",
+        "momentum-0.0_flip-True_seed-1",
+        "momentum-0.0_flip-False_seed-0",
+    ]
+    assert len(runs) == 8
+    last = runs[-1].config
+    assert (last.optimizer.momentum, last.data.flip, last.seed) == (0.9, False, 1)
+    assert study.base.seed == 0, "the base itself is left alone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": (("model.deepth", (8,)),)}, "grid: model.deepth = 8 does not fit the base config"),
+        ({"grid": (("num_steps", ("many",)),)}, "grid: num_steps = 'many' does not fit the base config"),
+        ({"grid": (("num_steps", ()),)}, r"grid: num_steps = \(\) must have values"),
+        ({"seeds": ()}, r"grid: seed = \(\) must have values"),
+        ({"seeds": (1, 1)}, r"grid: seed = \(1, 1\) must have values, and none of them twice"),
+    ],
+)
+def test_an_impossible_study_is_refused(changes, message, data_dir, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep.run_all(tiny_study(data_dir, **changes), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The workdir of a whole small study, in which every run with momentum 0.9 diverges."""
+    workdir = tmp_path_factory.mktemp("study")
+    make_program = loop.make_program
+
+    def make(config):
+        program = make_program(config, jax.devices()[:1])
+        if config.optimizer.momentum == 0:
+            return program
+
+        def train(state, arrays, batches):
+            state, metrics = program.train(state, arrays, batches)
+            return state, metrics | {"loss": metrics["loss"] * float("nan")}
+
+        return program._replace(train=train)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_program", make)
+        sweep.run_all(tiny_study(data_dir), workdir)
+    return workdir
+
+
+def test_a_diverged_run_is_marked_and_the_study_goes_on(finished, study):
+    runs = sweep.make_record(study, finished)["runs"]
+    assert [run["status"] for run in runs] == ["finished"] * 4 + ["diverged"] * 4
+    assert {run["step"] for run in runs[4:]} == {1}
+
+
+def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
+    record = json.loads(json.dumps(sweep.make_record(study, finished)))
+    first = record["runs"][0]
+    assert (first["optimizer.momentum"], first["data.flip"], first["seed"]) == (0.0, True, 0)
+    assert [step for step, _ in first["curves"]["running/error"]] == [2, 4]
+    assert first["metrics"]["test/error"] == pytest.approx(first["curves"]["test/error"][-1][1], abs=1e-6)
+    assert record["config"]["base"]["num_steps"] == 4
+    assert len(record["environments"]) == 1
+
+
+def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "make_program", pytest.fail)
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    sweep.run_all(study, finished)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    assert "(finished before)" in lines[0]
+    assert "diverged at step 1" in lines[-1]
+
+
+def test_a_workdir_of_another_study_is_refused(finished, data_dir):
+    with pytest.raises(ValueError, match=r"seeds: \[0, 1\] there, \[0, 2\] here"):
+        sweep.run_all(tiny_study(data_dir, seeds=(0, 2)), finished)
+
+
+def test_a_study_that_is_not_finished_gives_no_record(study, tmp_path):
+    with pytest.raises(ValueError, match=r"momentum-0\.0_flip-True_seed-0 is not finished"):
+        sweep.make_record(study, tmp_path)

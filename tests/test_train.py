@@ -1,0 +1,95 @@
+"""The command line as its user meets it."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHORT = [
+    "--config=configs/lenet5_digits.py",
+    "--config.data.image_size=16",
+    "--config.num_steps=8",
+    "--config.batch_size=8",
+    "--config.schedule.warmup_steps=0",
+    "--config.evaluation.every_steps=4",
+    "--config.checkpoint.every_steps=4",
+    "--config.log_every_steps=4",
+    "--config.evaluation.batch_size=400",
+]
+
+
+def start(workdir, *arguments):
+    command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+def train(workdir, *arguments):
+    """Exit code and error output."""
+    process = start(workdir, *arguments)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def test_a_network_is_trained_and_the_second_start_finds_it_trained(tmp_path):
+    code, errors = train(tmp_path, *SHORT)
+    assert code == 0, errors
+    assert "step 4/8: validation/loss" in errors
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 8
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(tmp_path, *SHORT)[0] == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
+    long = [*SHORT, "--config.num_steps=4000", "--config.checkpoint.every_steps=0"]
+    process = start(tmp_path, *long)
+    rows = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (rows.exists() and rows.read_bytes()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors
+    assert "SIGTERM: saved after step" in errors
+    saved = int(errors.split("saved after step ")[1].split(";")[0])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(saved)]
+    process = start(tmp_path, *long)
+    line = process.stderr.readline()
+    process.kill()
+    process.communicate()
+    assert f"resuming after step {saved}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optimizer.lr=3"], "no key 'lr' there; it has .*learning_rate"),
+        (["--config.optimiser.name=sgd"], "no key 'optimiser' there; it has .*optimizer"),
+        (["--config.num_steps=many"], "--config.num_steps=many: invalid literal"),
+        (
+            ["--config.data.name=mnist"],
+            "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist",
+        ),
+        (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
+    ],
+)
+def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
+    code, errors = train(tmp_path / "run", *SHORT, *arguments)
+    assert code == 2
+    assert "Traceback" not in errors
+    assert re.search(message, errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_has_an_exit_code_of_its_own(tmp_path):
+    code, errors = train(tmp_path, *SHORT, "--config.optimizer.learning_rate=1e20")
+    assert (code, "diverged at step" in errors) == (3, True)
+    assert "Traceback" not in errors

@@ -1,0 +1,300 @@
+"""The whole way, on real digits: what a run gives, and that stopping it anywhere changes nothing."""
+
+import json
+import logging
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_cases.training import checkpoint, logbook, loop
+from configs import resnet_digits
+from tests.conftest import tiny_config
+
+
+def run(config, workdir, program=None):
+    return loop.train_and_evaluate(config, workdir, program=program, show_progress=False)
+
+
+def rows(workdir):
+    return logbook.read_rows(workdir / "metrics.jsonl")
+
+
+def last_state(workdir, program):
+    """The state of the newest checkpoint."""
+    like = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", 1)
+    try:
+        return checkpoints.restore(like)[1]
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def program(data_dir):
+    """Of the config `config`, compiled once for all tests."""
+    return loop.make_program(tiny_config(data_dir), jax.devices()[:1])
+
+
+def test_a_run_learns_and_leaves_its_figures(config, tmp_path, program):
+    result = run(config, tmp_path, program)
+    assert result["status"] == "finished"
+    assert set(result["metrics"]) == {
+        f"{split}/{name}" for split in ("train", "validation", "test") for name in ("loss", "error")
+    }
+    losses = [row["running/loss"] for row in rows(tmp_path) if "running/loss" in row]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    evaluated = [row["step"] for row in rows(tmp_path) if "validation/error" in row]
+    assert evaluated == [4, 8, 12]
+    assert {**rows(tmp_path)[-1], "step": None} == {**result["metrics"], "step": None}
+
+
+def test_a_finished_run_is_not_run_again(config, tmp_path, program):
+    first = run(config, tmp_path, program)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run(config, tmp_path, program) == first
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def unbroken(data_dir, tmp_path_factory, program):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    run(tiny_config(data_dir), workdir, program)
+    return workdir
+
+
+def stop_after(program, steps, action):
+    """A program that does `action` when step number `steps` has been done."""
+
+    def train(state, arrays, batches):
+        state, metrics = program.train(state, arrays, batches)
+        if int(state.step) == steps:
+            action()
+        return state, metrics
+
+    return program._replace(train=train)
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing in the loop may handle it."""
+
+
+def kill():
+    raise KilledError
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 7, 8, 11])
+def test_a_killed_and_resumed_run_is_the_unbroken_run_to_the_bit(steps, config, tmp_path, program, unbroken):
+    with pytest.raises(KilledError):
+        run(config, tmp_path / "killed", stop_after(program, steps, kill))
+    run(config, tmp_path / "killed", program)
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    states = [last_state(workdir, program) for workdir in (tmp_path / "killed", unbroken)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("steps", [2, 5, 8])
+def test_a_signal_saves_at_once_and_changes_nothing(number, steps, config, tmp_path, program, unbroken):
+    stopping = stop_after(program, steps, lambda: os.kill(os.getpid(), number))
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(loop.InterruptedRun, match=f"{number.name}: saved after step {steps}") as caught:
+        run(config, tmp_path / "stopped", stopping)
+    assert caught.value.signal_number == number
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert last_state(tmp_path / "stopped", program).step == steps
+    run(config, tmp_path / "stopped", program)
+    assert (tmp_path / "stopped/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    states = [last_state(workdir, program) for workdir in (tmp_path / "stopped", unbroken)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(config, tmp_path, program):
+    first = run(config, tmp_path, program)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "result.json").unlink()
+    assert run(config, tmp_path, program)["metrics"] == first["metrics"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
+    config, tmp_path, program, unbroken, caplog
+):
+    with pytest.raises(KilledError):
+        run(config, tmp_path / "killed", stop_after(program, 10, kill))
+    for file in (tmp_path / "killed/checkpoints/8/state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "cnn_cases"):
+        run(config, tmp_path / "killed", program)
+    assert "checkpoint 8 is damaged" in caplog.text
+    assert "going on from step 4" in caplog.text
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("steps_per_call", [2, 4])
+def test_several_steps_a_call_give_the_same_run(steps_per_call, config, tmp_path, unbroken):
+    config.steps_per_call = steps_per_call
+    config.log_every_steps = 4
+    config.evaluation.every_steps = 4
+    program = loop.make_program(config, jax.devices()[:1])
+    run(config, tmp_path / "scanned", program)
+    ours, theirs = last_state(tmp_path / "scanned", program), last_state(unbroken, program)
+    assert ours.step == theirs.step
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
+
+
+def tiny_resnet(data_dir):
+    config = resnet_digits.get_config()
+    config.model.depth = 8
+    config.num_steps = 4
+    config.batch_size = 16
+    config.data.data_dir = data_dir
+    config.data.pad = 1
+    config.evaluation.every_steps = 2
+    config.evaluation.batch_size = 200
+    config.checkpoint.every_steps = 2
+    config.log_every_steps = 1
+    return config
+
+
+def test_the_number_of_devices_changes_nothing_but_rounding(data_dir, tmp_path):
+    config = tiny_resnet(data_dir)
+    figures = {}
+    for count in (1, 2, 4):
+        run(config, tmp_path / str(count), loop.make_program(config, jax.devices()[:count]))
+        figures[count] = rows(tmp_path / str(count))
+    assert any("running/loss" in row for row in figures[1])
+    for count in (2, 4):
+        for one, many in zip(figures[1], figures[count], strict=True):
+            assert one.keys() == many.keys()
+            for name in one:
+                # Errors are counts over hundreds: one example may fall on the other side.
+                tolerance = 0.02 if name.endswith("/error") else 2e-3 * max(1, abs(one[name]))
+                assert abs(one[name] - many[name]) <= tolerance, (count, one["step"], name)
+
+
+def test_without_global_batch_statistics_the_number_of_devices_matters(data_dir, tmp_path):
+    config = tiny_resnet(data_dir)
+    config.sync_batch_norm = False
+    first_losses = []
+    for count in (1, 4):
+        run(config, tmp_path / str(count), loop.make_program(config, jax.devices()[:count]))
+        first_losses.append(rows(tmp_path / str(count))[0]["running/loss"])
+    assert abs(first_losses[0] - first_losses[1]) > 1e-2
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_evaluation_counts_every_example_exactly_once(num_devices, config):
+    config.evaluation.batch_size = 48  # 185 = 3 * 48 + 41
+    program = loop.make_program(config, jax.devices()[:num_devices])
+    counts = []
+
+    def evaluate(state, arrays, batch):
+        sums = program.evaluate(state, arrays, batch)
+        counts.append(float(sums["count"]))
+        return sums
+
+    state = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
+    values = loop.evaluate(program._replace(evaluate=evaluate), state, "validation")
+    assert (sum(counts), len(counts)) == (185, 4)
+    whole = [batch["index"][batch["mask"] == 1] for batch in program.feed.eval_batches("validation")]
+    image, label = program.feed.prepare(program.feed.arrays, {"index": np.concatenate(whole)}, None)
+    logits = program.model.apply({"params": state.params}, image, train=False)
+    assert values["validation/error"] == pytest.approx(float((logits.argmax(axis=1) != label).mean()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_computing_in_either_type_leaves_float32_parameters(dtype, data_dir, tmp_path):
+    config = tiny_resnet(data_dir)
+    config.num_steps = 2
+    config.dtype = dtype
+    program = loop.make_program(config, jax.devices()[:1])
+    run(config, tmp_path, program)
+    state = last_state(tmp_path, program)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+def diverging(program, steps, value):
+    """A program whose loss is `value` at step number `steps`."""
+
+    def train(state, arrays, batches):
+        state, metrics = program.train(state, arrays, batches)
+        if int(state.step) == steps:
+            metrics = metrics | {"loss": jnp.full_like(metrics["loss"], value)}
+        return state, metrics
+
+    return program._replace(train=train)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    value, config, tmp_path, program
+):
+    with pytest.raises(
+        loop.DivergedError, match=r"diverged at step 7: loss (nan|inf).* is of step 4"
+    ) as caught:
+        run(config, tmp_path, diverging(program, 7, value))
+    assert caught.value.step == 7
+    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "diverged", "step": 7}
+    assert last_state(tmp_path, program).step == 4
+    with pytest.raises(loop.DivergedError, match="diverged at step 7, and would again"):
+        run(config, tmp_path, program)
+
+
+def test_a_learning_rate_out_of_all_bounds_diverges_for_real(config, tmp_path):
+    config.optimizer.learning_rate = 1e20
+    with pytest.raises(loop.DivergedError, match="diverged at step"):
+        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+
+
+def change(config, key, value):
+    config.update_from_flattened_dict({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 30, r"batch_size = 30 .* over 4 devices; .* 28 and 32"),
+        ("evaluation.batch_size", 202, r"evaluation.batch_size = 202 .* 200 and 204"),
+        ("batch_size", 1260, "batch_size = 1260 must be between 1 and the 1257 training examples"),
+        ("num_steps", 0, "num_steps = 0 must be 1 or more"),
+        ("seed", -1, "seed = -1 must be in"),
+        ("steps_per_call", 0, "steps_per_call = 0 must be 1 or more"),
+        ("steps_per_call", 5, "num_steps = 12 must be a positive multiple of steps_per_call = 5"),
+        ("steps_per_call", 4, "log_every_steps = 3 must be a positive multiple of steps_per_call = 4"),
+        ("log_every_steps", 0, "log_every_steps = 0 must be a positive multiple"),
+        ("checkpoint.every_steps", -4, "checkpoint.every_steps = -4 must be"),
+        ("checkpoint.best_on", "test", r"checkpoint.best_on = 'test' is not evaluated .*'validation'"),
+        (
+            "evaluation.splits",
+            ("tset",),
+            "evaluation.splits names 'tset'; data.splits has test, train, validation",
+        ),
+        ("dtype", "float16", "dtype = 'float16' is unknown; known: float32, bfloat16"),
+        ("model.name", "lenet", "model.name = 'lenet' is unknown; known: lenet5"),
+        ("data.name", "cifr10", "data.name = 'cifr10' is no TFDS data set"),
+        ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
+        ("optimizer.name", "lion", "optimizer.name = 'lion' is unknown; known: sgd"),
+        ("schedule.name", "step", "schedule.name = 'step' is unknown"),
+    ],
+)
+def test_an_impossible_config_is_refused_before_the_workdir_is_touched(key, value, message, config, tmp_path):
+    change(config, key, value)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path, program):
+    run(config, tmp_path, program)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config.optimizer.momentum = 0.5
+    with pytest.raises(ValueError, match=r"optimizer.momentum: 0.9 there, 0.5 here"):
+        run(config, tmp_path, program)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

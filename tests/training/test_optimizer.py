@@ -1,0 +1,111 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnn_cases.training.optimizer import make_optimizer, make_schedule
+
+SCHEDULE = dict(
+    name="piecewise", boundaries=(0.5, 0.75), factor=0.1, warmup="linear", warmup_steps=0, warmup_factor=0.1
+)
+SGD = dict(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.0)
+
+
+def rates(num_steps=100, **changes):
+    schedule = make_schedule(0.1, num_steps, **SCHEDULE | changes)
+    return np.array([float(schedule(step)) for step in range(num_steps)])
+
+
+def test_piecewise_drops_at_the_boundaries():
+    expected = [0.1] * 50 + [0.01] * 25 + [0.001] * 25
+    np.testing.assert_allclose(rates(), expected, rtol=1e-5)
+
+
+def test_the_schedule_of_he_et_al_drops_at_32k_and_48k_of_64k_steps():
+    schedule = make_schedule(0.1, 64_000, **SCHEDULE)
+    at = [float(schedule(step)) for step in (31_999, 32_000, 47_999, 48_000)]
+    np.testing.assert_allclose(at, [0.1, 0.01, 0.01, 0.001], rtol=1e-5)
+
+
+def test_cosine_goes_from_the_rate_to_zero_after_the_warmup():
+    values = rates(name="cosine", warmup_steps=20)
+    np.testing.assert_allclose(values[[0, 10, 20]], [0.01, 0.055, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(values[60], 0.05, rtol=1e-5)
+    assert (np.diff(values[20:]) < 0).all()
+    assert 0 < values[-1] < 1e-3
+
+
+def test_a_constant_warmup_stays_low_and_then_leaves_the_schedule_as_it_was():
+    values = rates(warmup="constant", warmup_steps=30)
+    np.testing.assert_allclose(values[:30], 0.01, rtol=1e-5)
+    np.testing.assert_array_equal(values[30:], rates()[30:])
+
+
+def updates(num_steps, grad=1.0, weight=2.0, **changes):
+    """The values of one weight under a constant gradient."""
+    tx = make_optimizer(lambda _: 0.1, **SGD | changes)
+    params = {"kernel": jnp.float32(weight)}
+    state, values = tx.init(params), []
+    for _ in range(num_steps):
+        change, state = tx.update({"kernel": jnp.float32(grad)}, state, params)
+        params = optax.apply_updates(params, change)
+        values.append(float(params["kernel"]))
+    return values
+
+
+def test_momentum_accumulates_gradients():
+    # v = 1, then 0.9 + 1, then 0.9 * 1.9 + 1.
+    np.testing.assert_allclose(updates(3), [1.9, 1.71, 1.439], rtol=1e-6)
+
+
+def test_nesterov_looks_one_step_ahead():
+    # The update is grad + momentum * v: 1 + 0.9, then 1 + 0.9 * 1.9.
+    np.testing.assert_allclose(updates(2, nesterov=True), [1.81, 1.539], rtol=1e-6)
+
+
+def test_weight_decay_goes_through_the_momentum():
+    # g = 0 + 0.5 * 2; then v = 0.9 * 1 + 0.5 * 1.9.
+    np.testing.assert_allclose(updates(2, grad=0.0, weight_decay=0.5), [1.9, 1.715], rtol=1e-6)
+
+
+def test_no_momentum_is_plain_gradient_descent():
+    np.testing.assert_allclose(updates(2, momentum=0.0), [1.9, 1.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "step"}, "schedule.name = 'step' is unknown; known: constant, piecewise, cosine"),
+        ({"warmup": "exponential"}, "schedule.warmup = 'exponential' is unknown; known: linear, constant"),
+        (
+            {"boundaries": (0.75, 0.5)},
+            "schedule.boundaries = .* must be increasing fractions between 0 and 1",
+        ),
+        ({"boundaries": (50, 75)}, "schedule.boundaries = .* must be increasing fractions"),
+        ({"warmup_steps": 100}, "schedule.warmup_steps = 100 must be 0 or more and below num_steps = 100"),
+        ({"factor": 0.0}, "schedule.factor = 0.0 must be above 0"),
+        ({"warmup_factor": -1.0}, "schedule.warmup_factor = -1.0 must be above 0"),
+    ],
+)
+def test_impossible_schedules_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rates(**changes)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
+def test_an_impossible_learning_rate_is_refused(rate):
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate = .* must be above 0"):
+        make_schedule(rate, 100, **SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "lion"}, "optimizer.name = 'lion' is unknown; known: sgd"),
+        ({"momentum": 1.0}, r"optimizer.momentum = 1.0 must be in \[0, 1\)"),
+        ({"weight_decay": -1e-4}, "optimizer.weight_decay = -0.0001 must be 0 or more"),
+    ],
+)
+def test_impossible_optimizers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(lambda _: 0.1, **SGD | changes)

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnn_cases.training import steps
+from cnn_cases.training.state import TrainState
+
+AXIS = "batch"
+
+
+def linear(variables, image, train, **_):
+    """A stand-in for `model.apply`: logits linear in the image, no statistics."""
+    logits = image @ variables["params"]["w"]
+    return (logits, {}) if train else logits
+
+
+def prepare(arrays, batch, key):
+    del key
+    return arrays["image"][batch["index"]], arrays["label"][batch["index"]]
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    arrays = {"image": rng.normal(size=(12, 3)).astype(np.float32), "label": rng.integers(0, 4, 12)}
+    tx = optax.sgd(0.1)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}
+    return arrays, tx, TrainState(jnp.int32(0), jnp.int32(0), params, {}, tx.init(params))
+
+
+def on_one_device(function):
+    mapped = jax.pmap(function, AXIS, in_axes=(None, None, 0), out_axes=None, devices=jax.devices()[:1])
+    return lambda state, arrays, batch: mapped(state, arrays, jax.tree.map(lambda leaf: leaf[None], batch))
+
+
+def test_a_step_is_gradient_descent_on_the_mean_loss():
+    arrays, tx, state = problem()
+    train = on_one_device(steps.make_train_steps(linear, tx, prepare, AXIS))
+    index = np.array([[3, 1, 7]])
+    after, metrics = train(state, arrays, {"index": index})
+
+    image, label = arrays["image"][index[0]], arrays["label"][index[0]]
+    logits = image @ np.asarray(state.params["w"])
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    gradient = image.T @ (chances - np.eye(4)[label]) / 3
+    np.testing.assert_allclose(after.params["w"], state.params["w"] - 0.1 * gradient, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], [-np.log(chances[range(3), label]).mean()], rtol=1e-5)
+    np.testing.assert_allclose(metrics["error"], [(logits.argmax(axis=1) != label).mean()], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], [np.sqrt((gradient**2).sum())], rtol=1e-5)
+    assert int(after.step) == 1
+
+
+def test_several_steps_in_one_call_are_the_same_steps():
+    arrays, tx, state = problem()
+    train = on_one_device(steps.make_train_steps(linear, tx, prepare, AXIS))
+    index = np.arange(12).reshape(4, 3)
+    at_once, metrics = train(state, arrays, {"index": index})
+    losses = []
+    for one in index:
+        state, each = train(state, arrays, {"index": one[None]})
+        losses.append(each["loss"][0])
+    np.testing.assert_allclose(at_once.params["w"], state.params["w"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)
+    assert int(at_once.step) == 4
+
+
+def test_masked_examples_do_not_count_not_even_as_nan():
+    arrays, _, state = problem()
+    arrays["image"][5] = np.nan
+    evaluate = on_one_device(steps.make_eval_step(linear, prepare, AXIS))
+    batch = {"index": np.array([0, 1, 5]), "mask": np.float32([1, 1, 0])}
+    sums = evaluate(state, arrays, batch)
+    expected = steps.cross_entropy(arrays["image"][:2] @ state.params["w"], arrays["label"][:2])
+    np.testing.assert_allclose(sums["loss"], expected.sum(), rtol=1e-6)
+    assert float(sums["count"]) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_is_computed_in_float32(dtype):
+    logits = jnp.asarray([[100.0, 0.0], [0.0, 0.0]], dtype)
+    loss = steps.cross_entropy(logits, jnp.array([0, 1]))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, [0, np.log(2)], rtol=1e-6)
+
+
+def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():
+    logits = jnp.array([[1.0, 2.0], [3.0, 2.0]])
+    np.testing.assert_array_equal(steps.is_wrong(logits, jnp.array([1, 1])), [0, 1])
