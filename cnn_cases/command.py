@@ -36,18 +36,17 @@ def run(main):
 def _parse(arguments):
     try:
         return flags.FLAGS(arguments)
-    except flags.Error as error:
+    except (flags.Error, OSError) as error:
         _leave(f"error: {error}", 2)
     except (AttributeError, KeyError) as error:
-        # ml_collections' word for a key that the config does not have: "'lrr'\nDid you mean ...?"
-        key = str(error.args[0] if error.args else "").partition("\n")[0].strip("'\"\\")
+        # ml_collections' word for a key that the config does not have: "'optimiser'\nDid you mean ...?"
+        key, _, hint = str(error.args[0] if error.args else "").partition("\n")
+        key = key.strip("'\"\\")
         culprit = next((one for one in arguments if f".{key}" in one.partition("=")[0]), None)
         if culprit is None or not key:
-            raise
-        section = flags.FLAGS["config"].value
-        for part in culprit.partition("=")[0].partition(f".{key}")[0].split(".")[1:]:
-            section = section[part]
-        _leave(f"error: {culprit}: the config has no key {key!r} there; it has {', '.join(section)}", 2)
+            raise  # a mistake in the config file itself
+        hint = hint or "configs/common.py lists the keys"
+        _leave(f"error: {culprit}: the config has no key {key!r} there. {hint}", 2)
     return None
 
 

@@ -71,8 +71,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.optimizer.lr=3"], "no key 'lr' there; it has .*learning_rate"),
-        (["--config.optimiser.name=sgd"], "no key 'optimiser' there; it has .*optimizer"),
+        (["--config.optimizer.lr=3"], "--config.optimizer.lr=3: the config has no key 'lr' there"),
+        (["--config.optimiser.name=sgd"], "no key 'optimiser' there. Did you mean \"optimizer\""),
         (["--config.num_steps=many"], "--config.num_steps=many: invalid literal"),
         (
             ["--config.data.name=mnist"],

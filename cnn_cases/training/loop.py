@@ -132,9 +132,11 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             log.say(f"{workdir}: resuming after step {step}")
         log.start(step)
         try:
-            final = extra["final"] or _train(
-                config, program, step, state, extra["window"], log=log, checkpoints=checkpoints, stop=stop
-            )
+            final = extra["final"]
+            if final is None:
+                final = _train(
+                    config, program, step, state, extra["window"], log=log, checkpoints=checkpoints, stop=stop
+                )
         except DivergedError as error:
             write_json(workdir / "result.json", {"status": "diverged", "step": error.step})
             kept = checkpoints.all_steps()
@@ -197,7 +199,6 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
         collect(ahead)
 
         last = step == config.num_steps
-        save = last or stop.number or _is_due(step, config.checkpoint.every_steps)
         values = {}
         if last or _is_due(step, config.evaluation.every_steps):
             collect(0)
@@ -210,15 +211,16 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
             )
             final = values if last else None
             clock = time.monotonic()
-        if save:
+        stopping = stop.number  # read once: it can come at any moment
+        if last or stopping or _is_due(step, config.checkpoint.every_steps):
             collect(0)
             log.flush()
             error = values.get(f"{config.checkpoint.best_on}/error")
-            checkpoints.save(step, state, {"window": window, "final": final}, error)
+            checkpoints.save(step, state, {"window": list(window), "final": final}, error)
             clock = time.monotonic()
-        if stop.number and not last:
-            name = signal.Signals(stop.number).name
-            raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stop.number)
+        if stopping and not last:
+            name = signal.Signals(stopping).name
+            raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stopping)
     return final
 
 

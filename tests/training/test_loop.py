@@ -114,6 +114,18 @@ def test_a_signal_saves_at_once_and_changes_nothing(number, steps, config, tmp_p
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
+    def evaluate(state, arrays, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return program.evaluate(state, arrays, batch)
+
+    config.checkpoint.every_steps = 0
+    program_4 = loop.make_program(config, jax.devices()[:1])._replace(evaluate=evaluate)
+    with pytest.raises(loop.InterruptedRun, match="saved after step 4"):
+        run(config, tmp_path, program_4)
+    assert last_state(tmp_path, program).step == 4
+
+
 def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(config, tmp_path, program):
     first = run(config, tmp_path, program)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
