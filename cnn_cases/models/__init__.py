@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.lenet import LeNet5
 from cnn_cases.models.resnet import CifarResNet
+from cnn_cases.models.vgg import VGG
 
 MODELS = {
     "lenet5": LeNet5,
     "alexnet": AlexNet,
+    "vgg": VGG,
     "resnet_cifar": CifarResNet,
 }
 
