@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.lenet import LeNet5
+from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet
 from cnn_cases.models.vgg import VGG
 
 MODELS = {
     "lenet5": LeNet5,
     "alexnet": AlexNet,
+    "nin": NIN,
     "vgg": VGG,
     "resnet_cifar": CifarResNet,
 }
