@@ -3,8 +3,9 @@
 Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012.
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014.
 
-                      output                       parameters
-    layer             two_groups, lecture          two_groups      lecture    one_tower
+                      output        output
+                      two_groups,   one_tower      parameters   parameters   parameters
+    layer             lecture                      two_groups      lecture    one_tower
     image             227x227x3     224x224x3
     conv 11x11 / 4    55x55x96      55x55x64           34,944       34,944       23,296
     pool 3x3 / 2      27x27x96      27x27x64
@@ -19,16 +20,15 @@ Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2
     dense             1000          1000            4,097,000    4,097,000    4,097,000
                                                    60,965,224   62,378,344   61,100,840
 
-(the second output column is one_tower). ReLU follows every layer but the last. In two_groups, local response
-normalisation follows the ReLU of conv 1 and 2, and conv 2, 4 and 5 have two groups: each of the paper's two
-GPUs sees its own half of the maps there. Half of the hidden dense units drop out. Weights start normal with
-standard deviation 0.01; biases start at 1 in conv 2, 4, 5 and the hidden dense layers, at 0 elsewhere
-(section 5).
+ReLU follows every layer but the last. In two_groups, local response normalisation follows the ReLU of conv 1
+and 2, and conv 2, 4 and 5 have two groups: each of the paper's two GPUs sees its own half of the maps there.
+Half of the hidden dense units drop out. Weights start normal with standard deviation 0.01; biases start at 1
+in conv 2, 4, 5 and the hidden dense layers, at 0 elsewhere (section 5).
 
 Departures from the 2012 paper: images of 227 pixels, since its 224 do not give its 55x55 maps; response
 normalisation runs across the border between the two groups, as its formula reads, though its two GPUs could
-not see each other's maps there; what drops out is scaled up in training, where the paper halves every unit's
-output in the test. The lecture draws neither groups nor response normalisation.
+not see each other's maps there; what survives dropout is doubled in training, where the paper halves every
+unit's output in the test. The lecture draws neither groups nor response normalisation.
 
 one_tower follows the widespread public weights (torchvision): padding of 2 in the first convolution and no
 response normalisation, both unlike the author's own file for that net; dropout and initialisation are those
@@ -64,8 +64,8 @@ normal = nn.initializers.normal(0.01)
 class AlexNet(nn.Module):
     """AlexNet in one of its three versions.
 
-    The first dense layer is as wide as the last maps are large, so a net works on the image size it was
-    initialised with and no other.
+    The first dense layer has an input for every pixel of the last maps, so a net works on the image size it
+    was initialised with and no other.
 
     Attributes:
       variant: a key of VARIANTS.
