@@ -8,11 +8,17 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.lenet import LeNet5
+from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet
+from cnn_cases.models.vgg import VGG
 
 MODELS = {
     "lenet5": LeNet5,
+    "alexnet": AlexNet,
+    "nin": NIN,
+    "vgg": VGG,
     "resnet_cifar": CifarResNet,
 }
 
@@ -26,7 +32,7 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
       name: a key of MODELS.
       num_classes: length of the logits.
       dtype: compute type, a key of DTYPES.
-      axis_name: the pmap axis over which batch statistics are taken, for models that take any.
+      axis_name: the pmap axis over which the batch is split, for models with batch statistics or dropout.
       **knobs: the architecture's own fields, such as `depth`.
 
     Raises:

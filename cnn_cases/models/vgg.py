@@ -1,0 +1,140 @@
+"""VGG: the six nets of the paper's Table 1, with or without batch normalisation.
+
+Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition", 2014.
+
+    stage   output       A      B      C        D        E
+    image   224x224x3
+    1       112x112x64   3      3 3    3 3      3 3      3 3
+    2       56x56x128    3      3 3    3 3      3 3      3 3
+    3       28x28x256    3 3    3 3    3 3 1    3 3 3    3 3 3 3
+    4       14x14x512    3 3    3 3    3 3 1    3 3 3    3 3 3 3
+    5       7x7x512      3 3    3 3    3 3 1    3 3 3    3 3 3 3
+    dense   4096, 4096, 1000, the same in every net
+
+    parameters           A 132,863,336   B 133,047,848   C 133,638,952   D 138,357,544   E 143,667,240
+    with batch norm      A 132,868,840   B 133,053,736   C 133,647,400   D 138,365,992   E 143,678,248
+
+A digit is the side of a convolution's square kernel; a 2x2 max pooling ends each stage. ReLU follows every
+layer but the last; half of the hidden dense units drop out. A-LRN is A with local response normalisation
+after its first layer. D and E are the nets known as VGG-16 and VGG-19.
+
+The dense layers are convolutions: the first has a kernel as large as the last maps (7x7 for images of 224
+pixels), the others 1x1. At that image size this is the dense layer, number for number. A larger image gives
+a map of class scores, which is averaged over space (section 3.2, "dense evaluation").
+
+Departures from the paper: weights start as Glorot and Bengio (2010) draw them, uniformly, and biases at 0.
+The paper trained A from normal weights and started the deeper nets from a trained A; its authors found later
+that Glorot's way makes that unnecessary (section 3.1). Batch normalisation, younger than the paper, stands
+between a convolution, which keeps its bias, and its ReLU, as in the widespread public weights (torchvision);
+its epsilon is 1e-5, and it keeps 0.9 of its running statistics at each step.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cnn_cases.models.layers import Dropout, conv_general_dilated, local_response_norm
+
+FILTERS = (64, 128, 256, 512, 512)  # of the convolutions of each stage
+
+# Kernel sizes, stage by stage.
+VARIANTS = {
+    "A": ((3,), (3,), (3, 3), (3, 3), (3, 3)),
+    "A-LRN": ((3,), (3,), (3, 3), (3, 3), (3, 3)),
+    "B": ((3, 3), (3, 3), (3, 3), (3, 3), (3, 3)),
+    "C": ((3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1)),
+    "D": ((3, 3), (3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+    "E": ((3, 3), (3, 3), (3, 3, 3, 3), (3, 3, 3, 3), (3, 3, 3, 3)),
+}
+
+glorot = nn.initializers.glorot_uniform()
+
+
+def glorot_dense(key, shape, dtype):
+    """Initialises a convolution [h, w, C, F] as the dense layer of h * w * C inputs that it stands for.
+
+    Seen as a convolution, it would be taken to feed each unit to h * w places, and start too small.
+    """
+    *window, features = shape
+    return glorot(key, (math.prod(window), features), dtype).reshape(shape)
+
+
+class VGG(nn.Module):
+    """One of the nets of Table 1.
+
+    Attributes:
+      variant: a key of VARIANTS.
+      batch_norm: normalise the output of every convolution.
+      image_size: side of the square training images, pixels, at least 32; it sets the size of the first
+        dense layer, `image_size // 32` squared. Images may then be larger, and as small as that layer allows.
+      dense_features: units of each hidden dense layer.
+      num_classes: length of the logits.
+      dtype: compute type; parameters and batch statistics are float32.
+      axis_name: the pmap axis over which the batch is split, None where it is not.
+    """
+
+    variant: str = "D"
+    batch_norm: bool = False
+    image_size: int = 224
+    dense_features: int = 4096
+    num_classes: int = 1000
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """image [B, H, W, C] -> logits [B, num_classes], averaged over the score map if there is one.
+
+        Raises:
+          ValueError: `variant` is unknown, `image_size` is below 32, `dense_features` is not positive, or
+            the image is too small for the first dense layer.
+        """
+        if self.variant not in VARIANTS:
+            raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
+        if self.image_size < 32:
+            raise ValueError(
+                f"model.image_size = {self.image_size} must be at least 32, which five poolings make 1"
+            )
+        if self.dense_features < 1:
+            raise ValueError(f"model.dense_features = {self.dense_features} must be at least 1")
+        last_map = self.image_size // 32
+        smallest = last_map * 32
+        if min(x.shape[1:3]) < smallest:
+            raise ValueError(
+                f"VGG with model.image_size = {self.image_size} needs images of at least "
+                f"{smallest}x{smallest} pixels, got {x.shape[1]}x{x.shape[2]}; "
+                "set model.image_size to the size of the training images"
+            )
+        conv = functools.partial(
+            nn.Conv,
+            padding=0,
+            kernel_init=glorot,
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+        )
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+        )
+        for stage, (filters, sizes) in enumerate(zip(FILTERS, VARIANTS[self.variant], strict=True), start=1):
+            for number, size in enumerate(sizes, start=1):
+                x = conv(filters, (size, size), padding=size // 2, name=f"conv{stage}_{number}")(x)
+                if self.batch_norm:
+                    x = norm(name=f"norm{stage}_{number}")(x)
+                x = nn.relu(x)
+            if self.variant == "A-LRN" and stage == 1:
+                x = local_response_norm(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = conv(self.dense_features, (last_map, last_map), kernel_init=glorot_dense, name="dense1")(x)
+        x = Dropout(0.5, self.axis_name, name="dropout1")(nn.relu(x), train)
+        x = conv(self.dense_features, (1, 1), name="dense2")(x)
+        x = Dropout(0.5, self.axis_name, name="dropout2")(nn.relu(x), train)
+        x = conv(self.num_classes, (1, 1), name="logits")(x)
+        return x.mean(axis=(1, 2))
