@@ -40,6 +40,30 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     return product.reshape(-1, out_height, out_width, filters)
 
 
+def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
+    """Local response normalisation across channels (Krizhevsky et al. 2012, section 3.3).
+
+    b_i = a_i / (k + alpha * sum of a_j^2)^beta, where j runs over the `n` channels centred on i, or as many
+    of them as there are. `alpha` multiplies the sum as in the paper; Caffe and PyTorch multiply the mean, so
+    that their alpha is `n` times the paper's.
+
+    Args:
+      x: [..., C], of any float type. The sum is taken in float32: squares lose too much in bfloat16.
+      k, n, alpha, beta: the paper's constants; `n` is odd.
+
+    Returns:
+      The normalised activations, [..., C], of x's type.
+    """
+    assert n % 2 == 1, n
+    a = x.astype(jnp.float32)
+    # A sum over windows of channels: the gradient of n shifted copies takes four times as long on a CPU.
+    ones, zeros = (1,) * (x.ndim - 1), ((0, 0),) * (x.ndim - 1)
+    squares = lax.reduce_window(
+        a * a, 0.0, lax.add, (*ones, n), window_strides=(*ones, 1), padding=(*zeros, (n // 2, n // 2))
+    )
+    return (a * (k + alpha * squares) ** -beta).astype(x.dtype)
+
+
 class Dropout(nn.Module):
     """Inverted dropout (Hinton et al. 2012) whose mask does not depend on the number of devices.
 

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_cases.models.layers import local_response_norm
+
+
+def paper_formula(a, k, n, alpha, beta):
+    b = np.empty_like(a)
+    channels = a.shape[-1]
+    for i in range(channels):
+        first, last = max(0, i - n // 2), min(channels - 1, i + n // 2)
+        b[..., i] = a[..., i] / (k + alpha * (a[..., first : last + 1] ** 2).sum(-1)) ** beta
+    return b
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [dict(k=2.0, n=5, alpha=1e-4, beta=0.75), dict(k=1.0, n=3, alpha=0.5, beta=0.5)],
+)
+@pytest.mark.parametrize("channels", [1, 3, 9])  # fewer than a window, and more
+def test_response_norm_is_the_papers_formula(constants, channels):
+    a = np.random.default_rng(0).normal(0, 100, (2, 3, 4, channels))
+    b = local_response_norm(jnp.asarray(a, jnp.float32), **constants)
+    np.testing.assert_allclose(b, paper_formula(a, **constants), rtol=1e-5)
+
+
+def test_response_norm_by_hand_with_the_papers_constants():
+    # Five channels of 100: the middle one sees a sum of 50,000, the first a sum of 30,000.
+    b = local_response_norm(jnp.full((1, 1, 1, 5), 100.0))
+    np.testing.assert_allclose(b[0, 0, 0, 2], 100 / 7**0.75, rtol=1e-6)
+    np.testing.assert_allclose(b[0, 0, 0, 0], 100 / 5**0.75, rtol=1e-6)
+
+
+def test_response_norm_of_bfloat16_is_the_float32_result_rounded_once():
+    x = 50 * jax.random.normal(jax.random.key(0), (1, 2, 2, 16), jnp.bfloat16)
+    b = local_response_norm(x)
+    assert b.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(b, local_response_norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_response_norm_has_the_gradient_of_the_papers_formula():
+    # By hand, for k = 1, alpha = beta = 1 and one window over all channels: with s = 1 + |a|^2, the gradient
+    # of the sum of a / s is 1 / s - 2 a sum(a) / s^2.
+    a = np.array([0.5, -1.0, 2.0], np.float32)
+    gradient = jax.grad(lambda a: local_response_norm(a, k=1.0, n=5, alpha=1.0, beta=1.0).sum())(a)
+    s = 1 + (a**2).sum()
+    np.testing.assert_allclose(gradient, 1 / s - 2 * a * a.sum() / s**2, rtol=1e-5)
