@@ -1,17 +1,19 @@
 """The architectures, and the one table of their names.
 
 Every model is a Linen module that maps `image [B, H, W, C]` to `logits [B, num_classes]` when called as
-`model(image, train)`.
+`model(image, train)`; a model with side branches gives, in training, the tuple `(logits, *side_logits)`.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
+from cnn_cases.models.inception import GoogLeNet
 from cnn_cases.models.lenet import LeNet5
 from cnn_cases.models.resnet import CifarResNet
 
 MODELS = {
+    "googlenet": GoogLeNet,
     "lenet5": LeNet5,
     "resnet_cifar": CifarResNet,
 }
