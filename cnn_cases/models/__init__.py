@@ -9,11 +9,13 @@ import dataclasses
 import jax.numpy as jnp
 
 from cnn_cases.models.inception import GoogLeNet
+from cnn_cases.models.inception_v3 import InceptionV3
 from cnn_cases.models.lenet import LeNet5
 from cnn_cases.models.resnet import CifarResNet
 
 MODELS = {
     "googlenet": GoogLeNet,
+    "inception_v3": InceptionV3,
     "lenet5": LeNet5,
     "resnet_cifar": CifarResNet,
 }
