@@ -1,20 +1,27 @@
 """The architectures, and the one table of their names.
 
 Every model is a Linen module that maps `image [B, H, W, C]` to `logits [B, num_classes]` when called as
-`model(image, train)`.
+`model(image, train)`; a model with side branches gives, in training, the tuple `(logits, *side_logits)`.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
+<<<<<<< HEAD
 from cnn_cases.models.alexnet import AlexNet
+=======
+from cnn_cases.models.inception import GoogLeNet
+from cnn_cases.models.inception_v3 import InceptionV3
+>>>>>>> inception
 from cnn_cases.models.lenet import LeNet5
 from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet
 from cnn_cases.models.vgg import VGG
 
 MODELS = {
+    "googlenet": GoogLeNet,
+    "inception_v3": InceptionV3,
     "lenet5": LeNet5,
     "alexnet": AlexNet,
     "nin": NIN,

@@ -1,5 +1,7 @@
 """Layers that more than one architecture uses."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -90,3 +92,43 @@ class Dropout(nn.Module):
         keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(first + jnp.arange(batch))
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+class ConvUnit(nn.Module):
+    """A convolution, batch normalisation where the network has it, and ReLU.
+
+    Attributes:
+      filters: output channels.
+      window: height and width of the kernel.
+      stride: in both directions.
+      padding: zero pixels above and below, and left and right; None for half the window, with which an odd
+        window at stride 1 keeps the size of the map.
+      norm: `nn.BatchNorm` with the network's settings, in place of biases; None for biases.
+      dtype: compute type; parameters are float32.
+    """
+
+    filters: int
+    window: tuple[int, int]
+    stride: int = 1
+    padding: tuple[int, int] | None = None
+    norm: Any = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, C] -> [B, H', W', filters]."""
+        height, width = self.window
+        x = nn.Conv(
+            self.filters,
+            self.window,
+            self.stride,
+            padding=(height // 2, width // 2) if self.padding is None else self.padding,
+            use_bias=self.norm is None,
+            kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+            name="conv",
+        )(x)
+        if self.norm is not None:
+            x = self.norm(name="norm")(x)
+        return nn.relu(x)

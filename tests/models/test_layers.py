@@ -1,10 +1,13 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
-from cnn_cases.models.layers import Dropout, conv_general_dilated, local_response_norm
+from cnn_cases.models.layers import ConvUnit, Dropout, conv_general_dilated, local_response_norm
 
 PLAIN = dict(
     lhs_dilation=(1, 1),
@@ -107,3 +110,38 @@ def test_response_norm_has_the_gradient_of_the_papers_formula():
     gradient = jax.grad(lambda a: local_response_norm(a, k=1.0, n=5, alpha=1.0, beta=1.0).sum())(a)
     s = 1 + (a**2).sum()
     np.testing.assert_allclose(gradient, 1 / s - 2 * a * a.sum() / s**2, rtol=1e-5)
+
+
+def unit_shapes(unit, height, width):
+    x = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    y, variables = jax.eval_shape(unit.init_with_output, jax.random.key(0), x)
+    return y.shape[1:], variables["params"]
+
+
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (5, 5), (1, 7), (7, 1)])
+def test_a_conv_unit_keeps_the_size_of_the_map(window):
+    shape, params = unit_shapes(ConvUnit(4, window), 6, 9)
+    assert shape == (6, 9, 4)
+    assert params["conv"]["kernel"].shape == (*window, 3, 4)
+
+
+def test_a_conv_unit_takes_stride_and_padding():
+    assert unit_shapes(ConvUnit(4, (7, 7), 2), 224, 224)[0] == (112, 112, 4)
+    assert unit_shapes(ConvUnit(4, (3, 3), 2, (0, 0)), 299, 35)[0] == (149, 17, 4)
+
+
+def test_a_conv_unit_has_biases_or_a_normalisation():
+    assert set(unit_shapes(ConvUnit(4, (3, 3)), 5, 5)[1]["conv"]) == {"kernel", "bias"}
+    norm = functools.partial(nn.BatchNorm, use_running_average=True)
+    params = unit_shapes(ConvUnit(4, (3, 3), norm=norm), 5, 5)[1]
+    assert {name: set(layer) for name, layer in params.items()} == {
+        "conv": {"kernel"},
+        "norm": {"scale", "bias"},
+    }
+
+
+def test_a_conv_unit_ends_in_a_relu():
+    x = jnp.ones((1, 1, 1, 1))
+    kernel = jnp.asarray([[[[-2.0, 2.0]]]])
+    y = ConvUnit(2, (1, 1)).apply({"params": {"conv": {"kernel": kernel, "bias": jnp.full(2, 0.5)}}}, x)
+    np.testing.assert_array_equal(y, [[[[0, 2.5]]]])

@@ -1,0 +1,235 @@
+"""The Inception module, naive and reduced, and GoogLeNet, the network of nine of them.
+
+Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich, "Going deeper with convolutions",
+2014, table 1 (the filters inside the modules stand in TABLE_1 below):
+
+    layer                      output         parameters
+    image                      224x224x3
+    conv 7x7, stride 2         112x112x64          9,472
+    max pool 3x3, stride 2     56x56x64                     then local response normalisation
+    conv 1x1                   56x56x64            4,160
+    conv 3x3                   56x56x192         110,784    then local response normalisation
+    max pool 3x3, stride 2     28x28x192
+    inception 3a               28x28x256         163,696
+    inception 3b               28x28x480         388,736
+    max pool 3x3, stride 2     14x14x480
+    inception 4a               14x14x512         376,176    side branch 1: 3,188,840
+    inception 4b               14x14x512         449,160
+    inception 4c               14x14x512         510,104
+    inception 4d               14x14x528         605,376    side branch 2: 3,190,888
+    inception 4e               14x14x832         868,352
+    max pool 3x3, stride 2     7x7x832
+    inception 5a               7x7x832         1,043,456
+    inception 5b               7x7x1024        1,444,080
+    average pool, dropout 0.4  1024
+    dense                      1000            1,025,000    6,998,552 in all, 13,378,280 with side branches
+
+A side branch (section 5) stands on 4a and on 4d, in training only: average pool 5x5 with stride 3 (4x4),
+conv 1x1 with 128 filters, dense 1024, dropout 0.7, dense. Its loss counts 0.3 in the sum.
+
+`batch_norm=True` is the form that public weights use, torchvision's: batch normalisation in place of biases
+and of local response normalisation, 3x3 windows where the table says 5x5 (an old slip that the weights have
+kept), and a 2x2 window in the last max pool. 6,624,904 parameters, 13,004,888 with side branches.
+Torchvision's dropout of 0.2 before the logits, and its side branches' pooling to 4x4 from any size, are not
+followed: they change nothing at evaluation.
+
+Departures from the paper: the last average pool is over the whole map (7x7 at 224 pixels), so that other
+image sizes work. Where the paper is silent: local response normalisation has AlexNet's constants and stands
+where the Caffe replica has it; weights start from He et al.'s normal distribution (cut off at two standard
+deviations) and biases from zero; batch normalisation has torchvision's epsilon of 1e-3 and keeps 0.9 of its
+running statistics at each step.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cnn_cases.models.layers import ConvUnit, Dropout, local_response_norm
+
+# Filters of each module, by the columns of table 1:
+# 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
+TABLE_1 = {
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
+
+SIDE_BRANCHES = {"4a": "side1", "4d": "side2"}
+
+
+def halve(x, window=3):
+    """Max pooling with stride 2, sizes rounded up as in Caffe: 112 -> 56 -> 28 -> 14 -> 7.
+
+    [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window. On an even map the last window reaches one
+    pixel over the lower and the right edge; that pixel is padding and never the maximum.
+    """
+    return nn.max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
+
+
+def pool_in_place(x):
+    """3x3 max pooling with stride 1, the fourth branch of a module. [B, H, W, C] -> [B, H, W, C]."""
+    return nn.max_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
+
+
+class NaiveInceptionModule(nn.Module):
+    """All windows side by side on the whole input (figure 2a); the pooled input passes as it is.
+
+    Attributes:
+      filters_1x1, filters_3x3, filters_5x5: output channels of the three convolutions.
+      unit: `ConvUnit` with the network's settings.
+    """
+
+    filters_1x1: int
+    filters_3x3: int
+    filters_5x5: int
+    unit: Any = ConvUnit
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, C] -> [B, H, W, filters_1x1 + filters_3x3 + filters_5x5 + C]."""
+        branches = [
+            self.unit(self.filters_1x1, (1, 1), name="conv_1x1")(x),
+            self.unit(self.filters_3x3, (3, 3), name="conv_3x3")(x),
+            self.unit(self.filters_5x5, (5, 5), name="conv_5x5")(x),
+            pool_in_place(x),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+class InceptionModule(nn.Module):
+    """The module with 1x1 convolutions before the wide windows and after the pooling (figure 2b).
+
+    Attributes:
+      filters_1x1, reduce_3x3, filters_3x3, reduce_5x5, filters_5x5, filters_pool: a row of TABLE_1.
+      wide_window: side of the window that table 1 calls 5x5.
+      unit: `ConvUnit` with the network's settings.
+    """
+
+    filters_1x1: int
+    reduce_3x3: int
+    filters_3x3: int
+    reduce_5x5: int
+    filters_5x5: int
+    filters_pool: int
+    wide_window: int = 5
+    unit: Any = ConvUnit
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, C] -> [B, H, W, filters_1x1 + filters_3x3 + filters_5x5 + filters_pool]."""
+        wide = (self.wide_window, self.wide_window)
+        narrow_3x3 = self.unit(self.reduce_3x3, (1, 1), name="reduce_3x3")(x)
+        narrow_5x5 = self.unit(self.reduce_5x5, (1, 1), name="reduce_5x5")(x)
+        branches = [
+            self.unit(self.filters_1x1, (1, 1), name="conv_1x1")(x),
+            self.unit(self.filters_3x3, (3, 3), name="conv_3x3")(narrow_3x3),
+            self.unit(self.filters_5x5, wide, name="conv_5x5")(narrow_5x5),
+            self.unit(self.filters_pool, (1, 1), name="project_pool")(pool_in_place(x)),
+        ]
+        return jnp.concatenate(branches, axis=-1)
+
+
+class SideBranch(nn.Module):
+    """A classifier on the middle of the trunk, for training.
+
+    Attributes:
+      unit, dense: `ConvUnit` and `nn.Dense` with the network's settings.
+      num_classes: length of the logits.
+      axis_name: as in the network.
+    """
+
+    unit: Any
+    dense: Any
+    num_classes: int
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """[B, H, W, C] -> logits [B, num_classes]; the first dense layer's weights depend on H and W."""
+        x = nn.avg_pool(x, (5, 5), (3, 3))
+        x = self.unit(128, (1, 1), name="conv")(x)
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(self.dense(1024, name="dense")(x))
+        x = Dropout(0.7, self.axis_name, name="dropout")(x, train)
+        return self.dense(self.num_classes, name="logits")(x)
+
+
+class GoogLeNet(nn.Module):
+    """GoogLeNet, as published or in the form that public weights use.
+
+    Attributes:
+      batch_norm: the public form, with batch normalisation (see the head of this file).
+      side_branches: give the logits of both side branches too, in training.
+      num_classes: length of the logits.
+      dtype: compute type; parameters and batch statistics are float32.
+      axis_name: the pmap axis over which the batch is split, None where it is not.
+    """
+
+    batch_norm: bool = False
+    side_branches: bool = True
+    num_classes: int = 1000
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """image [B, H, W, C] -> logits [B, num_classes].
+
+        In training, with side branches, a tuple of three: the net's own logits and those of branches 1 and 2.
+        The side branches need images of the size that the parameters were made with; the trunk does not.
+
+        Raises:
+          ValueError: the image is smaller than 31x31, or than 79x79 where the side branches run.
+        """
+        # The side branches' parameters have to exist although the initialising call is not a training call.
+        run_sides = self.side_branches and (train or self.is_initializing())
+        height, width = x.shape[1:3]
+        if run_sides and min(height, width) < 79:
+            raise ValueError(
+                f"GoogLeNet with side branches needs images of at least 79x79 pixels, got {height}x{width}; "
+                "without them (model.side_branches = False) it needs 31x31"
+            )
+        if min(height, width) < 31:
+            raise ValueError(f"GoogLeNet needs images of at least 31x31 pixels, got {height}x{width}")
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-3,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+        )
+        unit = functools.partial(ConvUnit, norm=norm if self.batch_norm else None, dtype=self.dtype)
+        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
+
+        x = halve(unit(64, (7, 7), 2, name="conv1")(x))
+        if not self.batch_norm:
+            x = local_response_norm(x)
+        x = unit(64, (1, 1), name="conv2_reduce")(x)
+        x = unit(192, (3, 3), name="conv2")(x)
+        if not self.batch_norm:
+            x = local_response_norm(x)
+        x = halve(x)
+        side_logits = []
+        for module, filters in TABLE_1.items():
+            if module == "4a":
+                x = halve(x)
+            if module == "5a":
+                x = halve(x, window=2 if self.batch_norm else 3)
+            wide_window = 3 if self.batch_norm else 5
+            x = InceptionModule(*filters, wide_window, unit, name=f"inception_{module}")(x)
+            if run_sides and module in SIDE_BRANCHES:
+                side = SideBranch(unit, dense, self.num_classes, self.axis_name, name=SIDE_BRANCHES[module])
+                side_logits.append(side(x, train))
+        x = x.mean(axis=(1, 2))
+        x = Dropout(0.4, self.axis_name, name="dropout")(x, train)
+        logits = dense(self.num_classes, name="logits")(x)
+        return (logits, *side_logits) if train and self.side_branches else logits

@@ -1,0 +1,388 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from cnn_cases.models import make_model
+from cnn_cases.models.inception import TABLE_1, GoogLeNet, InceptionModule, NaiveInceptionModule, halve
+from cnn_cases.models.layers import Dropout
+
+# Table 1 of the paper: output channels of each module, and its parameters as added up in the file's head.
+MODULES = {
+    "3a": (256, 163_696),
+    "3b": (480, 388_736),
+    "4a": (512, 376_176),
+    "4b": (512, 449_160),
+    "4c": (512, 510_104),
+    "4d": (528, 605_376),
+    "4e": (832, 868_352),
+    "5a": (832, 1_043_456),
+    "5b": (1024, 1_444_080),
+}
+SIDE_PARAMETERS = {"side1": 3_188_840, "side2": 3_190_888}
+
+# The slide: 28x28x192 -> 28x28x256.
+LECTURE_FILTERS = {
+    "conv_1x1": 64,
+    "reduce_3x3": 96,
+    "conv_3x3": 128,
+    "reduce_5x5": 16,
+    "conv_5x5": 32,
+    "project_pool": 32,
+}
+
+
+def image_shape(size, channels=3):
+    return jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+
+
+def trace_initialisation(model, size, channels=3):
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image_shape(size, channels))
+
+
+variable_shapes = functools.cache(trace_initialisation)
+
+
+def apply(model, variables, x, train):
+    rngs = {"dropout": jax.random.key(1)}
+    return model.apply(variables, x, train, rngs=rngs, mutable=["batch_stats"])[0]
+
+
+def output_shapes(model, variables, size, train):
+    return jax.eval_shape(lambda v, x: apply(model, v, x, train), variables, image_shape(size))
+
+
+def count(params):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def visited(call):
+    """Every module that `call` runs: path -> (module, shape of its output)."""
+    found = {}
+
+    def note(function, args, kwargs, context):
+        y = function(*args, **kwargs)
+        if context.method_name == "__call__" and hasattr(y, "shape"):
+            found["/".join(context.module.path)] = (context.module, y.shape)
+        return y
+
+    with nn.intercept_methods(note):
+        call()
+    return found
+
+
+@functools.cache
+def modules_of_initialisation(model, size):
+    return visited(lambda: trace_initialisation(model, size))
+
+
+def module_shapes(module, height, width, channels):
+    x = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    found = visited(lambda: jax.eval_shape(module.init, jax.random.key(0), x))
+    return {path: shape[1:] for path, (_, shape) in found.items()}
+
+
+# The modules.
+
+
+def test_the_reduced_module_has_the_shapes_of_the_lecture():
+    assert module_shapes(InceptionModule(64, 96, 128, 16, 32, 32), 28, 28, 192) == {
+        **{f"{name}/conv": (28, 28, filters) for name, filters in LECTURE_FILTERS.items()},
+        **{name: (28, 28, filters) for name, filters in LECTURE_FILTERS.items()},
+        "": (28, 28, 256),
+    }
+
+
+def test_the_naive_module_keeps_all_channels_of_its_input():
+    assert module_shapes(NaiveInceptionModule(64, 128, 32), 28, 28, 192)[""] == (28, 28, 64 + 128 + 32 + 192)
+
+
+def test_the_modules_multiply_as_often_as_the_lecture_says():
+    def multiplications(module, names):
+        x = jax.ShapeDtypeStruct((1, 28, 28, 192), jnp.float32)
+        params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+        return [28 * 28 * math.prod(params[name]["conv"]["kernel"].shape) for name in names]
+
+    assert multiplications(NaiveInceptionModule(64, 128, 32), ["conv_5x5"]) == [120_422_400]
+    reduced = multiplications(InceptionModule(64, 96, 128, 16, 32, 32), ["reduce_5x5", "conv_5x5"])
+    assert reduced == [2_408_448, 10_035_200]
+
+
+@pytest.mark.parametrize(
+    ("module", "wide_window"),
+    [
+        (NaiveInceptionModule(1, 1, 1), 5),
+        (InceptionModule(1, 1, 1, 1, 1, 1), 5),
+        (InceptionModule(1, 1, 1, 1, 1, 1, wide_window=3), 3),
+    ],
+)
+def test_with_kernels_of_ones_the_branches_are_sums_and_a_maximum_over_their_windows(module, wide_window):
+    x = np.random.default_rng(0).uniform(1, 2, (1, 5, 6, 1)).astype(np.float32)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: np.full(leaf.shape, float(path[-1].key == "kernel"), np.float32),
+        jax.eval_shape(module.init, jax.random.key(0), x)["params"],
+    )
+    y = np.asarray(jax.jit(module.apply)({"params": params}, x))
+    assert y.shape == (1, 5, 6, 4)
+
+    def around(row, column, reach):
+        return x[0, max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+
+    for row in range(5):
+        for column in range(6):
+            near, far = around(row, column, 1), around(row, column, wide_window // 2)
+            expected = [x[0, row, column, 0], near.sum(), far.sum(), near.max()]
+            np.testing.assert_allclose(y[0, row, column], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [112, 56, 28, 14])
+def test_pooling_halves_the_papers_maps_without_looking_at_the_padding(size):
+    x = -jnp.arange(1.0, size + 1)[None, :, None, None] * jnp.ones((1, 1, size, 1))
+    pooled = np.asarray(halve(x))
+    assert pooled.shape == (1, size // 2, size // 2, 1)
+    # Values fall from -1: the first row of each window is its maximum, and padding of zeros would show.
+    np.testing.assert_array_equal(pooled[0, :, 0, 0], -np.arange(1, size + 1, 2))
+
+
+# GoogLeNet.
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "side_branches", "parameters"),
+    [
+        (False, False, 6_998_552),
+        (False, True, 13_378_280),
+        (True, False, 6_624_904),
+        (True, True, 13_004_888),
+    ],
+)
+def test_googlenet_has_the_published_number_of_parameters(batch_norm, side_branches, parameters):
+    model = GoogLeNet(batch_norm, side_branches)
+    assert count(variable_shapes(model, 224)["params"]) == parameters
+
+
+def test_every_layer_of_googlenet_has_the_parameters_of_the_table():
+    params = variable_shapes(GoogLeNet(), 224)["params"]
+    assert {name: count(layer) for name, layer in params.items()} == {
+        "conv1": 9_472,
+        "conv2_reduce": 4_160,
+        "conv2": 110_784,
+        **{f"inception_{module}": parameters for module, (_, parameters) in MODULES.items()},
+        "logits": 1_025_000,
+        **SIDE_PARAMETERS,
+    }
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_every_layer_of_googlenet_has_the_shape_of_the_table(batch_norm):
+    found = modules_of_initialisation(GoogLeNet(batch_norm), 224)
+    sizes = {"3": 28, "4": 14, "5": 7}
+    expected = {
+        "conv1": (112, 112, 64),
+        "conv2_reduce": (56, 56, 64),
+        "conv2": (56, 56, 192),
+        **{
+            f"inception_{name}": (sizes[name[0]], sizes[name[0]], channels)
+            for name, (channels, _) in MODULES.items()
+        },
+        "logits": (1000,),
+        **{f"{side}/conv": (4, 4, 128) for side in SIDE_PARAMETERS},
+        **{f"{side}/dense": (1024,) for side in SIDE_PARAMETERS},
+        **{f"{side}/logits": (1000,) for side in SIDE_PARAMETERS},
+    }
+    assert {path: found[path][1][1:] for path in expected} == expected
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_the_filters_of_a_module_add_up_to_the_channels_of_the_table(name):
+    one, _, three, _, five, pool = TABLE_1[name]
+    assert one + three + five + pool == MODULES[name][0]
+
+
+@pytest.mark.parametrize(("batch_norm", "window"), [(False, 5), (True, 3)])
+def test_the_form_decides_on_biases_normalisation_and_the_wide_window(batch_norm, window):
+    variables = variable_shapes(GoogLeNet(batch_norm), 224)
+    module = variables["params"]["inception_3a"]["conv_5x5"]
+    assert module["conv"]["kernel"].shape == (window, window, 16, 32)
+    assert ("bias" in module["conv"], "norm" in module) == (not batch_norm, batch_norm)
+    assert ("batch_stats" in variables) == batch_norm
+
+
+@pytest.mark.parametrize(("batch_norm", "times"), [(False, 2), (True, 0)])
+def test_local_response_normalisation_belongs_to_the_papers_form(batch_norm, times, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cnn_cases.models.inception.local_response_norm", lambda x: seen.append(x.shape) or x)
+    trace_initialisation(GoogLeNet(batch_norm), 224)
+    assert seen == [(2, 56, 56, 64), (2, 56, 56, 192)][:times]
+
+
+@pytest.mark.parametrize(("batch_norm", "window"), [(False, 3), (True, 2)])
+def test_only_the_last_max_pool_is_narrower_in_the_public_form(batch_norm, window, monkeypatch):
+    windows = []
+
+    def spy(x, window=3):
+        windows.append(window)
+        return halve(x, window)
+
+    monkeypatch.setattr("cnn_cases.models.inception.halve", spy)
+    trace_initialisation(GoogLeNet(batch_norm), 224)
+    assert windows == [3, 3, 3, window]
+
+
+def test_dropout_is_the_papers():
+    found = modules_of_initialisation(GoogLeNet(axis_name="batch"), 79)
+    dropouts = {path: module for path, (module, _) in found.items() if isinstance(module, Dropout)}
+    assert {path: module.rate for path, module in dropouts.items()} == {
+        "dropout": 0.4,
+        "side1/dropout": 0.7,
+        "side2/dropout": 0.7,
+    }
+    assert {module.axis_name for module in dropouts.values()} == {"batch"}
+
+
+def test_batch_statistics_are_taken_over_the_axis():
+    found = modules_of_initialisation(GoogLeNet(batch_norm=True, axis_name="batch"), 79)
+    norms = [module for module, _ in found.values() if isinstance(module, nn.BatchNorm)]
+    assert len(norms) == 3 + 9 * 6 + 2
+    assert {norm.axis_name for norm in norms} == {"batch"}
+
+
+# The side branches.
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_side_branches_answer_in_training_only(batch_norm):
+    model = GoogLeNet(batch_norm)
+    variables = variable_shapes(model, 224)
+    assert [y.shape for y in output_shapes(model, variables, 224, train=True)] == [(2, 1000)] * 3
+    assert output_shapes(model, variables, 224, train=False).shape == (2, 1000)
+
+
+def test_without_side_branches_training_gives_plain_logits():
+    model = GoogLeNet(side_branches=False)
+    variables = variable_shapes(model, 32)
+    assert output_shapes(model, variables, 32, train=True).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_side_branches_leave_the_trunk_as_it_is(batch_norm):
+    trunk = variable_shapes(GoogLeNet(batch_norm, side_branches=False), 79)["params"]
+    whole = variable_shapes(GoogLeNet(batch_norm), 79)["params"]
+    assert {name: layer for name, layer in whole.items() if name not in SIDE_PARAMETERS} == trunk
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_evaluation_is_the_same_program_with_and_without_side_branches(batch_norm):
+    variables = variable_shapes(GoogLeNet(batch_norm, side_branches=False), 79)
+    programs = [
+        jax.make_jaxpr(lambda v, x, model=model: model.apply(v, x, False))(variables, image_shape(79))
+        for model in (GoogLeNet(batch_norm, side_branches=False), GoogLeNet(batch_norm))
+    ]
+    assert str(programs[0]) == str(programs[1])
+
+
+STEM = {"conv1", "conv2_reduce", "conv2", "inception_3a", "inception_3b", "inception_4a"}
+
+
+def parts_with_gradient(model, size, output):
+    """The top-level parts to whose parameters the gradient of one of the outputs leads.
+
+    Where it does not lead, JAX fills the gradient with a literal zero, which the traced program shows.
+    """
+    variables = variable_shapes(model, size)
+    others = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params, others, x):
+        return apply(model, {"params": params, **others}, x, train=True)[output].sum()
+
+    program, shapes = jax.make_jaxpr(jax.grad(loss), return_shape=True)(
+        variables["params"], others, image_shape(size)
+    )
+    zeros = {
+        variable
+        for equation in program.eqns
+        if equation.primitive.name == "broadcast_in_dim" and getattr(equation.invars[0], "val", None) == 0
+        for variable in equation.outvars
+    }
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    reached = zip(paths, program.jaxpr.outvars, strict=True)
+    return {path[0].key for path, variable in reached if variable not in zeros}
+
+
+@pytest.mark.parametrize(
+    ("output", "parts"),
+    [
+        (0, STEM | {f"inception_{module}" for module in TABLE_1} | {"logits"}),
+        (1, STEM | {"side1"}),
+        (2, STEM | {"inception_4b", "inception_4c", "inception_4d", "side2"}),
+    ],
+)
+def test_the_gradient_of_a_branch_leads_into_the_trunk_below_it_only(output, parts):
+    assert parts_with_gradient(GoogLeNet(), 79, output) == parts
+
+
+# Sizes, types, names.
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize(("side_branches", "smallest"), [(False, 31), (True, 79)])
+def test_the_smallest_image_leaves_no_map_empty(batch_norm, side_branches, smallest):
+    found = modules_of_initialisation(GoogLeNet(batch_norm, side_branches), smallest)
+    assert all(0 not in shape for _, shape in found.values())
+    # The map that decides has nothing to spare.
+    path, shape = ("side1/conv", (1, 1)) if side_branches else ("inception_5b", (1, 1))
+    assert found[path][1][1:3] == shape
+
+
+@pytest.mark.parametrize(("side_branches", "size"), [(False, 30), (True, 78)])
+def test_one_pixel_less_is_an_error_that_names_the_smallest_size(side_branches, size):
+    with pytest.raises(ValueError, match=f"at least {size + 1}x{size + 1} pixels, got {size}x{size}"):
+        variable_shapes(GoogLeNet(side_branches=side_branches), size)
+
+
+def test_the_trunk_evaluates_images_of_other_sizes_than_the_side_branches_were_made_for():
+    model = GoogLeNet()
+    assert output_shapes(model, variable_shapes(model, 224), 31, train=False).shape == (2, 1000)
+
+
+def test_any_number_of_channels_and_classes():
+    params = variable_shapes(GoogLeNet(side_branches=False, num_classes=10), 32, channels=1)["params"]
+    assert count(params) == 6_998_552 - 7 * 7 * 2 * 64 - 1025 * 990
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_bfloat16_computes_in_bfloat16_on_float32_parameters(batch_norm):
+    model = GoogLeNet(batch_norm, dtype=jnp.bfloat16)
+    variables = variable_shapes(model, 79)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert {y.dtype for y in output_shapes(model, variables, 79, train=True)} == {jnp.dtype("bfloat16")}
+
+
+def test_the_registry_builds_googlenet():
+    model = make_model("googlenet", num_classes=10, dtype="float32", axis_name="batch", batch_norm=True)
+    assert model == GoogLeNet(batch_norm=True, num_classes=10, axis_name="batch")
+
+
+def test_the_registry_refuses_a_number_for_a_switch():
+    with pytest.raises(ValueError, match=r"model\.side_branches = 1 must be of type bool"):
+        make_model("googlenet", num_classes=10, dtype="float32", side_branches=1)
+
+
+def test_googlenet_tells_images_apart():
+    model = GoogLeNet(side_branches=False, num_classes=5)
+    numbers = np.random.default_rng(0)
+
+    def he_normal(shape):
+        fan_in = math.prod(shape[:-1])
+        return (numbers.standard_normal(shape) * math.sqrt(2 / fan_in) * (len(shape) > 1)).astype(np.float32)
+
+    # Drawn here, since compiling the initialisation of 59 layers takes longer than all the other tests.
+    variables = jax.tree.map(lambda leaf: he_normal(leaf.shape), variable_shapes(model, 31))
+    x = numbers.standard_normal((2, 31, 31, 3)).astype(np.float32)
+    logits = np.asarray(jax.jit(model.apply, static_argnums=2)(variables, x, False))
+    assert np.isfinite(logits).all()
+    assert (logits[0] != logits[1]).all()
