@@ -8,25 +8,22 @@ import dataclasses
 
 import jax.numpy as jnp
 
-<<<<<<< HEAD
 from cnn_cases.models.alexnet import AlexNet
-=======
 from cnn_cases.models.inception import GoogLeNet
 from cnn_cases.models.inception_v3 import InceptionV3
->>>>>>> inception
 from cnn_cases.models.lenet import LeNet5
 from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet
 from cnn_cases.models.vgg import VGG
 
 MODELS = {
-    "googlenet": GoogLeNet,
-    "inception_v3": InceptionV3,
     "lenet5": LeNet5,
     "alexnet": AlexNet,
-    "nin": NIN,
     "vgg": VGG,
     "resnet_cifar": CifarResNet,
+    "nin": NIN,
+    "googlenet": GoogLeNet,
+    "inception_v3": InceptionV3,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

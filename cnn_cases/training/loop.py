@@ -78,7 +78,9 @@ def make_program(config, devices=None):
     optimizer = dict(**config.optimizer)
     schedule = make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule)
     tx = make_optimizer(schedule, **optimizer)
-    train_steps = steps.make_train_steps(model.apply, tx, feed.prepare, devices_lib.AXIS)
+    train_steps = steps.make_train_steps(
+        model.apply, tx, feed.prepare, devices_lib.AXIS, own_dropout=not config.sync_batch_norm
+    )
     eval_step = steps.make_eval_step(model.apply, feed.prepare, devices_lib.AXIS)
     return Program(
         model=model,

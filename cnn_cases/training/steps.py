@@ -6,7 +6,7 @@ import optax
 from jax import lax
 
 
-def make_train_steps(apply, tx, prepare, axis_name):
+def make_train_steps(apply, tx, prepare, axis_name, *, own_dropout=False):
     """A function that does several training steps in one call.
 
     Args:
@@ -14,6 +14,7 @@ def make_train_steps(apply, tx, prepare, axis_name):
       tx: an optax optimizer.
       prepare: (arrays, batch, key) -> image, label; the feed's.
       axis_name: the pmap axis over which the batch is split.
+      own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
 
     Returns:
       (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...];
@@ -24,6 +25,8 @@ def make_train_steps(apply, tx, prepare, axis_name):
     def train_step(state, arrays, batch):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         augment_key, dropout_key = jax.random.split(key)
+        if own_dropout:
+            dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
         image, label = prepare(arrays, batch, augment_key)
 
         def mean_loss(params):
