@@ -31,17 +31,30 @@ def get_config():
     config.data.pad = 0  # pixels around the image before a random crop; 0: no crop
     config.data.flip = False  # mirror left and right at random
 
+    config.loss = ConfigDict()
+    config.loss.name = "cross_entropy"  # or "rbf_mean_squared", "rbf_map" for LeNet-5 of 1998
+    config.loss.label_smoothing = 0.0  # of "cross_entropy", share of the target spread over all classes
+    config.loss.map_constant = 1.0  # the j of "rbf_map"
+    config.loss.side_weight = 0.3  # weight of each side branch's loss, where the model has any
+
     config.optimizer = ConfigDict()
-    config.optimizer.name = "sgd"
+    config.optimizer.name = "sgd"  # "sgd", "rmsprop", "adam" or "adamw"
     config.optimizer.learning_rate = 0.1  # after the warm-up
-    config.optimizer.momentum = 0.9
+    config.optimizer.momentum = 0.9  # the beta1 of Adam
     config.optimizer.nesterov = False
-    config.optimizer.weight_decay = 1e-4  # times every parameter, added to its gradient
+    config.optimizer.second_moment = 0.999  # the beta2 of Adam, the decay of "rmsprop"
+    config.optimizer.epsilon = 1e-8  # of "rmsprop" and Adam
+    config.optimizer.weight_decay = 1e-4  # times a parameter, added to its gradient
+    config.optimizer.decayed = "all"  # which parameters: "all", or "kernels" without biases and normalisation
+    config.optimizer.clip_norm = 0.0  # greatest norm of the gradient; 0: no limit
+    config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
+    config.ema_decay = 0.0  # share of the average of the parameters that a step keeps; 0: no average
 
     config.schedule = ConfigDict()
-    config.schedule.name = "piecewise"  # "constant", "piecewise" or "cosine"
+    config.schedule.name = "piecewise"  # "constant", "piecewise", "cosine" or "polynomial"
     config.schedule.boundaries = (0.5, 0.75)  # of "piecewise", as fractions of num_steps
-    config.schedule.factor = 0.1  # of "piecewise", at each boundary
+    config.schedule.factors = (0.1, 0.1)  # of "piecewise", one for each boundary
+    config.schedule.power = 0.5  # of "polynomial": (1 - progress) ** power
     config.schedule.warmup = "linear"  # "linear" or "constant"
     config.schedule.warmup_steps = 0  # steps; 0: no warm-up
     config.schedule.warmup_factor = 0.1  # of the learning rate, where the warm-up begins

@@ -12,13 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "batch"
 
 
-def check_batch_size(key, batch_size, num_devices):
-    """Raises ValueError, with the nearest sizes that work, unless the devices divide the batch evenly."""
-    if batch_size < 1 or batch_size % num_devices:
-        lower = batch_size // num_devices * num_devices
-        nearest = [size for size in (lower, lower + num_devices) if size > 0]
+def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
+    """Raises ValueError, with the nearest sizes that work, unless the batch can be split evenly."""
+    parts = num_devices * num_microbatches
+    if batch_size < 1 or batch_size % parts:
+        lower = batch_size // parts * parts
+        nearest = [size for size in (lower, lower + parts) if size > 0]
+        over = f"{num_devices} devices" + (f" with {num_microbatches} microbatches" * (num_microbatches > 1))
         raise ValueError(
-            f"{key} = {batch_size} cannot be split evenly over {num_devices} devices; "
+            f"{key} = {batch_size} cannot be split evenly over {over}; "
             f"the nearest sizes that can: {' and '.join(map(str, nearest))}"
         )
 

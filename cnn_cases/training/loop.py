@@ -19,6 +19,7 @@ from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import steps
 from cnn_cases.training.checkpoint import Checkpoints
 from cnn_cases.training.logbook import Logbook, claim, write_json
+from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.state import init_state
 
@@ -78,10 +79,21 @@ def make_program(config, devices=None):
     optimizer = dict(**config.optimizer)
     schedule = make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule)
     tx = make_optimizer(schedule, **optimizer)
+    loss_settings = dict(**config.loss)
+    side_weight = loss_settings.pop("side_weight")
+    loss = make_loss(**loss_settings)
     train_steps = steps.make_train_steps(
-        model.apply, tx, feed.prepare, devices_lib.AXIS, own_dropout=not config.sync_batch_norm
+        model.apply,
+        tx,
+        feed.prepare,
+        loss,
+        devices_lib.AXIS,
+        side_weight=side_weight,
+        num_microbatches=config.num_microbatches,
+        ema_decay=config.ema_decay,
+        own_dropout=not config.sync_batch_norm,
     )
-    eval_step = steps.make_eval_step(model.apply, feed.prepare, devices_lib.AXIS)
+    eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
     return Program(
         model=model,
         tx=tx,
@@ -118,7 +130,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         return _earlier_result(workdir)
     # All that a config can get wrong is built before the workdir is touched.
     program = program or make_program(config)
-    state = init_state(program.model, program.tx, program.feed.image_shape, config.seed)
+    state = init_state(
+        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
+    )
     log = Logbook(
         workdir,
         config.to_dict(),
@@ -274,7 +288,13 @@ def _check_numbers(config, num_devices):
             f"checkpoint.best_on = {best_on!r} is not evaluated on the way; "
             f"set it to '' or to one of evaluation.splits = {splits}"
         )
-    devices_lib.check_batch_size("batch_size", config.batch_size, num_devices)
+    if config.num_microbatches < 1:
+        raise ValueError(f"num_microbatches = {config.num_microbatches} must be 1 or more")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay = {config.ema_decay} must be in [0, 1)")
+    if not config.loss.side_weight >= 0:
+        raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more")
+    devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 
 

@@ -1,23 +1,29 @@
 """Optimizers and learning-rate schedules, from plain numbers."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
-OPTIMIZERS = ("sgd",)
-SCHEDULES = ("constant", "piecewise", "cosine")
+OPTIMIZERS = ("sgd", "rmsprop", "adam", "adamw")
+SCHEDULES = ("constant", "piecewise", "cosine", "polynomial")
 WARMUPS = ("linear", "constant")
+DECAYED = ("all", "kernels")
 
 
-def make_schedule(learning_rate, num_steps, *, name, boundaries, factor, warmup, warmup_steps, warmup_factor):
+def make_schedule(
+    learning_rate, num_steps, *, name, boundaries, factors, power, warmup, warmup_steps, warmup_factor
+):
     """The learning rate as a function of the step.
 
     Args:
       learning_rate: the rate after the warm-up.
       num_steps: length of the training.
-      name: one of SCHEDULES: "constant"; "piecewise" multiplies by `factor` at each boundary; "cosine" goes
-        to zero along half a cosine, from the end of the warm-up to the last step.
+      name: one of SCHEDULES: "constant"; "piecewise" multiplies by one of `factors` at each boundary; the
+        others go to zero from the end of the warm-up to the last step: "cosine" along half a cosine,
+        "polynomial" as (1 - progress) to the `power`.
       boundaries: of "piecewise", as fractions of `num_steps`, increasing.
-      factor: of "piecewise".
+      factors: of "piecewise", one for each boundary.
+      power: of "polynomial".
       warmup: one of WARMUPS: "linear" rises from `warmup_factor` times the rate to the rate; "constant" stays
         at `warmup_factor` times the rate (He et al. 2015, section 4.2, for 110 layers).
       warmup_steps: length of the warm-up, 0 for none.
@@ -31,23 +37,30 @@ def make_schedule(learning_rate, num_steps, *, name, boundaries, factor, warmup,
     _positive("optimizer.learning_rate", learning_rate)
     if not all(0 < a < b for a, b in zip(boundaries, (*boundaries[1:], 1), strict=True)):
         raise ValueError(f"schedule.boundaries = {boundaries} must be increasing fractions between 0 and 1")
+    if len(factors) != len(boundaries):
+        raise ValueError(
+            f"schedule.factors = {factors} must have one number for each of "
+            f"schedule.boundaries = {boundaries}"
+        )
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
             f"schedule.warmup_steps = {warmup_steps} must be 0 or more and below num_steps = {num_steps}"
         )
-    _positive("schedule.factor", factor)
+    for factor in factors:
+        _positive("schedule.factors", factor)
+    _positive("schedule.power", power)
     _positive("schedule.warmup_factor", warmup_factor)
 
+    decay_steps = num_steps - warmup_steps
     if name == "constant":
         main = optax.constant_schedule(learning_rate)
     elif name == "piecewise":
-        drops = {round(boundary * num_steps): factor for boundary in boundaries}
-        main = optax.piecewise_constant_schedule(learning_rate, drops)
+        steps = [round(boundary * num_steps) for boundary in boundaries]
+        main = optax.piecewise_constant_schedule(learning_rate, dict(zip(steps, factors, strict=True)))
+    elif name == "cosine":
+        main = _after(warmup_steps, optax.cosine_decay_schedule(learning_rate, decay_steps))
     else:
-        cosine = optax.cosine_decay_schedule(learning_rate, num_steps - warmup_steps)
-
-        def main(step):
-            return cosine(step - warmup_steps)
+        main = _after(warmup_steps, optax.polynomial_schedule(learning_rate, 0.0, power, decay_steps))
 
     if not warmup_steps:
         return main
@@ -60,30 +73,66 @@ def make_schedule(learning_rate, num_steps, *, name, boundaries, factor, warmup,
     return with_warmup
 
 
-def make_optimizer(schedule, *, name, momentum, nesterov, weight_decay):
+def _after(first_step, schedule):
+    return lambda step: schedule(step - first_step)
+
+
+def make_optimizer(
+    schedule, *, name, momentum, nesterov, second_moment, epsilon, weight_decay, decayed, clip_norm
+):
     """The optimizer called `name`.
 
     Args:
       schedule: step -> learning rate.
-      name: one of OPTIMIZERS. "sgd" is stochastic gradient descent with momentum: v <- momentum v + g,
-        w <- w - rate v, where g holds the weight decay.
-      momentum: in [0, 1); 0 for none.
+      name: one of OPTIMIZERS. "sgd" is v <- momentum v + g, w <- w - rate v; "rmsprop" divides g by the root
+        of its mean square before that (Tieleman and Hinton 2012); "adam" (Kingma and Ba 2014); "adamw"
+        (Loshchilov and Hutter 2017).
+      momentum: in [0, 1); 0 for none; the beta1 of Adam.
       nesterov: Nesterov's form of the momentum.
-      weight_decay: this times w is added to the gradient of every parameter w, biases and batch
-        normalisation included, as the papers of the time do it.
+      second_moment: how much of the mean square each step keeps: of "rmsprop", and the beta2 of Adam.
+      epsilon: added to the mean square of "rmsprop", and to the root of Adam's.
+      weight_decay: this times w is added to the gradient of a parameter w, as the papers of the time do it;
+        with "adamw" the rate times this times w is taken from w instead.
+      decayed: one of DECAYED: "all" parameters, or "kernels" without biases and normalisation.
+      clip_norm: the greatest norm of the whole gradient, weight decay included; 0 for no limit.
 
     Raises:
-      ValueError: the name is unknown or a number is out of range.
+      ValueError: a name is unknown or a number is out of range.
     """
     _one_of("optimizer.name", name, OPTIMIZERS)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"optimizer.momentum = {momentum} must be in [0, 1)")
-    if not weight_decay >= 0:
-        raise ValueError(f"optimizer.weight_decay = {weight_decay} must be 0 or more")
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
-    )
+    _one_of("optimizer.decayed", decayed, DECAYED)
+    for key, value in (("momentum", momentum), ("second_moment", second_moment)):
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{key} = {value} must be in [0, 1)")
+    for key, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
+        if not value >= 0:
+            raise ValueError(f"optimizer.{key} = {value} must be 0 or more")
+    _positive("optimizer.epsilon", epsilon)
+
+    mask = _is_kernel if decayed == "kernels" else None
+    chain = []
+    if name != "adamw":
+        chain.append(optax.add_decayed_weights(weight_decay, mask))
+    if clip_norm:
+        chain.append(optax.clip_by_global_norm(clip_norm))
+    if name == "sgd":
+        chain.append(optax.sgd(schedule, momentum or None, nesterov))
+    elif name == "rmsprop":
+        chain.append(
+            optax.rmsprop(schedule, second_moment, epsilon, momentum=momentum or None, nesterov=nesterov)
+        )
+    else:
+        decay = weight_decay if name == "adamw" else 0.0
+        chain.append(
+            optax.adamw(
+                schedule, momentum, second_moment, epsilon, weight_decay=decay, mask=mask, nesterov=nesterov
+            )
+        )
+    return optax.chain(*chain)
+
+
+def _is_kernel(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _one_of(key, value, known):

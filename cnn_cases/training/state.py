@@ -15,6 +15,7 @@ class TrainState(struct.PyTreeNode):
       seed: int32, the seed of data order, augmentation and dropout. A leaf and not a constant, so that runs
         that differ in nothing else share one compiled step.
       params: the model's parameters, float32.
+      ema_params: their exponential moving average, with which the model is evaluated; {} for none.
       batch_stats: the running statistics of batch normalisation; empty where there is none.
       opt_state: the optimizer's state.
     """
@@ -22,11 +23,12 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array
     seed: jax.Array
     params: Any
+    ema_params: Any
     batch_stats: Any
     opt_state: Any
 
 
-def init_state(model, tx, image_shape, seed):
+def init_state(model, tx, image_shape, seed, *, with_ema=False):
     """The state before the first step.
 
     Args:
@@ -34,6 +36,7 @@ def init_state(model, tx, image_shape, seed):
       tx: an optax optimizer.
       image_shape: (H, W, C) of one image.
       seed: of the initial parameters, and of all that is drawn later.
+      with_ema: keep an average of the parameters.
 
     Raises:
       ValueError: the model refuses its settings or the image size.
@@ -45,6 +48,8 @@ def init_state(model, tx, image_shape, seed):
         step=jnp.int32(0),
         seed=jnp.int32(seed),
         params=variables["params"],
+        # A copy: the step donates every leaf of the state, and none can be donated twice.
+        ema_params=jax.tree.map(jnp.copy, variables["params"]) if with_ema else {},
         batch_stats=variables.get("batch_stats", {}),
         opt_state=tx.init(variables["params"]),
     )

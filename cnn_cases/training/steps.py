@@ -6,52 +6,94 @@ import optax
 from jax import lax
 
 
-def make_train_steps(apply, tx, prepare, axis_name, *, own_dropout=False):
+def make_train_steps(
+    apply,
+    tx,
+    prepare,
+    loss,
+    axis_name,
+    *,
+    side_weight=0.0,
+    num_microbatches=1,
+    ema_decay=0.0,
+    own_dropout=False,
+):
     """A function that does several training steps in one call.
 
     Args:
       apply: `model.apply`.
       tx: an optax optimizer.
       prepare: (arrays, batch, key) -> image, label; the feed's.
+      loss: logits [B, K], label [B] -> [B].
       axis_name: the pmap axis over which the batch is split.
+      side_weight: weight of the loss of each side branch, where the model has any.
+      num_microbatches: into how many parts a device's share is split. They are computed one after another,
+        which saves memory, and give one update; batch statistics are those of each part.
+      ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average.
       own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
 
     Returns:
       (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...];
-      those of `metrics` [steps]: "loss" (mean cross-entropy, without the weight decay), "error" (fraction)
-      and "grad_norm", of the global batch and before the step's update.
+      those of `metrics` [steps]: "loss" (mean over the examples, without the weight decay and the side
+      branches), "error" (fraction) and "grad_norm", of the global batch and before the step's update.
     """
 
-    def train_step(state, arrays, batch):
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    def gradient(state, arrays, batch, batch_stats, key):
+        """Of one microbatch: gradient, new batch statistics, and metrics."""
         augment_key, dropout_key = jax.random.split(key)
         if own_dropout:
             dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
         image, label = prepare(arrays, batch, augment_key)
 
-        def mean_loss(params):
-            logits, updated = apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                image,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
-            )
-            return cross_entropy(logits, label).mean(), (logits, updated.get("batch_stats", {}))
+        def total_loss(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            rngs = {"dropout": dropout_key}
+            outputs, updated = apply(variables, image, train=True, mutable=["batch_stats"], rngs=rngs)
+            logits, *side_logits = outputs if isinstance(outputs, tuple) else (outputs,)
+            main_loss = loss(logits, label).mean()
+            side_losses = sum(loss(side, label).mean() for side in side_logits)
+            metrics = {"loss": main_loss, "error": is_wrong(logits, label).mean()}
+            return main_loss + side_weight * side_losses, (updated.get("batch_stats", {}), metrics)
 
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        grads, (batch_stats, metrics) = jax.grad(total_loss, has_aux=True)(state.params)
+        return grads, batch_stats, metrics
+
+    def accumulated_gradient(state, arrays, batch, key):
+        if num_microbatches == 1:
+            return gradient(state, arrays, batch, state.batch_stats, key)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]), batch)
+        keys = jax.random.split(key, num_microbatches)
+
+        def add(carry, part):
+            total, batch_stats = carry
+            grads, batch_stats, metrics = gradient(state, arrays, part[0], batch_stats, part[1])
+            return (jax.tree.map(jnp.add, total, (grads, metrics)), batch_stats), None
+
+        metrics = {"loss": jnp.float32(0), "error": jnp.float32(0)}
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), metrics)
+        (total, batch_stats), _ = lax.scan(add, (zeros, state.batch_stats), (parts, keys))
+        grads, metrics = jax.tree.map(lambda leaf: leaf / num_microbatches, total)
+        return grads, batch_stats, metrics
+
+    def train_step(state, arrays, batch):
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        grads, batch_stats, metrics = accumulated_gradient(state, arrays, batch, key)
         # Statistics of the global batch are equal on all devices already; those of each device's own are not.
-        grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
+        grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss, "error": is_wrong(logits, label).mean()}
-        metrics = lax.pmean(metrics, axis_name) | {"grad_norm": optax.tree.norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        if ema_decay:
+            ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        else:
+            ema_params = state.ema_params
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
+            ema_params=ema_params,
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        return state, metrics
+        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     def train_steps(state, arrays, batches):
         if jax.tree.leaves(batches)[0].shape[0] == 1:
@@ -63,8 +105,8 @@ def make_train_steps(apply, tx, prepare, axis_name, *, own_dropout=False):
     return train_steps
 
 
-def make_eval_step(apply, prepare, axis_name):
-    """A function that evaluates one batch.
+def make_eval_step(apply, prepare, loss, axis_name):
+    """A function that evaluates one batch, with the averaged parameters where the state has them.
 
     Returns:
       (state, arrays, batch) -> sums over the examples of the global batch whose "mask" is 1: "loss",
@@ -73,9 +115,10 @@ def make_eval_step(apply, prepare, axis_name):
 
     def eval_step(state, arrays, batch):
         image, label = prepare(arrays, batch, None)
-        logits = apply({"params": state.params, "batch_stats": state.batch_stats}, image, train=False)
+        params = state.ema_params or state.params
+        logits = apply({"params": params, "batch_stats": state.batch_stats}, image, train=False)
         each = {
-            "loss": cross_entropy(logits, label),
+            "loss": loss(logits, label),
             "error": is_wrong(logits, label),
             "count": jnp.ones_like(batch["mask"]),
         }
@@ -84,11 +127,6 @@ def make_eval_step(apply, prepare, axis_name):
         return lax.psum(sums, axis_name)
 
     return eval_step
-
-
-def cross_entropy(logits, label):
-    """Softmax cross-entropy of each example, in float32. logits [B, K], label int [B] -> [B]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
 
 
 def is_wrong(logits, label):

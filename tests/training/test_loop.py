@@ -149,6 +149,17 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
 
 
+def test_an_average_of_the_parameters_survives_a_stop(config, tmp_path):
+    config.ema_decay = 0.9
+    program = loop.make_program(config, jax.devices()[:1])
+    run(config, tmp_path / "unbroken", program)
+    with pytest.raises(KilledError):
+        run(config, tmp_path / "killed", stop_after(program, 6, kill))
+    run(config, tmp_path / "killed", program)
+    kept = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "unbroken")]
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("steps_per_call", [2, 4])
 def test_several_steps_a_call_give_the_same_run(steps_per_call, config, tmp_path, unbroken):
     config.steps_per_call = steps_per_call
@@ -292,7 +303,12 @@ def change(config, key, value):
         ("model.name", "lenet", "model.name = 'lenet' is unknown; known: lenet5"),
         ("data.name", "cifr10", "data.name = 'cifr10' is no TFDS data set"),
         ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
-        ("optimizer.name", "lion", "optimizer.name = 'lion' is unknown; known: sgd"),
+        ("num_microbatches", 0, "num_microbatches = 0 must be 1 or more"),
+        ("num_microbatches", 5, r"batch_size = 24 .* over 4 devices with 5 microbatches; .*: 20 and 40"),
+        ("ema_decay", 1.0, r"ema_decay = 1.0 must be in \[0, 1\)"),
+        ("loss.name", "hinge", "loss.name = 'hinge' is unknown; known: cross_entropy, rbf"),
+        ("loss.side_weight", -0.3, "loss.side_weight = -0.3 must be 0 or more"),
+        ("optimizer.name", "lion", "optimizer.name = 'lion' is unknown; known: sgd, rmsprop"),
         ("schedule.name", "step", "schedule.name = 'step' is unknown"),
     ],
 )

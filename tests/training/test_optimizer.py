@@ -6,9 +6,24 @@ import pytest
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 
 SCHEDULE = dict(
-    name="piecewise", boundaries=(0.5, 0.75), factor=0.1, warmup="linear", warmup_steps=0, warmup_factor=0.1
+    name="piecewise",
+    boundaries=(0.5, 0.75),
+    factors=(0.1, 0.1),
+    power=0.5,
+    warmup="linear",
+    warmup_steps=0,
+    warmup_factor=0.1,
 )
-SGD = dict(name="sgd", momentum=0.9, nesterov=False, weight_decay=0.0)
+SGD = dict(
+    name="sgd",
+    momentum=0.9,
+    nesterov=False,
+    second_moment=0.999,
+    epsilon=1e-8,
+    weight_decay=0.0,
+    decayed="all",
+    clip_norm=0.0,
+)
 
 
 def rates(num_steps=100, **changes):
@@ -39,6 +54,16 @@ def test_a_constant_warmup_stays_low_and_then_leaves_the_schedule_as_it_was():
     values = rates(warmup="constant", warmup_steps=30)
     np.testing.assert_allclose(values[:30], 0.01, rtol=1e-5)
     np.testing.assert_array_equal(values[30:], rates()[30:])
+
+
+def test_each_boundary_has_a_factor_of_its_own():
+    values = rates(factors=(0.5, 0.2))
+    np.testing.assert_allclose(values[[0, 50, 75]], [0.1, 0.05, 0.01], rtol=1e-5)
+
+
+def test_polynomial_is_a_power_of_what_is_left():
+    values = rates(name="polynomial", power=0.5)
+    np.testing.assert_allclose(values, 0.1 * np.sqrt(1 - np.arange(100) / 100), rtol=1e-4)
 
 
 def updates(num_steps, grad=1.0, weight=2.0, **changes):
@@ -72,10 +97,47 @@ def test_no_momentum_is_plain_gradient_descent():
     np.testing.assert_allclose(updates(2, momentum=0.0), [1.9, 1.8], rtol=1e-6)
 
 
+def test_rmsprop_divides_by_the_root_of_the_mean_square():
+    # Mean squares 0.1 * 4 and 0.9 * 0.4 + 0.1 * 4.
+    settings = dict(name="rmsprop", momentum=0.0, second_moment=0.9, epsilon=1.0, grad=2.0)
+    first = 2 - 0.1 * 2 / np.sqrt(0.4 + 1)
+    np.testing.assert_allclose(
+        updates(2, **settings), [first, first - 0.1 * 2 / np.sqrt(0.76 + 1)], rtol=1e-5
+    )
+
+
+def test_adam_goes_by_the_rate_whatever_the_size_of_the_gradient():
+    np.testing.assert_allclose(updates(3, name="adam", grad=1e-3), [1.9, 1.8, 1.7], rtol=1e-4)
+
+
+def test_adamw_decays_apart_from_the_gradient():
+    # 2 - rate * (1 + 0.5 * 2).
+    np.testing.assert_allclose(updates(1, name="adamw", weight_decay=0.5), [1.8], rtol=1e-4)
+    np.testing.assert_allclose(updates(1, name="adam", weight_decay=0.5), [1.9], rtol=1e-4)
+
+
+def test_clipping_limits_the_gradient_with_its_weight_decay():
+    values = updates(1, grad=3.0, weight_decay=0.5, clip_norm=0.25, momentum=0.0)
+    np.testing.assert_allclose(values, [2 - 0.1 * 0.25], rtol=1e-5)
+
+
+def test_biases_and_normalisation_can_be_left_out_of_the_decay():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    grads = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    for decayed, bias in (("all", -0.05), ("kernels", 0.0)):
+        tx = make_optimizer(lambda _: 0.1, **SGD | dict(weight_decay=0.5, decayed=decayed))
+        change, _ = tx.update(grads, tx.init(params), params)
+        np.testing.assert_allclose(change["kernel"], -0.05, rtol=1e-6)
+        np.testing.assert_allclose(change["bias"], bias, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "step"}, "schedule.name = 'step' is unknown; known: constant, piecewise, cosine"),
+        (
+            {"name": "step"},
+            "schedule.name = 'step' is unknown; known: constant, piecewise, cosine, polynomial",
+        ),
         ({"warmup": "exponential"}, "schedule.warmup = 'exponential' is unknown; known: linear, constant"),
         (
             {"boundaries": (0.75, 0.5)},
@@ -83,7 +145,9 @@ def test_no_momentum_is_plain_gradient_descent():
         ),
         ({"boundaries": (50, 75)}, "schedule.boundaries = .* must be increasing fractions"),
         ({"warmup_steps": 100}, "schedule.warmup_steps = 100 must be 0 or more and below num_steps = 100"),
-        ({"factor": 0.0}, "schedule.factor = 0.0 must be above 0"),
+        ({"factors": (0.1, 0.0)}, "schedule.factors = 0.0 must be above 0"),
+        ({"factors": (0.1,)}, r"schedule.factors = \(0.1,\) must have one number for each"),
+        ({"power": 0.0}, "schedule.power = 0.0 must be above 0"),
         ({"warmup_factor": -1.0}, "schedule.warmup_factor = -1.0 must be above 0"),
     ],
 )
@@ -101,9 +165,13 @@ def test_an_impossible_learning_rate_is_refused(rate):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "lion"}, "optimizer.name = 'lion' is unknown; known: sgd"),
+        ({"name": "lion"}, "optimizer.name = 'lion' is unknown; known: sgd, rmsprop, adam, adamw"),
         ({"momentum": 1.0}, r"optimizer.momentum = 1.0 must be in \[0, 1\)"),
         ({"weight_decay": -1e-4}, "optimizer.weight_decay = -0.0001 must be 0 or more"),
+        ({"clip_norm": -1.0}, "optimizer.clip_norm = -1.0 must be 0 or more"),
+        ({"second_moment": 1.5}, r"optimizer.second_moment = 1.5 must be in \[0, 1\)"),
+        ({"epsilon": 0.0}, "optimizer.epsilon = 0.0 must be above 0"),
+        ({"decayed": "biases"}, "optimizer.decayed = 'biases' is unknown; known: all, kernels"),
     ],
 )
 def test_impossible_optimizers_are_refused(changes, message):

@@ -1,0 +1,59 @@
+"""Losses of each example: logits [B, K], label int [B] -> float32 [B]."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+LOSSES = ("cross_entropy", "rbf_mean_squared", "rbf_map")
+
+
+def make_loss(*, name, label_smoothing, map_constant):
+    """The loss called `name`.
+
+    Args:
+      name: one of LOSSES. The two of LeNet-5 of 1998 take as logits its penalties with a minus sign.
+      label_smoothing: of "cross_entropy"; share of the target that is spread over all classes, in [0, 1).
+      map_constant: the j of "rbf_map", above 0.
+
+    Raises:
+      ValueError: the name is unknown or a number is out of range.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss.name = {name!r} is unknown; known: {', '.join(LOSSES)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"loss.label_smoothing = {label_smoothing} must be in [0, 1)")
+    if not map_constant > 0:
+        raise ValueError(f"loss.map_constant = {map_constant} must be above 0")
+    if name == "cross_entropy":
+        return functools.partial(cross_entropy, smoothing=label_smoothing)
+    if name == "rbf_mean_squared":
+        return rbf_mean_squared
+    return functools.partial(rbf_map, j=map_constant)
+
+
+def cross_entropy(logits, label, smoothing=0.0):
+    """Softmax cross-entropy, by default against the label alone (Szegedy et al. 2015b, section 7)."""
+    log_chances = jax.nn.log_softmax(logits.astype(jnp.float32))
+    of_label = _pick(log_chances, label)
+    return -(1 - smoothing) * of_label - smoothing * log_chances.mean(axis=-1)
+
+
+def rbf_mean_squared(logits, label):
+    """The penalty of the right class (LeCun et al. 1998, equation 8)."""
+    return -_pick(logits.astype(jnp.float32), label)
+
+
+def rbf_map(logits, label, j):
+    """Penalty of the right class against those of all (LeCun et al. 1998, equation 9).
+
+    y_right + log(exp(-j) + sum_i exp(-y_i)), where `j` keeps classes that are far off already from being
+    pushed further.
+    """
+    logits = logits.astype(jnp.float32)
+    rubbish = jnp.full((*logits.shape[:-1], 1), -j, jnp.float32)
+    return jax.nn.logsumexp(jnp.concatenate([logits, rubbish], -1), axis=-1) - _pick(logits, label)
+
+
+def _pick(values, label):
+    return jnp.take_along_axis(values, label[..., None], axis=-1)[..., 0]

@@ -1,0 +1,54 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_cases.training import losses
+
+SETTINGS = dict(name="cross_entropy", label_smoothing=0.0, map_constant=1.0)
+LOGITS = np.float32([[2, 0, -1], [0, 0, 0]])
+LABEL = np.int32([0, 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_is_computed_in_float32(dtype):
+    loss = losses.cross_entropy(jnp.asarray([[100.0, 0.0], [0.0, 0.0]], dtype), jnp.array([0, 1]))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, [0, np.log(2)], rtol=1e-6)
+
+
+def test_label_smoothing_is_the_cross_entropy_against_the_smoothed_target():
+    target = 0.9 * np.eye(3)[LABEL] + 0.1 / 3
+    log_chances = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
+    smooth = losses.make_loss(**SETTINGS | {"label_smoothing": 0.1})
+    np.testing.assert_allclose(smooth(LOGITS, LABEL), -(target * log_chances).sum(axis=1), rtol=1e-5)
+
+
+def test_the_mean_squared_loss_is_the_penalty_of_the_right_class():
+    loss = losses.make_loss(**SETTINGS | {"name": "rbf_mean_squared"})
+    np.testing.assert_allclose(loss(-np.float32([[3, 5], [7, 2]]), np.int32([0, 1])), [3, 2])
+
+
+def test_the_map_loss_is_equation_9():
+    penalties = np.float32([[3, 5], [7, 2]])
+    loss = losses.make_loss(**SETTINGS | {"name": "rbf_map", "map_constant": 0.5})
+    expected = [
+        3 + np.log(np.exp(-0.5) + np.exp(-3) + np.exp(-5)),
+        2 + np.log(np.exp(-0.5) + np.exp(-7) + np.exp(-2)),
+    ]
+    np.testing.assert_allclose(loss(-penalties, np.int32([0, 1])), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"name": "hinge"},
+            "loss.name = 'hinge' is unknown; known: cross_entropy, rbf_mean_squared, rbf_map",
+        ),
+        ({"label_smoothing": 1.0}, r"loss.label_smoothing = 1.0 must be in \[0, 1\)"),
+        ({"map_constant": 0.0}, "loss.map_constant = 0.0 must be above 0"),
+    ],
+)
+def test_impossible_losses_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        losses.make_loss(**SETTINGS | changes)
