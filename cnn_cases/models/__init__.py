@@ -8,11 +8,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from cnn_cases.models.lenet import LeNet5
+from cnn_cases.models.lenet import LeNet5, LeNet5Original
 from cnn_cases.models.resnet import CifarResNet
 
 MODELS = {
     "lenet5": LeNet5,
+    "lenet5_1998": LeNet5Original,
     "resnet_cifar": CifarResNet,
 }
 
