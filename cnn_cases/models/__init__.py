@@ -9,11 +9,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from cnn_cases.models.lenet import LeNet5, LeNet5Original
-from cnn_cases.models.resnet import CifarResNet
+from cnn_cases.models.resnet import CifarResNet, ResNet
 
 MODELS = {
     "lenet5": LeNet5,
     "lenet5_1998": LeNet5Original,
+    "resnet": ResNet,
     "resnet_cifar": CifarResNet,
 }
 
