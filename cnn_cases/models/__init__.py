@@ -9,13 +9,14 @@ import dataclasses
 import jax.numpy as jnp
 
 from cnn_cases.models.lenet import LeNet5, LeNet5Original
-from cnn_cases.models.resnet import CifarResNet, ResNet
+from cnn_cases.models.resnet import CifarResNet, PreactCifarResNet, ResNet
 
 MODELS = {
     "lenet5": LeNet5,
     "lenet5_1998": LeNet5Original,
     "resnet": ResNet,
     "resnet_cifar": CifarResNet,
+    "resnet_preact_cifar": PreactCifarResNet,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -1,6 +1,6 @@
 """Residual networks and their plain twins, for ImageNet and for CIFAR.
 
-He, Zhang, Ren, Sun, "Deep residual learning for image recognition", 2015.
+He, Zhang, Ren, Sun, "Deep residual learning for image recognition", 2015, if nothing else is said.
 
 `ResNet`, for ImageNet (table 1), in blocks a stage:
 
@@ -33,16 +33,25 @@ and 512 filters; the last convolution of a bottleneck block has four times as ma
 then global average pooling and a dense layer. Parameters, with option A: 269,722 at depth 20, 464,154 at 32,
 658,586 at 44, 853,018 at 56, 1,727,962 at 110, 19,421,274 at 1202. Option B adds 2,752.
 
-Every convolution is followed by batch normalisation. The first block of every stage but the first has stride
-2. A plain net is the same net without the additions (section 3.3). With shortcut option A it has the same
-parameters, with the same names, so that both start from the same values: 11,515,688 for plain-18 and
-21,623,848 for plain-34, less than option B by its projections, 64*128 + 128*256 + 256*512 weights, and their
-norms, 2 * (128 + 256 + 512).
+Every convolution of these two is followed by batch normalisation. The first block of every stage but the
+first has stride 2. A plain net is the same net without the additions (section 3.3). With shortcut option A it
+has the same parameters, with the same names, so that both start from the same values: 11,515,688 for plain-18
+and 21,623,848 for plain-34, less than option B by its projections, 64*128 + 128*256 + 256*512 weights, and
+their norms, 2 * (128 + 256 + 512).
 
-Departures from the paper: none in the networks, as their fields stand by default. Where the paper is silent,
+`PreactCifarResNet`, of depth 9n + 2 (He, Zhang, Ren, Sun, "Identity mappings in deep residual networks",
+2016): the same maps, in stages of n bottleneck blocks with 16, 32 and 64 filters, hence 64, 128 and 256
+channels. Norm and ReLU precede a block's convolutions; one more pair follows the last block. Parameters:
+
+           stem    stage 1      stage 2      stage 3    norm    dense        in all
+    164     432     81,952      326,272    1,291,520     512    2,570     1,703,258
+    1001    432    504,544    1,980,928    7,838,720     512    2,570    10,327,706
+
+Departures from the papers: none in the networks, as their fields stand by default. Where they are silent,
 batch normalisation uses fb.resnet.torch's epsilon of 1e-5 and keeps 0.9 of its running statistics at each
-step, and the dense layer starts like the convolutions. Beyond the paper, and only where asked for: stride
-placement "v1.5", last gammas of zero, plain nets of bottleneck blocks.
+step; the dense layer starts like the convolutions; a pre-activation block has its stride, and a projection
+without a norm, where the authors' code (KaimingHe/resnet-1k-layers) has them. Beyond the papers, and only
+where asked for: stride placement "v1.5", last gammas of zero, plain nets of bottleneck blocks.
 """
 
 import functools
@@ -267,6 +276,61 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=he_normal, dtype=self.dtype, name="logits")(x)
 
 
+class PreactBlock(nn.Module):
+    """A bottleneck block whose norms and ReLUs come before its convolutions (He et al. 2016, figure 4e).
+
+    Where the shape changes, the shortcut is a projection of the activated input; elsewhere it is the
+    identity, untouched by norm or ReLU from the block's input to its sum.
+
+    Attributes:
+      filters: channels of the first two convolutions; the third has four times as many.
+      stride: of the first convolution.
+      conv, norm: `nn.Conv` and `nn.BatchNorm` with the network's settings.
+    """
+
+    filters: int
+    stride: int
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, C] -> [B, H/stride, W/stride, 4 filters]."""
+        y = nn.relu(self.norm(name="norm1")(x))
+        if self.stride != 1 or x.shape[-1] != 4 * self.filters:
+            x = self.conv(4 * self.filters, (1, 1), self.stride, padding=0, name="projection")(y)
+        y = self.conv(self.filters, (1, 1), self.stride, padding=0, name="conv1")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.conv(self.filters, (3, 3), padding=1, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm3")(y))
+        y = self.conv(4 * self.filters, (1, 1), padding=0, name="conv3")(y)
+        return x + y
+
+
+def cifar_blocks_per_stage(depth, layers):
+    """The n of depth = layers * n + 2.
+
+    Raises:
+      ValueError: there is none.
+    """
+    n, rest = divmod(depth - 2, layers)
+    if rest or n < 1:
+        lower = layers * max(n, 1) + 2
+        raise ValueError(
+            f"model.depth = {depth} is not {layers}n + 2 with n >= 1; nearest: {lower} and {lower + layers}"
+        )
+    return n
+
+
+def cifar_stages(x, block, blocks_per_stage):
+    """The three stages of a CIFAR network, whose blocks `block` makes. To be called inside the network."""
+    for stage, filters in enumerate((16, 32, 64), start=1):
+        for i in range(1, blocks_per_stage + 1):
+            stride = 2 if stage > 1 and i == 1 else 1
+            x = block(filters=filters, stride=stride, name=f"stage{stage}_block{i}")(x)
+    return x
+
+
 class CifarResNet(nn.Module):
     """The network of depth 6n + 2, residual or plain.
 
@@ -293,20 +357,43 @@ class CifarResNet(nn.Module):
         Raises:
           ValueError: `depth` is not 6n + 2, `shortcut` is unknown, or a plain net is asked for projections.
         """
-        blocks_per_stage, rest = divmod(self.depth - 2, 6)
-        if rest or blocks_per_stage < 1:
-            lower = max(8, 6 * blocks_per_stage + 2)
-            raise ValueError(
-                f"model.depth = {self.depth} is not 6n + 2 with n >= 1; nearest: {lower} and {lower + 6}"
-            )
+        blocks_per_stage = cifar_blocks_per_stage(self.depth, 6)
         check_shortcut(self.shortcut, self.plain)
         conv, norm = make_layers(train, self.dtype, self.axis_name)
         x = conv(16, (3, 3), padding=1, name="conv1")(x)
         x = nn.relu(norm(name="norm1")(x))
-        for stage, filters in enumerate((16, 32, 64), start=1):
-            for block in range(1, blocks_per_stage + 1):
-                stride = 2 if stage > 1 and block == 1 else 1
-                name = f"stage{stage}_block{block}"
-                x = BasicBlock(filters, stride, self.shortcut, self.plain, conv, norm, name=name)(x)
+        block = functools.partial(BasicBlock, shortcut=self.shortcut, plain=self.plain, conv=conv, norm=norm)
+        x = cifar_stages(x, block, blocks_per_stage)
+        x = x.mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, kernel_init=he_normal, dtype=self.dtype, name="logits")(x)
+
+
+class PreactCifarResNet(nn.Module):
+    """The pre-activation network of depth 9n + 2, of bottleneck blocks.
+
+    Attributes:
+      depth: number of weighted layers: 11, 20, 29, ..., 164, ..., 1001.
+      num_classes: length of the logits.
+      dtype: compute type; parameters and batch statistics are float32.
+      axis_name: the pmap axis over which batch statistics are taken, None for this device's alone.
+    """
+
+    depth: int = 164
+    num_classes: int = 10
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """image [B, H, W, C] -> logits [B, num_classes].
+
+        Raises:
+          ValueError: `depth` is not 9n + 2.
+        """
+        blocks_per_stage = cifar_blocks_per_stage(self.depth, 9)
+        conv, norm = make_layers(train, self.dtype, self.axis_name)
+        x = conv(16, (3, 3), padding=1, name="conv1")(x)
+        x = cifar_stages(x, functools.partial(PreactBlock, conv=conv, norm=norm), blocks_per_stage)
+        x = nn.relu(norm(name="final_norm")(x))
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=he_normal, dtype=self.dtype, name="logits")(x)

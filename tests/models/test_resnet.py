@@ -12,6 +12,8 @@ from cnn_cases.models.resnet import (
     BasicBlock,
     BottleneckBlock,
     CifarResNet,
+    PreactBlock,
+    PreactCifarResNet,
     ResNet,
     identity_shortcut,
     make_layers,
@@ -19,6 +21,12 @@ from cnn_cases.models.resnet import (
 
 # What runs once had better compile fast: four times as fast as by default.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+SMALLEST = [
+    functools.partial(CifarResNet, 8),
+    functools.partial(PreactCifarResNet, 11),
+    functools.partial(ResNet, 18),
+]
 
 CONV, NORM = make_layers(train=False, dtype=jnp.float32, axis_name=None)
 
@@ -67,7 +75,7 @@ def same_values(a, b):
 
 def init(model, image):
     """The variables of a network, or of a block, which is not told whether it trains."""
-    flags = {} if isinstance(model, BasicBlock | BottleneckBlock) else dict(train=False)
+    flags = {} if isinstance(model, BasicBlock | BottleneckBlock | PreactBlock) else dict(train=False)
     return quick_jit(functools.partial(model.init, **flags))(jax.random.key(0), image)
 
 
@@ -207,6 +215,29 @@ def test_cifar_layers_have_the_shapes_of_section_4_2():
     assert outputs["logits"] == (2, 10)
 
 
+def test_preactivation_parameters_stage_by_stage():
+    params = shapes(PreactCifarResNet(164), 32, 32, 3)[0]["params"]
+    parts = ("conv1", "stage1_", "stage2_", "stage3_", "final_norm", "logits")
+    assert [sum(count(params[name]) for name in params if name.startswith(part)) for part in parts] == [
+        432,
+        81952,
+        326272,
+        1291520,
+        512,
+        2570,
+    ]
+    assert count(params) == 1703258
+
+
+def test_preactivation_layers_have_the_channels_of_the_authors_code():
+    _, outputs = shapes(PreactCifarResNet(20), 32, 32, 3)
+    blocks = [shape for name, shape in outputs.items() if "block" in name and "/" not in name]
+    assert blocks == [(2, 32, 32, 64)] * 2 + [(2, 16, 16, 128)] * 2 + [(2, 8, 8, 256)] * 2
+    assert outputs["stage2_block1/conv1"] == (2, 16, 16, 32)
+    projections = [name for name in outputs if name.endswith("projection")]
+    assert projections == [f"stage{stage}_block1/projection" for stage in (1, 2, 3)]
+
+
 # The ablation
 
 
@@ -257,6 +288,35 @@ def test_shortcut_options_project_where_the_paper_says(shortcut, changes, stays)
         params = shapes(CifarResNet(14, shortcut=shortcut), 32, 32, 3)[0]["params"][block]
         assert ("projection" in params) == projects
         assert ("projection_norm" in params) == projects
+
+
+# Pre-activation
+
+
+def test_preactivation_block_adds_to_an_untouched_input():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8))
+    block = PreactBlock(2, 1, CONV, NORM)
+    variables = init(block, x)
+    variables["params"]["conv3"]["kernel"] *= 0
+    np.testing.assert_array_equal(block.apply(variables, x), x)
+
+
+def test_preactivation_projection_sees_the_activated_input():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    block = PreactBlock(2, 2, CONV, NORM)
+    variables = init(block, x)
+    variables["params"]["conv3"]["kernel"] *= 0
+    variables["batch_stats"]["norm1"]["mean"] += 0.3
+    kernel = variables["params"]["projection"]["kernel"][0, 0]
+    expected = nn.relu((x - 0.3) / np.sqrt(1 + 1e-5))[:, ::2, ::2] @ kernel
+    np.testing.assert_allclose(block.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_preactivation_order_is_norm_then_convolution():
+    _, outputs = shapes(PreactCifarResNet(20), 32, 32, 3)
+    layers = [name.partition("/")[2] for name in outputs if name.startswith("stage1_block2/")]
+    assert layers == ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3"]
+    assert list(outputs)[-3:] == ["final_norm", "logits", ""]
 
 
 # What a block starts as
@@ -325,7 +385,7 @@ def test_batch_statistics_over_an_axis_are_those_of_the_whole_batch(cifar8, imag
         np.testing.assert_allclose(half[1], both, atol=1e-5)
 
 
-@pytest.mark.parametrize("net", [functools.partial(CifarResNet, 8), functools.partial(ResNet, 18)])
+@pytest.mark.parametrize("net", SMALLEST)
 def test_bfloat16_computes_with_float32_parameters(net):
     model = net(dtype=jnp.bfloat16)
     variables, _ = shapes(model, 32, 32, 3)
@@ -334,9 +394,7 @@ def test_bfloat16_computes_with_float32_parameters(net):
     assert logits.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(
-    "net", [functools.partial(CifarResNet, 8), functools.partial(ResNet, 18), functools.partial(ResNet, 50)]
-)
+@pytest.mark.parametrize("net", [*SMALLEST, functools.partial(ResNet, 50)])
 @pytest.mark.parametrize("size", [(1, 1), (33, 20)])
 def test_any_image_size_channels_and_classes_will_do(net, size):
     assert shapes(net(num_classes=7), *size, 5)[1][""] == (2, 7)
@@ -352,6 +410,8 @@ def test_any_image_size_channels_and_classes_will_do(net, size):
         (CifarResNet(2), "model.depth = 2 is not 6n [+] 2 with n >= 1; nearest: 8 and 14"),
         (CifarResNet(8, shortcut="D"), "model.shortcut = 'D' is unknown; known: A, B, C"),
         (CifarResNet(8, plain=True, shortcut="B"), "model.shortcut = 'B' has no use in a plain net"),
+        (PreactCifarResNet(165), "model.depth = 165 is not 9n [+] 2 with n >= 1; nearest: 164 and 173"),
+        (PreactCifarResNet(3), "model.depth = 3 is not 9n [+] 2 with n >= 1; nearest: 11 and 20"),
         (ResNet(56), "model.depth = 56 is unknown; known: 18, 34, 50, 101, 152"),
         (ResNet(18, shortcut="a"), "model.shortcut = 'a' is unknown; known: A, B, C"),
         (ResNet(18, plain=True), "model.shortcut = 'B' has no use in a plain net; set it to 'A'"),
@@ -371,6 +431,7 @@ def test_bad_fields_are_refused(model, message):
     ("name", "knobs", "module"),
     [
         ("resnet_cifar", dict(depth=56, plain=True), CifarResNet(56, plain=True, axis_name="batch")),
+        ("resnet_preact_cifar", dict(depth=1001), PreactCifarResNet(1001, axis_name="batch")),
         (
             "resnet",
             dict(depth=34, stride_placement="v1.5", shortcut="C", zero_init_last_gamma=True),
