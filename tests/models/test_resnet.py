@@ -38,7 +38,8 @@ def shapes(model, *image_shape):
 
     def record(method, args, kwargs, context):
         y = method(*args, **kwargs)
-        outputs["/".join(context.module.path)] = y.shape
+        if context.method_name == "__call__":  # a scan's body is a method too
+            outputs["/".join(context.module.path)] = y.shape
         return y
 
     with nn.intercept_methods(record):
@@ -129,11 +130,10 @@ def test_plain_imagenet_nets_have_the_parameters_of_option_a(depth, parameters):
     assert num_parameters(ResNet(depth, shortcut="A"), 224, 224, 3) == parameters
 
 
-@pytest.mark.parametrize("depth", [50, 101, 152])
-def test_plain_bottleneck_nets_lack_the_projections_alone(depth):
+def test_plain_bottleneck_nets_lack_the_projections_alone():
     projections = 64 * 256 + 256 * 512 + 512 * 1024 + 1024 * 2048 + 2 * (256 + 512 + 1024 + 2048)
-    plain = ResNet(depth, plain=True, shortcut="A")
-    assert num_parameters(plain, 224, 224, 3) == num_parameters(ResNet(depth), 224, 224, 3) - projections
+    plain = ResNet(50, plain=True, shortcut="A")
+    assert num_parameters(plain, 224, 224, 3) == num_parameters(ResNet(50), 224, 224, 3) - projections
 
 
 @pytest.mark.parametrize(("depth", "expansion"), [(18, 1), (50, 4)])
@@ -200,11 +200,15 @@ def test_stride_placement_says_which_convolution_of_a_bottleneck_subsamples(plac
     ],
 )
 def test_cifar_parameters_and_multiply_adds(depth, parameters, mega_multiply_adds):
-    net = functools.partial(CifarResNet, depth)
-    assert num_parameters(net(), 32, 32, 3) == parameters
-    assert num_parameters(net(plain=True), 32, 32, 3) == parameters
-    assert num_parameters(net(shortcut="B"), 32, 32, 3) == parameters + 2752
-    assert round(num_multiply_adds(net(), 32, 32, 3) / 1e6, 1) == mega_multiply_adds
+    assert num_parameters(CifarResNet(depth), 32, 32, 3) == parameters
+    assert round(num_multiply_adds(CifarResNet(depth), 32, 32, 3) / 1e6, 1) == mega_multiply_adds
+
+
+@pytest.mark.parametrize("depth", [20, 44])
+def test_plain_cifar_nets_have_the_parameters_of_option_a_and_option_b_has_more(depth):
+    parameters = num_parameters(CifarResNet(depth), 32, 32, 3)
+    assert num_parameters(CifarResNet(depth, plain=True), 32, 32, 3) == parameters
+    assert num_parameters(CifarResNet(depth, shortcut="B"), 32, 32, 3) == parameters + 2752
 
 
 def test_cifar_layers_have_the_shapes_of_section_4_2():
@@ -259,7 +263,9 @@ def test_plain_and_residual_twins_have_the_same_layers(net):
 def test_plain_removes_the_addition_and_nothing_else(block_type, filters, last):
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8))
     residual, plain = (block_type(filters, 1, "A", plain, CONV, NORM) for plain in (False, True))
-    variables, plain_variables = (init(block, x) for block in (residual, plain))
+    variables, plain_variables = quick_jit(lambda *args: (residual.init(*args), plain.init(*args)))(
+        jax.random.key(1), x
+    )
     assert same_values(variables, plain_variables)
 
     @quick_jit
@@ -298,7 +304,7 @@ def test_preactivation_block_adds_to_an_untouched_input():
     block = PreactBlock(2, 1, CONV, NORM)
     variables = init(block, x)
     variables["params"]["conv3"]["kernel"] *= 0
-    np.testing.assert_array_equal(block.apply(variables, x), x)
+    np.testing.assert_array_equal(quick_jit(block.apply)(variables, x), x)
 
 
 def test_preactivation_projection_sees_the_activated_input():
@@ -309,7 +315,7 @@ def test_preactivation_projection_sees_the_activated_input():
     variables["batch_stats"]["norm1"]["mean"] += 0.3
     kernel = variables["params"]["projection"]["kernel"][0, 0]
     expected = nn.relu((x - 0.3) / np.sqrt(1 + 1e-5))[:, ::2, ::2] @ kernel
-    np.testing.assert_allclose(block.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(quick_jit(block.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_preactivation_order_is_norm_then_convolution():
@@ -319,16 +325,97 @@ def test_preactivation_order_is_norm_then_convolution():
     assert list(outputs)[-3:] == ["final_norm", "logits", ""]
 
 
+# Very deep nets
+
+
+def random_variables(model, image):
+    """Values with which every block differs from every other."""
+    leaves, structure = jax.tree.flatten(shapes(model, *image.shape[1:])[0])
+    rng = np.random.default_rng(0)
+    return structure.unflatten(rng.uniform(0.05, 0.15, leaf.shape).astype(np.float32) for leaf in leaves)
+
+
+def stack_blocks(variables, blocks_per_stage):
+    """The variables of an unrolled net, as its twin with `scan_blocks` names them."""
+    stacked = {}
+    for collection, layers in variables.items():
+        layers = dict(layers)
+        for stage in (1, 2, 3):
+            blocks = [layers.pop(f"stage{stage}_block{i}") for i in range(2, blocks_per_stage + 1)]
+            layers[f"stage{stage}_blocks"] = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+        stacked[collection] = layers
+    return stacked
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        functools.partial(CifarResNet, 20, shortcut="C"),
+        functools.partial(PreactCifarResNet, 29),
+    ],
+)
+def test_scanned_blocks_compute_what_unrolled_ones_do(net, image):
+    variables = random_variables(net(), image)
+    logits, updates = train(net(), variables, image)
+    scanned = net(scan_blocks=True)
+    scanned_logits, scanned_updates = train(scanned, stack_blocks(variables, 3), image)
+    np.testing.assert_allclose(scanned_logits, logits, rtol=1e-4, atol=1e-4)
+    expected = stack_blocks(updates, 3)
+    assert jax.tree.structure(scanned_updates) == jax.tree.structure(expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), scanned_updates, expected
+    )
+
+
+def test_scanned_blocks_are_stacked_and_start_from_different_values(image):
+    model = CifarResNet(20, scan_blocks=True)
+    block = quick_jit(lambda key: model.init(key, image, False)["params"]["stage1_blocks"])(jax.random.key(0))
+    kernel = block["conv1"]["kernel"]
+    assert kernel.shape == (2, 3, 3, 16, 16)
+    assert jnp.abs(kernel[0] - kernel[1]).max() > 0.1
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (3 * 3 * 16)), rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (CifarResNet(20, scan_blocks=True), 269722),
+        (CifarResNet(1202, scan_blocks=True), 19421274),
+        (CifarResNet(1202, plain=True, scan_blocks=True), 19421274),
+        (CifarResNet(1202, shortcut="B", scan_blocks=True), 19421274 + 2752),
+        (PreactCifarResNet(164, scan_blocks=True), 1703258),
+        (PreactCifarResNet(1001, scan_blocks=True), 10327706),
+    ],
+)
+def test_scanned_nets_have_the_parameters_of_the_paper(model, parameters):
+    assert num_parameters(model, 32, 32, 3) == parameters
+
+
+@pytest.mark.parametrize(("net", "depths"), [(CifarResNet, (20, 1202)), (PreactCifarResNet, (29, 1001))])
+def test_a_scanned_program_does_not_grow_with_depth(net, depths, image):
+    def num_equations(depth):
+        model = net(depth, scan_blocks=True)
+        variables, _ = shapes(model, 8, 8, 3)
+        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+        return len(jax.make_jaxpr(apply)(variables, image).eqns)
+
+    shallow, deep = map(num_equations, depths)
+    assert shallow == deep
+
+
+def test_one_block_a_stage_leaves_nothing_to_scan():
+    assert shapes(CifarResNet(8, scan_blocks=True), 8, 8, 3) == shapes(CifarResNet(8), 8, 8, 3)
+
+
 # What a block starts as
 
 
 @pytest.mark.parametrize(("block_type", "filters"), [(BasicBlock, 8), (BottleneckBlock, 2)])
 def test_zero_last_gamma_makes_a_block_the_identity(block_type, filters):
     x = jax.random.uniform(jax.random.key(0), (2, 5, 5, 8))  # not negative, so that ReLU keeps it
-    for zero in (True, False):
-        block = block_type(filters, 1, "B", False, CONV, NORM, zero_init_last_gamma=zero)
-        y, _ = quick_jit(block.init_with_output)(jax.random.key(1), x)
-        assert (y == x).all() == zero
+    block = block_type(filters, 1, "B", False, CONV, NORM, zero_init_last_gamma=True)
+    y, _ = quick_jit(block.init_with_output)(jax.random.key(1), x)
+    np.testing.assert_array_equal(y, x)
 
 
 @pytest.mark.parametrize(("depth", "last"), [(18, "norm2"), (50, "norm3")])
