@@ -11,16 +11,19 @@ import jax.numpy as jnp
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet
 from cnn_cases.models.inception_v3 import InceptionV3
-from cnn_cases.models.lenet import LeNet5
+from cnn_cases.models.lenet import LeNet5, LeNet5Original
 from cnn_cases.models.nin import NIN
-from cnn_cases.models.resnet import CifarResNet
+from cnn_cases.models.resnet import CifarResNet, PreactCifarResNet, ResNet
 from cnn_cases.models.vgg import VGG
 
 MODELS = {
     "lenet5": LeNet5,
+    "lenet5_1998": LeNet5Original,
     "alexnet": AlexNet,
     "vgg": VGG,
+    "resnet": ResNet,
     "resnet_cifar": CifarResNet,
+    "resnet_preact_cifar": PreactCifarResNet,
     "nin": NIN,
     "googlenet": GoogLeNet,
     "inception_v3": InceptionV3,

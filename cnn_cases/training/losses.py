@@ -40,7 +40,11 @@ def cross_entropy(logits, label, smoothing=0.0):
 
 
 def rbf_mean_squared(logits, label):
-    """The penalty of the right class (LeCun et al. 1998, equation 8)."""
+    """The penalty of the right class (LeCun et al. 1998, equation 8).
+
+    Nothing in it pushes the other classes away: with trainable codes it could be brought to zero by making
+    all of them equal, which is one reason why LeNet-5's are fixed.
+    """
     return -_pick(logits.astype(jnp.float32), label)
 
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,6 +37,20 @@ def test_the_map_loss_is_equation_9():
         2 + np.log(np.exp(-0.5) + np.exp(-7) + np.exp(-2)),
     ]
     np.testing.assert_allclose(loss(-penalties, np.int32([0, 1])), expected, rtol=1e-5)
+
+
+def test_the_map_loss_pushes_near_wrong_classes_away_and_leaves_far_ones():
+    def loss(penalties):
+        return losses.rbf_map(-penalties, jnp.array([0]), j=5.0)[0]
+
+    right, near, far = jax.grad(loss)(jnp.array([[1.0, 2.0, 50.0]]))[0]
+    assert right > 0 > near
+    assert abs(far) < 1e-6
+
+
+def test_the_map_loss_survives_penalties_whose_exponentials_vanish():
+    loss = losses.rbf_map(jnp.full((1, 10), -1e4), jnp.array([3]), j=1e3)
+    np.testing.assert_allclose(loss, 1e4 - 1e3, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
