@@ -27,7 +27,8 @@ def get_config():
     config.data.splits.validation = "validation"
     config.data.splits.test = "test"
     config.data.image_size = 0  # pixels, height and width to which images are resized; 0: as they are
-    config.data.normalization = "channel"  # "none", "channel" (mean and deviation) or "pixel_mean"
+    config.data.border = 0  # zero pixels then added on every side
+    config.data.normalization = "channel"  # "none", "channel", "pixel_mean" or "lenet5_1998"
     config.data.pad = 0  # pixels around the image before a random crop; 0: no crop
     config.data.flip = False  # mirror left and right at random
 

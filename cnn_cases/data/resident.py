@@ -17,7 +17,7 @@ import numpy as np
 from cnn_cases.data import augment as augmentations
 from cnn_cases.data import sources
 
-NORMALIZATIONS = ("none", "channel", "pixel_mean")
+NORMALIZATIONS = ("none", "channel", "pixel_mean", "lenet5_1998")
 
 
 class ResidentFeed:
@@ -41,7 +41,8 @@ class ResidentFeed:
           eval_batch_size: examples of an evaluation step, over all devices.
           normalization: one of NORMALIZATIONS, computed from the training split. Images are scaled to [0, 1]
             ("none"); then "channel" subtracts the mean and divides by the standard deviation of each
-            channel, and "pixel_mean" subtracts the mean image (He et al. 2015, section 4.2).
+            channel, "pixel_mean" subtracts the mean image (He et al. 2015, section 4.2), and "lenet5_1998"
+            puts black at -0.1 and white at 1.175 (LeCun et al. 1998, section II.B).
           pad, flip: see `augment.augment`.
 
         Raises:
@@ -115,6 +116,8 @@ def _statistics(images, normalization):
     """Mean and standard deviation of images in [0, 1], to subtract and to divide by."""
     if normalization == "none":
         return np.float32(0), np.float32(1)
+    if normalization == "lenet5_1998":
+        return np.float32(0.1 / 1.275), np.float32(1 / 1.275)
     if normalization == "pixel_mean":
         return (images.mean(axis=0) / 255).astype(np.float32), np.float32(1)
     # From the counts of the 256 values: exact, and without a float copy of the images.
@@ -140,15 +143,19 @@ def _prepare(arrays, batch, key, *, mean, std, pad, flip):
     return image, label
 
 
-def load(*, name, data_dir, splits, image_size, normalization, pad, flip, batch_size, eval_batch_size):
+def load(
+    *, name, data_dir, splits, image_size, border, normalization, pad, flip, batch_size, eval_batch_size
+):
     """The feed of a TFDS set.
 
     Args:
-      name, data_dir, image_size: see `sources.load_split`.
+      name, data_dir, image_size, border: see `sources.load_split`.
       splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"}.
       normalization, pad, flip, batch_size, eval_batch_size: see `ResidentFeed`.
     """
-    loaded = {role: sources.load_split(name, split, data_dir, image_size) for role, split in splits.items()}
+    loaded = {
+        role: sources.load_split(name, split, data_dir, image_size, border) for role, split in splits.items()
+    }
     num_classes = loaded["train"][2]
     return ResidentFeed(
         {role: (images, labels) for role, (images, labels, _) in loaded.items()},

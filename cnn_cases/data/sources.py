@@ -58,13 +58,14 @@ def prepare(name, data_dir=""):
     return builder
 
 
-def load_split(name, split, data_dir="", image_size=0):
+def load_split(name, split, data_dir="", image_size=0, border=0):
     """A whole split in memory.
 
     Args:
       name, data_dir: see `make_builder`.
       split: a TFDS split expression, such as "train" or "train[:90%]".
       image_size: height and width to which images are resized (bilinear); 0 leaves them as they are.
+      border: zero pixels then added on every side, as LeNet-5's 28x28 digits lie in 32x32.
 
     Returns:
       image uint8 [N, H, W, C], label int32 [N], and the number of classes.
@@ -82,6 +83,8 @@ def load_split(name, split, data_dir="", image_size=0):
                 f"run `python -m cnn_cases.data.prepare {name}{where}`"
             )
         builder = prepare(name, data_dir)
+    if image_size < 0 or border < 0:
+        raise ValueError(f"data.image_size = {image_size} and data.border = {border} must be 0 or more")
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")
@@ -102,7 +105,8 @@ def load_split(name, split, data_dir="", image_size=0):
             f"the images of {name!r} differ in size ({len(shapes)} sizes); set data.image_size to one"
         )
     labels = np.array([example["label"] for example in examples], np.int32)
-    return np.stack(images), labels, features["label"].num_classes
+    edge = (border, border)
+    return np.pad(np.stack(images), ((0, 0), edge, edge, (0, 0))), labels, features["label"].num_classes
 
 
 def _resize(image, size):

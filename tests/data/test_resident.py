@@ -72,6 +72,12 @@ def test_pixel_mean_normalization_gives_a_mean_image_of_zero():
     assert image.std() < 0.5  # not divided by a deviation
 
 
+def test_the_input_of_lenet5_has_black_below_zero_and_white_above_one():
+    feed = make_feed(normalization="lenet5_1998")
+    expected = feed.arrays["image"][:23] / 255 * 1.275 - 0.1
+    np.testing.assert_allclose(everything(feed), expected, atol=1e-6)
+
+
 def test_augmentation_happens_in_training_alone():
     feed = make_feed(pad=2, flip=True)
     batch = feed.train_batch(0, 0)
@@ -99,7 +105,10 @@ def test_constant_images_do_not_divide_by_zero():
     [
         ({"batch_size": 24}, "batch_size = 24 must be between 1 and the 23 training examples"),
         ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be 1 or more"),
-        ({"normalization": "zca"}, "data.normalization = 'zca' is unknown; known: none, channel, pixel_mean"),
+        (
+            {"normalization": "zca"},
+            "data.normalization = 'zca' is unknown; known: none, channel, pixel_mean, lenet5_1998",
+        ),
         ({"pad": -1}, "data.pad = -1 must be 0 or more"),
     ],
 )
