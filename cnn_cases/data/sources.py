@@ -1,5 +1,6 @@
 """TFDS sets: preparing them, and reading whole splits into memory."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -82,7 +83,8 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "
                 f"run `python -m cnn_cases.data.prepare {name}{where}`"
             )
-        builder = prepare(name, data_dir)
+        with _no_progress_bars():  # it takes a second
+            builder = prepare(name, data_dir)
     if image_size < 0 or border < 0:
         raise ValueError(f"data.image_size = {image_size} and data.border = {border} must be 0 or more")
     features = builder.info.features
@@ -107,6 +109,15 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
     labels = np.array([example["label"] for example in examples], np.int32)
     edge = (border, border)
     return np.pad(np.stack(images), ((0, 0), edge, edge, (0, 0))), labels, features["label"].num_classes
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        tfds.enable_progress_bar()
 
 
 def _resize(image, size):

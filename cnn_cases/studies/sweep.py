@@ -74,6 +74,7 @@ def run_all(study, workdir):
     point, program = None, None
     for number, run in enumerate(runs, start=1):
         run_dir = pathlib.Path(workdir) / "runs" / run.name
+        print(f"[{number}/{len(runs)}] {run.name}: ", end="", file=sys.stderr, flush=True)
         done = (run_dir / "result.json").exists()
         if not done and run.point != point:
             point, program = run.point, loop.make_program(run.config)
@@ -81,10 +82,13 @@ def run_all(study, workdir):
             result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
         except loop.DivergedError as error:
             news = f"diverged at step {error.step}"
+        except BaseException:
+            print(file=sys.stderr)  # what follows begins on a line of its own
+            raise
         else:
             news = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
             news += " (finished before)" if done else f" ({result['seconds']:.1f} s)"
-        print(f"[{number}/{len(runs)}] {run.name}: {news}", file=sys.stderr, flush=True)
+        print(news, file=sys.stderr, flush=True)
 
 
 def make_record(study, workdir):
