@@ -169,7 +169,7 @@ def draw_depth(record):
 def write_report(record, workdir):
     """Writes record.json, the table (table.csv, table.md) and the figures (curves, depth: .png and .svg)."""
     workdir = pathlib.Path(workdir)
-    logbook.write_json(workdir / "record.json", record)
+    logbook.write_text(workdir / "record.json", sweep.record_text(record))
     logbook.write_text(workdir / "table.csv", table(record, "csv"))
     logbook.write_text(workdir / "table.md", table(record, "markdown"))
     for name, draw in (("curves", draw_curves), ("depth", draw_depth)):

@@ -117,3 +117,10 @@ def make_record(study, workdir):
     # Started and resumed on other machines or commits, a study says so.
     environments = [value for n, value in enumerate(environments) if value not in environments[:n]]
     return {"config": study.to_dict(), "environments": environments, "runs": outcomes}
+
+
+def record_text(record):
+    """The record as JSON with one run a line, so that people can read it and git can compare it."""
+    head = json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=2)
+    runs = ",\n".join("    " + json.dumps(run) for run in record["runs"])
+    return head.removesuffix("\n}") + ',\n  "runs": [\n' + runs + "\n  ]\n}\n"

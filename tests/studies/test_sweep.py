@@ -94,6 +94,13 @@ def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
     assert len(record["environments"]) == 1
 
 
+def test_the_text_of_a_record_is_its_json_with_a_run_a_line(finished, study):
+    record = sweep.make_record(study, finished)
+    text = sweep.record_text(record)
+    assert json.loads(text) == json.loads(json.dumps(record))
+    assert sum(line.startswith('    {"optimizer.momentum"') for line in text.splitlines()) == 8
+
+
 def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys):
     monkeypatch.setattr(loop, "make_program", pytest.fail)
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
