@@ -12,15 +12,15 @@ from configs import common
 def get_config():
     """ResNet-20 on digits."""
     config = common.get_config()
-    config.num_steps = 240
+    config.num_steps = 200
     config.batch_size = 32
     config.model.name = "resnet_cifar"
     config.model.depth = 20
     config.model.plain = False
     config.model.shortcut = "A"
     config.optimizer.learning_rate = 0.02
-    config.evaluation.every_steps = 20
-    config.checkpoint.every_steps = 120
+    config.evaluation.every_steps = 25
+    config.checkpoint.every_steps = 100
     config.log_every_steps = 10
     config.lock()
     return config

@@ -18,7 +18,7 @@ def get_config():
         # The curves of figure 6 are of the test set; nothing is chosen by them.
         config.base.evaluation.splits = ("test",)
         config.base.evaluation.final_splits = ("train", "test")
-        config.base.evaluation.every_steps = 20
+        config.base.evaluation.every_steps = 25
         config.base.evaluation.batch_size = 120
         config.base.checkpoint.best_on = ""
         config.base.checkpoint.keep_last = 1
