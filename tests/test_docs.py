@@ -138,7 +138,7 @@ def complaints(words):
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *overrides])
         try:
             values(["", *overrides])
-            values["config"].value.is_locked  # a file that is not there is noticed at the first look
+            len(values["config"].value)  # a file that is not there is noticed at the first look
         except (flags.Error, OSError, AttributeError, KeyError) as error:
             wrong.append(f"{' '.join(overrides)}: {error}")
     return wrong
