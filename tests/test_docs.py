@@ -328,7 +328,7 @@ def test_large_numbers_in_the_lectures_text_stand_in_a_checked_table():
     assert set(re.findall(r"\d{3},\d{3}(?:,\d{3})*|\d{1,3},\d{3},\d{3}", prose)) <= checked
 
 
-@pytest.mark.parametrize("path", ROOT.glob("results/depth_digits.json"), ids=name_of)
+@pytest.mark.parametrize("path", [*ROOT.glob("results/depth_digits.json")], ids=name_of)
 def test_the_table_of_the_depth_study_is_that_of_its_record(path):
     table = depth_curves.table(json.loads(path.read_text()), "markdown")
     assert table in (ROOT / "README.md").read_text()
