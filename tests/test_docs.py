@@ -164,24 +164,6 @@ def test_every_command_can_start(path, words, monkeypatch):
     assert not complaints(words), f"{path}: {' '.join(words)}"
 
 
-# Results.
-
-
-def one_line(text):
-    return " ".join(text.split())
-
-
-def test_results_are_quoted_from_the_heads_of_their_configs():
-    quoted = {}
-    for table in tables(ROOT / "docs/case_studies.md"):
-        if table.titles == ["config", "measured"]:
-            quoted |= {LINK.match(config)[1]: result for config, result in table.rows}
-    heads = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("configs/*.py")}
-    assert set(quoted) == set(heads) - {"__init__", "common"}
-    wrong = [name for name, result in quoted.items() if one_line(result) not in one_line(heads[name])]
-    assert [name for name in wrong if quoted[name] != "not yet measured"] == []
-
-
 # Numbers.
 
 
@@ -350,3 +332,21 @@ def test_large_numbers_in_the_lectures_text_stand_in_a_checked_table():
 def test_the_table_of_the_depth_study_is_that_of_its_record(path):
     table = depth_curves.table(json.loads(path.read_text()), "markdown")
     assert table in (ROOT / "README.md").read_text()
+
+
+# Results.
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def test_results_are_quoted_from_the_heads_of_their_configs():
+    quoted = {}
+    for table in tables(ROOT / "docs/case_studies.md"):
+        if table.titles == ["config", "measured"]:
+            quoted |= {LINK.match(config)[1]: result for config, result in table.rows}
+    heads = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("configs/*.py")}
+    assert set(quoted) == set(heads) - {"__init__", "common"}
+    wrong = [name for name, result in quoted.items() if one_line(result) not in one_line(heads[name])]
+    assert [name for name in wrong if quoted[name] != "not yet measured"] == []
