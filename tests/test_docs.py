@@ -1,0 +1,352 @@
+"""The documents keep their word: links lead somewhere, commands can start, numbers are those of the code."""
+
+import ast
+import functools
+import importlib
+import inspect
+import json
+import math
+import pathlib
+import re
+import shlex
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from flax import linen as nn
+from flax import traverse_util
+from ml_collections import config_flags
+
+from cnn_cases import models
+from cnn_cases.studies import depth_curves
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
+CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.py") if path.stem not in ("__init__", "common"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+# Links.
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def links(path):
+    """(text, target) of every link to a file of ours."""
+    found = LINK.findall(FENCED.sub("", path.read_text()))
+    return [(text, target) for text, target in found if "://" not in target]
+
+
+def anchors(path):
+    """What `#...` may name in a document, as GitHub derives it from the headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    broken = []
+    for _, target in links(document):
+        file, _, anchor = target.partition("#")
+        path = (document.parent / file) if file else document
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+def defined(path):
+    """Names that a file defines at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_a_name_that_links_to_python_is_defined_there(document):
+    missing = []
+    for text, target in links(document):
+        name, path = text.strip("`"), document.parent / target
+        if text == f"`{name}`" and name.isidentifier() and path.suffix == ".py" and path.exists():
+            missing += [] if name in defined(path) else [f"{name} in {target}"]
+    assert not missing
+
+
+# Commands.
+
+
+def commands(path):
+    """The commands of a document's code, or of a config's head, as lists of words."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        blocks = [re.sub(r"^Command: +", "", ast.get_docstring(ast.parse(text)), flags=re.MULTILINE)]
+    else:
+        blocks = FENCED.findall(text) + re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+    for block in blocks:
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            if re.match(r"\s*(\w+=\S+ )*(python|make) ", line):
+                yield shlex.split(line, comments=True)
+
+
+COMMANDS = [(path, words) for path in (*DOCUMENTS, *CONFIGS) for words in commands(path)]
+
+
+def flag_names(path):
+    """The flags that a command line declares, by absl or by argparse."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            if node.func.attr.startswith("DEFINE_"):
+                yield node.args[0].value
+            elif node.func.attr == "add_argument":
+                yield from (word.value.lstrip("-") for word in node.args)
+
+
+def complaints(words):
+    """What is wrong with a command, for all that can be told without running it."""
+    if "python" not in words:
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        return [f"no target {word}" for word in words[words.index("make") + 1 :] if word not in targets]
+    words = words[words.index("python") + 1 :]
+    if words[0] == "-m":
+        module, words = words[1], words[2:]
+        if module == "pytest":
+            return pytest_complaints(words)
+        if module.partition(".")[0] != "cnn_cases":
+            return []
+        program = ROOT / (module.replace(".", "/") + ".py")
+    else:
+        program, words = ROOT / words[0], words[1:]
+    if not program.exists():
+        return [f"no file {program.relative_to(ROOT)}"]
+    known, wrong = set(flag_names(program)), []
+    for word in words:
+        flag = re.match(r"--?(\w+)", word)
+        if flag and flag[1] not in known:
+            wrong.append(f"no flag {word}")
+        if word.startswith("configs/") and not (ROOT / word).exists():
+            wrong.append(f"no config {word}")
+    overrides = [word for word in words if word.startswith("--config")]
+    if overrides and "config" in known:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *overrides])
+        try:
+            values(["", *overrides])
+            len(values["config"].value)  # a file that is not there is noticed at the first look
+        except (flags.Error, OSError, AttributeError, KeyError) as error:
+            wrong.append(f"{' '.join(overrides)}: {error}")
+    return wrong
+
+
+def pytest_complaints(words):
+    files = [ROOT / word for word in words if word.startswith("tests")]
+    wrong = [f"no file {path.relative_to(ROOT)}" for path in files if not path.exists()]
+    if "-k" in words and not wrong:
+        part = words[words.index("-k") + 1]
+        names = [name for path in files for name in defined(path)]
+        wrong += (
+            [] if any(name.startswith("test") and part in name for name in names) else [f"no test {part}"]
+        )
+    return wrong
+
+
+# ml_collections loads the config file in a way that Python is giving up.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(("path", "words"), COMMANDS, ids=lambda it: name_of(it) if it in DOCUMENTS else "")
+def test_every_command_can_start(path, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert not complaints(words), f"{path}: {' '.join(words)}"
+
+
+# Numbers.
+
+
+class Table(NamedTuple):
+    """A Markdown table: the line of text above it, its columns' titles and its rows of cells."""
+
+    caption: str
+    titles: list[str]
+    rows: list[list[str]]
+
+
+def tables(path):
+    paragraph = ""
+    for block in re.split(r"\n{2,}", path.read_text()):
+        lines = block.splitlines()
+        if len(lines) > 2 and all(line.startswith("|") for line in lines):
+            cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+            yield Table(paragraph, cells[0], cells[2:])
+        paragraph = block
+
+
+TABLES = [table for path in DOCUMENTS for table in tables(path)]
+# "`LeNet5()` on 32x32x1:" and a table of layers below.
+CAPTION = re.compile(r"`(\w+)(\(.*\))` on ([\dx]+):")
+LAYER_TABLES = [table for table in TABLES if CAPTION.fullmatch(table.caption)]
+REGISTRY_ROWS = [
+    row
+    for table in TABLES
+    if table.titles == ["architecture", "settings", "image", "parameters"]
+    for row in table.rows
+]
+
+
+def literal_arguments(text):
+    """The values of a call's "(1, two=3)"."""
+    call = ast.parse(f"f{text}", mode="eval").body
+    values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    return [ast.literal_eval(value) for value in call.args], values
+
+
+def shape_of(text):
+    return tuple(int(side) for side in text.split("x"))
+
+
+def shape_text(shape):
+    return "x".join(map(str, shape))
+
+
+def init_shapes(model, image):
+    """The shapes of a model's parameters, {"layer/kernel": shape}, for one image [H, W, C]."""
+    whole_net = "train" in inspect.signature(type(model).__call__).parameters
+
+    def init(x):
+        key = jax.random.key(0)
+        return model.init({"params": key, "dropout": key}, x, *[False] * whole_net)
+
+    variables = jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image), jnp.float32))
+    parameters = traverse_util.flatten_dict(variables["params"], sep="/")
+    return {name: leaf.shape for name, leaf in parameters.items()}
+
+
+class Layer(NamedTuple):
+    """What is known of a module; shapes are without the batch."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    parameters: int
+    multiplications: int
+
+
+@functools.cache
+def trace(caption):
+    """{path: Layer} of all modules of the captioned one, itself under ""."""
+    name, arguments, image = CAPTION.fullmatch(caption).groups()
+    files = (ROOT / "cnn_cases/models").glob("*.py")
+    path = next(path for path in files if path.stem != "__init__" and name in defined(path))
+    positional, named = literal_arguments(arguments)
+    model = getattr(importlib.import_module(f"cnn_cases.models.{path.stem}"), name)(*positional, **named)
+    shapes = {}
+
+    def record(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        shapes["/".join(context.module.path)] = args[0].shape[1:], y.shape[1:]
+        return y
+
+    with nn.intercept_methods(record):
+        parameters = init_shapes(model, shape_of(image))
+
+    def below(path):
+        return {key: shape for key, shape in parameters.items() if not path or key.startswith(f"{path}/")}
+
+    def multiplications(key, kernel):
+        owner, _, kind = key.rpartition("/")
+        return math.prod(kernel) * math.prod(shapes[owner][1][:-1]) if kind == "kernel" else 0
+
+    return {
+        path: Layer(
+            *shapes[path],
+            sum(math.prod(shape) for shape in below(path).values()),
+            sum(multiplications(*item) for item in below(path).items()),
+        )
+        for path in shapes
+    }
+
+
+def path_in(row):
+    match = re.match(r"`([\w/]+)`", row[0])
+    return match and match[1]
+
+
+@pytest.mark.parametrize("table", LAYER_TABLES, ids=lambda table: CAPTION.fullmatch(table.caption)[1])
+def test_layer_tables_are_those_of_the_code(table):
+    layers = trace(table.caption)
+    right, sums = [], [0] * (len(table.titles) - 2)
+    for number, row in enumerate(table.rows):
+        following = next(filter(None, map(path_in, table.rows[number + 1 :])), None)
+        if path_in(row):
+            layer = layers[path_in(row)]
+            counts = [getattr(layer, title) for title in table.titles[2:]]
+            sums = [total + count for total, count in zip(sums, counts, strict=True)]
+            right.append([row[0], shape_text(layer.output), *(f"{count:,}" for count in counts)])
+        elif row[0] in ("in all", "together"):
+            whole = [getattr(layers[""], title) for title in table.titles[2:]]
+            assert row[0] == "together" or sums == whole, "a layer is missing"
+            right.append([row[0], "", *(f"{total:,}" for total in sums)])
+        else:
+            # A layer without parameters: what the next one takes, or the net gives.
+            shape = layers[following].input if following else layers[""].output
+            flat = len(shape) == 1 and math.prod(shape_of(row[1])) == shape[0]
+            right.append([row[0], row[1] if flat else shape_text(shape), *[""] * len(sums)])
+    assert table.rows == right
+
+
+def test_the_tables_of_the_lecture_are_there():
+    captions = {table.caption for table in LAYER_TABLES}
+    assert captions >= {
+        "`LeNet5()` on 32x32x1:",
+        '`AlexNet(variant="lecture")` on 227x227x3:',
+        '`VGG(variant="D")` on 224x224x3:',
+        "`InceptionModule(64, 96, 128, 16, 32, 32)` on 28x28x192:",
+    }
+
+
+@pytest.mark.parametrize("row", REGISTRY_ROWS, ids=lambda row: " ".join(row[:2]).replace("`", ""))
+def test_counts_of_the_registry_are_those_of_the_code(row):
+    architecture, settings, image, parameters = row
+    _, knobs = literal_arguments(f"({settings.strip('`')})")
+    model = models.MODELS[architecture.strip("`")](**knobs)
+    shapes = init_shapes(model, shape_of(image))
+    assert parameters == f"{sum(map(math.prod, shapes.values())):,}"
+
+
+def test_every_architecture_is_counted():
+    assert {row[0].strip("`") for row in REGISTRY_ROWS} == set(models.MODELS)
+
+
+def test_large_numbers_in_the_lectures_text_stand_in_a_checked_table():
+    text = (ROOT / "docs/case_studies.md").read_text()
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    checked = {cell for table in LAYER_TABLES for row in table.rows for cell in row}
+    checked |= {row[-1] for row in REGISTRY_ROWS}
+    assert set(re.findall(r"\d{3},\d{3}(?:,\d{3})*|\d{1,3},\d{3},\d{3}", prose)) <= checked
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("results/depth_digits.json")], ids=name_of)
+def test_the_table_of_the_depth_study_is_that_of_its_record(path):
+    table = depth_curves.table(json.loads(path.read_text()), "markdown")
+    assert table in (ROOT / "README.md").read_text()
+
+
+# Results.
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def test_results_are_quoted_from_the_heads_of_their_configs():
+    quoted = {}
+    for table in tables(ROOT / "docs/case_studies.md"):
+        if table.titles == ["config", "measured"]:
+            quoted |= {LINK.match(config)[1]: result for config, result in table.rows}
+    heads = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("configs/*.py")}
+    assert set(quoted) == set(heads) - {"__init__", "common"}
+    wrong = [name for name, result in quoted.items() if one_line(result) not in one_line(heads[name])]
+    assert [name for name in wrong if quoted[name] != "not yet measured"] == []
