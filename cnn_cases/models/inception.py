@@ -34,8 +34,8 @@ Torchvision's dropout of 0.2 before the logits, and its side branches' pooling t
 followed: they change nothing at evaluation.
 
 Departures from the paper: the last average pool is over the whole map (7x7 at 224 pixels), so that other
-image sizes work. Where the paper is silent: local response normalisation has AlexNet's constants and stands
-where the Caffe replica has it; weights start from He et al.'s normal distribution (cut off at two standard
+image sizes work. Local response normalisation stands where figure 3 has it. Where the paper is silent: its
+constants are AlexNet's; weights start from He et al.'s normal distribution (cut off at two standard
 deviations) and biases from zero; batch normalisation has torchvision's epsilon of 1e-3 and keeps 0.9 of its
 running statistics at each step.
 """

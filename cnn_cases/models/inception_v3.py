@@ -34,6 +34,7 @@ the modules are theirs too, the paper does not give them:
 - table 1 has conv 3x3 with 80 filters, conv 3x3 with 192 and stride 2, conv 3x3 with 288, where the weights
   have conv 1x1, conv 3x3, max pool;
 - the modules of figure 5 have one 5x5 window where the figure has a 3x3;
+- the side branch has 768 filters in its 5x5 convolution (the paper's figure 8, as recalled, has 128);
 - there are four modules of figure 6; table 1 counts five, it seems with the reduction before them.
 
 Where the paper is silent: weights start from He et al.'s normal distribution (cut off at two standard
