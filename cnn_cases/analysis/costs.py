@@ -473,7 +473,8 @@ def _image_shape(text):
     return tuple(map(int, text.split("x")))
 
 
-def _positive(text):
+def positive_number(text):
+    """An option's value as an int, for argparse."""
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
@@ -494,16 +495,20 @@ def main(arguments=None):
     parser.add_argument(
         "configs", nargs="+", metavar="CONFIG", help="a training config, such as configs/x.py"
     )
-    parser.add_argument("--batch_size", type=_positive, default=1, help="images, for the memory; default 1")
+    parser.add_argument(
+        "--batch_size", type=positive_number, default=1, help="images, for the memory; default 1"
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--image_size", type=_positive, help="pixels, height and width; default: the config's")
+    size.add_argument(
+        "--image_size", type=positive_number, help="pixels, height and width; default: the config's"
+    )
     size.add_argument(
         "--image_shape",
         type=_image_shape,
         metavar="HxWxC",
         help="needed for a data set that is not known here",
     )
-    parser.add_argument("--num_classes", type=_positive, help="likewise")
+    parser.add_argument("--num_classes", type=positive_number, help="likewise")
     parser.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
     parser.add_argument("--figure", type=_figure_path, metavar="FILE", help="a .png or .svg to draw")
     options = parser.parse_args(arguments)
