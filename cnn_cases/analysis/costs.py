@@ -131,7 +131,8 @@ def count(model, image_shape, batch_size=1):
         full = {key: _at(variables["params"], call.path)[key] for key in call.params}
         repeats = _repeats(call, calls, variables["params"], entered)
         is_kept = (call.params or call.kind == "max pool") and id(call.input) not in kept
-        kept.add(id(call.input) if is_kept else None)
+        if is_kept:
+            kept.add(id(call.input))
         kernel_size = full["kernel"].size if "kernel" in full else 0
         layers.append(
             Layer(
@@ -193,11 +194,11 @@ def _trace(run, *inputs):
         return output
 
     def watch_pooling(function, kind):
-        def pool(x, window_shape, strides=None, **options):
-            output = function(x, window_shape, strides, **options)
+        def pool(inputs, window_shape, strides=None, **options):
+            output = function(inputs, window_shape, strides, **options)
             number = sum(call.path == inside[-1] and call.kind == kind for call in calls) + 1
             name = "/".join((*inside[-1], f"{kind.replace(' ', '_')}{number}"))
-            note(name, kind, tuple(window_shape), _pair(strides), x, output, {})
+            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, {})
             return output
 
         return pool
