@@ -1,0 +1,530 @@
+"""What a network costs, layer by layer: parameters, multiply-adds and the memory of its activations.
+
+    python -m cnn_cases.analysis.costs configs/lenet5_digits.py
+    python -m cnn_cases.analysis.costs configs/lenet5_digits.py configs/resnet_digits.py --figure=costs.png
+
+The layers are those that Flax calls while it traces the model on shapes alone (`nn.intercept_methods` under
+`jax.eval_shape`), so nothing is described twice, nothing is computed and no parameter is allocated.
+
+What is a layer: a module with parameters of its own, and a pooling. What is counted of it:
+
+    multiply-adds  for one image: each weight of a kernel once at each pixel of the output map, be the layer a
+                   convolution with or without groups or dense. Products with padding count, as is usual, and
+                   as the lecture does. Biases, norms, poolings and activation functions count nothing.
+    forward        bytes of the layer's input and output for the whole batch: what must be there while it
+                   runs. The total is the largest, the peak of a net that runs layer by layer; branches that
+                   wait for each other come on top.
+    kept           bytes that the backward pass will want again, for the whole batch: the input of a layer
+                   with parameters, and of a max pooling; an input that several layers read counts with the
+                   first. The total is the sum. What lies between two layers (ReLU, dropout, response
+                   normalisation, additions) is not seen; some of it is kept too, ReLU's sign above all.
+
+Both are the memory that the network asks for. What a compiler makes of it, by running layers as one, is
+another question; `cnn_cases.studies.bottleneck` asks it.
+
+Totals are of the trunk, which is what runs at inference. Layers that only training runs, the side branches,
+have totals of their own.
+"""
+
+import argparse
+import collections
+import contextlib
+import csv
+import io
+import json
+import math
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from cnn_cases.models import make_model
+
+KINDS = {nn.Conv: "conv", nn.Dense: "dense", nn.BatchNorm: "batch norm"}
+
+# Height, width and channels of the images, and number of classes, of the sets that configs are made for; no
+# size where the images differ in it.
+DATA_SETS = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "imagenette": ((None, None, 3), 10),
+    "imagenet2012": ((None, None, 3), 1000),
+}
+
+
+class Layer(NamedTuple):
+    """One row of the table; shapes are without the batch."""
+
+    name: str  # the path of the module, as in the tree of parameters
+    kind: str
+    kernel: tuple[int, ...]  # height and width, () where there is no window
+    stride: tuple[int, ...]  # vertical and horizontal, () where there is no window
+    output: tuple[int, ...]
+    repeats: int  # copies that run one after another (`nn.scan`); their costs are counted together
+    parameters: int
+    multiply_adds: int  # for one image
+    forward: int  # bytes for the batch
+    kept: int  # bytes for the batch
+    side: bool  # runs in training only
+
+
+class Total(NamedTuple):
+    """The sums over some layers; of `forward`, the largest."""
+
+    parameters: int
+    multiply_adds: int
+    forward: int
+    kept: int
+
+
+class _Call(NamedTuple):
+    """What was seen of a layer while the model was traced."""
+
+    path: tuple[str, ...]  # of the module; for a pooling, of the module that pools
+    name: str
+    kind: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    input: Any  # held, so that its id remains its own
+    output: Any
+    params: dict  # the module's own, {name: array}, without the axes along which a scan stacks them
+
+
+def count(model, image_shape, batch_size=1):
+    """The layers of a model in the order in which they run, those of side branches after the trunk's.
+
+    Args:
+      model: a Linen module, called as `model(image, train)`.
+      image_shape: height, width and channels.
+      batch_size: images, for the memory.
+
+    Returns:
+      [Layer].
+
+    Raises:
+      ValueError: the model refuses its settings or the image; or a layer runs several times with the same
+        parameters, so that its calls cannot be told from the tracing of a loop.
+    """
+    image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    # Whoever initialises a model runs all of it; whoever applies it, train=False, the trunk.
+    variables, calls, entered = _trace(lambda image: model.init(jax.random.key(0), image, train=False), image)
+    _, _, trunk = _trace(
+        lambda variables, image: model.apply(variables, image, train=False), variables, image
+    )
+
+    weighted = {call.path for call in calls if call.params}
+    # A layer of our own that pools on its way has one row, its own.
+    calls = [call for call in calls if call.params or call.path not in weighted]
+    calls.sort(key=lambda call: call.path not in trunk)
+    layers, kept = [], set()
+    for call in calls:
+        full = {key: _at(variables["params"], call.path)[key] for key in call.params}
+        repeats = _repeats(call, calls, variables["params"], entered)
+        is_kept = (call.params or call.kind == "max pool") and id(call.input) not in kept
+        if is_kept:
+            kept.add(id(call.input))
+        kernel_size = full["kernel"].size if "kernel" in full else 0
+        layers.append(
+            Layer(
+                name=call.name,
+                kind=call.kind,
+                kernel=call.kernel,
+                stride=call.stride,
+                output=call.output.shape[1:],
+                repeats=repeats,
+                parameters=sum(leaf.size for leaf in full.values()),
+                multiply_adds=kernel_size * math.prod(call.output.shape[1:-1]),
+                forward=_bytes(call.input) + _bytes(call.output),
+                kept=_bytes(call.input) * repeats if is_kept else 0,
+                side=call.path not in trunk,
+            )
+        )
+    return layers
+
+
+def total(layers, side=False):
+    """The Total of the trunk; with `side`, of the side branches."""
+    layers = [layer for layer in layers if layer.side == side]
+    return Total(
+        parameters=sum(layer.parameters for layer in layers),
+        multiply_adds=sum(layer.multiply_adds for layer in layers),
+        forward=max((layer.forward for layer in layers), default=0),
+        kept=sum(layer.kept for layer in layers),
+    )
+
+
+def _trace(run, *inputs):
+    """Traces `run(*inputs)`, which calls a model once.
+
+    Returns:
+      The shapes of what it returns, [_Call], and how often each module was entered, {path: times}.
+    """
+    calls, entered, inside = [], collections.Counter(), []
+
+    def note(*call):
+        # The body of an `nn.scan` is traced several times over: the first time is enough.
+        if entered[inside[-1]] == 1:
+            calls.append(_Call(inside[-1], *call))
+
+    def watch_module(method, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return method(*args, **kwargs)
+        inside.append(module.path)
+        entered[module.path] += 1
+        output = method(*args, **kwargs)
+        params = module.variables.get("params", {})
+        own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
+        if own:
+            kernel = own["kernel"].shape[:2] if "kernel" in own and own["kernel"].ndim > 2 else ()
+            stride = _pair(getattr(module, "strides", 1)) if kernel else ()
+            kind = KINDS.get(type(module), type(module).__name__)
+            note("/".join(module.path), kind, kernel, stride, args[0], output, own)
+        inside.pop()
+        return output
+
+    def watch_pooling(function, kind):
+        def pool(inputs, window_shape, strides=None, **options):
+            output = function(inputs, window_shape, strides, **options)
+            number = sum(call.path == inside[-1] and call.kind == kind for call in calls) + 1
+            name = "/".join((*inside[-1], f"{kind.replace(' ', '_')}{number}"))
+            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, {})
+            return output
+
+        return pool
+
+    poolings = {"max_pool": "max pool", "avg_pool": "average pool"}
+    # Flax tells of its modules' methods; its poolings are plain functions.
+    with contextlib.ExitStack() as stack:
+        for function, kind in poolings.items():
+            original = getattr(nn, function)
+            setattr(nn, function, watch_pooling(original, kind))
+            stack.callback(setattr, nn, function, original)
+        stack.enter_context(nn.intercept_methods(watch_module))
+        shapes = jax.eval_shape(run, *inputs)
+    return shapes, calls, entered
+
+
+def _repeats(call, calls, params, entered):
+    """How often a layer runs: once, or once for each copy of its parameters that a scan has stacked."""
+    if not call.params and entered[call.path] == 1:
+        return 1
+    # A pooling inside a scan runs as often as the layers beside it.
+    beside = (one for one in calls if one.params and one.path[: len(call.path)] == call.path)
+    witness = call if call.params else next(beside, None)
+    if witness is not None:
+        name, seen = next(iter(witness.params.items()))
+        full = _at(params, witness.path)[name]
+        if full.shape != seen.shape:
+            return full.size // seen.size
+    if entered[call.path] > 1:
+        raise ValueError(
+            f"{call.name} runs several times with the same parameters; how often cannot be counted"
+        )
+    return 1
+
+
+def _at(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _pair(strides):
+    return (strides or 1,) * 2 if isinstance(strides, int | None) else tuple(strides)
+
+
+def _bytes(array):
+    return array.size * array.dtype.itemsize
+
+
+class Report(NamedTuple):
+    """The costs of one config."""
+
+    config: str  # its file
+    model: str  # its name in the registry
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    layers: list[Layer]
+
+
+def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_size=1):
+    """The Report of a config file.
+
+    Args:
+      path: of a training config.
+      image_shape: height, width, channels; None for those of the config's data set, enlarged or reduced to
+        its data.image_size.
+      image_size: height and width in place of the config's.
+      num_classes: None for that of the config's data set.
+      batch_size: images, for the memory.
+
+    Raises:
+      ValueError: the file is no training config, or its model or data set is not possible or not known.
+    """
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # whatever a file that is no config may raise
+        raise ValueError(f"{path} cannot be read as a config: {type(error).__name__}: {error}") from error
+    if "model" not in config:
+        raise ValueError(f"{path} is no training config: it has no model")
+    (*size, channels), classes = DATA_SETS.get(config.data.name.split("/")[0], ((None,) * 3, None))
+    image_size = image_size or config.data.image_size
+    image_shape = image_shape or (*((image_size,) * 2 if image_size else size), channels)
+    num_classes = num_classes or classes
+    if None in image_shape:
+        raise ValueError(
+            f"{path}: the shape of the images of data.name = {config.data.name!r} is not known here; "
+            "give it: --image_shape=HEIGHTxWIDTHxCHANNELS"
+        )
+    if num_classes is None:
+        raise ValueError(
+            f"{path}: the classes of data.name = {config.data.name!r} are not known here; "
+            "give their number: --num_classes=N"
+        )
+    try:
+        model = make_model(**config.model, num_classes=num_classes, dtype=config.dtype)
+        layers = count(model, image_shape, batch_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Report(path, config.model.name, tuple(image_shape), batch_size, layers)
+
+
+def render(reports, form):
+    """The tables as text: one for each report, then one that compares their totals.
+
+    Args:
+      reports: [Report].
+      form: "text" or "markdown", for people; "csv", every layer of every report a line, or "json", all there
+        is, for programs: with bytes, and without rounding.
+    """
+    if form == "json":
+        return json.dumps([_as_dict(report) for report in reports], indent=2) + "\n"
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["config", *Layer._fields])
+        for report in reports:
+            for layer in report.layers:
+                cells = layer._replace(
+                    kernel=_times(layer.kernel), stride=_times(layer.stride), output=_times(layer.output)
+                )
+                writer.writerow([report.config, *cells])
+        return out.getvalue()
+    parts = [f"{_title(report)}\n\n{_table(_rows(report), form)}" for report in reports]
+    if len(reports) > 1:
+        parts.append(f"Side by side\n\n{_table(_comparison(reports), form)}")
+    return "\n".join(parts)
+
+
+def _as_dict(report):
+    totals = {"total": total(report.layers)}
+    if any(layer.side for layer in report.layers):
+        totals["side_branches"] = total(report.layers, side=True)
+    return {
+        **report._asdict(),
+        "layers": [layer._asdict() for layer in report.layers],
+        **{name: sums._asdict() for name, sums in totals.items()},
+    }
+
+
+def _title(report):
+    images = "one image" if report.batch_size == 1 else f"{report.batch_size} images"
+    return f"{report.config}: {report.model}, {images} of {_times(report.image_shape)}"
+
+
+def _rows(report):
+    """The table of one report: head, then a row for each layer, then the totals."""
+    whole = total(report.layers)
+
+    def share(part, all_of_it):
+        return f"{part / all_of_it:.1%}" if part and all_of_it else ""
+
+    shapes, numbers = ["kernel", "stride", "output"], ["parameters", "share", "multiply-adds", "share"]
+    rows = [["layer", "kind", *shapes, *numbers, "forward MiB", "kept MiB"]]
+    for layer in report.layers:
+        rows.append(
+            [
+                layer.name + (f" x {layer.repeats}" if layer.repeats > 1 else ""),
+                layer.kind,
+                _times(layer.kernel),
+                _times(layer.stride if len(set(layer.stride)) > 1 else layer.stride[:1]),
+                _times(layer.output),
+                f"{layer.parameters:,}",
+                "" if layer.side else share(layer.parameters, whole.parameters),
+                f"{layer.multiply_adds:,}",
+                "" if layer.side else share(layer.multiply_adds, whole.multiply_adds),
+                _mebibytes(layer.forward),
+                _mebibytes(layer.kept),
+            ]
+        )
+    sums = {"total": whole}
+    if any(layer.side for layer in report.layers):
+        sums = {"total, without side branches": whole, "side branches": total(report.layers, side=True)}
+    for name, one in sums.items():
+        numbers = [f"{one.parameters:,}", "", f"{one.multiply_adds:,}", ""]
+        rows.append([name, "", "", "", "", *numbers, _mebibytes(one.forward), _mebibytes(one.kept)])
+    return rows
+
+
+def _comparison(reports):
+    rows = [["config", "image", "parameters", "multiply-adds", "forward MiB", "kept MiB"]]
+    for report in reports:
+        sums = total(report.layers)
+        rows.append(
+            [
+                pathlib.Path(report.config).stem,
+                _times(report.image_shape),
+                f"{sums.parameters:,}",
+                f"{sums.multiply_adds:,}",
+                _mebibytes(sums.forward),
+                _mebibytes(sums.kept),
+            ]
+        )
+    return rows
+
+
+def _table(rows, form):
+    """Aligned columns or Markdown; numbers to the right."""
+    words = {"layer", "kind", "config"}
+    left = [title in words for title in rows[0]]
+    if form == "markdown":
+        rule = [":---" if is_left else "---:" for is_left in left]
+        return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
+    widths = [max(len(row[n]) for row in rows) for n in range(len(left))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(row, widths, left, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
+
+
+def _times(shape):
+    return "x".join(str(size) for size in shape)
+
+
+def _mebibytes(number):
+    return f"{number / 2**20:,.3f}"
+
+
+def stages(layers):
+    """The costs by stage: the layers that give maps of one size; stages that only pool are left out.
+
+    Returns:
+      {"55x55": Total, ...} in the order in which the net comes to them; dense layers give maps of 1x1; the
+      side branches together come last.
+    """
+    groups = {}
+    for layer in layers:
+        stage = "side branches" if layer.side else _times(layer.output[:-1] or (1, 1))
+        groups.setdefault(stage, []).append(layer)
+    totals = {stage: total(group, side=group[0].side) for stage, group in groups.items()}
+    return {stage: sums for stage, sums in totals.items() if sums.parameters}
+
+
+def draw(reports):
+    """The figure: multiply-adds to the left and parameters to the right, a bar a stage, a row a config."""
+    by_stage = [stages(report.layers) for report in reports]
+    heights = [len(parts) + 2.5 for parts in by_stage]
+    figure = Figure(figsize=(9.5, 0.3 * sum(heights) + 0.6), layout="constrained")
+    figure.suptitle("by the size of a layer's output map, in pixels; dense layers count as 1x1", fontsize=10)
+    axes = figure.subplots(len(reports), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
+    titles = {"multiply_adds": "multiply-adds of one image", "parameters": "parameters"}
+    colours = {"multiply_adds": "#0072B2", "parameters": "#D55E00"}  # far apart for the colour-blind too
+    for row, report, parts in zip(axes, reports, by_stage, strict=True):
+        whole = total(report.layers)
+        for axis, (what, title) in zip(row, titles.items(), strict=True):
+            values = [getattr(part, what) for part in parts.values()]
+            shades = [0.35 if stage == "side branches" else 1 for stage in parts]
+            bars = axis.barh(list(parts), values, color=[(colours[what], shade) for shade in shades])
+            axis.bar_label(bars, [_short(value) for value in values], padding=3, fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.14)
+            axis.spines[["top", "right", "bottom"]].set_visible(False)
+            axis.tick_params(left=False, bottom=False, labelbottom=False, labelsize=8)
+            axis.set_title(f"{title}: {_short(getattr(whole, what))}", fontsize=9, loc="left")
+        row[0].set_ylabel(f"{pathlib.Path(report.config).stem}\n{_times(report.image_shape)}", fontsize=9)
+    return figure
+
+
+def _short(number):
+    """Three digits and a unit: 15.5 G, 61.7 k, 850."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+    return str(number)
+
+
+def _image_shape(text):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTHxCHANNELS, such as 224x224x3")
+    return tuple(map(int, text.split("x")))
+
+
+def positive_number(text):
+    """An option's value as an int, for argparse."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _figure_path(text):
+    if not text.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
+    return text
+
+
+def main(arguments=None):
+    """Prints the tables, draws the figure; ends with one message and exit code 2 where that fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_cases.analysis.costs",
+        description="What networks cost, layer by layer: parameters, multiply-adds, memory of activations.",
+    )
+    parser.add_argument(
+        "configs", nargs="+", metavar="CONFIG", help="a training config, such as configs/x.py"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_number, default=1, help="images, for the memory; default 1"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--image_size", type=positive_number, help="pixels, height and width; default: the config's"
+    )
+    size.add_argument(
+        "--image_shape",
+        type=_image_shape,
+        metavar="HxWxC",
+        help="needed for a data set that is not known here",
+    )
+    parser.add_argument("--num_classes", type=positive_number, help="likewise")
+    parser.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
+    parser.add_argument("--figure", type=_figure_path, metavar="FILE", help="a .png or .svg to draw")
+    options = parser.parse_args(arguments)
+    try:
+        reports = [
+            analyse(path, options.image_shape, options.image_size, options.num_classes, options.batch_size)
+            for path in options.configs
+        ]
+        if options.figure:
+            draw(reports).savefig(options.figure, dpi=150)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.stdout.write(render(reports, options.format))
+
+
+if __name__ == "__main__":
+    main()
