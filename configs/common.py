@@ -5,6 +5,8 @@ The other files change what their experiment needs and lock the result, so that 
 
 from ml_collections import ConfigDict
 
+IMAGENET2012_TRAIN = 1_281_167  # training examples
+
 
 def get_config():
     """The defaults; not yet a whole config, for want of a model."""
@@ -76,3 +78,23 @@ def get_config():
 
     config.log_every_steps = 20  # steps between rows of the running metrics
     return config
+
+
+def imagenet2012(config, *, image_size, batch_size, num_epochs):
+    """Sets the data and the length of a training on ImageNet's 1,000 classes.
+
+    The 50,000 validation images are the ones that papers report on, since the labels of the test images are
+    not public: they choose no checkpoint here.
+    """
+    steps_per_epoch = IMAGENET2012_TRAIN / batch_size
+    config.batch_size = batch_size
+    config.num_steps = round(num_epochs * steps_per_epoch)
+    config.data.name = "imagenet2012"
+    config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
+    config.data.image_size = image_size
+    config.data.flip = True
+    config.evaluation.every_steps = round(steps_per_epoch)
+    config.evaluation.final_splits = ("validation",)
+    config.checkpoint.every_steps = round(steps_per_epoch)
+    config.checkpoint.best_on = ""
+    config.log_every_steps = 100

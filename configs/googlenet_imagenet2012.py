@@ -1,0 +1,45 @@
+"""GoogLeNet, as its paper has it, on ImageNet of 2012.
+
+Paper: Szegedy et al. 2014, section 6 (training) and 5 (side branches).
+Command: python -m cnn_cases.data.prepare imagenet2012
+         python train.py --config=configs/googlenet_imagenet2012.py --workdir=runs/googlenet_imagenet2012
+
+The paper's recipe, item by item:
+- SGD with momentum 0.9, on many machines that do not wait for each other;
+- a rate that falls by 4 % every 8 epochs;
+- Polyak averaging of the parameters for the final net;
+- side branches that weigh 0.3, dropout 0.7 in them and 0.4 before the logits;
+- patches of 8 % to 100 % of the image's area and sides of 3:4 to 4:3, photometric distortions; 144 crops
+  and seven nets in the test.
+
+Where the paper is silent: the batch (256), the first rate (0.02), the length (240 epochs, at whose end the
+rate is 0.31 times the first), the weight decay (2e-4, without biases), the kind of average (exponential,
+keeping 0.9999 at each step), initialisation (He's, in the model) and what is done to pixels (normalised by
+the mean and deviation of their channel).
+Departures: synchronous steps; one view and one net in the test.
+For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
+stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
+augmentations only the flip is among the data keys yet, not the patches and the distortions.
+"""
+
+from configs import common
+
+
+def get_config():
+    """GoogLeNet on ImageNet."""
+    config = common.get_config()
+    num_epochs = 240
+    common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=num_epochs)
+    config.model.name = "googlenet"
+    config.model.batch_norm = False
+    config.model.side_branches = True
+    config.loss.side_weight = 0.3
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.weight_decay = 2e-4
+    config.optimizer.decayed = "kernels"
+    config.ema_decay = 0.9999
+    falls = range(8, num_epochs, 8)
+    config.schedule.boundaries = tuple(epoch / num_epochs for epoch in falls)
+    config.schedule.factors = (0.96,) * len(falls)
+    config.lock()
+    return config

@@ -1,0 +1,34 @@
+"""LeNet-5, as the lecture draws it, on MNIST's 28x28 pixels in a border of 2.
+
+Paper: LeCun et al. 1998; the net and the recipe are those of `lenet5_digits`, not the paper's, for which
+see `lenet5_1998_mnist`.
+Command: python -m cnn_cases.data.prepare mnist
+         python train.py --config=configs/lenet5_mnist.py --workdir=runs/lenet5_mnist
+
+Recipe, ours: SGD with momentum 0.9, batch 128, rate 0.05 along half a cosine after a short warm-up, weight
+decay 1e-4 on all parameters, Flax's initialisation, no augmentation, 20 epochs. The last 5,000 training
+images are held out for validation.
+Not run yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    """The lecture's LeNet-5 on MNIST."""
+    config = common.get_config()
+    config.num_steps = 8_600  # 20 epochs of 55,000 images
+    config.batch_size = 128
+    config.model.name = "lenet5"
+    config.data.name = "mnist"
+    config.data.splits.train = "train[:55000]"
+    config.data.splits.validation = "train[55000:]"
+    config.data.border = 2
+    config.optimizer.learning_rate = 0.05
+    config.schedule.name = "cosine"
+    config.schedule.warmup_steps = 200
+    config.evaluation.every_steps = 430
+    config.checkpoint.every_steps = 860
+    config.log_every_steps = 100
+    config.lock()
+    return config

@@ -1,0 +1,54 @@
+"""Residual nets of depth 6n + 2, and their plain twins, on CIFAR-10.
+
+Paper: He et al. 2015, section 4.2.
+Command: python -m cnn_cases.data.prepare cifar10
+         python train.py --config=configs/resnet_cifar10.py --workdir=runs/resnet20_cifar10
+         python train.py --config=configs/resnet_cifar10.py --config.model.depth=56 \
+             --config.model.plain=True --workdir=runs/plain56_cifar10
+Depth 110 starts at a rate of 0.01, in the paper until the training error is below 80 %, about 400 steps:
+         python train.py --config=configs/resnet_cifar10.py --config.model.depth=110 \
+             --config.schedule.warmup=constant --config.schedule.warmup_steps=400 \
+             --config.schedule.warmup_factor=0.1 --workdir=runs/resnet110_cifar10
+Depth 1202 needs --config.model.scan_blocks=True to compile in seconds.
+
+The paper's recipe, item by item, all of it kept:
+- SGD with momentum 0.9, batch 128, weight decay 1e-4, 64,000 steps;
+- a rate of 0.1, divided by 10 after 32,000 and 48,000 steps;
+- He initialisation, batch normalisation, no dropout;
+- 4 pixels of padding and a random 32-pixel crop, flips; the mean image subtracted; one view in the test;
+- 45,000 images to train on, 5,000 for validation.
+
+Where the paper is silent: which images are held out (here the last 5,000), and whether biases and batch
+normalisation decay (here they do, as in fb.resnet.torch). Batch statistics are those of the global batch;
+the paper trained on two GPUs, each with its own.
+Not run yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    """ResNet-20 on CIFAR-10."""
+    config = common.get_config()
+    config.num_steps = 64_000
+    config.batch_size = 128
+    config.model.name = "resnet_cifar"
+    config.model.depth = 20
+    config.model.plain = False
+    config.model.shortcut = "A"
+    config.model.scan_blocks = False
+    config.data.name = "cifar10"
+    config.data.splits.train = "train[:45000]"
+    config.data.splits.validation = "train[45000:]"
+    config.data.normalization = "pixel_mean"
+    config.data.pad = 4
+    config.data.flip = True
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.boundaries = (32 / 64, 48 / 64)
+    config.schedule.factors = (0.1, 0.1)
+    config.evaluation.every_steps = 1_000
+    config.checkpoint.every_steps = 4_000
+    config.log_every_steps = 100
+    config.lock()
+    return config

@@ -1,0 +1,44 @@
+"""Residual nets of depth 18 to 152 on ImageNet of 2012.
+
+Paper: He et al. 2015, section 3.4 (training) and 4.1.
+Command: python -m cnn_cases.data.prepare imagenet2012
+         python train.py --config=configs/resnet_imagenet2012.py --workdir=runs/resnet_imagenet2012
+The plain twins of figure 4: --config.model.depth=34 --config.model.plain=True --config.model.shortcut=A.
+
+The paper's recipe, item by item:
+- SGD with momentum 0.9, batch 256, weight decay 1e-4, up to 600,000 steps (120 epochs);
+- a rate of 0.1, divided by 10 whenever the error stood still;
+- He initialisation, batch normalisation, no dropout;
+- the shorter side drawn from 256 to 480 pixels, a random 224-pixel crop, flips, a random shift of colour;
+  the mean image subtracted; ten crops, and several scales, in the test.
+
+Where the paper is silent: when the rate fell, and whether biases and batch normalisation decay (here they
+do, as in fb.resnet.torch).
+Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule since fb.resnet.torch; one view
+in the test.
+For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
+stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
+augmentations only the flip is among the data keys yet, not the random scales and crops and the shift of
+colour.
+"""
+
+from configs import common
+
+
+def get_config():
+    """ResNet-50 on ImageNet."""
+    config = common.get_config()
+    common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=90)
+    config.model.name = "resnet"
+    config.model.depth = 50
+    config.model.plain = False
+    config.model.shortcut = "B"
+    config.model.stride_placement = "v1"
+    config.model.zero_init_last_gamma = False
+    config.data.normalization = "pixel_mean"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.boundaries = (30 / 90, 60 / 90)  # epochs
+    config.schedule.factors = (0.1, 0.1)
+    config.lock()
+    return config

@@ -1,0 +1,40 @@
+"""VGG-16, the paper's net D, on ImageNet of 2012.
+
+Paper: Simonyan, Zisserman 2014, section 3.1 (training) and 3.2 (testing).
+Command: python -m cnn_cases.data.prepare imagenet2012
+         python train.py --config=configs/vgg_imagenet2012.py --workdir=runs/vgg_imagenet2012
+
+The paper's recipe, item by item:
+- SGD with momentum 0.9, batch 256, weight decay 5e-4, 370,000 steps (74 epochs);
+- a rate of 0.01, divided by 10 three times, whenever the validation accuracy stood still;
+- dropout 0.5 after the hidden dense layers: in the model;
+- random 224-pixel crops of images whose shorter side is 256, 384 or drawn from 256 to 512; flips; a random
+  shift of colour; the training set's mean colour subtracted; dense evaluation over larger images in the
+  test.
+
+Where the paper is silent: whether biases decay (here they do not), and when the rate fell.
+Departures: Glorot's initialisation in place of a start from net A, which the paper's authors recommend in
+hindsight; the rate falls after one, two and two and a half thirds of the steps, times of our own; pixels
+are divided by each channel's deviation, too; one view of 224 pixels in the test.
+For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
+stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
+augmentations only the flip is among the data keys yet, not the random crops of several scales and the shift
+of colour.
+"""
+
+from configs import common
+
+
+def get_config():
+    """VGG-16 on ImageNet."""
+    config = common.get_config()
+    common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=74)
+    config.model.name = "vgg"
+    config.model.variant = "D"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.decayed = "kernels"
+    config.schedule.boundaries = (2 / 6, 4 / 6, 5 / 6)
+    config.schedule.factors = (0.1, 0.1, 0.1)
+    config.lock()
+    return config
