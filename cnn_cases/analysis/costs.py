@@ -264,8 +264,8 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
     Args:
       path: of a training config.
       image_shape: height, width, channels; None for those of the config's data set, enlarged or reduced to
-        its data.image_size.
-      image_size: height and width in place of the config's.
+        its data.image_size, with its data.border.
+      image_size: height and width in place of the config's; its border is still added.
       num_classes: None for that of the config's data set.
       batch_size: images, for the memory.
 
@@ -280,7 +280,9 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
         raise ValueError(f"{path} is no training config: it has no model")
     (*size, channels), classes = DATA_SETS.get(config.data.name.split("/")[0], ((None,) * 3, None))
     image_size = image_size or config.data.image_size
-    image_shape = image_shape or (*((image_size,) * 2 if image_size else size), channels)
+    if image_shape is None:
+        size = [image_size or pixels for pixels in size]
+        image_shape = (*(pixels and pixels + 2 * config.data.border for pixels in size), channels)
     num_classes = num_classes or classes
     if None in image_shape:
         raise ValueError(

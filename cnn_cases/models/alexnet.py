@@ -31,8 +31,8 @@ not see each other's maps there; what survives dropout is doubled in training, w
 unit's output in the test. The lecture draws neither groups nor response normalisation.
 
 one_tower follows the widespread public weights (torchvision): padding of 2 in the first convolution and no
-response normalisation, both unlike the author's own file for that net; so are dropout and initialisation, which
-are those of 2012. The lecture does not draw dropout; its net keeps it.
+response normalisation, both unlike the author's own file for that net, as are its initial values; they and
+dropout are those of 2012. The lecture does not draw dropout; its net keeps it.
 """
 
 from typing import Any, NamedTuple

@@ -14,9 +14,9 @@ LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document rec
     dense        84              10,164
     dense        10                 850     61,706 in all
 
-Departures from the paper: with the lecture, plain average pooling for the trainable subsampling, a full second
-convolution for the connection table, and softmax for the RBF output; and today's ReLU, where the slide recalls
-the sigmoid and tanh of the time.
+Departures from the paper: with the lecture, plain average pooling for the trainable subsampling, a full
+second convolution for the connection table, and softmax for the RBF output; and today's ReLU, where the slide
+recalls the sigmoid and tanh of the time.
 
 `LeNet5Original`, the paper's (section II.B and figure 2):
 

@@ -530,3 +530,10 @@ def test_a_config_s_own_image_size_counts_before_its_data_set_s(tmp_path):
     assert report.layers[-1].output == (100,)
     model = make_model("lenet5", num_classes=100, dtype="float32")
     assert report.layers == costs.count(model, (48, 48, 3))
+
+
+def test_the_border_of_the_data_counts():
+    for name, parameters in (("lenet5_mnist", 61_706), ("lenet5_1998_mnist", 60_000)):
+        report = costs.analyse(f"configs/{name}.py")
+        assert report.image_shape == (32, 32, 1)
+        assert costs.total(report.layers).parameters == parameters
