@@ -7,6 +7,7 @@
 143   SIGTERM came, and all is saved
 """
 
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -17,9 +18,12 @@ from cnn_cases.training import loop
 def run(main):
     """Parses the flags, calls `main()` and exits."""
 
-    def guarded(_):
+    def guarded(arguments):
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
+        if arguments[1:]:
+            _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
+        signal.signal(signal.SIGTERM, _terminated)
         try:
             main()
         except (ValueError, OSError) as error:
@@ -29,6 +33,8 @@ def run(main):
             _leave(f"error: {error}", 3)
         except loop.InterruptedRun as interruption:
             _leave(str(interruption), 128 + interruption.signal_number)
+        except KeyboardInterrupt:
+            _leave("SIGINT: stopped before or after the training; start again to go on", 130)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -48,6 +54,11 @@ def _parse(arguments):
         hint = hint or "configs/common.py lists the keys"
         _leave(f"error: {culprit}: the config has no key {key!r} there. {hint}", 2)
     return None
+
+
+def _terminated(*_):
+    # While a run trains, the loop has a handler of its own, which saves.
+    _leave("SIGTERM: stopped before or after the training; start again to go on", 143)
 
 
 def _leave(message, code):

@@ -14,7 +14,7 @@ def get_config():
     config.seed = 0  # of the initial parameters, the data order, augmentation and dropout
     config.num_steps = 1_000  # training steps
     config.batch_size = 128  # examples of one step, over all devices
-    # Steps in one call to the devices; divides every other number of steps. More than one saves launches on
+    # Steps in one call to the devices; divides num_steps and every_steps. More than one saves launches on
     # accelerators. On a CPU leave it at 1: XLA:CPU has one thread for a convolution inside a loop, and a step
     # of ResNet-20 on digits took 8 times as long.
     config.steps_per_call = 1
@@ -74,7 +74,8 @@ def get_config():
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # steps; 0: only at the end
     config.checkpoint.keep_last = 2  # the latest ones, besides the best
-    config.checkpoint.best_on = "validation"  # the split whose error tells the best; "": keep no best
+    # The split whose error tells the best of those that were saved; "": keep no best.
+    config.checkpoint.best_on = "validation"
 
     config.log_every_steps = 20  # steps between rows of the running metrics
     return config

@@ -78,6 +78,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
             ["--config.data.name=mnist"],
             "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist",
         ),
+        (["num_steps=4"], "error: not understood: num_steps=4"),
         (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
     ],
 )

@@ -1,6 +1,7 @@
 """TFDS sets: preparing them, and reading whole splits into memory."""
 
 import contextlib
+import functools
 import logging
 
 import numpy as np
@@ -32,6 +33,12 @@ def make_builder(name, data_dir):
             f"data.name = {name!r} is no TFDS data set; known are {', '.join(BUNDLED)} and the names that "
             "`python -c 'import tensorflow_datasets as tfds; print(tfds.list_builders())'` lists"
         ) from None
+    except (AssertionError, ValueError) as error:
+        # A version or config that the set does not have; or it lies there in TFDS's default format.
+        raise ValueError(
+            f"data.name = {name!r} cannot be opened in data.data_dir = {data_dir!r}: {error}; a set that was "
+            "prepared in another format than array_record has to be prepared again, in another data_dir"
+        ) from error
 
 
 def prepare(name, data_dir=""):
@@ -59,8 +66,9 @@ def prepare(name, data_dir=""):
     return builder
 
 
+@functools.lru_cache(maxsize=4)
 def load_split(name, split, data_dir="", image_size=0, border=0):
-    """A whole split in memory.
+    """A whole split in memory, kept for the next call: many runs of a study share one.
 
     Args:
       name, data_dir: see `make_builder`.

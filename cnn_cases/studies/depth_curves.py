@@ -119,7 +119,8 @@ def draw_curves(record):
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
     for axis, (plain, kind) in zip(axes, KINDS.items(), strict=True):
         for depth, shade in zip(depths, matplotlib.colormaps["viridis_r"](positions), strict=True):
-            runs = [r for r in record["runs"] if (r["model.depth"], r["model.plain"]) == (depth, plain)]
+            point = {"model.depth": depth, "model.plain": plain, "status": "finished"}
+            runs = [run for run in record["runs"] if point.items() <= run.items()]
             steps, mean, _, _ = _mean_curve(runs, "running/error")
             axis.plot(steps, mean, color=shade, linewidth=0.8)
             steps, mean, low, high = _mean_curve(runs, "test/error")
@@ -132,8 +133,10 @@ def draw_curves(record):
     # The deepest on top, as the plain curves lie.
     figure.legend(lines[::-1], labels[::-1], loc="outside right center", frameon=False)
     seeds = len(record["config"]["seeds"])
+    diverged = sum(run["status"] == "diverged" for run in record["runs"])
     figure.suptitle(
-        f"thin: training error, bold: test error; mean over {seeds} seeds, band: from least to greatest",
+        f"thin: training error, bold: test error; mean over {seeds} seeds, band: from least to greatest"
+        + (f"; {diverged} diverged runs are left out" if diverged else ""),
         fontsize=10,
     )
     return figure
@@ -183,6 +186,13 @@ def main():
     """Runs the study, prints its table and draws its figures."""
     matplotlib.use("agg")
     study, workdir = _CONFIG.value, _WORKDIR.value
+    sweep.expand(study)
+    keys, splits = {key for key, _ in study.grid}, set(study.base.evaluation.final_splits)
+    if keys != {"model.depth", "model.plain"} or not {"train", "test"} <= splits:
+        raise ValueError(
+            f"a depth study needs a grid of model.depth and model.plain, not {', '.join(sorted(keys))}, and "
+            f"train and test among base.evaluation.final_splits, not {', '.join(sorted(splits))}"
+        )
     if not _FIGURES_ONLY.value:
         sweep.run_all(study, workdir)
     record = sweep.make_record(study, workdir)

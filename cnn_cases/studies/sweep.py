@@ -28,7 +28,16 @@ def expand(study):
     Raises:
       ValueError: the grid names an unknown key or a value of the wrong type, or there is nothing to run.
     """
+    missing = {"base", "grid", "seeds"} - set(study)
+    if missing:
+        raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
+    if not all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], tuple) for pair in study.grid
+    ):
+        raise ValueError(f"grid = {study.grid} must be pairs of a key and the values it takes")
     keys = [key for key, _ in study.grid]
+    if "seed" in keys:
+        raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
     for key, values in (*study.grid, ("seed", study.seeds)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"grid: {key} = {tuple(values)} must have values, and none of them twice")
@@ -70,6 +79,9 @@ def run_all(study, workdir):
       InterruptedRun: SIGTERM or SIGINT came and the run at hand was saved.
     """
     runs = expand(study)
+    if not (pathlib.Path(workdir) / "config.json").exists():
+        for run in runs[:: len(study.seeds)]:
+            loop.check(run.config)  # now, and not after hours of other runs
     logbook.claim(workdir, study.to_dict())
     point, program = None, None
     for number, run in enumerate(runs, start=1):
@@ -99,8 +111,10 @@ def make_record(study, workdir):
       workdir: the study's directory.
 
     Raises:
-      ValueError: a run is not finished.
+      ValueError: a run is not finished, or the workdir belongs to another study.
     """
+    if (pathlib.Path(workdir) / "config.json").exists():
+        logbook.claim(workdir, study.to_dict())
     outcomes, environments = [], []
     for run in expand(study):
         run_dir = pathlib.Path(workdir) / "runs" / run.name

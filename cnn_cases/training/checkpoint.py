@@ -7,7 +7,6 @@ import zlib
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 CHECKSUMS = "checksums.json"
 
@@ -34,12 +33,15 @@ class Checkpoints:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last = {keep_last} must be 1 or more")
         self._directory = pathlib.Path(directory).absolute()
+        self._policy = _LastAndBest(keep_last)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(keep_last), _lowest_error()]),
+            preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        for step in self._manager.all_steps():
+            self._policy.errors[step] = _error_of(self._directory / str(step))
 
     def save(self, step, state, extra, error=None):
         """Starts to save; returns when the state has been copied off the devices.
@@ -50,9 +52,12 @@ class Checkpoints:
           extra: what JSON can hold.
           error: of the evaluation at this step, by which the best is chosen; None where there was none.
         """
-        state = jax.device_get(state)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
-        self._manager.save(step, args=items, metrics=None if error is None else {"error": error})
+        self._policy.errors[step] = error
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.device_get(state)),
+            extra=ocp.args.JsonSave({"error": error, "extra": extra}),
+        )
+        self._manager.save(step, args=items)
 
     def restore(self, like):
         """The newest checkpoint that is whole.
@@ -85,7 +90,7 @@ class Checkpoints:
                     "checkpoint %d is damaged (%s); going on from step %d", bad, _first_line(error), step
                 )
                 self._set_aside(bad)
-            return step, restored.state, restored.extra
+            return step, restored.state, restored.extra["extra"]
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self._directory} can be read: "
@@ -103,9 +108,8 @@ class Checkpoints:
 
     def _add_checksums(self):
         # Orbax calls this when all values are on disk and before it commits, with no word of where they are.
-        for checkpoint in self._directory.iterdir():
-            if not (checkpoint / CHECKSUMS).exists():
-                (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
+        for checkpoint in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
 
     def all_steps(self):
         """The steps that have a checkpoint."""
@@ -116,14 +120,27 @@ class Checkpoints:
         self._manager.close()
 
 
-def _lowest_error():
-    # BestN keeps the end of the sorted list.
-    return BestN(
-        n=1,
-        get_metric_fn=lambda metrics: metrics["error"],
-        reverse=True,
-        keep_checkpoints_without_metrics=False,
-    )
+class _LastAndBest:
+    """Orbax's question which checkpoints to keep: the last ones, and the one with the lowest error."""
+
+    def __init__(self, keep_last):
+        self._keep_last = keep_last
+        self.errors = {}  # step -> error, None where nothing was evaluated
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        measured = {step: self.errors[step] for step in steps if self.errors.get(step) is not None}
+        kept = {*sorted(steps)[-self._keep_last :], *([min(measured, key=measured.get)] if measured else [])}
+        return [step in kept for step in steps]
+
+
+def _error_of(checkpoint):
+    """The error that was saved with a checkpoint; None where there was none, or where it cannot be read."""
+    try:
+        return json.loads((checkpoint / "extra" / "metadata").read_text())["error"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _checksums(checkpoint):

@@ -16,7 +16,7 @@ def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
     """Raises ValueError, with the nearest sizes that work, unless the batch can be split evenly."""
     parts = num_devices * num_microbatches
     if batch_size < 1 or batch_size % parts:
-        lower = batch_size // parts * parts
+        lower = max(batch_size, 0) // parts * parts
         nearest = [size for size in (lower, lower + parts) if size > 0]
         over = f"{num_devices} devices" + (f" with {num_microbatches} microbatches" * (num_microbatches > 1))
         raise ValueError(

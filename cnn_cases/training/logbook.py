@@ -37,7 +37,7 @@ class Logbook:
           config: the resolved config, as a dict that JSON can hold.
           num_steps: length of the run, for the progress bar.
           title: of the progress bar.
-          show_progress: draw a bar where the output is a terminal, print lines elsewhere.
+          show_progress: print a line at each evaluation, and on a terminal draw a bar.
 
         Raises:
           ValueError: the workdir belongs to another config, or cannot be written.
@@ -49,7 +49,7 @@ class Logbook:
         write_json(environments, [*starts, environment()])
         self._rows_path = self._workdir / "metrics.jsonl"
         self._rows = self._tensorboard = None
-        self._show_progress, self._started_at = show_progress, 0
+        self._show_progress = show_progress
         self._bar = tqdm(
             total=num_steps,
             desc=title,
@@ -58,7 +58,6 @@ class Logbook:
             leave=False,
             dynamic_ncols=True,
         )
-        self._latest = {}
 
     def start(self, step):
         """Goes on after `step`: rows of later steps, left by a run that was killed, are dropped."""
@@ -66,7 +65,6 @@ class Logbook:
         write_text(self._rows_path, "".join(json.dumps(row) + "\n" for row in rows))
         self._rows = self._rows_path.open("a")
         self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
-        self._started_at = step
         self._bar.update(step)
         self._bar.unpause()  # the time left is reckoned from here
 
@@ -79,10 +77,9 @@ class Logbook:
 
     def progress(self, step, values, images_per_second):
         """Shows where the run stands; on a terminal as a bar."""
-        self._latest |= values
         shown = {
-            "loss": f"{self._latest.get('running/loss', float('nan')):.4f}",
-            "accuracy": f"{1 - self._latest.get('running/error', float('nan')):.2%}",
+            "loss": f"{values['running/loss']:.4f}",
+            "accuracy": f"{1 - values['running/error']:.2%}",
             "images/s": f"{images_per_second:,.0f}",
         }
         self._bar.set_postfix(shown, refresh=False)

@@ -11,6 +11,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cnn_cases.data import resident
@@ -65,6 +66,8 @@ def make_program(config, devices=None):
     Raises:
       ValueError: a value of the config is not possible; the message names it and what is.
     """
+    if "model" not in config:
+        raise ValueError(f"this is no training config: it has no model, but {', '.join(config)}")
     devices = devices or jax.local_devices()
     _check_numbers(config, len(devices))
     feed = resident.load(
@@ -106,6 +109,12 @@ def make_program(config, devices=None):
     )
 
 
+def check(config):
+    """Raises ValueError unless a run of this config could begin; computes nothing."""
+    program = make_program(config)
+    jax.eval_shape(lambda: init_state(program.model, program.tx, program.feed.image_shape, config.seed))
+
+
 def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     """Trains one network, or goes on where an earlier call on the same workdir stopped.
 
@@ -116,7 +125,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       show_progress: tell on the standard error output how the run goes.
 
     Returns:
-      The content of result.json: {"status": "finished", "step", "metrics", "seconds"}.
+      The content of result.json: {"status": "finished", "step", "metrics", "seconds" since the last start}.
 
     Raises:
       ValueError: the config is not possible, or the workdir belongs to another one.
@@ -141,7 +150,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         show_progress=show_progress,
     )
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
-    with contextlib.closing(log), contextlib.closing(checkpoints), _stop_signals() as stop:
+    with _stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         restored = checkpoints.restore(state)
         step, state, extra = restored or (0, state, {"window": [], "final": None})
         if restored:
@@ -168,6 +177,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         }
         write_json(workdir / "result.json", result)
         log.say(f"{workdir}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
+    if stop.number:  # it came too late for this run, but there may be others
+        name = signal.Signals(stop.number).name
+        raise InterruptedRun(f"{name}: {workdir} is finished and saved", stop.number)
     return result
 
 
@@ -181,28 +193,28 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
     ahead = devices_lib.calls_ahead(program.devices)
     state = devices_lib.replicate(state, program.devices)
     under_way = collections.deque()  # (steps done, metrics still on the devices)
-    clock = time.monotonic()
+    clock, timed_steps = time.monotonic(), 0  # since the last row, evaluation or checkpoint
 
     def collect(at_most):
         """Waits until `at_most` calls are under way; notes the metrics of the others."""
-        nonlocal clock
+        nonlocal clock, timed_steps
         while len(under_way) > at_most:
             step, metrics = under_way.popleft()
             metrics = jax.device_get(metrics)
             rows = np.stack([metrics[name] for name in RUNNING], axis=1).tolist()
             for number, row in enumerate(rows, start=step - len(rows) + 1):
-                if not all(map(math.isfinite, row)):
-                    named = ", ".join(f"{name} {value}" for name, value in zip(RUNNING, row, strict=True))
-                    raise DivergedError(f"the training diverged at step {number}: {named}", number)
+                _check_finite(number, dict(zip(RUNNING, row, strict=True)))
             window.extend(rows)
-            if step % config.log_every_steps == 0:
+            timed_steps += len(rows)
+            if step % config.log_every_steps == 0 or step == config.num_steps:
                 means = {
                     f"running/{name}": _mean(column)
                     for name, column in zip(RUNNING, zip(*window, strict=True), strict=True)
                 }
                 log.write(step, means | {"learning_rate": float(program.schedule(step - 1))})
-                seconds, clock = time.monotonic() - clock, time.monotonic()
-                log.progress(step, means, len(window) * config.batch_size / seconds)
+                seconds = time.monotonic() - clock
+                log.progress(step, means, timed_steps * config.batch_size / seconds)
+                clock, timed_steps = time.monotonic(), 0
                 window.clear()
 
     final = None
@@ -221,19 +233,22 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
             splits = config.evaluation.final_splits if last else config.evaluation.splits
             for split in splits:
                 values |= evaluate(program, state, split)
+            _check_finite(step, values)
             log.write(step, values)
             log.say(
                 f"step {step}/{config.num_steps}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
             )
             final = values if last else None
-            clock = time.monotonic()
+            clock, timed_steps = time.monotonic(), 0
         stopping = stop.number  # read once: it can come at any moment
         if last or stopping or _is_due(step, config.checkpoint.every_steps):
             collect(0)
+            # The metrics of a step are those before its update, which may have gone wrong itself.
+            _check_finite(step, {"largest parameter": _largest(state.params)})
             log.flush()
             error = values.get(f"{config.checkpoint.best_on}/error")
             checkpoints.save(step, state, {"window": list(window), "final": final}, error)
-            clock = time.monotonic()
+            clock, timed_steps = time.monotonic(), 0
         if stopping and not last:
             name = signal.Signals(stopping).name
             raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stopping)
@@ -247,6 +262,17 @@ def evaluate(program, state, split):
         batch = devices_lib.shard(batch, len(program.devices))
         totals.update(jax.tree.map(float, program.evaluate(state, program.arrays, batch)))
     return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
+
+
+def _check_finite(step, values):
+    if not all(map(math.isfinite, values.values())):
+        named = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise DivergedError(f"the training diverged at step {step}: {named}", step)
+
+
+def _largest(params):
+    """The largest absolute value of all parameters; NaN where there is any."""
+    return float(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(params)]).max())
 
 
 def _mean(values):
@@ -273,9 +299,13 @@ def _check_numbers(config, num_devices):
     }
     for key, value in numbers.items():
         if value < (key == "log_every_steps") or value % config.steps_per_call:
+            zero = "0 or " if key.endswith(".every_steps") else ""
             raise ValueError(
-                f"{key} = {value} must be a positive multiple of steps_per_call = {config.steps_per_call}"
+                f"{key} = {value} must be {zero}a positive multiple of "
+                f"steps_per_call = {config.steps_per_call}"
             )
+    if config.checkpoint.keep_last < 1:
+        raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
     for key in ("splits", "final_splits"):
         for split in config.evaluation[key]:
             if split not in config.data.splits:

@@ -35,7 +35,8 @@ def make_schedule(
     _one_of("schedule.name", name, SCHEDULES)
     _one_of("schedule.warmup", warmup, WARMUPS)
     _positive("optimizer.learning_rate", learning_rate)
-    if not all(0 < a < b for a, b in zip(boundaries, (*boundaries[1:], 1), strict=True)):
+    numbers = all(isinstance(boundary, float | int) for boundary in boundaries)
+    if not numbers or not all(0 < a < b for a, b in zip(boundaries, (*boundaries[1:], 1), strict=True)):
         raise ValueError(f"schedule.boundaries = {boundaries} must be increasing fractions between 0 and 1")
     if len(factors) != len(boundaries):
         raise ValueError(
@@ -55,8 +56,11 @@ def make_schedule(
     if name == "constant":
         main = optax.constant_schedule(learning_rate)
     elif name == "piecewise":
-        steps = [round(boundary * num_steps) for boundary in boundaries]
-        main = optax.piecewise_constant_schedule(learning_rate, dict(zip(steps, factors, strict=True)))
+        drops = {}
+        for boundary, factor in zip(boundaries, factors, strict=True):
+            step = round(boundary * num_steps)
+            drops[step] = drops.get(step, 1) * factor  # in a short training two may fall on one step
+        main = optax.piecewise_constant_schedule(learning_rate, drops)
     elif name == "cosine":
         main = _after(warmup_steps, optax.cosine_decay_schedule(learning_rate, decay_steps))
     else:

@@ -28,7 +28,8 @@ def make_train_steps(
       axis_name: the pmap axis over which the batch is split.
       side_weight: weight of the loss of each side branch, where the model has any.
       num_microbatches: into how many parts a device's share is split. They are computed one after another,
-        which saves memory, and give one update; batch statistics are those of each part.
+        which saves memory, and give one update. Batch statistics and dropout are those of each part, and so
+        depend on the number of devices.
       ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average.
       own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
 
@@ -38,9 +39,8 @@ def make_train_steps(
       branches), "error" (fraction) and "grad_norm", of the global batch and before the step's update.
     """
 
-    def gradient(state, arrays, batch, batch_stats, key):
+    def gradient(state, arrays, batch, batch_stats, augment_key, dropout_key):
         """Of one microbatch: gradient, new batch statistics, and metrics."""
-        augment_key, dropout_key = jax.random.split(key)
         if own_dropout:
             dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
         image, label = prepare(arrays, batch, augment_key)
@@ -59,19 +59,24 @@ def make_train_steps(
         return grads, batch_stats, metrics
 
     def accumulated_gradient(state, arrays, batch, key):
+        # Augmentation goes by an example's position in the global batch: one key will do for all parts.
+        augment_key, dropout_key = jax.random.split(key)
         if num_microbatches == 1:
-            return gradient(state, arrays, batch, state.batch_stats, key)
+            return gradient(state, arrays, batch, state.batch_stats, augment_key, dropout_key)
         parts = jax.tree.map(lambda leaf: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]), batch)
-        keys = jax.random.split(key, num_microbatches)
+        dropout_keys = jax.random.split(dropout_key, num_microbatches)
 
         def add(carry, part):
             total, batch_stats = carry
-            grads, batch_stats, metrics = gradient(state, arrays, part[0], batch_stats, part[1])
+            batch, dropout_key = part
+            grads, batch_stats, metrics = gradient(
+                state, arrays, batch, batch_stats, augment_key, dropout_key
+            )
             return (jax.tree.map(jnp.add, total, (grads, metrics)), batch_stats), None
 
         metrics = {"loss": jnp.float32(0), "error": jnp.float32(0)}
         zeros = (jax.tree.map(jnp.zeros_like, state.params), metrics)
-        (total, batch_stats), _ = lax.scan(add, (zeros, state.batch_stats), (parts, keys))
+        (total, batch_stats), _ = lax.scan(add, (zeros, state.batch_stats), (parts, dropout_keys))
         grads, metrics = jax.tree.map(lambda leaf: leaf / num_microbatches, total)
         return grads, batch_stats, metrics
 

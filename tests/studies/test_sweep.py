@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import jax
 import pytest
@@ -45,6 +47,10 @@ def test_a_study_runs_each_point_of_its_grid_with_each_seed(study):
         ({"grid": (("model.deepth", (8,)),)}, "grid: model.deepth = 8 does not fit the base config"),
         ({"grid": (("num_steps", ("many",)),)}, "grid: num_steps = 'many' does not fit the base config"),
         ({"grid": (("num_steps", ()),)}, r"grid: num_steps = \(\) must have values"),
+        ({"grid": (("batch_size", (24, 2000)),)}, "batch_size = 2000 must be between 1 and the 1257"),
+        ({"grid": (("seed", (1, 2)),)}, "grid: seed is no key of it"),
+        ({"grid": (("num_steps", 8),)}, "must be pairs of a key and the values it takes"),
+        ({"grid": ("num_steps", (8, 12))}, "must be pairs of a key and the values it takes"),
         ({"seeds": ()}, r"grid: seed = \(\) must have values"),
         ({"seeds": (1, 1)}, r"grid: seed = \(1, 1\) must have values, and none of them twice"),
     ],
@@ -115,6 +121,31 @@ def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys)
 def test_a_workdir_of_another_study_is_refused(finished, data_dir):
     with pytest.raises(ValueError, match=r"seeds: \[0, 1\] there, \[0, 2\] here"):
         sweep.run_all(tiny_study(data_dir, seeds=(0, 2)), finished)
+
+
+def test_a_record_of_another_study_is_refused(finished, data_dir):
+    with pytest.raises(ValueError, match="belongs to another config"):
+        sweep.make_record(tiny_study(data_dir, seeds=(0,)), finished)
+
+
+def test_a_training_config_is_no_study(config):
+    with pytest.raises(ValueError, match="this is no study: it has no base and no grid and no seeds"):
+        sweep.expand(config)
+
+
+def test_a_signal_at_the_end_of_a_run_ends_the_study(data_dir, tmp_path, monkeypatch):
+    evaluate = loop.evaluate
+
+    def interrupted(program, state, split):
+        if split == "test":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(program, state, split)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    study = tiny_study(data_dir, grid=(("optimizer.momentum", (0.9,)),))
+    with pytest.raises(loop.InterruptedRun, match=r"seed-0 is finished and saved"):
+        sweep.run_all(study, tmp_path)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["momentum-0.9_seed-0"]
 
 
 def test_a_study_that_is_not_finished_gives_no_record(study, tmp_path):

@@ -58,6 +58,20 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["2", "5", "6"]
 
 
+def test_the_best_is_kept_by_those_who_come_later(tmp_path):
+    save(tmp_path, [1, 2, 3], keep_last=1, errors={1: 0.1, 2: 0.5, 3: 0.5})
+    save(tmp_path, [4, 5], keep_last=1, errors={4: 0.3})
+    assert names(tmp_path) == ["1", "5"]
+    save(tmp_path, [6], keep_last=1, errors={6: 0.05})
+    assert names(tmp_path) == ["6"]
+
+
+def test_what_else_lies_there_does_no_harm(tmp_path):
+    tmp_path.joinpath(".DS_Store").write_text("a file of somebody else's")
+    save(tmp_path, [1])
+    assert_is(restore(tmp_path), 1)
+
+
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")

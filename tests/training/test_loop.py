@@ -276,6 +276,27 @@ def test_a_learning_rate_out_of_all_bounds_diverges_for_real(config, tmp_path):
         run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
 
 
+def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, tmp_path):
+    config.num_steps = 1
+    config.schedule.warmup_steps = 0
+    config.log_every_steps = 1
+    config.optimizer.learning_rate = 1e38
+    with pytest.raises(loop.DivergedError, match=r"diverged at step 1: .*; there is no checkpoint yet"):
+        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
+
+
+def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp_path):
+    losses = []
+    for count, parts in ((1, 1), (1, 3), (2, 3)):
+        config.num_microbatches = parts
+        workdir = tmp_path / f"{count}_{parts}"
+        run(config, workdir, loop.make_program(config, jax.devices()[:count]))
+        losses.append([row["running/loss"] for row in rows(workdir) if "running/loss" in row])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-3)
+
+
 def change(config, key, value):
     config.update_from_flattened_dict({key: value})
 
@@ -292,6 +313,7 @@ def change(config, key, value):
         ("steps_per_call", 5, "num_steps = 12 must be a positive multiple of steps_per_call = 5"),
         ("steps_per_call", 4, "log_every_steps = 3 must be a positive multiple of steps_per_call = 4"),
         ("log_every_steps", 0, "log_every_steps = 0 must be a positive multiple"),
+        ("checkpoint.keep_last", 0, "checkpoint.keep_last = 0 must be 1 or more"),
         ("checkpoint.every_steps", -4, "checkpoint.every_steps = -4 must be"),
         ("checkpoint.best_on", "test", r"checkpoint.best_on = 'test' is not evaluated .*'validation'"),
         (

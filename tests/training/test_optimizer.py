@@ -61,6 +61,11 @@ def test_each_boundary_has_a_factor_of_its_own():
     np.testing.assert_allclose(values[[0, 50, 75]], [0.1, 0.05, 0.01], rtol=1e-5)
 
 
+def test_boundaries_that_fall_on_one_step_both_count():
+    values = rates(num_steps=10, boundaries=(0.5, 0.52))
+    np.testing.assert_allclose(values[[4, 5]], [0.1, 0.001], rtol=1e-5)
+
+
 def test_polynomial_is_a_power_of_what_is_left():
     values = rates(name="polynomial", power=0.5)
     np.testing.assert_allclose(values, 0.1 * np.sqrt(1 - np.arange(100) / 100), rtol=1e-4)
@@ -143,6 +148,7 @@ def test_biases_and_normalisation_can_be_left_out_of_the_decay():
             {"boundaries": (0.75, 0.5)},
             "schedule.boundaries = .* must be increasing fractions between 0 and 1",
         ),
+        ({"boundaries": ("half", "all")}, "schedule.boundaries = .* must be increasing fractions"),
         ({"boundaries": (50, 75)}, "schedule.boundaries = .* must be increasing fractions"),
         ({"warmup_steps": 100}, "schedule.warmup_steps = 100 must be 0 or more and below num_steps = 100"),
         ({"factors": (0.1, 0.0)}, "schedule.factors = 0.0 must be above 0"),
