@@ -19,9 +19,9 @@ from cnn_cases.models import make_model
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet, InceptionModule
 from cnn_cases.models.inception_v3 import InceptionV3
-from cnn_cases.models.lenet import LeNet5
+from cnn_cases.models.lenet import LeNet5, LeNet5Original
 from cnn_cases.models.nin import NIN
-from cnn_cases.models.resnet import CifarResNet
+from cnn_cases.models.resnet import CifarResNet, PreactCifarResNet, ResNet
 from cnn_cases.models.vgg import VGG
 
 counted = functools.cache(costs.count)
@@ -151,7 +151,16 @@ def cifar_resnet(depth):
         (CifarResNet(56), CIFAR, 853_018, cifar_resnet(56), "0.1255"),
         (CifarResNet(56, plain=True), CIFAR, 853_018, cifar_resnet(56), "0.1255"),
         (CifarResNet(110), CIFAR, 1_727_962, cifar_resnet(110), "0.2529"),
-        (CifarResNet(1202), CIFAR, 19_421_274, cifar_resnet(1202), "2.829"),
+        (CifarResNet(1202, scan_blocks=True), CIFAR, 19_421_274, cifar_resnet(1202), "2.829"),
+        (ResNet(18), IMAGENET, 11_689_512, 1_814_073_344, "1.814"),
+        (ResNet(34), IMAGENET, 21_797_672, 3_663_761_408, "3.664"),
+        (ResNet(34, plain=True, shortcut="A"), IMAGENET, 21_623_848, 3_644_493_824, "3.644"),
+        (ResNet(50), IMAGENET, 25_557_032, 3_857_973_248, "3.858"),
+        (ResNet(101), IMAGENET, 44_549_160, 7_570_194_432, "7.570"),
+        (ResNet(152), IMAGENET, 60_192_808, 11_282_415_616, "11.282"),
+        (ResNet(50, stride_placement="v1.5"), IMAGENET, 25_557_032, 4_089_184_256, "4.089"),
+        (ResNet(101, stride_placement="v1.5"), IMAGENET, 44_549_160, 7_801_405_440, "7.801"),
+        (ResNet(152, stride_placement="v1.5"), IMAGENET, 60_192_808, 11_513_626_624, "11.514"),
     ],
     ids=str,
 )
@@ -182,6 +191,33 @@ def test_side_branches_have_totals_of_their_own(model, image_shape, parameters):
 def test_side_branches_do_not_change_what_the_trunk_costs():
     without = costs.count(GoogLeNet(side_branches=False), IMAGENET)
     assert without == [layer for layer in counted(GoogLeNet(), IMAGENET) if not layer.side]
+
+
+@pytest.mark.parametrize("net", [CifarResNet, PreactCifarResNet])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_scanned_blocks_cost_what_unrolled_ones_do(net, blocks):
+    depth = blocks * (6 if net is CifarResNet else 9) + 2
+    scanned, unrolled = (costs.count(net(depth, scan_blocks=scan), CIFAR, 4) for scan in (True, False))
+    assert costs.total(scanned) == costs.total(unrolled)
+    assert len(scanned) < len(unrolled) or blocks <= 2
+    assert sum(layer.repeats for layer in scanned) == len(unrolled)
+
+
+def test_lenet_5_of_1998_costs_the_weights_of_its_connections():
+    layers = counted(LeNet5Original(), (32, 32, 1))
+    sums = costs.total(layers)
+    assert sums.parameters == 60_000
+    biases = {"c1": 28 * 28 * 6, "c3": 10 * 10 * 16, "c5": 120, "f6": 84}
+    connections = {layer.name: layer.multiply_adds + biases.get(layer.name, 0) for layer in layers}
+    assert connections == {"c1": 122_304, "s2": 0, "c3": 151_600, "s4": 0, "c5": 48_120, "f6": 10_164}
+    assert [layer.output for layer in layers] == [
+        (28, 28, 6),
+        (14, 14, 6),
+        (10, 10, 16),
+        (5, 5, 16),
+        (1, 1, 120),
+        (84,),
+    ]
 
 
 def test_larger_images_cost_multiply_adds_and_no_parameters():
