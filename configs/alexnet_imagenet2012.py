@@ -8,13 +8,12 @@ The paper's recipe, item by item:
 - SGD with momentum 0.9, batch 128, weight decay 5e-4, about 90 epochs;
 - a rate of 0.01, divided by 10 three times, whenever the validation error stood still;
 - weights normal with standard deviation 0.01, biases 0 or 1 by layer, dropout 0.5: all in the model;
-- random 224-pixel crops of images of 256, flips, PCA lighting; the mean image subtracted; ten crops in the
-  test.
+- random 224-pixel crops of images of 256, flips, PCA lighting; the mean image subtracted from pixels that
+  range over 256 values; ten crops in the test.
 
 Where the paper is silent: whether biases decay (here they do not).
 Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
-needs; pixels are divided by each channel's deviation, where the paper's keep their range of 256 values; one
-view in the test.
+needs; one view in the test.
 For now every device has to hold the whole set (206 GB at 227 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 227 pixels; of the
 augmentations only the flip is among the data keys yet, not the random crops and the lighting.
@@ -29,6 +28,7 @@ def get_config():
     common.imagenet2012(config, image_size=227, batch_size=128, num_epochs=90)
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
+    config.data.normalization = "pixel_mean_255"
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"

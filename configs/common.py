@@ -33,7 +33,8 @@ def get_config():
     config.data.splits.test = "test"
     config.data.image_size = 0  # pixels, height and width to which images are resized; 0: as they are
     config.data.border = 0  # zero pixels then added on every side
-    config.data.normalization = "channel"  # "none", "channel", "pixel_mean" or "lenet5_1998"
+    # "none", "channel", "pixel_mean", "pixel_mean_255" or "lenet5_1998"
+    config.data.normalization = "channel"
     config.data.pad = 0  # pixels around the image before a random crop; 0: no crop
     config.data.flip = False  # mirror left and right at random
 

@@ -17,7 +17,7 @@ import numpy as np
 from cnn_cases.data import augment as augmentations
 from cnn_cases.data import sources
 
-NORMALIZATIONS = ("none", "channel", "pixel_mean", "lenet5_1998")
+NORMALIZATIONS = ("none", "channel", "pixel_mean", "pixel_mean_255", "lenet5_1998")
 
 
 class ResidentFeed:
@@ -41,8 +41,9 @@ class ResidentFeed:
           eval_batch_size: examples of an evaluation step, over all devices.
           normalization: one of NORMALIZATIONS, computed from the training split. Images are scaled to [0, 1]
             ("none"); then "channel" subtracts the mean and divides by the standard deviation of each
-            channel, "pixel_mean" subtracts the mean image (He et al. 2015, section 4.2), and "lenet5_1998"
-            puts black at -0.1 and white at 1.175 (LeCun et al. 1998, section II.B).
+            channel, "pixel_mean" subtracts the mean image (He et al. 2015, section 4.2), "pixel_mean_255"
+            does so in the range [0, 255] (Krizhevsky et al. 2012, section 2, whose small initial weights need
+            it), and "lenet5_1998" puts black at -0.1 and white at 1.175 (LeCun et al. 1998, section II.B).
           pad, flip: see `augment.augment`.
 
         Raises:
@@ -118,8 +119,9 @@ def _statistics(images, normalization):
         return np.float32(0), np.float32(1)
     if normalization == "lenet5_1998":
         return np.float32(0.1 / 1.275), np.float32(1 / 1.275)
-    if normalization == "pixel_mean":
-        return (images.mean(axis=0) / 255).astype(np.float32), np.float32(1)
+    if normalization in ("pixel_mean", "pixel_mean_255"):
+        divisor = 1 / 255 if normalization == "pixel_mean_255" else 1
+        return (images.mean(axis=0) / 255).astype(np.float32), np.float32(divisor)
     # From the counts of the 256 values: exact, and without a float copy of the images.
     values = np.arange(256) / 255
     counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]

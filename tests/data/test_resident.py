@@ -72,6 +72,11 @@ def test_pixel_mean_normalization_gives_a_mean_image_of_zero():
     assert image.std() < 0.5  # not divided by a deviation
 
 
+def test_pixel_mean_normalization_can_keep_the_range_of_256_values():
+    small, large = (everything(make_feed(normalization=name)) for name in ("pixel_mean", "pixel_mean_255"))
+    np.testing.assert_allclose(large, 255 * small, rtol=1e-5, atol=1e-4)
+
+
 def test_the_input_of_lenet5_has_black_below_zero_and_white_above_one():
     feed = make_feed(normalization="lenet5_1998")
     expected = feed.arrays["image"][:23] / 255 * 1.275 - 0.1
