@@ -1,0 +1,26 @@
+"""Inception-v3 on scikit-learn's digits enlarged to 75x75 pixels, the smallest that it takes.
+
+Paper: Szegedy et al. 2015b. The recipe is ours: Adam for a minute or two, without the side branch, which
+needs images of 299 pixels.
+Command: python train.py --config=configs/inception_v3_digits.py --workdir=runs/inception_v3_digits
+"""
+
+from configs import common
+
+
+def get_config():
+    """Inception-v3 on digits."""
+    config = common.get_config()
+    config.num_steps = 60
+    config.batch_size = 32
+    config.model.name = "inception_v3"
+    config.model.side_branches = False
+    config.data.image_size = 75
+    config.optimizer.name = "adam"
+    config.optimizer.weight_decay = 0.0
+    config.schedule.name = "cosine"
+    config.optimizer.learning_rate = 1e-3
+    config.evaluation.every_steps = 30
+    config.checkpoint.every_steps = 30
+    config.lock()
+    return config

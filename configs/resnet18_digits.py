@@ -1,0 +1,26 @@
+"""ResNet-18, the ImageNet net, on scikit-learn's digits enlarged to 32x32 pixels.
+
+Paper: He et al. 2015, table 1; the schedule is ours.
+Command: python train.py --config=configs/resnet18_digits.py --workdir=runs/resnet18_digits
+Result: 2.5 % test error with seed 0, 0.6 % training error; 53 s on two shared CPU cores, 2026-11-23
+"""
+
+from configs import common
+
+
+def get_config():
+    """ResNet-18 on digits."""
+    config = common.get_config()
+    config.num_steps = 160
+    config.batch_size = 32
+    config.model.name = "resnet"
+    config.model.depth = 18
+    config.model.plain = False
+    config.model.shortcut = "B"
+    config.data.image_size = 32
+    config.optimizer.learning_rate = 0.02
+    config.schedule.name = "cosine"
+    config.evaluation.every_steps = 40
+    config.checkpoint.every_steps = 40
+    config.lock()
+    return config
