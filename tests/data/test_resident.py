@@ -112,7 +112,7 @@ def test_constant_images_do_not_divide_by_zero():
         ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be 1 or more"),
         (
             {"normalization": "zca"},
-            "data.normalization = 'zca' is unknown; known: none, channel, pixel_mean, pixel_mean_255, lenet5_1998",
+            "data.normalization = 'zca' is unknown; known: none, channel, pixel_mean, pixel_mean_255, lenet",
         ),
         ({"pad": -1}, "data.pad = -1 must be 0 or more"),
     ],
