@@ -35,8 +35,9 @@ def get_config():
     config.data.border = 0  # zero pixels then added on every side
     # "none", "channel", "pixel_mean", "pixel_mean_255" or "lenet5_1998"
     config.data.normalization = "channel"
-    config.data.pad = 0  # pixels around the image before a random crop; 0: no crop
-    config.data.flip = False  # mirror left and right at random
+    config.data.augment = ConfigDict()  # of the training images, inside the step
+    config.data.augment.pad = 0  # pixels around the image before a random crop; 0: no crop
+    config.data.augment.flip = False  # mirror left and right at random
 
     config.loss = ConfigDict()
     config.loss.name = "cross_entropy"  # or "rbf_mean_squared", "rbf_map" for LeNet-5 of 1998
@@ -94,7 +95,7 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.data.name = "imagenet2012"
     config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
     config.data.image_size = image_size
-    config.data.flip = True
+    config.data.augment.flip = True
     config.evaluation.every_steps = round(steps_per_epoch)
     config.evaluation.final_splits = ("validation",)
     config.checkpoint.every_steps = round(steps_per_epoch)

@@ -32,8 +32,8 @@ def get_config():
     config.data.name = "cifar10"
     config.data.splits.train = "train[:45000]"
     config.data.splits.validation = "train[45000:]"
-    config.data.pad = 4
-    config.data.flip = True
+    config.data.augment.pad = 4
+    config.data.augment.flip = True
     config.optimizer.learning_rate = 0.02
     config.optimizer.weight_decay = 1e-4
     config.optimizer.decayed = "kernels"

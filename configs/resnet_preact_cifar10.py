@@ -35,8 +35,8 @@ def get_config():
     config.data.splits.train = "train[:45000]"
     config.data.splits.validation = "train[45000:]"
     config.data.normalization = "pixel_mean"
-    config.data.pad = 4
-    config.data.flip = True
+    config.data.augment.pad = 4
+    config.data.augment.flip = True
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 1e-4
     config.schedule.boundaries = (32 / 64, 48 / 64)

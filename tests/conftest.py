@@ -34,8 +34,8 @@ def tiny_config(data_dir):
     config.batch_size = 24
     config.data.image_size = 16
     config.data.data_dir = data_dir
-    config.data.pad = 1
-    config.data.flip = True
+    config.data.augment.pad = 1
+    config.data.augment.flip = True
     config.schedule.warmup_steps = 2
     config.evaluation.every_steps = 4
     config.evaluation.batch_size = 200

@@ -1,10 +1,12 @@
 """Networks learn: a few steps on ten real digits, through the feed, step and pmap of a training."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
-from cnn_cases.data import resident, sources
+from cnn_cases.data.feeds import make_feed
 from cnn_cases.models import make_model
 from cnn_cases.training import devices, steps
 from cnn_cases.training.losses import make_loss
@@ -34,15 +36,18 @@ ADAM = dict(
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_loss_falls_and_every_parameter_moves(name, data_dir):
     image_size, knobs = SMALLEST[name]
-    image, label, num_classes = sources.load_split("digits", "train[:10]", data_dir, image_size)
-    feed = resident.ResidentFeed(
-        {"train": (image, label)},
-        num_classes=num_classes,
-        batch_size=len(image),
-        eval_batch_size=len(image),
+    feed = make_feed(
+        name="digits",
+        data_dir=data_dir,
+        splits={"train": "train[:10]"},
+        image_size=image_size,
+        border=0,
         normalization="channel",
+        augment={"pad": 0, "flip": False},
+        batch_size=10,
+        eval_batch_size=10,
     )
-    model = make_model(name, num_classes=num_classes, dtype="float32", axis_name=devices.AXIS, **knobs)
+    model = make_model(name, num_classes=feed.num_classes, dtype="float32", axis_name=devices.AXIS, **knobs)
     tx = make_optimizer(lambda _: 1e-3, **ADAM)
     loss_name = "rbf_map" if name == "lenet5_1998" else "cross_entropy"
     loss = make_loss(name=loss_name, label_smoothing=0.0, map_constant=1.0)
@@ -51,8 +56,8 @@ def test_the_loss_falls_and_every_parameter_moves(name, data_dir):
     state = init_state(model, tx, feed.image_shape, seed=0)
     before = jax.device_get(state.params)
     losses = []
-    for step in range(15):
-        batch = jax.tree.map(lambda leaf: leaf[None], feed.train_batch(0, step))
+    for batch in itertools.islice(feed.train_batches(0, 0), 15):
+        batch = jax.tree.map(lambda leaf: leaf[None], batch)
         state, metrics = train(state, feed.arrays, devices.shard(batch, 1, axis=1))
         losses.append(float(metrics["loss"][0]))
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:2]), losses

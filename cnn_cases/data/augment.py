@@ -33,6 +33,12 @@ def random_flip(image, keys):
     return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
 
 
+def check(settings):
+    """Raises ValueError where `augment` cannot do what `settings`, its keyword arguments, ask for."""
+    if settings["pad"] < 0:
+        raise ValueError(f"data.augment.pad = {settings['pad']} must be 0 or more")
+
+
 def augment(image, keys, *, pad, flip):
     """The augmentations that the config asks for.
 

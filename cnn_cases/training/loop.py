@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import pathlib
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_cases.data import resident
+from cnn_cases.data.feeds import make_feed
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import steps
@@ -70,7 +71,7 @@ def make_program(config, devices=None):
         raise ValueError(f"this is no training config: it has no model, but {', '.join(config)}")
     devices = devices or jax.local_devices()
     _check_numbers(config, len(devices))
-    feed = resident.load(
+    feed = make_feed(
         **config.data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size
     )
     model = make_model(
@@ -218,11 +219,13 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
                 window.clear()
 
     final = None
+    batches = program.feed.train_batches(config.seed, first_step)
     for before in range(first_step, config.num_steps, config.steps_per_call):
         step = before + config.steps_per_call
-        batches = [program.feed.train_batch(config.seed, number) for number in range(before, step)]
-        batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-        state, metrics = program.train(state, program.arrays, devices_lib.shard(batches, num_devices, axis=1))
+        stacked = jax.tree.map(
+            lambda *leaves: np.stack(leaves), *itertools.islice(batches, config.steps_per_call)
+        )
+        state, metrics = program.train(state, program.arrays, devices_lib.shard(stacked, num_devices, axis=1))
         under_way.append((step, metrics))
         collect(ahead)
 

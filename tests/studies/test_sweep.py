@@ -17,7 +17,7 @@ def tiny_study(data_dir, **changes):
     base.log_every_steps = 2
     study = {
         "base": base,
-        "grid": (("optimizer.momentum", (0.0, 0.9)), ("data.flip", (True, False))),
+        "grid": (("optimizer.momentum", (0.0, 0.9)), ("data.augment.flip", (True, False))),
         "seeds": (0, 1),
     }
     return ConfigDict(study | changes)
@@ -37,7 +37,7 @@ def test_a_study_runs_each_point_of_its_grid_with_each_seed(study):
     ]
     assert len(runs) == 8
     last = runs[-1].config
-    assert (last.optimizer.momentum, last.data.flip, last.seed) == (0.9, False, 1)
+    assert (last.optimizer.momentum, last.data.augment.flip, last.seed) == (0.9, False, 1)
     assert study.base.seed == 0, "the base itself is left alone"
 
 
@@ -93,7 +93,7 @@ def test_a_diverged_run_is_marked_and_the_study_goes_on(finished, study):
 def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
     record = json.loads(json.dumps(sweep.make_record(study, finished)))
     first = record["runs"][0]
-    assert (first["optimizer.momentum"], first["data.flip"], first["seed"]) == (0.0, True, 0)
+    assert (first["optimizer.momentum"], first["data.augment.flip"], first["seed"]) == (0.0, True, 0)
     assert [step for step, _ in first["curves"]["running/error"]] == [2, 4]
     assert first["metrics"]["test/error"] == pytest.approx(first["curves"]["test/error"][-1][1], abs=1e-6)
     assert record["config"]["base"]["num_steps"] == 4

@@ -178,7 +178,7 @@ def tiny_resnet(data_dir):
     config.num_steps = 4
     config.batch_size = 16
     config.data.data_dir = data_dir
-    config.data.pad = 1
+    config.data.augment.pad = 1
     config.evaluation.every_steps = 2
     config.evaluation.batch_size = 200
     config.checkpoint.every_steps = 2
