@@ -8,12 +8,12 @@ READY := $(VENV)/requirements.installed
 
 demo: $(READY)
 	$(PYTHON) -m cnn_cases.studies.depth_curves \
-		--config=configs/studies/depth_digits.py --workdir=runs/depth_digits
+		--config=configs/studies/depth_digits.py --workdir=runs/depth_digits --jobs=2
 
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses=2
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

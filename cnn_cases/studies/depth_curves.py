@@ -22,6 +22,7 @@ from cnn_cases.training import logbook
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the study.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "How many points of the grid to train side by side, in processes.")
 _FIGURES_ONLY = flags.DEFINE_bool("figures_only", False, "Only draw what the finished runs gave.")
 
 KINDS = {True: "plain", False: "residual"}
@@ -194,7 +195,7 @@ def main():
             f"train and test among base.evaluation.final_splits, not {', '.join(sorted(splits))}"
         )
     if not _FIGURES_ONLY.value:
-        sweep.run_all(study, workdir)
+        sweep.run_all(study, workdir, _JOBS.value)
     record = sweep.make_record(study, workdir)
     write_report(record, workdir)
     print(table(record, "text"))

@@ -7,6 +7,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop
 
 
@@ -65,42 +66,36 @@ def _override(config, key, value):
         raise ValueError(f"grid: {key} = {value!r} does not fit the base config: {error}") from None
 
 
-def run_all(study, workdir):
-    """Runs what is not finished yet, one run after another, and tells of each.
+def run_all(study, workdir, num_jobs=1):
+    """Runs what is not finished yet, and tells of each run as it ends.
 
     A run that diverges is marked and the sweep goes on.
 
     Args:
       study: see `expand`.
       workdir: the study's directory; the runs lie in its `runs/`.
+      num_jobs: how many points of the grid are run side by side, each in a process of its own.
 
     Raises:
       ValueError: the study or a run of it is not possible, or the workdir belongs to another study.
-      InterruptedRun: SIGTERM or SIGINT came and the run at hand was saved.
+      InterruptedRun: SIGTERM or SIGINT came and the runs at hand were saved.
     """
+    if num_jobs < 1:
+        raise ValueError(f"jobs = {num_jobs} must be 1 or more")
+    workdir = pathlib.Path(workdir)
     runs = expand(study)
-    if not (pathlib.Path(workdir) / "config.json").exists():
-        for run in runs[:: len(study.seeds)]:
-            loop.check(run.config)  # now, and not after hours of other runs
+    groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
+    if not (workdir / "config.json").exists():
+        for group in groups:
+            loop.check(group[0].config)  # now, and not after hours of other runs
     logbook.claim(workdir, study.to_dict())
-    point, program = None, None
-    for number, run in enumerate(runs, start=1):
-        run_dir = pathlib.Path(workdir) / "runs" / run.name
-        print(f"[{number}/{len(runs)}] {run.name}: ", end="", file=sys.stderr, flush=True)
-        done = (run_dir / "result.json").exists()
-        if not done and run.point != point:
-            point, program = run.point, loop.make_program(run.config)
-        try:
-            result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
-        except loop.DivergedError as error:
-            news = f"diverged at step {error.step}"
-        except BaseException:
-            print(file=sys.stderr)  # what follows begins on a line of its own
-            raise
-        else:
-            news = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-            news += " (finished before)" if done else f" ({result['seconds']:.1f} s)"
-        print(news, file=sys.stderr, flush=True)
+    run_dirs = workdir / "runs"
+    if num_jobs == 1:
+        ended = jobs.run_here(groups, run_dirs)
+    else:
+        ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
+    for number, (name, news) in enumerate(ended, start=1):
+        print(f"[{number}/{len(runs)}] {name}: {news}", file=sys.stderr, flush=True)
 
 
 def make_record(study, workdir):

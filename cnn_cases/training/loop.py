@@ -9,6 +9,7 @@ import pathlib
 import signal
 import threading
 import time
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +152,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         show_progress=show_progress,
     )
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
-    with _stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
+    with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         restored = checkpoints.restore(state)
         step, state, extra = restored or (0, state, {"window": [], "final": None})
         if restored:
@@ -342,16 +343,13 @@ def _earlier_result(workdir):
     return result
 
 
-class _Stop:
-    """The signal that asked the run to stop; 0 for none."""
-
-    number = 0
-
-
 @contextlib.contextmanager
-def _stop_signals():
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as ever."""
-    stop, before = _Stop(), {}
+def stop_signals():
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as ever.
+
+    Yields an object whose `number` is 0 until a signal comes, then the signal's.
+    """
+    stop, before = types.SimpleNamespace(number=0), {}
 
     def note(number, _):
         stop.number = number

@@ -1,0 +1,104 @@
+"""The runs of a sweep, in groups: one after another here, or several groups side by side in processes.
+
+Both ways yield (name of the run, what it gave in words) as runs end. A run is the same to the bit in either.
+"""
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+
+from cnn_cases.training import loop
+
+_POLL_SECONDS = 0.2
+
+
+def run_here(groups, workdir):
+    """Runs the groups one after another in this process.
+
+    Args:
+      groups: lists of runs (`sweep.Run`) that differ in the seed alone, and so share a compilation.
+      workdir: the directory in which each run has one of its name.
+
+    Raises:
+      ValueError: a run is not possible, or its directory belongs to another config.
+      InterruptedRun: SIGTERM or SIGINT came and the run at hand was saved.
+    """
+    for runs in groups:
+        program = None
+        for run in runs:
+            run_dir = workdir / run.name
+            done = (run_dir / "result.json").exists()
+            if not done and program is None:
+                program = loop.make_program(run.config)
+            try:
+                result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
+            except loop.DivergedError as error:
+                yield run.name, f"diverged at step {error.step}"
+            else:
+                news = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+                yield run.name, news + (" (finished before)" if done else f" ({result['seconds']:.1f} s)")
+
+
+def run_side_by_side(groups, workdir, num_jobs):
+    """Runs `num_jobs` groups at a time, each in a process; see `run_here`.
+
+    Raises:
+      RuntimeError: a process died.
+    """
+    # Processes that share an accelerator must not each reserve most of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX runs can hang
+    todo, news = context.Queue(), context.Queue()
+    for runs in (*groups, *[None] * num_jobs):
+        todo.put(runs)
+    workers = [
+        context.Process(target=_work, args=(todo, news, workdir, os.getpid())) for _ in range(num_jobs)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        with loop.stop_signals() as stop:
+            yield from _collect(workers, news, stop)
+    finally:
+        for worker in workers:
+            worker.terminate()  # a training that gets SIGTERM saves and ends
+        for worker in workers:
+            worker.join()
+    if stop.number:
+        name = signal.Signals(stop.number).name
+        raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
+
+
+def _collect(workers, news, stop):
+    """Yields what the workers tell until all have ended or a signal has come."""
+    while not stop.number:
+        running = any(worker.is_alive() for worker in workers)
+        try:
+            kind, *words = news.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            dead = [worker.exitcode for worker in workers if worker.exitcode]
+            if dead:
+                raise RuntimeError(f"a process of the sweep died with exit code {dead[0]}") from None
+            if not running:
+                return
+            continue
+        if kind == "refused":
+            raise ValueError(*words)
+        yield words
+
+
+def _work(todo, news, workdir, parent):
+    """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
+    os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
+    try:
+        while (runs := todo.get()) is not None:
+            for ended in run_here([runs], workdir):
+                news.put(("ended", *ended))
+                if os.getppid() != parent:  # it was killed: nobody is there to go on for
+                    return
+    except (ValueError, OSError) as error:
+        news.put(("refused", str(error)))
+    except loop.InterruptedRun as interruption:
+        print(interruption, file=sys.stderr)

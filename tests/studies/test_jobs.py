@@ -1,0 +1,65 @@
+import os
+import signal
+
+import pytest
+
+from cnn_cases.studies import jobs, sweep
+from cnn_cases.training import loop
+from tests.studies.test_sweep import tiny_study
+
+
+def groups_of(data_dir, num_steps=4):
+    study = tiny_study(data_dir, grid=(("optimizer.momentum", (0.0, 0.9)),), seeds=(0,))
+    study.base.num_steps = num_steps
+    return [[run] for run in sweep.expand(study)]
+
+
+def rows(workdir):
+    return {path.parent.name: path.read_bytes() for path in workdir.glob("*/metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def one_after_another(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("here")
+    return list(jobs.run_here(groups_of(data_dir), workdir)), rows(workdir)
+
+
+def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_another, data_dir, tmp_path):
+    ended, expected = one_after_another
+    names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
+    assert sorted(names) == sorted(name for name, _ in ended)
+    assert rows(tmp_path) == expected
+    again = jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)
+    assert all("(finished before)" in news for _, news in again)
+
+
+def test_a_signal_saves_the_runs_of_all_processes(data_dir, tmp_path):
+    first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
+
+    def stop_after_the_first():
+        for name, _ in jobs.run_side_by_side([second, first], tmp_path, 2):
+            assert name == first[0].name
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(loop.InterruptedRun, match="SIGTERM: the runs at hand were saved"):
+        stop_after_the_first()
+    unfinished = tmp_path / second[0].name
+    assert not (unfinished / "result.json").exists()
+    if unfinished.exists():  # it may have been compiling still
+        assert any((unfinished / "checkpoints").iterdir())
+
+
+def test_a_run_that_is_not_possible_ends_the_others(data_dir, tmp_path):
+    good, bad = groups_of(data_dir, num_steps=40_000)[0], groups_of(data_dir)[1]
+    bad[0].config.batch_size = 25
+    with pytest.raises(ValueError, match="batch_size = 25 cannot be split evenly over 4 devices"):
+        list(jobs.run_side_by_side([good, bad], tmp_path, 2))
+
+
+def test_the_death_of_a_process_is_told(tmp_path):
+    class Deadly:
+        def __reduce__(self):
+            return os._exit, (7,)
+
+    with pytest.raises(RuntimeError, match="died with exit code 7"):
+        list(jobs.run_side_by_side([[Deadly()]], tmp_path, 1))
