@@ -1,10 +1,13 @@
-# The environment is made once, and again when requirements.txt changes.
+# Environments are made once, and again when their requirements change.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/requirements.installed
+# TFDS needs TensorFlow (over a gigabyte) to prepare its stock sets, and nothing else here does.
+DATA_VENV := .venv-data
+DATA_READY := $(DATA_VENV)/requirements.installed
 
-.PHONY: demo test clean
+.PHONY: demo test data clean
 
 demo: $(READY)
 	$(PYTHON) -m cnn_cases.studies.depth_curves \
@@ -15,13 +18,26 @@ test: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(PYTHON) -m pytest --numprocesses=2
 
+# make data DATASET="mnist cifar10", with DATA_DIR=... for another place than TFDS's own
+data: $(DATA_READY)
+	@test -n "$(DATASET)" || { echo 'which data set? make data DATASET=cifar10'; exit 2; }
+	$(DATA_VENV)/bin/python -m cnn_cases.data.prepare $(DATASET) $(if $(DATA_DIR),--data_dir="$(DATA_DIR)")
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DATA_VENV) .pytest_cache .ruff_cache
 
 $(READY): requirements.txt
+	$(call make_environment,$(VENV),$<)
+	touch $@
+
+$(DATA_READY): requirements-data.txt requirements.txt
+	$(call make_environment,$(DATA_VENV),$<)
+	touch $@
+
+define make_environment
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or later is needed; python3 is $$(python3 --version)"; exit 1; }
-	@python3 -m venv $(VENV) \
-		|| { rm -rf $(VENV); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@python3 -m venv $(1) \
+		|| { rm -rf $(1); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)
+endef

@@ -43,7 +43,9 @@ def _parse(arguments):
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, OSError) as error:
-        _leave(f"error: {error}", 2)
+        # ml_collections puts the whole traceback of an error in a config file into its own message.
+        head, traceback, tail = str(error).partition("\n\nTraceback")
+        _leave(f"error: {head} {tail.splitlines()[-1]}" if traceback else f"error: {error}", 2)
     except (AttributeError, KeyError) as error:
         # ml_collections' word for a key that the config does not have: "'optimiser'\nDid you mean ...?"
         key, _, hint = str(error.args[0] if error.args else "").partition("\n")

@@ -6,6 +6,7 @@ The other files change what their experiment needs and lock the result, so that 
 from ml_collections import ConfigDict
 
 IMAGENET2012_TRAIN = 1_281_167  # training examples
+PROTOCOLS = ("held_out", "full_train")  # see split_training_set
 
 
 def get_config():
@@ -81,6 +82,31 @@ def get_config():
 
     config.log_every_steps = 20  # steps between rows of the running metrics
     return config
+
+
+def split_training_set(config, protocol, *, size, num_held_out):
+    """Sets what to train on and what to choose by: an honest test needs both apart from the test images.
+
+    Args:
+      protocol: what stands behind the colon in `--config=configs/<name>.py:<protocol>`. "held_out", the
+        default: the last `num_held_out` training images are for validation. "full_train": all are trained
+        on; then nothing is evaluated on the way and no checkpoint is chosen.
+      size: number of training images.
+
+    Raises:
+      ValueError: the protocol is unknown.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"the config's protocol {protocol!r} is unknown; known: {', '.join(PROTOCOLS)}")
+    if protocol == "held_out":
+        config.data.splits.train = f"train[:{size - num_held_out}]"
+        config.data.splits.validation = f"train[{size - num_held_out}:]"
+        return
+    config.data.splits = ConfigDict({"train": "train", "test": "test"})
+    config.evaluation.every_steps = 0
+    config.evaluation.splits = ()
+    config.evaluation.final_splits = ("train", "test")
+    config.checkpoint.best_on = ""
 
 
 def imagenet2012(config, *, image_size, batch_size, num_epochs):

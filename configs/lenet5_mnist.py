@@ -14,15 +14,13 @@ Not run yet.
 from configs import common
 
 
-def get_config():
+def get_config(protocol="held_out"):
     """The lecture's LeNet-5 on MNIST."""
     config = common.get_config()
     config.num_steps = 8_600  # 20 epochs of 55,000 images
     config.batch_size = 128
     config.model.name = "lenet5"
     config.data.name = "mnist"
-    config.data.splits.train = "train[:55000]"
-    config.data.splits.validation = "train[55000:]"
     config.data.border = 2
     config.optimizer.learning_rate = 0.05
     config.schedule.name = "cosine"
@@ -30,5 +28,6 @@ def get_config():
     config.evaluation.every_steps = 430
     config.checkpoint.every_steps = 860
     config.log_every_steps = 100
+    common.split_training_set(config, protocol, size=60_000, num_held_out=5_000)
     config.lock()
     return config

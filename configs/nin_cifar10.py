@@ -22,7 +22,7 @@ Not run yet.
 from configs import common
 
 
-def get_config():
+def get_config(protocol="held_out"):
     """NIN on CIFAR-10."""
     config = common.get_config()
     config.num_steps = 80_000
@@ -30,8 +30,6 @@ def get_config():
     config.model.name = "nin"
     config.model.variant = "cifar"
     config.data.name = "cifar10"
-    config.data.splits.train = "train[:45000]"
-    config.data.splits.validation = "train[45000:]"
     config.data.augment.pad = 4
     config.data.augment.flip = True
     config.optimizer.learning_rate = 0.02
@@ -42,5 +40,6 @@ def get_config():
     config.evaluation.every_steps = 1_000
     config.checkpoint.every_steps = 4_000
     config.log_every_steps = 100
+    common.split_training_set(config, protocol, size=50_000, num_held_out=5_000)
     config.lock()
     return config

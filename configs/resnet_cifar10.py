@@ -27,7 +27,7 @@ Not run yet.
 from configs import common
 
 
-def get_config():
+def get_config(protocol="held_out"):
     """ResNet-20 on CIFAR-10."""
     config = common.get_config()
     config.num_steps = 64_000
@@ -38,8 +38,6 @@ def get_config():
     config.model.shortcut = "A"
     config.model.scan_blocks = False
     config.data.name = "cifar10"
-    config.data.splits.train = "train[:45000]"
-    config.data.splits.validation = "train[45000:]"
     config.data.normalization = "pixel_mean"
     config.data.augment.pad = 4
     config.data.augment.flip = True
@@ -50,5 +48,6 @@ def get_config():
     config.evaluation.every_steps = 1_000
     config.checkpoint.every_steps = 4_000
     config.log_every_steps = 100
+    common.split_training_set(config, protocol, size=50_000, num_held_out=5_000)
     config.lock()
     return config

@@ -23,7 +23,7 @@ Not run yet.
 from configs import common
 
 
-def get_config():
+def get_config(protocol="held_out"):
     """Pre-activation ResNet-164 on CIFAR-10."""
     config = common.get_config()
     config.num_steps = 64_000
@@ -32,8 +32,6 @@ def get_config():
     config.model.depth = 164
     config.model.scan_blocks = False
     config.data.name = "cifar10"
-    config.data.splits.train = "train[:45000]"
-    config.data.splits.validation = "train[45000:]"
     config.data.normalization = "pixel_mean"
     config.data.augment.pad = 4
     config.data.augment.flip = True
@@ -47,5 +45,6 @@ def get_config():
     config.evaluation.every_steps = 1_000
     config.checkpoint.every_steps = 4_000
     config.log_every_steps = 100
+    common.split_training_set(config, protocol, size=50_000, num_held_out=5_000)
     config.lock()
     return config

@@ -51,11 +51,27 @@ class Images:
 def test_a_config_builds_a_state(name, monkeypatch):
     config = load(name)
     monkeypatch.setattr(feeds.sources, "load_split", Images(config.data.name).load_split)
+    monkeypatch.setattr(feeds.sources, "check_disjoint", lambda *_: None)
     config.batch_size = 2
     config.num_microbatches = 1
     program = loop.make_program(config, jax.devices()[:1])
     state = jax.eval_shape(lambda: init_state(program.model, program.tx, program.feed.image_shape, 0))
     assert state.params
+
+
+PARTED = ["lenet5_mnist", "nin_cifar10", "resnet_cifar10", "resnet_preact_cifar10"]
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_training_on_everything_has_to_be_asked_for(name):
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    held_out, full = get_config(), get_config("full_train")
+    assert held_out.data.splits.validation.startswith("train[")
+    assert "test" not in held_out.evaluation.splits
+    assert full.data.splits.to_dict() == {"train": "train", "test": "test"}
+    loop._check_numbers(full, 1)
+    with pytest.raises(ValueError, match="protocol 'all' is unknown; known: held_out, full_train"):
+        get_config("all")
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -10,6 +10,7 @@ FILES = [*ROOT.glob("cnn_cases/**/*.py"), *ROOT.glob("configs/**/*.py"), ROOT / 
 
 # Each room, and what of our own it may import. The first match of a module's name counts.
 MAY_IMPORT = {
+    "cnn_cases.data.preview": ("cnn_cases",),  # a command, whose room is that of what it shows
     "cnn_cases.training.loop": (
         "cnn_cases.models",
         "cnn_cases.data",

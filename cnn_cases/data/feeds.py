@@ -31,6 +31,8 @@ def make_feed(
     Raises:
       ValueError: a key has no possible value, or the set is not there; the message names it.
     """
+    splits = dict(**splits)
+    sources.check_disjoint(name, splits, data_dir)
     loaded = {
         role: sources.load_split(name, split, data_dir, image_size, border) for role, split in splits.items()
     }

@@ -17,6 +17,9 @@ def main(arguments=None):
             builder = sources.prepare(name, options.data_dir)
         except (ValueError, ConnectionError) as error:
             sys.exit(f"prepare: error: {error}")
+        except KeyboardInterrupt:
+            print(f"prepare: {name} is not prepared; the same command goes on with it", file=sys.stderr)
+            sys.exit(130)
         print(f"{name} is prepared in {builder.data_path}")
 
 

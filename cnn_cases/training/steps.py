@@ -58,9 +58,9 @@ def make_train_steps(
         grads, (batch_stats, metrics) = jax.grad(total_loss, has_aux=True)(state.params)
         return grads, batch_stats, metrics
 
-    def accumulated_gradient(state, arrays, batch, key):
+    def accumulated_gradient(state, arrays, batch):
         # Augmentation goes by an example's position in the global batch: one key will do for all parts.
-        augment_key, dropout_key = jax.random.split(key)
+        augment_key, dropout_key = step_keys(state.seed, state.step)
         if num_microbatches == 1:
             return gradient(state, arrays, batch, state.batch_stats, augment_key, dropout_key)
         parts = jax.tree.map(lambda leaf: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]), batch)
@@ -81,8 +81,7 @@ def make_train_steps(
         return grads, batch_stats, metrics
 
     def train_step(state, arrays, batch):
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        grads, batch_stats, metrics = accumulated_gradient(state, arrays, batch, key)
+        grads, batch_stats, metrics = accumulated_gradient(state, arrays, batch)
         # Statistics of the global batch are equal on all devices already; those of each device's own are not.
         grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -108,6 +107,11 @@ def make_train_steps(
         return lax.scan(lambda state, batch: train_step(state, arrays, batch), state, batches)
 
     return train_steps
+
+
+def step_keys(seed, step):
+    """The keys of a training step's augmentation and of its dropout."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
 def make_eval_step(apply, prepare, loss, axis_name):

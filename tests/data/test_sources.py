@@ -1,3 +1,5 @@
+import importlib.util
+import shutil
 import subprocess
 import sys
 
@@ -84,21 +86,110 @@ def test_the_preparation_command_ends_with_one_message():
         prepare.main(["cifr10"])
 
 
-def test_a_failed_download_names_the_set_and_the_directory(tmp_path, monkeypatch):
+@pytest.fixture
+def tensorflow(monkeypatch):
+    """Makes it seem installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "tensorflow" or find_spec(name, *rest)
+    )
+
+
+@pytest.mark.usefixtures("tensorflow")
+@pytest.mark.parametrize(
+    ("raised", "becomes", "message"),
+    [
+        (ConnectionError("no route to host"), ConnectionError, "'mnist' could not be prepared in .*no route"),
+        (OSError("disk full"), ConnectionError, "'mnist' could not be prepared in .*disk full"),
+        (
+            AssertionError("Manual directory x"),
+            ValueError,
+            "'mnist' cannot be prepared in .*Manual directory x",
+        ),
+    ],
+)
+def test_a_failed_preparation_names_the_set_and_the_directory(
+    raised, becomes, message, tmp_path, monkeypatch
+):
     def fail(_):
-        raise ConnectionError("no route to host")
+        raise raised
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(becomes, match=message) as error:
+        sources.prepare("mnist", str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_missing_tensorflow_is_told_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
+    with pytest.raises(ValueError, match=r"make data DATASET=mnist.*pip install tensorflow-cpu"):
+        sources.prepare("mnist", str(tmp_path))
+
+
+def test_an_interrupted_preparation_has_a_message_and_an_exit_code(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "prepare", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["mnist"])
+    assert stop.value.code == 130
+    assert "mnist is not prepared; the same command goes on with it" in capsys.readouterr().err
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A directory of its own with the digits, read once."""
+    sources.load_split("digits", "train", str(tmp_path))
+    sources.load_split.cache_clear()
+    return tmp_path
+
+
+def test_images_are_decoded_once(prepared, monkeypatch):
+    again, labels, _ = sources.load_split("digits", "test", str(prepared))
+    sources.load_split.cache_clear()
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", pytest.fail)
+    images, same, _ = sources.load_split("digits", "test", str(prepared))
+    np.testing.assert_array_equal(images, again)
+    np.testing.assert_array_equal(labels, same)
+
+
+def test_a_damaged_copy_of_the_decoded_images_is_made_again(prepared):
+    whole, _, _ = sources.load_split("digits", "train", str(prepared))
+    (copy,) = prepared.rglob("train-image.npy")
+    for damage in (copy.read_bytes()[:1000], b""):
+        copy.write_bytes(damage)
+        sources.load_split.cache_clear()
+        again, _, _ = sources.load_split("digits", "train", str(prepared))
+        np.testing.assert_array_equal(again, whole)
+
+
+def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog):
+    shutil.rmtree(next(prepared.rglob("decoded")))
+    (prepared / "digits" / "1.0.0" / "decoded").write_text("a file where the directory would be")
+    images, _, _ = sources.load_split("digits", "test", str(prepared))
+    assert len(images) == 355
+    assert "decoded images are not kept" in caplog.text
+
+
+def test_a_prepared_set_with_a_missing_file_is_named(prepared):
+    shutil.rmtree(next(prepared.rglob("decoded")))
+    next(prepared.rglob("*train.array_record*")).unlink()
+    with pytest.raises(ValueError, match=r"1\.0\.0 is damaged .*; delete it and prepare 'digits' again"):
+        sources.load_split("digits", "train", str(prepared))
+
+
+def test_parts_of_several_splits_are_joined_in_order(data_dir):
+    both, labels, _ = sources.load_split("digits", "test[5:]+train[:3]", data_dir)
+    test, _, _ = sources.load_split("digits", "test", data_dir)
+    train, train_labels, _ = sources.load_split("digits", "train", data_dir)
+    np.testing.assert_array_equal(both, np.concatenate([test[5:], train[:3]]))
+    np.testing.assert_array_equal(labels[-3:], train_labels[:3])
+
+
+def test_training_on_what_is_held_out_is_refused(data_dir):
+    sources.check_disjoint("digits", {"train": "train[:90%]", "validation": "train[90%:]"}, data_dir)
     with pytest.raises(
-        ConnectionError, match=f"'mnist' could not be prepared in {tmp_path}.*no route to host"
+        ValueError, match=r"data.splits.train = 'train' and data.splits.test = .* share 7 examp"
     ):
-        sources.prepare("mnist", str(tmp_path))
-
-
-def test_a_missing_tensorflow_is_named_with_its_cure(tmp_path, monkeypatch):
-    def fail(_):
-        raise ModuleNotFoundError("No module named 'tensorflow'")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
-    with pytest.raises(ValueError, match="pip install tensorflow-cpu"):
-        sources.prepare("mnist", str(tmp_path))
+        sources.check_disjoint("digits", {"train": "train", "test": "test+train[1250:]"}, data_dir)
