@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "cnn_cases.training": (),
     "cnn_cases.models": ("cnn_cases.models",),
     "cnn_cases.data": ("cnn_cases.data",),
-    "cnn_cases.analysis": ("cnn_cases.models", "cnn_cases.analysis"),
+    "cnn_cases.analysis": ("cnn_cases.models", "cnn_cases.analysis", "cnn_cases.tables"),
     "cnn_cases.studies": ("cnn_cases",),
     "cnn_cases.command": ("cnn_cases.training.loop",),
     "cnn_cases": (),

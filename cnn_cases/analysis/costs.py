@@ -45,6 +45,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from matplotlib.figure import Figure
 
+from cnn_cases import tables
 from cnn_cases.models import make_model
 
 KINDS = {nn.Conv: "conv", nn.Dense: "dense", nn.BatchNorm: "batch norm"}
@@ -397,21 +398,8 @@ def _comparison(reports):
 
 
 def _table(rows, form):
-    """Aligned columns or Markdown; numbers to the right."""
-    words = {"layer", "kind", "config"}
-    left = [title in words for title in rows[0]]
-    if form == "markdown":
-        rule = [":---" if is_left else "---:" for is_left in left]
-        return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
-    widths = [max(len(row[n]) for row in rows) for n in range(len(left))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(row, widths, left, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip() + "\n")
-    return "".join(lines)
+    words = [number for number, title in enumerate(rows[0]) if title in ("layer", "kind", "config")]
+    return (tables.markdown if form == "markdown" else tables.aligned)(rows, words)
 
 
 def _times(shape):

@@ -30,6 +30,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from cnn_cases import tables
 from cnn_cases.analysis import costs
 from cnn_cases.models.inception import TABLE_1, InceptionModule, NaiveInceptionModule
 from cnn_cases.models.layers import ConvUnit
@@ -161,15 +162,7 @@ def table(record):
                 cells.append(f"{value(row):.2f}" if number else f"{row['multiply_adds']:,}")
                 cells.append(f"{value(naive) / value(row):.2f}" if row is reduced else "")
             lines.append(cells)
-    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
-    return "".join(
-        "  ".join(
-            cell.ljust(width) if n < 2 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        + "\n"
-        for line in lines
-    )
+    return tables.aligned(lines, words=(0, 1))
 
 
 def _pairs(record):

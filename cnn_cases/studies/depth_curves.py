@@ -14,16 +14,10 @@ import statistics
 import matplotlib
 from absl import flags
 from matplotlib import pyplot as plt
-from ml_collections import config_flags
 
-from cnn_cases import command
+from cnn_cases import command, tables
 from cnn_cases.studies import sweep
 from cnn_cases.training import logbook
-
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the study.")
-_JOBS = flags.DEFINE_integer("jobs", 1, "How many points of the grid to train side by side, in processes.")
-_FIGURES_ONLY = flags.DEFINE_bool("figures_only", False, "Only draw what the finished runs gave.")
 
 KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
@@ -54,10 +48,7 @@ def _cell(row, kind, name):
     """Mean and sample deviation over the seeds that finished; losses as they are, errors in percent."""
     values = [value * (100 if name.endswith("error") else 1) for value in row[f"{kind} {name}"]]
     diverged = row[f"{kind} diverged"]
-    digits = 2 if name.endswith("error") else 3
-    text = f"{statistics.mean(values):.{digits}f}" if values else ""
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
+    text = tables.mean_and_deviation(values, digits=2 if name.endswith("error") else 3)
     return f"{text} ({diverged} diverged)".strip() if diverged else text
 
 
@@ -93,14 +84,7 @@ def table(record, form):
     titles = {"train/loss": "training loss", "train/error": "training error %", "test/error": "test error %"}
     head = ["depth", *(f"{kind} {titles[name]}" for kind, name in columns)]
     body = [[str(row["depth"]), *(_cell(row, *column) for column in columns)] for row in rows]
-    if form == "markdown":
-        lines = [head, ["---:"] * len(head), *body]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    widths = [max(len(line[n]) for line in [head, *body]) for n in range(len(head))]
-    return "".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n"
-        for line in [head, *body]
-    )
+    return (tables.markdown if form == "markdown" else tables.aligned)([head, *body])
 
 
 def _mean_curve(runs, name):
@@ -186,7 +170,7 @@ def write_report(record, workdir):
 def main():
     """Runs the study, prints its table and draws its figures."""
     matplotlib.use("agg")
-    study, workdir = _CONFIG.value, _WORKDIR.value
+    study, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     sweep.expand(study)
     keys, splits = {key for key, _ in study.grid}, set(study.base.evaluation.final_splits)
     if keys != {"model.depth", "model.plain"} or not {"train", "test"} <= splits:
@@ -194,8 +178,8 @@ def main():
             f"a depth study needs a grid of model.depth and model.plain, not {', '.join(sorted(keys))}, and "
             f"train and test among base.evaluation.final_splits, not {', '.join(sorted(splits))}"
         )
-    if not _FIGURES_ONLY.value:
-        sweep.run_all(study, workdir, _JOBS.value)
+    if not flags.FLAGS.figures_only:
+        sweep.run_all(study, workdir, flags.FLAGS.jobs)
     record = sweep.make_record(study, workdir)
     write_report(record, workdir)
     print(table(record, "text"))
@@ -203,5 +187,6 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    sweep.define_flags()
+    flags.DEFINE_bool("figures_only", False, "Only draw what the finished runs gave.")
     command.run(main)

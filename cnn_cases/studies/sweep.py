@@ -1,5 +1,12 @@
-"""A sweep: every point of a grid of config keys with every seed, each a run that can be resumed."""
+"""A sweep: every point of a grid of config keys with every seed, each a run that can be resumed.
 
+    python -m cnn_cases.studies.sweep --config=configs/studies/lenet5_mnist.py --workdir=runs/lenet5_mnist
+
+runs one, prints a table of the final figures and writes it (table.md) beside all that the runs gave
+(record.json). Started again, it skips the runs that are finished and resumes those that are not.
+"""
+
+import collections
 import copy
 import itertools
 import json
@@ -7,6 +14,10 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+from absl import flags
+from ml_collections import config_flags
+
+from cnn_cases import command, tables
 from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop
 
@@ -133,3 +144,56 @@ def record_text(record):
     head = json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=2)
     runs = ",\n".join("    " + json.dumps(run) for run in record["runs"])
     return head.removesuffix("\n}") + ',\n  "runs": [\n' + runs + "\n  ]\n}\n"
+
+
+def table(record):
+    """The rows of a table of final figures, over the seeds of each point: mean and sample deviation.
+
+    Args:
+      record: of `make_record`.
+
+    Returns:
+      Lists of cells, the head first. Errors are in percent. Runs that diverged are counted and left out.
+    """
+    keys = [key for key, _ in record["config"]["grid"]]
+    points = collections.defaultdict(list)
+    for run in record["runs"]:
+        points[tuple(run[key] for key in keys)].append(run)
+    finished = [run for run in record["runs"] if run["status"] == "finished"]
+    names = list(finished[0]["metrics"]) if finished else []
+    titles = [f"{name} %" if name.endswith("/error") else name for name in names]
+    rows = [[*keys, "seeds", *titles, "diverged"]]
+    for point, runs in points.items():
+        metrics = [run["metrics"] for run in runs if run["status"] == "finished"]
+        cells = []
+        for name in names:
+            error = name.endswith("/error")
+            values = [one[name] * (100 if error else 1) for one in metrics]
+            cells.append(tables.mean_and_deviation(values, digits=2 if error else 4))
+        rows.append([*map(str, point), str(len(runs)), *cells, str(len(runs) - len(metrics))])
+    return rows
+
+
+def define_flags():
+    """The flags of the commands that run a study."""
+    config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
+    flags.DEFINE_string("workdir", None, "The directory of the study.")
+    flags.DEFINE_integer("jobs", 1, "How many points of the grid to train side by side, in processes.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main():
+    """Runs a study and prints the table of its final figures."""
+    study, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
+    run_all(study, workdir, flags.FLAGS.jobs)
+    record = make_record(study, workdir)
+    logbook.write_text(workdir / "record.json", record_text(record))
+    rows = table(record)
+    logbook.write_text(workdir / "table.md", tables.markdown(rows))
+    print(tables.aligned(rows))
+    print(f"record and table: {workdir}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

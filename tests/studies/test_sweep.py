@@ -100,6 +100,22 @@ def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
     assert len(record["environments"]) == 1
 
 
+def test_a_table_has_a_row_for_each_point_and_counts_what_diverged(finished, study):
+    head, *rows = sweep.table(sweep.make_record(study, finished))
+    assert head[:4] == ["optimizer.momentum", "data.augment.flip", "seeds", "train/loss"]
+    assert [row[:3] for row in rows] == [[m, f, "2"] for m in ("0.0", "0.9") for f in ("True", "False")]
+    assert [row[-1] for row in rows] == ["0", "0", "2", "2"]
+    errors = [run["metrics"]["test/error"] for run in sweep.make_record(study, finished)["runs"][:2]]
+    expected = f"{50 * sum(errors):.2f} ± {50 * 2**0.5 * abs(errors[0] - errors[1]):.2f}"
+    assert rows[0][head.index("test/error %")] == expected
+    assert rows[2][3:-1] == [""] * 6
+
+
+def test_a_study_of_one_point_takes_only_seeds(data_dir):
+    study = tiny_study(data_dir, grid=())
+    assert [(run.name, run.config.seed) for run in sweep.expand(study)] == [("seed-0", 0), ("seed-1", 1)]
+
+
 def test_the_text_of_a_record_is_its_json_with_a_run_a_line(finished, study):
     record = sweep.make_record(study, finished)
     text = sweep.record_text(record)

@@ -1,0 +1,20 @@
+import pytest
+
+from cnn_cases import tables
+
+ROWS = [["name", "error %"], ["a", "12.50"], ["longer", "3"]]
+
+
+def test_words_stand_to_the_left_and_figures_to_the_right():
+    assert tables.aligned(ROWS, words=[0]) == "name    error %\na         12.50\nlonger        3\n"
+
+
+def test_markdown_says_so_by_its_rule():
+    assert tables.markdown(ROWS, words=[0]).splitlines()[:2] == ["| name | error % |", "| :--- | ---: |"]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([], ""), ([2.0], "2.00"), ([1.0, 3.0], "2.00 ± 1.41"), ([1, 1, 1], "1.00 ± 0.00")]
+)
+def test_a_spread_is_the_sample_deviation(values, text):
+    assert tables.mean_and_deviation(values, digits=2) == text
