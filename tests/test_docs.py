@@ -99,10 +99,12 @@ COMMANDS = [(path, words) for path in (*DOCUMENTS, *CONFIGS) for words in comman
 
 
 def flag_names(path):
-    """The flags that a command line declares, by absl or by argparse."""
+    """The flags that a command line declares, by absl or by argparse, or by a neighbour's `define_flags`."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-            if node.func.attr.startswith("DEFINE_"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr == "define_flags":
+                yield from flag_names(path.with_name(f"{node.func.value.id}.py"))
+            elif node.func.attr.startswith("DEFINE_"):
                 yield node.args[0].value
             elif node.func.attr == "add_argument":
                 yield from (word.value.lstrip("-") for word in node.args)
@@ -112,7 +114,8 @@ def complaints(words):
     """What is wrong with a command, for all that can be told without running it."""
     if "python" not in words:
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        return [f"no target {word}" for word in words[words.index("make") + 1 :] if word not in targets]
+        named = [word for word in words[words.index("make") + 1 :] if "=" not in word]
+        return [f"no target {word}" for word in named if word not in targets]
     words = words[words.index("python") + 1 :]
     if words[0] == "-m":
         module, words = words[1], words[2:]
