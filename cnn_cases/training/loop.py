@@ -140,10 +140,10 @@ def check_protocol(program, state, protocol):
         try:
             jax.eval_shape(predict, state, feed.arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
         except (TypeError, ValueError, flax_errors.FlaxError) as error:
+            reason = str(error).partition("\n")[0].partition(" (https://")[0]
             raise ValueError(
                 f"evaluation.protocol = {protocol!r} has views of {shape[0]}x{shape[1]} pixels, which this "
-                f"network cannot take, with images of {feed.image_shape[0]}x{feed.image_shape[1]} to train "
-                f"on: {str(error).splitlines()[0]}; use 'single', 'flip' or 'ten_crop'"
+                f"network cannot take: {reason}; use 'single', 'flip' or 'ten_crop'"
             ) from error
 
 
