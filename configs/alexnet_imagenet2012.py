@@ -9,11 +9,11 @@ The paper's recipe, item by item:
 - a rate of 0.01, divided by 10 three times, whenever the validation error stood still;
 - weights normal with standard deviation 0.01, biases 0 or 1 by layer, dropout 0.5: all in the model;
 - random 224-pixel crops of images of 256, flips, PCA lighting; the mean image subtracted from pixels that
-  range over 256 values; ten crops in the test.
+  range over 256 values; the mean of ten crops in the test.
 
 Where the paper is silent: whether biases decay (here they do not).
 Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
-needs; one view in the test.
+needs.
 For now every device has to hold the whole set (206 GB at 227 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 227 pixels; of the
 augmentations only the flip is among the data keys yet, not the random crops and the lighting.
@@ -34,5 +34,6 @@ def get_config():
     config.optimizer.decayed = "kernels"
     config.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)  # epochs
     config.schedule.factors = (0.1, 0.1, 0.1)
+    config.evaluation.protocol = "ten_crop"
     config.lock()
     return config

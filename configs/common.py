@@ -73,6 +73,10 @@ def get_config():
     config.evaluation.every_steps = 100  # steps; 0: only at the end
     config.evaluation.splits = ("validation",)  # parts of data.splits to evaluate on the way
     config.evaluation.final_splits = ("train", "validation", "test")  # and at the end
+    # What a network is shown of each image at the end and by `cnn_cases.evaluate`: "single", "flip",
+    # "centre_crop", "ten_crop", "multi_scale_dense" or "googlenet_144" (cnn_cases/data/views.py). On the way
+    # it is "single"; another one adds figures of its own to those, "<split>/<protocol>/error" and so on.
+    config.evaluation.protocol = "single"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # steps; 0: only at the end

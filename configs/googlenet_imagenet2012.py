@@ -16,7 +16,7 @@ Where the paper is silent: the batch (256), the first rate (0.02), the length (2
 rate is 0.31 times the first), the weight decay (2e-4, without biases), the kind of average (exponential,
 keeping 0.9999 at each step), initialisation (He's, in the model) and what is done to pixels (normalised by
 the mean and deviation of their channel).
-Departures: synchronous steps; one view and one net in the test.
+Departures: synchronous steps; one net in the test, of 144 crops.
 For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
 augmentations only the flip is among the data keys yet, not the patches and the distortions.
@@ -41,5 +41,6 @@ def get_config():
     falls = range(8, num_epochs, 8)
     config.schedule.boundaries = tuple(epoch / num_epochs for epoch in falls)
     config.schedule.factors = (0.96,) * len(falls)
+    config.evaluation.protocol = "googlenet_144"
     config.lock()
     return config

@@ -14,8 +14,8 @@ The paper's recipe, item by item:
 
 Where the paper is silent: when the rate fell, and whether biases and batch normalisation decay (here they
 do, as in fb.resnet.torch).
-Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule since fb.resnet.torch; one view
-in the test.
+Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule since fb.resnet.torch; ten crops
+of one scale in the test.
 For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
 augmentations only the flip is among the data keys yet, not the random scales and crops and the shift of
@@ -40,5 +40,6 @@ def get_config():
     config.optimizer.weight_decay = 1e-4
     config.schedule.boundaries = (30 / 90, 60 / 90)  # epochs
     config.schedule.factors = (0.1, 0.1)
+    config.evaluation.protocol = "ten_crop"
     config.lock()
     return config

@@ -9,13 +9,13 @@ The paper's recipe, item by item:
 - a rate of 0.01, divided by 10 three times, whenever the validation accuracy stood still;
 - dropout 0.5 after the hidden dense layers: in the model;
 - random 224-pixel crops of images whose shorter side is 256, 384 or drawn from 256 to 512; flips; a random
-  shift of colour; the training set's mean colour subtracted; dense evaluation over larger images in the
-  test.
+  shift of colour; the training set's mean colour subtracted; dense evaluation over whole images of three
+  sizes, and their mirror images, in the test.
 
 Where the paper is silent: whether biases decay (here they do not), and when the rate fell.
 Departures: Glorot's initialisation in place of a start from net A, which the paper's authors recommend in
 hindsight; the rate falls after one, two and two and a half thirds of the steps, times of our own; pixels
-are divided by each channel's deviation, too; one view of 224 pixels in the test.
+are divided by each channel's deviation, too; the longer side of a test image cut to repeat its shape.
 For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
 augmentations only the flip is among the data keys yet, not the random crops of several scales and the shift
@@ -36,5 +36,6 @@ def get_config():
     config.optimizer.decayed = "kernels"
     config.schedule.boundaries = (2 / 6, 4 / 6, 5 / 6)
     config.schedule.factors = (0.1, 0.1, 0.1)
+    config.evaluation.protocol = "multi_scale_dense"
     config.lock()
     return config

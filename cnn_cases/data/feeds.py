@@ -10,6 +10,7 @@ A feed has the same calls whatever its kind:
     feed.examples(role)                   the examples of a split as they are stored, on the host
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
                                           evaluation, where nothing is augmented
+    feed.normalize(arrays, image)         inside the step: views of an image (see `views`), uint8, -> float32
 """
 
 from cnn_cases.data import sources
@@ -44,3 +45,14 @@ def make_feed(
         eval_batch_size=eval_batch_size,
         pixels=make_pixels(train_images, normalization=normalization, augment=augment),
     )
+
+
+def class_names(name, data_dir):
+    """The names of a set's classes, in the order of their labels.
+
+    Not an attribute of the feed: a training has no use for them, and TFDS reads them from its files.
+
+    Args:
+      name, data_dir: see `sources.make_builder`.
+    """
+    return sources.make_builder(name, data_dir).info.features["label"].names

@@ -85,11 +85,15 @@ class ResidentFeed:
         for index in self._ranges[role]:
             yield self.arrays["image"][index], int(self.arrays["label"][index])
 
+    def normalize(self, arrays, image):
+        """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
+        return self._pixels.evaluate(arrays, image)
+
     def prepare(self, arrays, batch, key):
         """Inside the step: a batch -> image float32 [B, H, W, C], label int32 [B]; see `feeds`."""
         image, label = arrays["image"][batch["index"]], arrays["label"][batch["index"]]
         if key is None:
-            return self._pixels.evaluate(arrays, image), label
+            return self.normalize(arrays, image), label
         return self._pixels.train(arrays, image, label, batch["position"], key)
 
 

@@ -120,6 +120,60 @@ class Checkpoints:
         self._manager.close()
 
 
+def find(directory, which):
+    """The step of a checkpoint; reads only.
+
+    Args:
+      directory: of `Checkpoints`.
+      which: "last"; "best", the one whose evaluation had the lowest error; or a step, as text.
+
+    Raises:
+      ValueError: there is no such checkpoint; the message lists those there are.
+    """
+    errors = {
+        int(path.name): _error_of(path)
+        for path in pathlib.Path(directory).glob("*")
+        if path.name.isdecimal()  # the others are still being written
+    }
+    if not errors:
+        raise ValueError(f"there is no checkpoint in {directory}")
+    there = f"{directory} has {', '.join(map(str, sorted(errors)))}"
+    if which == "last":
+        return max(errors)
+    if which == "best":
+        measured = {step: errors[step] for step in sorted(errors) if errors[step] is not None}
+        if not measured:
+            raise ValueError(f"no checkpoint was saved with an error that tells the best; {there}")
+        return min(measured, key=measured.get)
+    if not which.isdecimal() or int(which) not in errors:
+        raise ValueError(f"there is no checkpoint of step {which!r}; {there}; 'last' and 'best' will do, too")
+    return int(which)
+
+
+def read(directory, step, like):
+    """The state of one checkpoint. Nothing is written or moved, not even a damaged one.
+
+    Args:
+      directory: of `Checkpoints`.
+      step: of `find`.
+      like: a state of the same structure, shapes and types.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or of another structure.
+    """
+    directory = pathlib.Path(directory).absolute()
+    try:
+        _verify(directory / str(step))
+        # Not by the manager, which tidies up.
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(directory / str(step) / "state", jax.device_get(like))
+    except Exception as error:  # whatever a damaged file makes the libraries below raise
+        raise ValueError(
+            f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "
+            "nothing was changed; name another one by its step"
+        ) from error
+
+
 class _LastAndBest:
     """Orbax's question which checkpoints to keep: the last ones, and the one with the lowest error."""
 

@@ -40,6 +40,14 @@ def pmap_eval(eval_step, devices):
     return jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
 
 
+def pmap_predict(predict_step, devices):
+    """`steps.make_predict_step`'s function over devices; images as `shard(..., axis=0)` gives them.
+
+    What comes back has the leading axis of the devices, too.
+    """
+    return jax.pmap(predict_step, AXIS, in_axes=(None, None, 0), out_axes=0, devices=devices)
+
+
 def shard(batch, num_devices, axis=0):
     """Splits the leaves of a host batch along `axis`; the devices become the leading axis.
 

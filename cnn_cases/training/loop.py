@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import signal
+import sys
 import threading
 import time
 import types
@@ -15,11 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors as flax_errors
+from tqdm import tqdm
 
 from cnn_cases.data.feeds import make_feed
+from cnn_cases.data.views import make_views
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import steps
+from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
 from cnn_cases.training.logbook import Logbook, claim, write_json
 from cnn_cases.training.losses import make_loss
@@ -55,6 +59,7 @@ class Program(NamedTuple):
     arrays: Any
     train: Any
     evaluate: Any
+    predict: Any
     devices: list
 
 
@@ -107,6 +112,7 @@ def make_program(config, devices=None):
         arrays=devices_lib.replicate(feed.arrays, devices),
         train=devices_lib.pmap_train(train_steps, devices),
         evaluate=devices_lib.pmap_eval(eval_step, devices),
+        predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
         devices=devices,
     )
 
@@ -114,7 +120,32 @@ def make_program(config, devices=None):
 def check(config):
     """Raises ValueError unless a run of this config could begin; computes nothing."""
     program = make_program(config)
-    jax.eval_shape(lambda: init_state(program.model, program.tx, program.feed.image_shape, config.seed))
+    state = jax.eval_shape(
+        lambda: init_state(program.model, program.tx, program.feed.image_shape, config.seed)
+    )
+    check_protocol(program, state, config.evaluation.protocol)
+
+
+def check_protocol(program, state, protocol):
+    """Raises ValueError unless the network can be shown the views of a protocol; computes nothing.
+
+    Args:
+      program: of `make_program`.
+      state: of its network, or the shapes and types of one.
+      protocol: see `views.make_views`.
+    """
+    feed = program.feed
+    predict = steps.make_predict_step(program.model.apply, feed.normalize)
+    views = make_views(protocol, feed.image_shape)(np.zeros(feed.image_shape, np.uint8))
+    for shape in sorted({view.shape for view in views} - {tuple(feed.image_shape)}):
+        try:
+            jax.eval_shape(predict, state, feed.arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
+        except (TypeError, ValueError, flax_errors.FlaxError) as error:
+            reason = str(error).partition("\n")[0].partition(" (https://")[0]
+            raise ValueError(
+                f"evaluation.protocol = {protocol!r} has views of {shape[0]}x{shape[1]} pixels, which this "
+                f"network cannot take: {reason}; use 'single', 'flip' or 'ten_crop'"
+            ) from error
 
 
 def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
@@ -144,6 +175,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     state = init_state(
         program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
     )
+    check_protocol(program, state, config.evaluation.protocol)
     log = Logbook(
         workdir,
         config.to_dict(),
@@ -237,6 +269,12 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
             splits = config.evaluation.final_splits if last else config.evaluation.splits
             for split in splits:
                 values |= evaluate(program, state, split)
+                protocol = config.evaluation.protocol
+                if last and protocol != "single":
+                    scores = predictions.scores(
+                        *predict(program, state, split, protocol, batch_size=config.evaluation.batch_size)
+                    )
+                    values |= {f"{split}/{protocol}/{name}": value for name, value in scores.items()}
             _check_finite(step, values)
             log.write(step, values)
             log.say(
@@ -266,6 +304,42 @@ def evaluate(program, state, split):
         batch = devices_lib.shard(batch, len(program.devices))
         totals.update(jax.tree.map(float, program.evaluate(state, program.arrays, batch)))
     return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
+
+
+def predict(program, state, split, protocol, *, batch_size, show_progress=False):
+    """What the network says of every example of a split, averaged over the views of a protocol.
+
+    Args:
+      program: of `make_program`.
+      state: of its network.
+      split: a part of data.splits.
+      protocol: see `views.make_views`.
+      batch_size: views of the training images' size in one batch over all devices; as many pixels of others,
+        so that larger views fit into memory, too.
+      show_progress: draw a bar on a terminal.
+
+    Returns:
+      probabilities float64 [N, K], label int32 [N], in the order of `feed.examples`.
+
+    Raises:
+      ValueError: the split is empty, or the network cannot take the views.
+    """
+    check_protocol(program, state, protocol)
+    num_devices = len(program.devices)
+    height, width, _ = program.feed.image_shape
+
+    def batch_size_of(shape):
+        share = batch_size * height * width // (shape[0] * shape[1] * num_devices)
+        return max(1, share) * num_devices
+
+    hidden = not (show_progress and sys.stderr.isatty())
+    return predictions.average_views(
+        tqdm(program.feed.examples(split), desc=split, unit=" images", disable=hidden, leave=False),
+        make_views(protocol, program.feed.image_shape),
+        lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
+        batch_size=batch_size_of,
+        ahead=devices_lib.calls_ahead(program.devices),
+    )
 
 
 def _check_finite(step, values):

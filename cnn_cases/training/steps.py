@@ -124,8 +124,7 @@ def make_eval_step(apply, prepare, loss, axis_name):
 
     def eval_step(state, arrays, batch):
         image, label = prepare(arrays, batch, None)
-        params = state.ema_params or state.params
-        logits = apply({"params": params, "batch_stats": state.batch_stats}, image, train=False)
+        logits = _logits(apply, state, image)
         each = {
             "loss": loss(logits, label),
             "error": is_wrong(logits, label),
@@ -136,6 +135,29 @@ def make_eval_step(apply, prepare, loss, axis_name):
         return lax.psum(sums, axis_name)
 
     return eval_step
+
+
+def make_predict_step(apply, normalize):
+    """A function that says how likely each class is, with the averaged parameters where there are any.
+
+    Args:
+      apply: `model.apply`.
+      normalize: (arrays, image uint8 [B, H, W, C]) -> image float32; the feed's.
+
+    Returns:
+      (state, arrays, image uint8 [B, H, W, C]) -> log-softmax of the logits, float32 [B, K].
+    """
+
+    def predict_step(state, arrays, image):
+        logits = _logits(apply, state, normalize(arrays, image))
+        return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+    return predict_step
+
+
+def _logits(apply, state, image):
+    params = state.ema_params or state.params
+    return apply({"params": params, "batch_stats": state.batch_stats}, image, train=False)
 
 
 def is_wrong(logits, label):

@@ -79,6 +79,14 @@ def test_augmentation_happens_in_training_alone():
     assert not np.allclose(plain, augmented)
 
 
+def test_views_are_normalised_as_in_evaluation():
+    feed = make_feed()
+    batch = next(feed.eval_batches("test"))
+    image, _ = feed.prepare(feed.arrays, batch, None)
+    stored = feed.arrays["image"][batch["index"]]
+    np.testing.assert_array_equal(feed.normalize(feed.arrays, stored), image)
+
+
 def test_the_examples_of_a_split_come_as_they_are_stored():
     feed = make_feed()
     images, labels = zip(*feed.examples("test"), strict=True)

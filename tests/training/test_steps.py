@@ -127,6 +127,9 @@ def test_the_average_of_the_parameters_follows_them_and_is_what_is_evaluated():
     batch = {"index": np.arange(12), "mask": np.ones(12, np.float32)}
     expected = cross_entropy(arrays["image"] @ average, arrays["label"]).sum()
     np.testing.assert_allclose(evaluate(state, arrays, batch)["loss"], expected, rtol=1e-5)
+    predict = steps.make_predict_step(linear, lambda _, image: image)
+    log_chances = jax.nn.log_softmax(arrays["image"] @ average)
+    np.testing.assert_allclose(predict(state, arrays, arrays["image"]), log_chances, rtol=1e-5)
 
 
 def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():

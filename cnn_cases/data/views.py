@@ -1,0 +1,170 @@
+"""How the papers show one test image to a network: as one view or as many, whose answers are averaged.
+
+A protocol makes views of a stored image, uint8 [h, w, C] of any size, for a network that was trained on
+square images of `crop` pixels. The papers' sizes go with 224 pixels: 256 of theirs are
+round(crop * 256 / 224) here, so 37 for a network that takes 32.
+
+    protocol            views   what they are
+    single                  1   the image as it is where it has the network's size, else its centre crop
+    flip                    2   that view and its mirror image
+    centre_crop             1   the centre of the image whose shorter side was resized to 256
+    ten_crop               10   corners and centre of the central 256x256 square; mirrored, too
+                                (Krizhevsky et al. 2012, section 4.1)
+    multi_scale_dense       6   the whole image with a shorter side of 256, 384 and 512; mirrored, too
+                                (Simonyan, Zisserman 2014, section 3.2)
+    googlenet_144         144   of four sizes and three squares: corners, centre and the whole square;
+                                mirrored, too (Szegedy et al. 2014, section 7)
+
+The views of "multi_scale_dense" are larger than `crop` and differ in shape. Their longer side is cut, about
+the centre, to the shorter one and a multiple of 32 pixels, so that shapes repeat and few are compiled. The
+paper does not cut.
+"""
+
+import functools
+
+import cv2
+import numpy as np
+
+PAPER_CROP = 224  # pixels, the network's input in all these papers
+DENSE_SIDES = (256, 384, 512)  # of Simonyan, Zisserman, for nets trained on images of 256 to 512 pixels
+GOOGLENET_SIDES = (256, 288, 320, 352)
+DENSE_STEP = 32  # pixels, what five poolings reduce to one
+
+
+def make_views(protocol, image_shape):
+    """The function that a protocol stands for.
+
+    Args:
+      protocol: a key of PROTOCOLS.
+      image_shape: (H, W, C) of the images that the network was trained on.
+
+    Returns:
+      uint8 [h, w, C] -> a list of views, uint8, equally many for every image.
+
+    Raises:
+      ValueError: the protocol is unknown, or needs square training images and these are not.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"evaluation.protocol = {protocol!r} is unknown; known: {', '.join(PROTOCOLS)}")
+    height, width, _ = image_shape
+    if protocol in ("single", "flip"):
+        return functools.partial(PROTOCOLS[protocol], image_shape=tuple(image_shape))
+    if height != width:
+        raise ValueError(
+            f"evaluation.protocol = {protocol!r} takes square crops, and this network was trained on images "
+            f"of {height}x{width} pixels; use 'single' or 'flip'"
+        )
+    return functools.partial(PROTOCOLS[protocol], crop=height)
+
+
+def scaled(paper_side, crop):
+    """A side of the papers, in pixels, for a network that takes `crop` pixels in place of 224."""
+    return round(crop * paper_side / PAPER_CROP)
+
+
+def single(image, image_shape):
+    """[The image, or its centre crop where it has another size than the network's]."""
+    if image.shape == image_shape:
+        return [image]
+    if image_shape[0] != image_shape[1]:
+        raise ValueError(f"an image of shape {image.shape} cannot be cropped to {image_shape}")
+    return centre_crop(image, image_shape[0])
+
+
+def flip(image, image_shape):
+    """The single view and its mirror image."""
+    return _with_mirrors(single(image, image_shape))
+
+
+def centre_crop(image, crop):
+    """[The centre of the image whose shorter side was resized to 256 / 224 of the crop]."""
+    return [_centre(_resize_shorter(image, scaled(256, crop)), crop, crop)]
+
+
+def ten_crop(image, crop):
+    """Corners and centre of the central square, then their mirror images (Krizhevsky et al. 2012, 4.1)."""
+    side = scaled(256, crop)
+    square = _centre(_resize_shorter(image, side), side, side)
+    return _with_mirrors(_corners_and_centre(square, crop))
+
+
+def multi_scale_dense(image, crop, paper_sides=DENSE_SIDES, mirrored=True):
+    """The whole image at several sizes, for a net that averages its scores over space.
+
+    Simonyan and Zisserman 2014, section 3.2.
+
+    Args:
+      image: uint8 [h, w, C].
+      crop: pixels, the side of the training images.
+      paper_sides: pixels, the shorter sides for a crop of 224.
+      mirrored: give each view's mirror image, too.
+    """
+    sides = [scaled(side, crop) for side in paper_sides]
+    views = [_cut_longer(_resize_shorter(image, side)) for side in sides]
+    return _with_mirrors(views) if mirrored else views
+
+
+def googlenet_144(image, crop):
+    """4 sizes x 3 squares x 6 crops x 2 mirror images (Szegedy et al. 2014, section 7).
+
+    The squares lie at both ends and in the middle of the longer side; of a square image they are the same.
+    """
+    views = []
+    for paper_side in GOOGLENET_SIDES:
+        side = scaled(paper_side, crop)
+        resized = _resize_shorter(image, side)
+        for numerator in (0, 1, 2):
+            top, left = ((length - side) * numerator // 2 for length in resized.shape[:2])
+            square = resized[top : top + side, left : left + side]
+            views += [*_corners_and_centre(square, crop), _resize(square, crop, crop)]
+    return _with_mirrors(views)
+
+
+PROTOCOLS = {
+    "single": single,
+    "flip": flip,
+    "centre_crop": centre_crop,
+    "ten_crop": ten_crop,
+    "multi_scale_dense": multi_scale_dense,
+    "googlenet_144": googlenet_144,
+}
+
+
+def _with_mirrors(views):
+    return [*views, *(view[:, ::-1] for view in views)]
+
+
+def _corners_and_centre(image, crop):
+    bottom, right = image.shape[0] - crop, image.shape[1] - crop
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
+    crops = [image[top : top + crop, left : left + crop] for top, left in corners]
+    return [*crops, _centre(image, crop, crop)]
+
+
+def _centre(image, height, width):
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+def _cut_longer(image):
+    shorter = min(image.shape[:2])
+    return _centre(
+        image, *(shorter + (side - shorter) // DENSE_STEP * DENSE_STEP for side in image.shape[:2])
+    )
+
+
+def _resize_shorter(image, side):
+    """Resizes so that the shorter side has `side` pixels; the sides keep their ratio."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    return _resize(image, round(height * side / shorter), round(width * side / shorter))
+
+
+def _resize(image, height, width):
+    if image.shape[:2] == (height, width):
+        return image
+    # The mean over areas keeps fine patterns from turning into false ones; it cannot enlarge.
+    shrinks = height < image.shape[0] and width < image.shape[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=method)
+    return resized.reshape(height, width, image.shape[2])  # OpenCV drops the axis of a single channel

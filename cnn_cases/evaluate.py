@@ -1,0 +1,305 @@
+"""Tests one checkpoint of a run of train.py, as its paper does or otherwise.
+
+    python -m cnn_cases.evaluate --workdir=runs/x [--protocol=ten_crop] [--split=test] [--step=best]
+
+`cnn_cases/data/views.py` explains the protocols. What comes out lies in <workdir>/evaluation/, in a directory
+named by split, protocol and step:
+
+    metrics.json     accuracy, top-5 accuracy, loss, and how they came about
+    confusion.csv    how many examples of each class (a row) were taken for which (a column)
+    confusion.png    the same as a figure, the colours as fractions of each row
+    mistakes.png     the mistakes of which the network was surest
+
+The checkpoints are only read. An evaluation that is done again overwrites its files, with the same figures.
+"""
+
+import csv
+import io
+import json
+import math
+import pathlib
+import time
+
+import jax
+import matplotlib
+import numpy as np
+from absl import flags
+from matplotlib import pyplot as plt
+from ml_collections import ConfigDict
+
+from cnn_cases import command
+from cnn_cases.data import feeds
+from cnn_cases.data.views import make_views
+from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
+from cnn_cases.training.state import init_state
+from configs import common
+
+NUM_MISTAKES = 24
+MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
+
+
+def load_config(workdir):
+    """The config of a run, from its config.json.
+
+    A key that did not exist yet when the run was made has its default of configs/common.py.
+
+    Raises:
+      ValueError: the workdir has no config, or not that of a training.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(saved, dict) or not {"model", "data"} <= set(saved):
+        raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
+    config = common.get_config()
+    # These two are whole as they are saved: what they lack they do not have.
+    config.model, config.data.splits = ConfigDict(), ConfigDict()
+    with config.ignore_type():
+        config.update(ConfigDict(_with_tuples(saved)))
+    return config
+
+
+def _with_tuples(value):
+    """JSON's lists are the tuples of a config."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(part) for key, part in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_dir="", out=""):
+    """Evaluates one checkpoint and writes its files.
+
+    Args:
+      workdir: of a run of train.py.
+      protocol: a key of `views.PROTOCOLS`; "" for the config's.
+      split: a part of data.splits; "" for "test", or "validation" where there is none.
+      which: "last", "best" or a step, as text.
+      data_dir: where TFDS keeps its sets; "" for the config's.
+      out: the directory to write to; "" for one in the workdir.
+
+    Returns:
+      What metrics.json holds, and the directory.
+
+    Raises:
+      ValueError: there is no such run, split, protocol or checkpoint, or the checkpoint is damaged.
+    """
+    config = load_config(workdir)
+    if data_dir:
+        config.data.data_dir = data_dir
+    protocol = protocol or config.evaluation.protocol
+    split = split or ("test" if "test" in config.data.splits else "validation")
+    if split not in config.data.splits:
+        raise ValueError(
+            f"split = {split!r} is not in data.splits, which has {', '.join(config.data.splits)}"
+        )
+    checkpoints = pathlib.Path(workdir) / "checkpoints"
+    step = checkpoint.find(checkpoints, which)
+
+    program = loop.make_program(config, _usable_devices(config))
+    feed = program.feed
+    views = make_views(protocol, feed.image_shape)(np.zeros(feed.image_shape, np.uint8))
+    state = init_state(program.model, program.tx, feed.image_shape, 0, with_ema=config.ema_decay > 0)
+    state = devices.replicate(checkpoint.read(checkpoints, step, state), program.devices)
+    started = time.monotonic()
+    probabilities, label = loop.predict(
+        program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True
+    )
+    seconds = time.monotonic() - started
+
+    scores = predictions.scores(probabilities, label)
+    metrics = {
+        "split": split,
+        "examples_of": f"{config.data.name} {config.data.splits[split]}",
+        "protocol": protocol,
+        "views_per_example": len(views),
+        "step": step,
+        "num_examples": len(label),
+        "accuracy": 1 - scores["error"],
+        **({"top_5_accuracy": 1 - scores["top_5_error"]} if "top_5_error" in scores else {}),
+        "loss": scores["loss"],
+        "seconds": round(seconds, 2),
+        "environment": logbook.environment(),
+    }
+    names = feeds.class_names(config.data.name, config.data.data_dir)
+    out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / f"{split}_{protocol}_{step}")
+    write_report(out, metrics, names, probabilities, label, feed.examples(split))
+    return metrics, out
+
+
+def _usable_devices(config):
+    """As many local devices as the batches of the run can be split over; it may have had others."""
+    local = jax.local_devices()
+    sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)
+    return local[: max(count for count in range(1, len(local) + 1) if sizes % count == 0)]
+
+
+def write_report(out, metrics, names, probabilities, label, examples):
+    """Writes the four files that the head of this module names.
+
+    Args:
+      out: the directory, made where it is missing.
+      metrics: for metrics.json.
+      names: of the K classes.
+      probabilities: [N, K], averaged over views.
+      label: int [N].
+      examples: an iterable of the N (image, label) in the same order.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    predicted = probabilities.argmax(axis=1)
+    counts = confusion(predicted, label, len(names))
+    logbook.write_json(out / "metrics.json", metrics)
+    logbook.write_text(out / "confusion.csv", confusion_csv(counts, names))
+    title = f"{metrics['examples_of']}, step {metrics['step']}, {metrics['protocol']}"
+    title += f": {(predicted != label).sum():,} of {len(label):,} are wrong"
+    mistakes = surest_mistakes(probabilities, label, NUM_MISTAKES)
+    images = pick(examples, mistakes)
+    sure = probabilities.max(axis=1)
+    shown = [(images[n], names[label[n]], names[predicted[n]], sure[n]) for n in mistakes]
+    for name, figure in (
+        ("confusion", draw_confusion(counts, names, title)),
+        ("mistakes", draw_mistakes(shown, title)),
+    ):
+        figure.savefig(out / f"{name}.png", dpi=150)
+        plt.close(figure)
+
+
+def confusion(predicted, label, num_classes):
+    """How often each class was taken for which. predicted, label int [N] -> int [K, K], true by predicted."""
+    pairs = label.astype(np.int64) * num_classes + predicted
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def surest_mistakes(probabilities, label, count):
+    """The numbers of at most `count` examples with the likeliest wrong answers, the surest first."""
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != label)
+    order = np.argsort(-probabilities[wrong].max(axis=1), kind="stable")
+    return wrong[order[:count]].tolist()
+
+
+def pick(examples, numbers):
+    """{number: image} of some of the examples; the rest of them after the last is not looked at."""
+    images = {}
+    for number, (image, _) in enumerate(examples):
+        if len(images) == len(numbers):
+            break
+        if number in numbers:
+            images[number] = image
+    return images
+
+
+def confusion_csv(counts, names):
+    """The table as text: a row for each true class, a column for each predicted one."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["true \\ predicted", *names])
+    writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    return out.getvalue()
+
+
+def draw_confusion(counts, names, title):
+    """The confusion matrix; counts in the cells and every class named where there are few classes.
+
+    The colour is the fraction of a row, on a scale of square roots, on which rare mistakes can be seen.
+    """
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    few = len(names) <= MANY_CLASSES
+    side = max(4.5, 0.5 * len(names) + 2) if few else 9
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    scale = matplotlib.colors.PowerNorm(0.5, 0, 1)
+    drawn = axis.imshow(fractions, cmap="Blues", norm=scale, interpolation="nearest" if few else "auto")
+    bar = figure.colorbar(drawn, ax=axis, shrink=0.8, label="fraction of the true class")
+    bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    ticks = np.arange(0, len(names), 1 if few else math.ceil(len(names) / MANY_CLASSES))
+    shown = [shorten(names[tick]) for tick in ticks]
+    upright = max(map(len, shown)) > 2
+    axis.set_xticks(ticks, shown, rotation=90 if upright else 0)
+    axis.set_yticks(ticks, shown)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.set_title(title, fontsize=10)
+    if few:
+        for row, column in zip(*counts.nonzero(), strict=True):
+            colour = "white" if scale(fractions[row, column]) > 0.6 else "black"
+            axis.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+def draw_mistakes(mistakes, title):
+    """A sheet of images under what they are, what they were taken for, and how surely.
+
+    Args:
+      mistakes: a list of (image uint8 [H, W, C], true name, predicted name, probability).
+      title: of the sheet.
+    """
+    columns = 6
+    rows = max(1, math.ceil(len(mistakes) / columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (image, true, predicted, probability) in zip(axes.flat, mistakes, strict=False):
+        small = max(image.shape[:2]) < 100  # whose pixels are the picture
+        axis.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            interpolation="nearest" if small else "auto",
+        )
+        axis.set_title(f"true {shorten(true)}\nsaid {shorten(predicted)}\n{probability:.1%}", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def shorten(name):
+    """A class's name with room beside others."""
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def table(metrics):
+    """The figures as a short text."""
+    lines = [
+        f"split {metrics['split']!r} ({metrics['examples_of']}), {metrics['num_examples']:,} examples",
+        f"step {metrics['step']}, protocol {metrics['protocol']!r}, "
+        f"views of each: {metrics['views_per_example']}, {metrics['seconds']} s",
+        f"  accuracy         {metrics['accuracy']:8.2%}",
+    ]
+    if "top_5_accuracy" in metrics:
+        lines.append(f"  top-5 accuracy   {metrics['top_5_accuracy']:8.2%}")
+    lines.append(f"  loss             {metrics['loss']:8.4f}")
+    return "\n".join(lines)
+
+
+def define_flags():
+    """The flags of the command."""
+    flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
+    flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
+    flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
+    flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
+    flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")
+    flags.DEFINE_string("out", "", "Where to write; default: <workdir>/evaluation/<split>_<protocol>_<step>.")
+
+
+def main():
+    """Evaluates as the flags say, and prints the figures."""
+    matplotlib.use("agg")
+    given = flags.FLAGS
+    metrics, out = evaluate_checkpoint(
+        given.workdir,
+        protocol=given.protocol,
+        split=given.split,
+        which=given.step,
+        data_dir=given.data_dir,
+        out=given.out,
+    )
+    print(table(metrics))
+    print(f"figures: {out}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

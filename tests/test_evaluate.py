@@ -1,0 +1,323 @@
+"""A checkpoint is evaluated as the loop would, or as a paper does; and nothing of the run is changed."""
+
+import csv
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from cnn_cases import evaluate
+from cnn_cases.data import views
+from cnn_cases.models import vgg
+from cnn_cases.training import checkpoint, loop, predictions, steps
+from cnn_cases.training.state import TrainState, init_state
+from configs import resnet_digits
+from tests.conftest import tiny_config
+
+matplotlib.use("agg")
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = ["confusion.csv", "confusion.png", "metrics.json", "mistakes.png"]
+
+
+def train(config, workdir, program):
+    return loop.train_and_evaluate(config, workdir, program=program, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def program(data_dir):
+    """LeNet-5's, on one device."""
+    return loop.make_program(tiny_config(data_dir), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, program, tmp_path_factory):
+    """The workdir of a finished run, to be read only. It had one device; evaluations here take all four."""
+    workdir = tmp_path_factory.mktemp("trained")
+    config = tiny_config(data_dir)
+    config.checkpoint.keep_last = 3
+    train(config, workdir, program)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def state(program):
+    return init_state(program.model, program.tx, program.feed.image_shape, 3)
+
+
+def contents(directory):
+    """Every path below a directory, with its bytes and when it was changed."""
+    return {
+        path.relative_to(directory): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in directory.rglob("*")
+    }
+
+
+def test_the_single_view_gives_the_figures_of_the_run_and_changes_nothing(trained, tmp_path):
+    before = contents(trained)
+    metrics, out = evaluate.evaluate_checkpoint(trained, out=str(tmp_path / "out"))
+    result = json.loads((trained / "result.json").read_text())["metrics"]
+    assert (metrics["split"], metrics["protocol"], metrics["step"]) == ("test", "single", 12)
+    assert (metrics["num_examples"], metrics["views_per_example"]) == (355, 1)
+    assert 1 - metrics["accuracy"] == pytest.approx(result["test/error"], abs=1e-12)
+    assert metrics["loss"] == pytest.approx(result["test/loss"], rel=1e-5)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert contents(trained) == before
+
+
+def test_files_lie_in_the_workdir_and_agree_with_each_other(trained, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    metrics, out = evaluate.evaluate_checkpoint(workdir, protocol="ten_crop", split="validation", which="8")
+    assert out == workdir / "evaluation" / "validation_ten_crop_8"
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert metrics["views_per_example"] == 10
+    assert metrics["accuracy"] <= metrics["top_5_accuracy"] <= 1
+    head, *rows = csv.reader((out / "confusion.csv").read_text().splitlines())
+    counts = np.array([row[1:] for row in rows], int)
+    assert head[1:] == [row[0] for row in rows] == list("0123456789")
+    assert counts.sum() == 185
+    assert counts.trace() / 185 == pytest.approx(metrics["accuracy"])
+    again, _ = evaluate.evaluate_checkpoint(workdir, protocol="ten_crop", split="validation", which="8")
+    unclocked = {"seconds": None}
+    assert again | unclocked == metrics | unclocked
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "4", "8"]
+
+
+def test_a_run_of_before_a_key_existed_and_on_other_devices_can_be_evaluated(trained, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    config = json.loads((trained / "config.json").read_text())
+    del config["evaluation"]["protocol"], config["data"]["splits"]["test"]
+    config["evaluation"]["final_splits"] = ["validation"]
+    config["batch_size"] = 27  # over three devices, say; there are four
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    metrics, _ = evaluate.evaluate_checkpoint(tmp_path)
+    assert (metrics["split"], metrics["protocol"]) == ("validation", "single")
+
+
+def test_a_config_comes_back_as_it_was(trained, data_dir):
+    config = tiny_config(data_dir)
+    config.checkpoint.keep_last = 3
+    assert evaluate.load_config(trained).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"protocol": "tencrop"}, "evaluation.protocol = 'tencrop' is unknown; known: single, flip"),
+        ({"split": "tset"}, "split = 'tset' is not in data.splits, which has test, train, validation"),
+        ({"which": "5"}, r"no checkpoint of step '5'; .* has 4, 8, 12; 'last' and 'best' will do"),
+        ({"which": "newest"}, "no checkpoint of step 'newest'"),
+        ({"protocol": "multi_scale_dense"}, r"multi_scale_dense' has views of 27x27 .* cannot take"),
+        ({"data_dir": "/nowhere"}, "data_dir='/nowhere'|/nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_and_nothing_written(arguments, message, trained, tmp_path):
+    if "data_dir" in arguments:
+        arguments = {"data_dir": str(tmp_path / "file")}
+        pathlib.Path(arguments["data_dir"]).write_text("no directory")
+        message = str(tmp_path)
+    before = contents(trained)
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate.evaluate_checkpoint(trained, out=str(tmp_path / "out"), **arguments)
+    assert contents(trained) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_a_run_is_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run of train.py: .*config.json"):
+        evaluate.evaluate_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"base": {}}')
+    with pytest.raises(ValueError, match=r"holds no run of train.py: its config has no model"):
+        evaluate.evaluate_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        evaluate.evaluate_checkpoint(tmp_path)
+    shutil.copy(trained / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .*checkpoints"):
+        evaluate.evaluate_checkpoint(tmp_path)
+
+
+def test_the_command_ends_with_one_message(trained):
+    command = [sys.executable, "-m", "cnn_cases.evaluate", f"--workdir={trained}", "--step=7"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().startswith("error: there is no checkpoint of step '7'")
+    assert done.stderr.count("\n") == 1
+
+
+# What the network is shown.
+
+
+def test_any_number_of_devices_and_any_batches_predict_the_same(program, state, config):
+    expected, label = loop.predict(program, state, "test", "flip", batch_size=200)
+    assert len(label) == 355
+    np.testing.assert_allclose(expected.sum(axis=1), 1, rtol=1e-6)
+    for count, batch_size in ((2, 62), (4, 400)):
+        other = loop.make_program(config, jax.devices()[:count])
+        found, _ = loop.predict(other, state, "test", "flip", batch_size=batch_size)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_mirror_image_has_the_predictions_of_its_image_under_flip(program, state):
+    examples = list(program.feed.examples("validation"))[:40]
+    mirrored = [(image[:, ::-1], label) for image, label in examples]
+    flip = views.make_views("flip", program.feed.image_shape)
+
+    def predict(examples, show):
+        return predictions.average_views(
+            examples,
+            show,
+            lambda images: program.predict(state, program.arrays, images[None]),
+            batch_size=lambda _: 16,
+        )[0]
+
+    np.testing.assert_allclose(predict(mirrored, flip), predict(examples, flip), rtol=1e-6)
+    single = views.make_views("single", program.feed.image_shape)
+    assert np.abs(predict(mirrored, single) - predict(examples, single)).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def small_vgg():
+    """A narrow VGG for 32 pixels, its parameters, and its predictions of views."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vgg, "FILTERS", (4, 4, 4, 4, 4))
+        model = vgg.VGG(variant="A", image_size=32, dense_features=8, num_classes=3)
+        params = model.lazy_init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+        params = jax.tree.map(lambda leaf: 1.5 * leaf, params)  # so that the classes differ
+        state = TrainState(0, 0, params, ema_params={}, batch_stats={}, opt_state={})
+        predict = jax.jit(steps.make_predict_step(model.apply, lambda _, image: image / 255.0))
+        yield model, params, lambda images: predict(state, {}, images)
+
+
+def image_of(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_dense_evaluation_at_the_crops_size_without_mirrors_is_the_single_view(small_vgg):
+    _, _, run = small_vgg
+    dense = functools.partial(views.multi_scale_dense, crop=32, paper_sides=(224,), mirrored=False)
+    examples = [(image_of(32, 32), 0), (image_of(32, 32)[::-1], 1)]
+    found, _ = predictions.average_views(examples, dense, run, batch_size=lambda _: 3)
+    single = views.make_views("single", (32, 32, 3))
+    expected, _ = predictions.average_views(examples, single, run, batch_size=lambda _: 3)
+    np.testing.assert_array_equal(found, expected)
+    assert np.ptp(expected, axis=1).min() > 1e-3
+
+
+def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
+    model, params, run = small_vgg
+    image = image_of(32, 110)
+    dense = functools.partial(views.multi_scale_dense, crop=32, paper_sides=(224,), mirrored=False)
+    found, _ = predictions.average_views([(image, 0)], dense, run, batch_size=lambda _: 2)
+    held = image[None, :, 7:103] / 255.0  # 96 of 110 columns
+    _, inner = model.apply({"params": params}, held, train=False, capture_intermediates=True)
+    (score_map,) = inner["intermediates"]["logits"]["__call__"]
+    assert score_map.shape == (1, 1, 3, 3)
+    np.testing.assert_allclose(found[0], nn.softmax(score_map.mean(axis=(0, 1, 2))), rtol=1e-5)
+
+
+# The loop.
+
+
+def test_the_final_figures_have_the_papers_test_beside_the_single_view(config, program, tmp_path):
+    config.num_steps = 4
+    config.schedule.warmup_steps = 0
+    config.evaluation.final_splits = ("validation",)
+    config.evaluation.protocol = "ten_crop"
+    result = train(config, tmp_path, program)
+    single, ten = "validation/", "validation/ten_crop/"
+    assert set(result["metrics"]) == {
+        f"{single}loss",
+        f"{single}error",
+        f"{ten}loss",
+        f"{ten}error",
+        f"{ten}top_5_error",
+    }
+    metrics, _ = evaluate.evaluate_checkpoint(tmp_path, split="validation")
+    assert metrics["protocol"] == "ten_crop"
+    assert metrics["loss"] == pytest.approx(result["metrics"][f"{ten}loss"], rel=1e-5)
+    assert 1 - metrics["accuracy"] == pytest.approx(result["metrics"][f"{ten}error"], abs=1e-12)
+
+
+@pytest.mark.parametrize("protocol", ["ten", "multi_scale_dense"])
+def test_a_protocol_that_the_network_cannot_take_is_refused_before_the_workdir_is_touched(
+    protocol, config, tmp_path
+):
+    config.evaluation.protocol = protocol
+    with pytest.raises(ValueError, match=f"evaluation.protocol = '{protocol}'"):
+        train(config, tmp_path / "run", None)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=f"evaluation.protocol = '{protocol}'"):
+        loop.check(config)
+
+
+def test_a_net_that_averages_over_space_takes_larger_views(data_dir):
+    config = resnet_digits.get_config()
+    config.data.data_dir = data_dir
+    config.model.depth = 8
+    config.data.normalization = "channel"
+    config.evaluation.protocol = "multi_scale_dense"
+    loop.check(config)
+
+
+# Checkpoints and figures.
+
+
+def test_the_best_checkpoint_is_the_one_of_the_lowest_error(trained):
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    errors = {row["step"]: row["validation/error"] for row in rows if "validation/error" in row}
+    assert checkpoint.find(trained / "checkpoints", "best") == min(errors, key=errors.get)
+    assert checkpoint.find(trained / "checkpoints", "last") == 12
+
+
+def test_a_damaged_checkpoint_is_an_error_and_stays_where_it_is(trained, state, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    for file in (tmp_path / "checkpoints" / "12").rglob("manifest.ocdbt"):
+        file.write_bytes(file.read_bytes()[:-3])
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint 12 in .* cannot be read: .*manifest.ocdbt"):
+        checkpoint.read(tmp_path / "checkpoints", 12, state)
+    assert checkpoint.read(tmp_path / "checkpoints", 8, state).step == 8
+    assert contents(tmp_path) == before
+
+
+def test_the_confusion_matrix_is_true_by_predicted():
+    counts = evaluate.confusion(np.array([1, 1, 0, 2]), np.array([0, 0, 0, 2], np.int32), 3)
+    np.testing.assert_array_equal(counts, [[1, 2, 0], [0, 0, 0], [0, 0, 1]])
+    text = evaluate.confusion_csv(counts, ["a", "b,c", "d"])
+    assert list(csv.reader(text.splitlines())) == [
+        ["true \\ predicted", "a", "b,c", "d"],
+        ["a", "1", "2", "0"],
+        ["b,c", "0", "0", "0"],
+        ["d", "0", "0", "1"],
+    ]
+
+
+def test_few_classes_have_counts_and_names_and_many_have_room():
+    few = evaluate.draw_confusion(np.diag([3, 4]), ["cat", "dog"], "").axes[0]
+    assert sorted(text.get_text() for text in few.texts) == ["3", "4"]
+    names = [f"class {number}" for number in range(1000)]
+    many = evaluate.draw_confusion(np.eye(1000, dtype=int), names, "").axes[0]
+    assert not many.texts
+    assert len(many.get_xticks()) == 20
+
+
+def test_the_surest_mistakes_come_first_and_no_right_answer_is_among_them():
+    probabilities = np.array([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.8, 0.2]])
+    label = np.array([1, 0, 1, 1])
+    assert evaluate.surest_mistakes(probabilities, label, 2) == [1, 3]
+    assert evaluate.surest_mistakes(probabilities, label, 9) == [1, 3, 0]
+    examples = ((np.full((1, 1, 1), number), 0) for number in range(100))
+    assert sorted(evaluate.pick(examples, [1, 3])) == [1, 3]
+    assert next(examples)[0] == 5, "it does not read on"
+    assert evaluate.draw_mistakes([], "none").axes
