@@ -28,7 +28,7 @@ from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from cnn_cases import command
-from cnn_cases.data import feeds
+from cnn_cases.data import feeds, preview
 from cnn_cases.data.views import make_views
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
 from cnn_cases.training.state import init_state
@@ -227,32 +227,18 @@ def draw_confusion(counts, names, title):
     return figure
 
 
-def draw_mistakes(mistakes, title):
+def draw_mistakes(mistakes, heading):
     """A sheet of images under what they are, what they were taken for, and how surely.
 
     Args:
       mistakes: a list of (image uint8 [H, W, C], true name, predicted name, probability).
-      title: of the sheet.
+      heading: of the sheet.
     """
-    columns = 6
-    rows = max(1, math.ceil(len(mistakes) / columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.4), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (image, true, predicted, probability) in zip(axes.flat, mistakes, strict=False):
-        small = max(image.shape[:2]) < 100  # whose pixels are the picture
-        axis.imshow(
-            image.squeeze(-1) if image.shape[-1] == 1 else image,
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            interpolation="nearest" if small else "auto",
-        )
-        axis.set_title(f"true {shorten(true)}\nsaid {shorten(predicted)}\n{probability:.1%}", fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    return figure
+    titles = [
+        f"true {shorten(true)}\nsaid {shorten(predicted)}\n{probability:.1%}"
+        for _, true, predicted, probability in mistakes
+    ]
+    return preview.draw_sheet([image for image, *_ in mistakes], titles, heading)
 
 
 def shorten(name):

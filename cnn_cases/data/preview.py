@@ -1,0 +1,109 @@
+"""What a network sees: the first images of a training step, augmented, with their labels.
+
+    python -m cnn_cases.data.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
+
+The images are, to the pixel, those that a training with this config sees, but for the normalisation.
+"""
+
+import itertools
+import math
+import pathlib
+
+import jax
+import matplotlib
+import numpy as np
+from absl import flags
+from matplotlib import pyplot as plt
+from ml_collections import config_flags
+
+from cnn_cases import command
+from cnn_cases.data import feeds
+from cnn_cases.training import steps
+
+COLUMNS = 8
+
+
+def training_images(config, step):
+    """The batch of a training step as the network sees it, before normalisation.
+
+    Args:
+      config: of `configs/`.
+      step: of which training step; the first is 0.
+
+    Returns:
+      image float32 [B, H, W, C] in [0, 1], and label int32 [B], or float32 [B, K] where examples are mixed.
+    """
+    if step < 0:
+        raise ValueError(f"step = {step} must be 0 or more")
+    settings = dict(**config.data) | {"normalization": "none"}
+    feed = feeds.make_feed(
+        **settings, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size
+    )
+    batches = feed.train_batches(config.seed, step)
+    (batch,) = itertools.islice(batches, 1)
+    batches.close()
+    augment_key, _ = steps.step_keys(config.seed, step)
+    image, label = jax.jit(feed.prepare)(feed.arrays, batch, augment_key)
+    return np.clip(image, 0, 1), np.asarray(label)
+
+
+def draw_sheet(images, titles, heading):
+    """A figure of images, a title over each.
+
+    Args:
+      images: a list of uint8 [H, W, C], or of floats in [0, 1].
+      titles: as many texts.
+      heading: of the whole.
+    """
+    rows = max(1, math.ceil(len(images) / COLUMNS))
+    lines = max([title.count("\n") + 1 for title in titles], default=1)
+    size = (1.5 * COLUMNS, (1.5 + 0.17 * lines) * rows + 0.4)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=255 if image.dtype == np.uint8 else 1,
+            # The pixels of a small image are the picture.
+            interpolation="nearest" if max(image.shape[:2]) < 100 else "auto",
+        )
+        axis.set_title(title, fontsize=8)
+    figure.suptitle(heading, fontsize=10)
+    return figure
+
+
+def title_of(label, names):
+    """A label in words; of a mixture, each part with its share in percent."""
+    if label.ndim == 0:
+        return names[label]
+    parts = [(label[k], names[k]) for k in np.argsort(-label)[:2] if label[k] > 0]
+    return "\n".join(f"{100 * share:.0f} % {name}" for share, name in parts)
+
+
+def main():
+    """Draws the sheet."""
+    matplotlib.use("agg")
+    config, step, count = flags.FLAGS.config, flags.FLAGS.step, flags.FLAGS.images
+    out = pathlib.Path(flags.FLAGS.out)
+    if count < 1:
+        raise ValueError(f"images = {count} must be 1 or more")
+    images, labels = training_images(config, step)
+    names = feeds.class_names(config.data.name, config.data.data_dir)
+    titles = [title_of(label, names) for label in labels[:count]]
+    heading = f"{config.data.name}: images of training step {step}, augmented"
+    figure = draw_sheet(images[:count], titles, heading)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    print(f"{len(titles)} images of {images.shape[1]}x{images.shape[2]} pixels: {out}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+    flags.DEFINE_string("out", "preview.png", "Where to write the sheet; .png, .svg or .pdf.")
+    flags.DEFINE_integer("step", 0, "Of which training step; the first is 0.")
+    flags.DEFINE_integer("images", 40, "How many images at most.")
+    flags.mark_flag_as_required("config")
+    command.run(main)

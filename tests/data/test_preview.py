@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnn_cases.data import preview
+from cnn_cases.data.feeds import make_feed
+from cnn_cases.training import devices, steps
+from cnn_cases.training.losses import cross_entropy
+from cnn_cases.training.state import TrainState
+
+
+def test_the_images_are_those_that_a_training_step_sees(config):
+    images, labels = preview.training_images(config, step=3)
+    assert (images.shape, images.dtype, labels.shape) == ((24, 16, 16, 1), np.float32, (24,))
+
+    seen = []
+
+    def network(variables, image, train, **_):
+        del train
+        jax.debug.callback(seen.append, image)
+        return jnp.zeros((len(image), 10)) + variables["params"]["bias"], {}
+
+    settings = dict(**config.data) | {"normalization": "none"}
+    feed = make_feed(**settings, batch_size=24, eval_batch_size=24)
+    tx, params = optax.sgd(0.1), {"bias": jnp.zeros(10)}
+    train_steps = steps.make_train_steps(network, tx, feed.prepare, cross_entropy, devices.AXIS)
+    state = TrainState(jnp.int32(3), jnp.int32(config.seed), params, {}, {}, tx.init(params))
+    batch = jax.tree.map(lambda leaf: leaf[None], next(feed.train_batches(config.seed, 3)))
+    train = devices.pmap_train(train_steps, jax.devices()[:1])
+    jax.block_until_ready(train(state, feed.arrays, devices.shard(batch, 1, axis=1)))
+    np.testing.assert_allclose(images, seen[0], atol=1e-6)
+
+
+def test_a_mixture_is_called_by_its_parts():
+    assert preview.title_of(np.int32(1), ["cat", "dog"]) == "dog"
+    assert preview.title_of(np.array([0.3, 0.7]), ["cat", "dog"]) == "70 % dog\n30 % cat"
+    assert preview.title_of(np.array([0.0, 1.0]), ["cat", "dog"]) == "100 % dog"
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_a_sheet_has_a_place_for_every_image(count):
+    images = [np.full((4, 5, 3), n, np.uint8) for n in range(count)]
+    figure = preview.draw_sheet(images, [str(n) for n in range(count)], "a sheet")
+    drawn = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in drawn] == [str(n) for n in range(count)]
+    preview.plt.close(figure)
+
+
+def test_a_step_before_the_first_is_refused(config):
+    with pytest.raises(ValueError, match="step = -1 must be 0 or more"):
+        preview.training_images(config, step=-1)
