@@ -86,7 +86,7 @@ class ResidentFeed:
             yield self.arrays["image"][index], int(self.arrays["label"][index])
 
     def prepare(self, arrays, batch, key):
-        """Inside the step: a batch -> image float32 [B, H, W, C], label int32 [B]; see `feeds`."""
+        """Inside the step: a batch -> image float32 [B, H, W, C], label or target; see `feeds`."""
         image, label = arrays["image"][batch["index"]], arrays["label"][batch["index"]]
         if key is None:
             return self._pixels.evaluate(arrays, image), label
