@@ -11,12 +11,13 @@ The paper's recipe, item by item:
 - random 224-pixel crops of images of 256, flips, PCA lighting; the mean image subtracted from pixels that
   range over 256 values; the mean of ten crops in the test.
 
-Where the paper is silent: whether biases decay (here they do not).
+Where the paper is silent: whether biases decay (here they do not), and in what range the pixels lie whose
+principal colours light the images (here [0, 1], and the colours are those that are public for ImageNet).
 Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
 needs.
 For now every device has to hold the whole set (206 GB at 227 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 227 pixels; of the
-augmentations only the flip is among the data keys yet, not the random crops and the lighting.
+augmentations the random crops are not among the data keys yet.
 """
 
 from configs import common
@@ -29,6 +30,8 @@ def get_config():
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
     config.data.normalization = "pixel_mean_255"
+    config.data.augment.lighting = 0.1
+    config.data.augment.lighting_basis = "imagenet"
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"

@@ -34,11 +34,27 @@ def get_config():
     config.data.splits.test = "test"
     config.data.image_size = 0  # pixels, height and width to which images are resized; 0: as they are
     config.data.border = 0  # zero pixels then added on every side
-    # "none", "channel", "pixel_mean", "pixel_mean_255" or "lenet5_1998"
+    # "none", "channel", "pixel_mean", "pixel_mean_255", "lenet5_1998", "imagenet" or "gcn_zca"
     config.data.normalization = "channel"
     config.data.augment = ConfigDict()  # of the training images, inside the step
     config.data.augment.pad = 0  # pixels around the image before a random crop; 0: no crop
     config.data.augment.flip = False  # mirror left and right at random
+    # The others are off at 0. Colours, of images in [0, 1]; lighting and saturation need 3 channels.
+    config.data.augment.lighting = 0.0  # standard deviation of the multiples of the principal colours
+    config.data.augment.lighting_basis = "train"  # whose these are: of the training images, or "imagenet"
+    config.data.augment.brightness = 0.0  # s: a factor in [1 - s, 1 + s]
+    config.data.augment.contrast = 0.0  # the same
+    config.data.augment.saturation = 0.0  # the same
+    config.data.augment.shift = 0.0  # pixels, at most, to any side
+    config.data.augment.scale = 0.0  # s: enlarged by a factor in [1 - s, 1 + s]
+    config.data.augment.squeeze = 0.0  # s: widened by a factor in [1 - s, 1 + s], and flattened by the same
+    config.data.augment.shear = 0.0  # pixels to the side for each pixel of height, at most
+    config.data.augment.elastic = 0.0  # pixels by which smoothed noise in [-1, 1] is multiplied
+    config.data.augment.elastic_sigma = 4.0  # pixels, standard deviation of the Gaussian that smooths it
+    config.data.augment.cutout = 0  # pixels, side of a square that is set to 0, the mean
+    # Each example is mixed with the one before it in the batch; not both.
+    config.data.augment.mixup = 0.0  # alpha: their shares are of Beta(alpha, alpha)
+    config.data.augment.cutmix = 0.0  # alpha: the share of a box cut out of the other, of Beta(alpha, alpha)
 
     config.loss = ConfigDict()
     config.loss.name = "cross_entropy"  # or "rbf_mean_squared", "rbf_map" for LeNet-5 of 1998

@@ -9,8 +9,9 @@ The paper's recipe, item by item:
 - a rate that falls by 4 % every 8 epochs;
 - Polyak averaging of the parameters for the final net;
 - side branches that weigh 0.3, dropout 0.7 in them and 0.4 before the logits;
-- patches of 8 % to 100 % of the image's area and sides of 3:4 to 4:3, photometric distortions; 144 crops
-  and seven nets in the test.
+- patches of 8 % to 100 % of the image's area and sides of 3:4 to 4:3; photometric distortions of Howard
+  2013, who changes brightness, contrast and colour by factors of 0.5 to 1.5 in random order (as recalled);
+  144 crops and seven nets in the test.
 
 Where the paper is silent: the batch (256), the first rate (0.02), the length (240 epochs, at whose end the
 rate is 0.31 times the first), the weight decay (2e-4, without biases), the kind of average (exponential,
@@ -19,7 +20,7 @@ the mean and deviation of their channel).
 Departures: synchronous steps; one net in the test, of 144 crops.
 For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not the patches and the distortions.
+augmentations the patches are not among the data keys yet.
 """
 
 from configs import common
@@ -33,6 +34,9 @@ def get_config():
     config.model.name = "googlenet"
     config.model.batch_norm = False
     config.model.side_branches = True
+    config.data.augment.brightness = 0.5
+    config.data.augment.contrast = 0.5
+    config.data.augment.saturation = 0.5
     config.loss.side_weight = 0.3
     config.optimizer.learning_rate = 0.02
     config.optimizer.weight_decay = 2e-4

@@ -9,7 +9,7 @@ The paper's recipe, item by item:
 - SGD with momentum 0.9, batch 256, weight decay 1e-4, up to 600,000 steps (120 epochs);
 - a rate of 0.1, divided by 10 whenever the error stood still;
 - He initialisation, batch normalisation, no dropout;
-- the shorter side drawn from 256 to 480 pixels, a random 224-pixel crop, flips, a random shift of colour;
+- the shorter side drawn from 256 to 480 pixels, a random 224-pixel crop, flips, AlexNet's shift of colour;
   the mean image subtracted; ten crops, and several scales, in the test.
 
 Where the paper is silent: when the rate fell, and whether biases and batch normalisation decay (here they
@@ -18,8 +18,7 @@ Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule sinc
 of one scale in the test.
 For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not the random scales and crops and the shift of
-colour.
+augmentations the random scales and crops are not among the data keys yet.
 """
 
 from configs import common
@@ -36,6 +35,8 @@ def get_config():
     config.model.stride_placement = "v1"
     config.model.zero_init_last_gamma = False
     config.data.normalization = "pixel_mean"
+    config.data.augment.lighting = 0.1
+    config.data.augment.lighting_basis = "imagenet"
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 1e-4
     config.schedule.boundaries = (30 / 90, 60 / 90)  # epochs

@@ -8,7 +8,7 @@ The paper's recipe, item by item:
 - SGD with momentum 0.9, batch 256, weight decay 5e-4, 370,000 steps (74 epochs);
 - a rate of 0.01, divided by 10 three times, whenever the validation accuracy stood still;
 - dropout 0.5 after the hidden dense layers: in the model;
-- random 224-pixel crops of images whose shorter side is 256, 384 or drawn from 256 to 512; flips; a random
+- random 224-pixel crops of images whose shorter side is 256, 384 or drawn from 256 to 512; flips; AlexNet's
   shift of colour; the training set's mean colour subtracted; dense evaluation over whole images of three
   sizes, and their mirror images, in the test.
 
@@ -18,8 +18,7 @@ hindsight; the rate falls after one, two and two and a half thirds of the steps,
 are divided by each channel's deviation, too; the longer side of a test image cut to repeat its shape.
 For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
 stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not the random crops of several scales and the shift
-of colour.
+augmentations the random crops of several scales are not among the data keys yet.
 """
 
 from configs import common
@@ -31,6 +30,8 @@ def get_config():
     common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=74)
     config.model.name = "vgg"
     config.model.variant = "D"
+    config.data.augment.lighting = 0.1
+    config.data.augment.lighting_basis = "imagenet"
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"

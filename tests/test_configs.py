@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cnn_cases.data import feeds
+from cnn_cases.data import feeds, pixels
 from cnn_cases.studies import sweep
 from cnn_cases.training import loop
 from cnn_cases.training.state import init_state
@@ -52,6 +52,8 @@ def test_a_config_builds_a_state(name, monkeypatch):
     config = load(name)
     monkeypatch.setattr(feeds.sources, "load_split", Images(config.data.name).load_split)
     monkeypatch.setattr(feeds.sources, "check_disjoint", lambda *_: None)
+    # For 32x32x3 pixels it takes half a minute; tests/data/test_pixels.py has smaller ones.
+    monkeypatch.setattr(pixels, "_whitening", lambda _: {})
     config.batch_size = 2
     config.num_microbatches = 1
     program = loop.make_program(config, jax.devices()[:1])

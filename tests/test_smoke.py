@@ -90,7 +90,12 @@ def test_the_loss_falls_and_every_parameter_moves(case, data_dir):
         num_classes=num_classes,
         batch_size=len(image),
         eval_batch_size=len(image),
-        pixels=make_pixels(image, normalization=case.normalization, augment=common.get_config().data.augment),
+        pixels=make_pixels(
+            image,
+            normalization=case.normalization,
+            augment=common.get_config().data.augment,
+            num_classes=num_classes,
+        ),
     )
     model = make_model(
         case.name, num_classes=num_classes, dtype="float32", axis_name=devices.AXIS, **case.knobs

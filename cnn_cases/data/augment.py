@@ -1,16 +1,163 @@
-"""Augmentations and normalisations of image batches, as pure functions inside the jitted step.
+"""Augmentations of image batches, as pure functions inside the jitted step.
 
-Every function that draws takes one key per example: what happens to an example depends on its own key alone.
+Every function that draws takes one key per example: what happens to an example depends on its own key alone
+(and, where two examples are mixed, on the one before it). `Settings` is the list of what there is, and
+`pixels` has the order in which it comes.
+
+RandAugment-style policies are left out: the one library for JAX that is still kept up, dm-pix (looked at in
+version 0.4.5), has no such policy, augmax (0.4.1) has none either, and imax, which has, is a pre-release of
+2024.
 """
+
+import itertools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.scipy.ndimage import map_coordinates
+
+# Each draw has a stream of its own, so that switching an augmentation on does not change another. A new one
+# goes to the end, which leaves the earlier ones as they are.
+STREAMS = (
+    "pad",
+    "flip",
+    "lighting",
+    "order",
+    "brightness",
+    "contrast",
+    "saturation",
+    "affine",
+    "elastic",
+    "cutout",
+    "mixup",
+    "cutmix",
+)
+BASES = ("train", "imagenet")
+# Of the covariance of ImageNet's colours in [0, 1]: eigenvalues, and eigenvectors in columns, red, green and
+# blue in rows (public in fb.resnet.torch, datasets/imagenet.lua).
+IMAGENET_BASIS = (
+    np.float32([0.2175, 0.0188, 0.0045]),
+    np.float32([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]),
+)
+
+
+class Settings(NamedTuple):
+    """What is done to training images; the defaults do nothing.
+
+    Attributes:
+      pad: pixels around the image before a random crop to the old size.
+      flip: mirror half of the images.
+      lighting: standard deviation of the multiples of the principal colours; AlexNet's is 0.1.
+      lighting_basis: whose principal colours, those of the training images ("train") or ImageNet's.
+      brightness, contrast, saturation: s, for factors in [1 - s, 1 + s]; Howard's are 0.5.
+      shift: pixels, at most, down and to the right, or up and to the left.
+      scale: s, to enlarge by a factor in [1 - s, 1 + s].
+      squeeze: s, to widen by a factor in [1 - s, 1 + s] and to flatten by the same.
+      shear: pixels that a row goes to the side for each that it lies above or below the centre, at most.
+      elastic: pixels by which smoothed noise is multiplied, the alpha of Simard et al. 2003; theirs is 34.
+      elastic_sigma: pixels, standard deviation of the Gaussian that smooths; theirs is 4.
+      cutout: pixels, side of the square that is cut out.
+      mixup: the alpha of Beta(alpha, alpha), of which the shares of two mixed examples are drawn.
+      cutmix: the same for the share of a box that comes from another example.
+    """
+
+    pad: int = 0
+    flip: bool = False
+    lighting: float = 0.0
+    lighting_basis: str = "train"
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+    squeeze: float = 0.0
+    shear: float = 0.0
+    elastic: float = 0.0
+    elastic_sigma: float = 4.0
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+
+def check(settings, image_shape):
+    """Raises ValueError where images [H, W, C] cannot be augmented as `settings` ask for."""
+    height, width, channels = image_shape
+
+    def demand(is_right, key, allowed):
+        if not is_right:
+            raise ValueError(f"data.augment.{key} = {getattr(settings, key)!r} must be {allowed}")
+
+    for key in ("pad", "lighting", "shift", "shear", "elastic", "cutout", "mixup", "cutmix"):
+        value = getattr(settings, key)
+        demand(value >= 0 and math.isfinite(value), key, "0 or more")
+    for key in ("brightness", "contrast", "saturation"):
+        demand(0 <= getattr(settings, key) <= 1, key, "in [0, 1]")
+    for key in ("scale", "squeeze"):
+        demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
+    demand(settings.elastic_sigma > 0, "elastic_sigma", "above 0")
+    demand(settings.lighting_basis in BASES, "lighting_basis", f"one of {', '.join(BASES)}")
+    for key in ("shift", "cutout"):
+        side = min(height, width)
+        demand(getattr(settings, key) <= side, key, f"at most the {side} pixels of an image's side")
+    for key in ("lighting", "saturation"):
+        demand(
+            not getattr(settings, key) or channels == 3, key, f"0 for images of {channels} channels, not 3"
+        )
+    demand(
+        not (settings.mixup and settings.cutmix),
+        "mixup",
+        f"0, as data.augment.cutmix = {settings.cutmix!r} is not: examples are mixed in one way only",
+    )
 
 
 def example_keys(key, position):
     """One key per example. key, position [B] in the global batch -> keys [B]."""
     return jax.vmap(lambda p: jax.random.fold_in(key, p))(position)
+
+
+def split_streams(keys):
+    """The keys of every draw: keys [B] -> {name: keys [B]}, the names being STREAMS."""
+    split = jax.vmap(lambda key: jax.random.split(key, len(STREAMS)))(keys)
+    return {name: split[:, number] for number, name in enumerate(STREAMS)}
+
+
+def colours(image, streams, settings, basis):
+    """Photometric distortions and then lighting, in the order of Howard 2013.
+
+    Args:
+      image: float32 [B, H, W, C] in [0, 1].
+      streams: of `split_streams`.
+      settings: Settings.
+      basis: the principal colours of `random_lighting`; None where it is off.
+    """
+    limits = settings.brightness, settings.contrast, settings.saturation
+    if any(limits):
+        image = random_photometric(image, streams, limits)
+    if settings.lighting:
+        image = random_lighting(image, streams["lighting"], settings.lighting, basis)
+    return image
+
+
+def geometry(image, streams, settings):
+    """The warp, the crop and the flip; what comes in from outside is 0. [B, H, W, C] -> [B, H, W, C]."""
+    affine = dict(shift=settings.shift, scale=settings.scale, squeeze=settings.squeeze, shear=settings.shear)
+    if any(affine.values()) or settings.elastic:
+        image = random_warp(
+            image,
+            streams["affine"],
+            streams["elastic"],
+            **affine,
+            elastic=settings.elastic,
+            elastic_sigma=settings.elastic_sigma,
+        )
+    if settings.pad:
+        image = random_crop(image, streams["pad"], settings.pad)
+    if settings.flip:
+        image = random_flip(image, streams["flip"])
+    return image
 
 
 def random_crop(image, keys, pad):
@@ -33,25 +180,193 @@ def random_flip(image, keys):
     return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
 
 
-def check(settings):
-    """Raises ValueError where `augment` cannot do what `settings`, its keyword arguments, ask for."""
-    if settings["pad"] < 0:
-        raise ValueError(f"data.augment.pad = {settings['pad']} must be 0 or more")
+def random_lighting(image, keys, std, basis):
+    """Adds one random mixture of the principal colours to all pixels (Krizhevsky et al. 2012, section 4.1).
 
-
-def augment(image, keys, *, pad, flip):
-    """The augmentations that the config asks for.
+    The mixture is sum_i alpha_i lambda_i p_i, with alpha_i normal of deviation `std` and the eigenvalues
+    lambda_i and eigenvectors p_i of the colours' covariance. The paper does not say in what range its pixels
+    lie, and lambda_i, a square, depends on it: here [0, 1], as in the published figures for ImageNet.
 
     Args:
-      image: [B, H, W, C].
+      image: float32 [B, H, W, 3] in [0, 1]; what comes out can lie outside.
       keys: [B].
-      pad: pixels around the image before the random crop; 0 for no crop.
-      flip: mirror half of the images.
+      std: standard deviation of alpha.
+      basis: eigenvalues [3], eigenvectors [3, 3] in columns.
     """
-    # Each augmentation draws from a stream of its own, so that switching one on does not change another.
-    streams = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-    if pad:
-        image = random_crop(image, streams[:, 0], pad)
-    if flip:
-        image = random_flip(image, streams[:, 1])
+    values, vectors = basis
+    alphas = std * jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+    colour = ((alphas * values)[:, None, :] * vectors).sum(axis=-1)
+    return image + colour[:, None, None, :]
+
+
+def random_photometric(image, streams, limits):
+    """Changes brightness, contrast and saturation, in random order (Howard 2013, section 2.2, as recalled).
+
+    As there, each is a blend of the image with something that lacks the property: black, the mean grey, the
+    image in grey. Each result is clipped to [0, 1]; without that the order would not matter.
+
+    Args:
+      image: float32 [B, H, W, C] in [0, 1]; C is 3 where saturation changes.
+      streams: of `split_streams`.
+      limits: s of the three, for factors drawn from [1 - s, 1 + s]; 0 leaves the property as it is.
+    """
+
+    def factor(name, limit):
+        return jax.vmap(lambda key: jax.random.uniform(key, minval=1 - limit, maxval=1 + limit))(
+            streams[name]
+        )
+
+    properties = ("brightness", "contrast", "saturation")
+    factors = jnp.stack(list(map(factor, properties, limits)), axis=-1)
+    orders = jnp.array(list(itertools.permutations(range(3))))
+    order = orders[jax.vmap(lambda key: jax.random.randint(key, (), 0, len(orders)))(streams["order"])]
+    for which in order.T:
+        which = which[:, None, None, None]
+        grey = _grey(image)
+        mean = grey.mean(axis=(1, 2), keepdims=True)
+        without = jnp.where(which == 0, 0, jnp.where(which == 1, mean, grey))
+        amount = jnp.take_along_axis(factors, which[:, :, 0, 0], axis=1)[:, :, None, None]
+        image = jnp.clip(without + amount * (image - without), 0, 1)
     return image
+
+
+def _grey(image):
+    """[B, H, W, C] -> [B, H, W, 1]; for three channels the luma of ITU-R BT.601, which PIL takes too."""
+    if image.shape[-1] != 3:
+        return image.mean(axis=-1, keepdims=True)
+    return (image * np.float32([0.299, 0.587, 0.114])).sum(axis=-1, keepdims=True)
+
+
+def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shear, elastic, elastic_sigma):
+    """Distorts images as MNIST's are in LeCun et al. 1998, section III.C, and Simard et al. 2003, section 2.
+
+    One planar affine map (translation, scaling, squeezing, horizontal shearing) about the centre, and a
+    random displacement of each pixel that is similar for neighbours; both in one bilinear sampling. What
+    comes in from outside is 0. `Settings` says what the numbers mean.
+
+    Shapes: image float32 [B, H, W, C], affine_keys and elastic_keys [B] -> [B, H, W, C].
+    """
+    height, width = image.shape[1:3]
+    centre = np.float32([(height - 1) / 2, (width - 1) / 2])
+    rows = np.arange(height, dtype=np.float32)[:, None] - centre[0]
+    columns = np.arange(width, dtype=np.float32)[None, :] - centre[1]
+
+    def warp(picture, affine_key, elastic_key):
+        draws = jax.random.uniform(affine_key, (5,), minval=-1, maxval=1)
+        down, right = shift * draws[:2]
+        enlarged, widened, slant = 1 + scale * draws[2], 1 + squeeze * draws[3], shear * draws[4]
+        # Where the pixel at (rows, columns) comes from: the map backwards.
+        source_rows = (rows - down) * widened / enlarged
+        source_columns = (columns - right) / (widened * enlarged) - slant * source_rows
+        source = jnp.stack(jnp.broadcast_arrays(source_rows + centre[0], source_columns + centre[1]))
+        if elastic:
+            source += elastic_field(elastic_key, height, width, elastic, elastic_sigma)
+
+        def sample(channel):
+            return map_coordinates(channel, list(source), order=1, mode="constant", cval=0.0)
+
+        return jax.vmap(sample, in_axes=-1, out_axes=-1)(picture)
+
+    return jax.vmap(warp)(image, affine_keys, elastic_keys)
+
+
+def elastic_field(key, height, width, alpha, sigma):
+    """Noise, uniform in [-1, 1], smoothed by a Gaussian, times alpha (Simard et al. 2003, section 2).
+
+    At sigma = 4 a displacement has a deviation of about 0.041 alpha pixels.
+
+    Returns:
+      float32 [2, height, width], displacements in pixels.
+    """
+    down, across = _smoothing(height, sigma), _smoothing(width, sigma)
+    noise = jax.random.uniform(key, (2, down.shape[1], across.shape[1]), minval=-1, maxval=1)
+    return alpha * (down @ noise @ across.T)
+
+
+def _smoothing(size, sigma):
+    """A matrix [size, size + 2 r] that smooths noise so long; r is three standard deviations."""
+    radius = math.ceil(3 * sigma)
+    offsets = np.arange(size + 2 * radius)[None, :] - radius - np.arange(size)[:, None]
+    weights = np.where(abs(offsets) <= radius, np.exp(-(offsets**2) / (2 * sigma**2)), 0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_cutout(image, keys, side):
+    """Sets a square to 0, which can lie partly outside (DeVries & Taylor 2017, section 3.2, as recalled).
+
+    Its centre is any pixel. Shapes: image [B, H, W, C], keys [B] -> [B, H, W, C].
+    """
+    sides = jnp.full((len(image), 2), side)
+    return jnp.where(_random_boxes(keys, sides, image.shape[1:3]), 0, image)
+
+
+def mix(image, label, streams, settings, num_classes, axis_name):
+    """Mixup or CutMix, each example with the one before it in the global batch, the first with the last.
+
+    Args:
+      image: float32 [B, H, W, C], a device's share of the batch.
+      label: int32 [B].
+      streams: of `split_streams`.
+      settings: Settings, with either mixup or cutmix.
+      num_classes: number of classes.
+      axis_name: the axis over which the batch is split, the shares in their order; None: it is not split.
+
+    Returns:
+      image, and the target float32 [B, num_classes], whose rows add up to 1.
+    """
+    target = jax.nn.one_hot(label, num_classes)
+    other_image, other_target = (_one_before(array, axis_name) for array in (image, target))
+    if settings.mixup:
+        share = random_shares(streams["mixup"], settings.mixup)
+        mixed = _blend(image, other_image, share)
+    else:
+        mixed, share = random_cutmix(image, other_image, streams["cutmix"], settings.cutmix)
+    return mixed, _blend(target, other_target, share)
+
+
+def _blend(one, other, share):
+    share = share.reshape(-1, *[1] * (one.ndim - 1))
+    return share * one + (1 - share) * other
+
+
+def _one_before(array, axis_name):
+    last = array[-1:]
+    if axis_name is not None:
+        size = lax.psum(1, axis_name)  # a plain number
+        last = lax.ppermute(last, axis_name, [(one, (one + 1) % size) for one in range(size)])
+    return jnp.concatenate([last, array[:-1]])
+
+
+def random_shares(keys, alpha):
+    """The shares that examples keep, of Beta(alpha, alpha) (Zhang et al. 2018, section 2). [B] -> [B]."""
+    return jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
+
+
+def random_cutmix(image, other, keys, alpha):
+    """A box of each image is taken from another (Yun et al. 2019, section 3.1).
+
+    The box has the image's proportions, any pixel as its centre, and before it is cut at the borders a share
+    of the area of Beta(alpha, alpha).
+
+    Shapes: image and other [B, H, W, C], keys [B] -> [B, H, W, C], and the share of `image` in it [B].
+    """
+    keys = jax.vmap(jax.random.split)(keys)
+    size = np.array(image.shape[1:3])
+    sides = jnp.sqrt(1 - random_shares(keys[:, 0], alpha))[:, None] * size
+    boxes = _random_boxes(keys[:, 1], sides.astype(jnp.int32), size)
+    return jnp.where(boxes, other, image), 1 - boxes.mean(axis=(1, 2, 3))
+
+
+def _random_boxes(keys, sides, size):
+    """Boxes with their centres anywhere. keys [B], sides [B, 2], size (H, W) -> bool [B, H, W, 1]."""
+
+    def box(key, sides):
+        def inside(key, side, length):
+            start = jax.random.randint(key, (), 0, length) - side // 2
+            place = np.arange(length)
+            return (start <= place) & (place < start + side)
+
+        row, column = map(inside, jax.random.split(key), sides, size)
+        return (row[:, None] & column[None, :])[..., None]
+
+    return jax.vmap(box)(keys, sides)

@@ -9,7 +9,8 @@ A feed has the same calls whatever its kind:
     feed.eval_batches(role)               the batches of a whole split, padded and masked
     feed.examples(role)                   the examples of a split as they are stored, on the host
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
-                                          evaluation, where nothing is augmented
+                                          evaluation, where nothing is augmented; in training the label can
+                                          be a target, a share of each class (see `pixels.Pixels`)
     feed.normalize(arrays, image)         inside the step: views of an image (see `views`), uint8, -> float32
 """
 
@@ -19,14 +20,24 @@ from cnn_cases.data.resident import ResidentFeed
 
 
 def make_feed(
-    *, name, data_dir, splits, image_size, border, normalization, augment, batch_size, eval_batch_size
+    *,
+    name,
+    data_dir,
+    splits,
+    image_size,
+    border,
+    normalization,
+    augment,
+    batch_size,
+    eval_batch_size,
+    axis_name=None,
 ):
     """The feed of a TFDS set.
 
     Args:
       name, data_dir, image_size, border: see `sources.load_split`.
       splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"}.
-      normalization, augment: see `pixels.make_pixels`.
+      normalization, augment, axis_name: see `pixels.make_pixels`.
       batch_size, eval_batch_size: see `ResidentFeed`.
 
     Raises:
@@ -43,7 +54,13 @@ def make_feed(
         num_classes=num_classes,
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,
-        pixels=make_pixels(train_images, normalization=normalization, augment=augment),
+        pixels=make_pixels(
+            train_images,
+            normalization=normalization,
+            augment=augment,
+            num_classes=num_classes,
+            axis_name=axis_name,
+        ),
     )
 
 

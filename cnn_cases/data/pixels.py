@@ -1,15 +1,31 @@
 """What happens to pixels inside the jitted step, whichever feed they come from."""
 
-import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cnn_cases.data import augment as augmentations
 
-NORMALIZATIONS = ("none", "channel", "pixel_mean", "pixel_mean_255", "lenet5_1998")
+NORMALIZATIONS = (
+    "none",
+    "channel",
+    "pixel_mean",
+    "pixel_mean_255",
+    "lenet5_1998",
+    "imagenet",
+    "gcn_zca",
+)
+# Of the channels of ImageNet's training images in [0, 1] (public in fb.resnet.torch, datasets/imagenet.lua).
+IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
+IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
+# Those of pylearn2, with which Goodfellow et al. 2013 made their CIFAR-10 (scripts/datasets/
+# make_cifar10_gcn_whitened.py): the norm of an image, and what is added to the variances.
+GCN_SCALE = 55.0
+ZCA_BIAS = 0.1
 
 
 class Pixels(NamedTuple):
@@ -18,7 +34,8 @@ class Pixels(NamedTuple):
     Attributes:
       arrays: what both need on the devices, to be handed to every step; often nothing.
       train: (arrays, image uint8 [B, H, W, C], label int32 [B], position int32 [B] in the global batch, key)
-        -> image float32 [B, H, W, C], label int32 [B].
+        -> image float32 [B, H, W, C], label int32 [B], or, where examples are mixed, the target float32
+        [B, num_classes].
       evaluate: (arrays, image uint8 [B, H, W, C]) -> image float32 [B, H, W, C]; nothing is drawn.
     """
 
@@ -27,49 +44,82 @@ class Pixels(NamedTuple):
     evaluate: Callable
 
 
-def make_pixels(image, *, normalization, augment):
+def make_pixels(image, *, normalization, augment, num_classes, axis_name=None):
     """The pixel functions of a data set.
 
     Args:
       image: uint8 [N, H, W, C], the training images, or as many of them as statistics shall be taken from.
       normalization: one of NORMALIZATIONS. Images are scaled to [0, 1] ("none"); then "channel" subtracts the
-        mean and divides by the standard deviation of each channel, "pixel_mean" subtracts the mean image (He
-        et al. 2015, section 4.2), "pixel_mean_255" does so in the range [0, 255] (Krizhevsky et al. 2012,
-        section 2, whose small initial weights need it), and "lenet5_1998" puts black at -0.1 and white at
-        1.175 (LeCun et al. 1998, section II.B).
-      augment: the settings of `augment.augment`, a mapping.
+        mean and divides by the standard deviation of each channel, "imagenet" does so with those of ImageNet,
+        "pixel_mean" subtracts the mean image (He et al. 2015, section 4.2), "pixel_mean_255" does so in the
+        range [0, 255] (Krizhevsky et al. 2012, section 2, whose small initial weights need it),
+        "lenet5_1998" puts black at -0.1 and white at 1.175 (LeCun et al. 1998, section II.B), and "gcn_zca"
+        is global contrast normalisation and ZCA whitening (Goodfellow et al. 2013, whom Lin et al. 2013,
+        section 4.2, follow).
+      augment: the `augment.Settings`, a mapping.
+      num_classes: number of classes.
+      axis_name: the axis over which a training batch is split; None: it is not split.
 
     Raises:
-      ValueError: a normalisation or an augmentation is unknown, or a value is out of range.
+      ValueError: a normalisation or an augmentation is unknown, a value is out of range, or the images do not
+        suit it.
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(
             f"data.normalization = {normalization!r} is unknown; known: {', '.join(NORMALIZATIONS)}"
         )
-    augment = dict(**augment)
-    augmentations.check(augment)
-    normalize = functools.partial(_normalize, *_statistics(image, normalization))
+    if normalization == "imagenet" and image.shape[-1] != 3:
+        raise ValueError(
+            f"data.normalization = 'imagenet' is for images of 3 channels; these have {image.shape[-1]}"
+        )
+    settings = augmentations.Settings(**augment)
+    augmentations.check(settings, image.shape[1:])
+    basis = None
+    if settings.lighting:
+        basis = augmentations.IMAGENET_BASIS if settings.lighting_basis == "imagenet" else colour_basis(image)
+    whitened = normalization == "gcn_zca"
+    mean, std = _statistics(image, normalization)
+
+    def normalize(image):
+        here = mean
+        if mean.ndim == 3 and mean.shape != image.shape[1:]:
+            # A mean image has nothing to say about other sizes but its colour.
+            here = mean.mean(axis=(0, 1))
+        return (image - here) / std
 
     def train(arrays, image, label, position, key):
-        del arrays
-        keys = augmentations.example_keys(key, position)
-        return normalize(augmentations.augment(image, keys, **augment)), label
+        streams = augmentations.split_streams(augmentations.example_keys(key, position))
+        image = augmentations.colours(_to_unit(image), streams, settings, basis)
+        if whitened:
+            # Before the crop, as in the paper, whose crops come from whitened images padded with zeros.
+            image = _whiten(arrays, image)
+        image = normalize(augmentations.geometry(image, streams, settings))
+        if settings.cutout:
+            # After the normalisation, where 0 is the mean and so says nothing.
+            image = augmentations.random_cutout(image, streams["cutout"], settings.cutout)
+        if settings.mixup or settings.cutmix:
+            # Last: both papers mix what the network would see. Most normalisations could as well come
+            # after, but not the contrast normalisation, which is not affine, nor the cutout.
+            image, label = augmentations.mix(image, label, streams, settings, num_classes, axis_name)
+        return image, label
 
     def evaluate(arrays, image):
-        del arrays
-        return normalize(image)
+        image = _to_unit(image)
+        return normalize(_whiten(arrays, image) if whitened else image)
 
-    return Pixels({}, train, evaluate)
+    return Pixels(_whitening(image) if whitened else {}, train, evaluate)
 
 
-def _normalize(mean, std, image):
-    return (image.astype(jnp.float32) / 255 - mean) / std
+def _to_unit(image):
+    return image.astype(jnp.float32) / 255
 
 
 def _statistics(images, normalization):
     """Mean and standard deviation of images in [0, 1], to subtract and to divide by."""
-    if normalization == "none":
+    if normalization in ("none", "gcn_zca"):
         return np.float32(0), np.float32(1)
+    if normalization == "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
     if normalization == "lenet5_1998":
         return np.float32(0.1 / 1.275), np.float32(1 / 1.275)
     if normalization in ("pixel_mean", "pixel_mean_255"):
@@ -83,3 +133,90 @@ def _statistics(images, normalization):
         [np.average((values - m) ** 2, weights=count) for m, count in zip(mean, counts, strict=True)]
     )
     return mean.astype(np.float32), np.maximum(np.sqrt(variance), 1e-6).astype(np.float32)
+
+
+def colour_basis(images):
+    """The principal colours of images, for `augment.random_lighting`.
+
+    Args:
+      images: uint8 [N, H, W, C].
+
+    Returns:
+      The eigenvalues [C] of the covariance of their colours in [0, 1], the largest first, and the
+      eigenvectors [C, C] in columns.
+    """
+    channels = images.shape[-1]
+    count, total, squares = 0, np.zeros(channels), np.zeros((channels, channels))
+    for part in _parts(images):
+        colours = part.reshape(-1, channels).astype(np.float64) / 255
+        count, total, squares = (
+            count + len(colours),
+            total + colours.sum(axis=0),
+            squares + colours.T @ colours,
+        )
+    mean = total / count
+    values, vectors = np.linalg.eigh(squares / count - np.outer(mean, mean))
+    return values[::-1].astype(np.float32), vectors[:, ::-1].astype(np.float32)
+
+
+def _parts(images, size=1_000):
+    """The images in parts, of which a float copy is small."""
+    return (images[first : first + size] for first in range(0, len(images), size))
+
+
+def contrast_normalized(image, xp=jnp):
+    """Each image with mean 0 and norm GCN_SCALE, over all pixels and channels together.
+
+    Args:
+      image: float32 [B, H, W, C]; one of a single colour becomes 0.
+      xp: the module that computes, jax.numpy or numpy.
+    """
+    centred = image - image.mean(axis=(1, 2, 3), keepdims=True)
+    divisor = xp.sqrt((centred**2).sum(axis=(1, 2, 3), keepdims=True)) / GCN_SCALE
+    # pylearn2's limit is 1e-8, for exact arithmetic; a single grey level of 1/255 in one pixel gives 7e-5.
+    return centred / xp.where(divisor < 1e-6, 1, divisor)
+
+
+def _whiten(arrays, image):
+    mean, matrix = arrays["zca_mean"], arrays["zca_matrix"]
+    if image.shape[1:] != mean.shape:
+        raise ValueError(
+            f"data.normalization = 'gcn_zca' whitens images of the training images' shape {mean.shape}, "
+            f"and these have {image.shape[1:]}"
+        )
+    flat = (contrast_normalized(image) - mean).reshape(len(image), -1)
+    return jnp.matmul(flat, matrix, precision=lax.Precision.HIGHEST).reshape(image.shape)
+
+
+_last_whitening = {}  # {what tells the images apart: arrays}, of one set: the runs of a study share it
+
+
+def _whitening(images):
+    """The arrays with which `_whiten` works, for training images uint8 [N, H, W, C].
+
+    With D = H W C, {"zca_mean": float32 [H, W, C], "zca_matrix": float32 [D, D]}: the images, normalised in
+    contrast, have the covariance V diag(lambda) V^T, and the matrix is V diag((lambda + 0.1)^(-1/2)) V^T.
+    For CIFAR-10 it takes 37 MB, which is why it is an argument of the step and not a constant in it.
+    """
+    content = images.shape, hashlib.blake2b(np.ascontiguousarray(images)).digest()
+    if content not in _last_whitening:
+        size = images[0].size
+
+        def flat(part):
+            return contrast_normalized(part.astype(np.float32) / 255, np).reshape(-1, size)
+
+        mean = sum(flat(part).sum(axis=0, dtype=np.float64) for part in _parts(images)) / len(images)
+        mean = mean.astype(np.float32)
+        covariance = np.zeros((size, size))
+        for part in _parts(images):
+            centred = flat(part) - mean
+            covariance += centred.T @ centred
+        values, vectors = np.linalg.eigh(covariance / len(images))
+        # Rounding can bring an eigenvalue of 0 below it.
+        matrix = (vectors / np.sqrt(np.maximum(values, 0) + ZCA_BIAS)) @ vectors.T
+        _last_whitening.clear()
+        _last_whitening[content] = {
+            "zca_mean": mean.reshape(images.shape[1:]),
+            "zca_matrix": matrix.astype(np.float32),
+        }
+    return _last_whitening[content]

@@ -90,7 +90,7 @@ class ResidentFeed:
         return self._pixels.evaluate(arrays, image)
 
     def prepare(self, arrays, batch, key):
-        """Inside the step: a batch -> image float32 [B, H, W, C], label int32 [B]; see `feeds`."""
+        """Inside the step: a batch -> image float32 [B, H, W, C], label or target; see `feeds`."""
         image, label = arrays["image"][batch["index"]], arrays["label"][batch["index"]]
         if key is None:
             return self.normalize(arrays, image), label

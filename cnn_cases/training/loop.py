@@ -78,7 +78,10 @@ def make_program(config, devices=None):
     devices = devices or jax.local_devices()
     _check_numbers(config, len(devices))
     feed = make_feed(
-        **config.data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size
+        **config.data,
+        batch_size=config.batch_size,
+        eval_batch_size=config.evaluation.batch_size,
+        axis_name=devices_lib.AXIS,
     )
     model = make_model(
         **config.model,
@@ -400,6 +403,13 @@ def _check_numbers(config, num_devices):
         raise ValueError(f"num_microbatches = {config.num_microbatches} must be 1 or more")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"ema_decay = {config.ema_decay} must be in [0, 1)")
+    for key in ("mixup", "cutmix"):
+        if config.data.augment[key] and config.loss.name != "cross_entropy":
+            raise ValueError(
+                f"data.augment.{key} = {config.data.augment[key]} gives an example shares of two classes, "
+                f"and loss.name = {config.loss.name!r} knows one only; set the first to 0 or the loss to "
+                "'cross_entropy'"
+            )
     if not config.loss.side_weight >= 0:
         raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more")
     devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)

@@ -1,4 +1,7 @@
-"""Losses of each example: logits [B, K], label int [B] -> float32 [B]."""
+"""Losses of each example: logits [B, K], label int [B] -> float32 [B].
+
+`cross_entropy` also takes a target float [B, K] for the label, shares of the classes that add up to 1.
+"""
 
 import functools
 
@@ -35,7 +38,8 @@ def make_loss(*, name, label_smoothing, map_constant):
 def cross_entropy(logits, label, smoothing=0.0):
     """Softmax cross-entropy, by default against the label alone (Szegedy et al. 2015b, section 7)."""
     log_chances = jax.nn.log_softmax(logits.astype(jnp.float32))
-    of_label = _pick(log_chances, label)
+    is_target = label.ndim == logits.ndim
+    of_label = (label * log_chances).sum(axis=-1) if is_target else _pick(log_chances, label)
     return -(1 - smoothing) * of_label - smoothing * log_chances.mean(axis=-1)
 
 

@@ -24,11 +24,12 @@ def make_train_steps(
       apply: `model.apply`.
       tx: an optax optimizer.
       prepare: (arrays, batch, key) -> image, label; the feed's.
-      loss: logits [B, K], label [B] -> [B].
+      loss: logits [B, K], label -> [B].
       axis_name: the pmap axis over which the batch is split.
       side_weight: weight of the loss of each side branch, where the model has any.
       num_microbatches: into how many parts a device's share is split. They are computed one after another,
-        which saves memory, and give one update. Batch statistics and dropout are those of each part, and so
+        which saves memory, and give one update. Batch statistics and dropout are those of each part, and
+        where examples are mixed, they are mixed within the parts that are computed at once: all three then
         depend on the number of devices.
       ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average.
       own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
@@ -36,7 +37,8 @@ def make_train_steps(
     Returns:
       (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...];
       those of `metrics` [steps]: "loss" (mean over the examples, without the weight decay and the side
-      branches), "error" (fraction) and "grad_norm", of the global batch and before the step's update.
+      branches), "error" (fraction; of a mixed example, the class with the larger share is the right one) and
+      "grad_norm", of the global batch and before the step's update.
     """
 
     def gradient(state, arrays, batch, batch_stats, augment_key, dropout_key):
@@ -161,5 +163,10 @@ def _logits(apply, state, image):
 
 
 def is_wrong(logits, label):
-    """1 where the largest logit is not the label's, else 0. logits [B, K], label int [B] -> float32 [B]."""
+    """1 where the largest logit is not the label's, else 0: float32 [B].
+
+    Shapes: logits [B, K], and label int [B] or a target float [B, K], whose largest share counts.
+    """
+    if label.ndim == logits.ndim:
+        label = label.argmax(axis=-1)
     return (logits.argmax(axis=-1) != label).astype(jnp.float32)

@@ -1,17 +1,108 @@
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from cnn_cases.data import augment
+from cnn_cases.data.augment import Settings
+from configs import common
+
+# Compiled, as in a step, and because it takes less time than operation by operation.
+geometry = jax.jit(augment.geometry, static_argnums=2)
+colours = jax.jit(augment.colours, static_argnums=2)
+split_streams = jax.jit(augment.split_streams)
+elastic_fields = jax.jit(
+    jax.vmap(augment.elastic_field, (0, None, None, None, None)), static_argnums=(1, 2, 4)
+)
 
 
-def keys_of(batch, seed=0):
-    return augment.example_keys(jax.random.key(seed), jnp.arange(batch))
+def keys_of(batch):
+    return jax.jit(augment.example_keys)(jax.random.key(0), np.arange(batch))
+
+
+def streams_of(batch):
+    return split_streams(keys_of(batch))
 
 
 def random_images(batch=64, size=6):
     return jax.random.randint(jax.random.key(9), (batch, size, size, 3), 1, 256).astype(jnp.uint8)
+
+
+def unit_images(batch=64, size=6):
+    """Not so bright that a small change would be clipped."""
+    return random_images(batch, size) / 512 + 0.2
+
+
+def grey_of(image):
+    return np.asarray(image) @ np.array([0.299, 0.587, 0.114])
+
+
+# The list of what there is.
+
+
+def test_the_defaults_of_the_configs_are_those_of_the_settings_and_do_nothing():
+    settings = Settings(**common.get_config().data.augment)
+    assert settings == Settings()
+    augment.check(settings, (1, 1, 1))
+    image, streams = unit_images(), streams_of(64)
+    np.testing.assert_array_equal(colours(image, streams, settings, None), image)
+    np.testing.assert_array_equal(geometry(image, streams, settings), image)
+
+
+def test_streams_differ_and_a_new_one_leaves_the_others_alone():
+    keys = keys_of(3)
+    streams = augment.split_streams(keys)
+    everything = np.stack([jax.random.key_data(streams[name]) for name in augment.STREAMS])
+    assert len(np.unique(everything.reshape(-1, 2), axis=0)) == 3 * len(augment.STREAMS)
+    for number in range(3):
+        fewer = jax.random.split(keys[number], 2)
+        assert (streams["pad"][number], streams["flip"][number]) == tuple(fewer)
+
+
+ALL = Settings(
+    pad=2, flip=True, lighting=0.1, brightness=0.3, contrast=0.3, saturation=0.3, shift=1.0, scale=0.1,
+    squeeze=0.1, shear=0.1, elastic=5.0, elastic_sigma=2.0, cutout=3,
+)  # fmt: skip
+
+
+def augmented(image, keys):
+    """All that happens to one example alone."""
+    streams = augment.split_streams(keys)
+    image = augment.colours(image, streams, ALL, augment.IMAGENET_BASIS)
+    image = augment.geometry(image, streams, ALL)
+    return augment.random_cutout(image, streams["cutout"], ALL.cutout)
+
+
+def test_an_example_is_augmented_by_its_own_key_alone():
+    image, keys = unit_images(), keys_of(64)
+    whole = jax.jit(augmented)(image, keys)
+    assert not np.allclose(whole, image)
+    one_by_one = jax.vmap(lambda image, key: augmented(image[None], key[None])[0])
+    np.testing.assert_allclose(whole, jax.jit(one_by_one)(image, keys), atol=1e-6)
+
+
+def test_switching_the_flip_on_does_not_move_the_crop():
+    image, streams = random_images(), streams_of(64)
+    cropped = geometry(image, streams, Settings(pad=2))
+    both = geometry(image, streams, Settings(pad=2, flip=True))
+    mirrored = (both != cropped).any(axis=(1, 2, 3))
+    np.testing.assert_array_equal(
+        both, jnp.where(mirrored[:, None, None, None], cropped[:, :, ::-1], cropped)
+    )
+
+
+def test_switching_elastic_on_does_not_move_the_affine_map():
+    image, streams = unit_images(size=12), streams_of(64)
+    affine = warp(image, streams, shift=3.0, scale=0.2)
+    both = warp(image, streams, shift=3.0, scale=0.2, elastic=1e-4)
+    np.testing.assert_allclose(both, affine, atol=1e-3)
+
+
+# Crop and flip.
 
 
 def test_every_crop_is_a_window_of_the_padded_image_and_all_windows_occur():
@@ -37,28 +128,312 @@ def test_a_flip_mirrors_about_half_of_the_images():
     assert 0.4 < mirrored.mean() < 0.6
 
 
-def test_nothing_asked_for_is_the_identity():
-    image = random_images()
-    np.testing.assert_array_equal(augment.augment(image, keys_of(64), pad=0, flip=False), image)
+def test_crop_and_flip_keep_the_type():
+    settings = Settings(pad=2, flip=True)
+    assert geometry(random_images(), streams_of(64), settings).dtype == jnp.uint8
 
 
-def test_switching_the_flip_on_does_not_move_the_crop():
-    image, keys = random_images(), keys_of(64)
-    cropped = augment.augment(image, keys, pad=2, flip=False)
-    both = augment.augment(image, keys, pad=2, flip=True)
-    mirrored = (both != cropped).any(axis=(1, 2, 3))
-    np.testing.assert_array_equal(
-        both, jnp.where(mirrored[:, None, None, None], cropped[:, :, ::-1], cropped)
+# Colours.
+
+
+def test_lighting_adds_one_colour_an_image_spread_as_the_principal_colours_are():
+    image, std = unit_images(4_000, size=2), 0.1
+    values, vectors = augment.IMAGENET_BASIS
+    added = colours(image, streams_of(4_000), Settings(lighting=std), (values, vectors)) - image
+    colour = np.asarray(added.mean(axis=(1, 2)))
+    np.testing.assert_allclose(added, np.broadcast_to(colour[:, None, None], added.shape), atol=1e-6)
+    # In the basis of the eigenvectors the three are independent, of deviation std times the eigenvalue.
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-3)
+    along = colour @ vectors
+    np.testing.assert_allclose(along.mean(axis=0), 0, atol=std * values.max() / 20)
+    np.testing.assert_allclose(along.std(axis=0), std * values, rtol=0.05)
+    np.testing.assert_allclose(np.corrcoef(along.T), np.eye(3), atol=0.06)
+
+
+def photometric(image, *limits):
+    return np.asarray(jax.jit(augment.random_photometric)(image, streams_of(len(image)), limits))
+
+
+def factors(after, before):
+    """The one factor of each image, checked to be one; before and after [B, ...]."""
+    after, before = (np.asarray(array).reshape(len(array), -1) for array in (after, before))
+    found = (after * before).sum(axis=1) / (before**2).sum(axis=1)
+    np.testing.assert_allclose(after, found[:, None] * before, atol=1e-5)
+    return found
+
+
+def check_spread(found, limit):
+    """Uniform in [1 - limit, 1 + limit]."""
+    assert found.min() >= 1 - limit - 1e-4
+    assert found.max() <= 1 + limit + 1e-4
+    np.testing.assert_allclose(np.quantile(found, [0.25, 0.75]), [1 - limit / 2, 1 + limit / 2], atol=0.05)
+
+
+def test_brightness_multiplies_all_pixels_of_an_image():
+    image = unit_images(500)
+    check_spread(factors(photometric(image, 0.3, 0, 0), image), 0.3)
+
+
+def test_contrast_keeps_the_mean_grey_and_stretches_the_rest():
+    image = unit_images(500)
+    after = photometric(image, 0, 0.3, 0)
+    mean = grey_of(image).mean(axis=(1, 2))
+    np.testing.assert_allclose(grey_of(after).mean(axis=(1, 2)), mean, atol=1e-5)
+    mean = mean[:, None, None, None]
+    check_spread(factors(after - mean, image - mean), 0.3)
+
+
+def test_saturation_keeps_every_pixels_grey_and_stretches_its_colour():
+    image = unit_images(500) / 2 + 0.2
+    after = photometric(image, 0, 0, 0.3)
+    np.testing.assert_allclose(grey_of(after), grey_of(image), atol=1e-5)
+    grey = grey_of(image)[..., None]
+    check_spread(factors(after - grey, image - grey), 0.3)
+
+
+def test_distortions_stay_in_the_range_of_pixels_and_come_in_every_order():
+    # Black and white clip at once, and then the order of the two shows.
+    image = jnp.tile(jnp.array([0.0, 0.5, 1.0]).reshape(1, 1, 3, 1), (400, 1, 1, 1))
+    after = photometric(image, 0.9, 0.9, 0)
+    assert after.min() >= 0
+    assert after.max() <= 1
+    streams = streams_of(400)
+    amount = {
+        name: 1 + 0.9 * jax.vmap(lambda key: jax.random.uniform(key, minval=-1, maxval=1))(streams[name])
+        for name in ("brightness", "contrast")
+    }
+
+    def brighter(x):
+        return np.clip(amount["brightness"][:, None] * x, 0, 1)
+
+    def starker(x):
+        mean = x.mean(axis=1, keepdims=True)
+        return np.clip(mean + amount["contrast"][:, None] * (x - mean), 0, 1)
+
+    flat = image.reshape(400, 3)
+    one, other = starker(brighter(flat)), brighter(starker(flat))
+    after = after.reshape(400, 3)
+    is_one, is_other = (np.abs(after - way).max(axis=1) < 1e-5 for way in (one, other))
+    assert (is_one | is_other).all()
+    assert (is_one & ~is_other).sum() > 40
+    assert (is_other & ~is_one).sum() > 40
+
+
+def test_images_of_one_channel_have_brightness_and_contrast():
+    image = unit_images()[..., :1]
+    after = colours(image, streams_of(64), Settings(brightness=0.3, contrast=0.3), None)
+    assert after.shape == image.shape
+    assert not np.allclose(after, image)
+
+
+# The warp.
+
+
+def blob(size=57):
+    """A round Gaussian about the centre, of variance 16."""
+    place = np.arange(size) - size // 2
+    line = np.exp(-(place**2) / 32)
+    return (line[:, None] * line[None, :])[..., None].astype(np.float32)
+
+
+def moments(image):
+    """Centre of mass [B, 2] about the middle, and covariance [B, 2, 2], in pixels."""
+    image = np.asarray(image, np.float64)[..., 0]
+    place = np.arange(image.shape[1]) - image.shape[1] // 2
+    places = np.stack(np.meshgrid(place, place, indexing="ij"))
+    image = image / image.sum(axis=(1, 2), keepdims=True)
+    centre = np.einsum("bij,kij->bk", image, places)
+    second = np.einsum("bij,kij,lij->bkl", image, places, places)
+    return centre, second - centre[:, :, None] * centre[:, None, :]
+
+
+@functools.partial(jax.jit, static_argnames=("elastic", "elastic_sigma"))
+def warp(image, streams, *, shift=0.0, scale=0.0, squeeze=0.0, shear=0.0, elastic=0.0, elastic_sigma=4.0):
+    return augment.random_warp(
+        image,
+        streams["affine"],
+        streams["elastic"],
+        shift=shift,
+        scale=scale,
+        squeeze=squeeze,
+        shear=shear,
+        elastic=elastic,
+        elastic_sigma=elastic_sigma,
     )
 
 
-@pytest.mark.parametrize("part", [slice(0, 16), slice(48, 64)])
-def test_an_example_is_augmented_by_its_position_alone(part):
-    image, keys = random_images(), keys_of(64)
-    whole = augment.augment(image, keys, pad=2, flip=True)
-    alone = augment.augment(image[part], keys[part], pad=2, flip=True)
-    np.testing.assert_array_equal(whole[part], alone)
+def warped(picture, batch=200, **settings):
+    return moments(warp(jnp.tile(picture, (batch, 1, 1, 1)), streams_of(batch), **settings))
 
 
-def test_the_type_is_kept():
-    assert augment.augment(random_images(), keys_of(64), pad=2, flip=True).dtype == jnp.uint8
+def test_a_shift_moves_and_does_nothing_else():
+    centre, covariance = warped(blob(), shift=5.0)
+    assert 4.5 < abs(centre).max() <= 5.01
+    assert (abs(centre.mean(axis=0)) < 0.6).all()
+    assert abs(np.corrcoef(centre.T)[0, 1]) < 0.2
+    # Bilinear sampling blurs by a quarter of a squared pixel at most.
+    np.testing.assert_allclose(covariance, np.broadcast_to(16 * np.eye(2), covariance.shape), atol=0.3)
+
+
+def test_a_scaling_enlarges_both_sides_by_the_same_factor():
+    centre, covariance = warped(blob(), scale=0.4)
+    np.testing.assert_allclose(centre, 0, atol=1e-3)
+    np.testing.assert_allclose(covariance[:, 0, 0], covariance[:, 1, 1], rtol=1e-3)
+    factor = np.sqrt(covariance[:, 0, 0] / 16)
+    assert 0.6 <= factor.min() < 0.65
+    assert 1.35 < factor.max() <= 1.41
+
+
+def test_a_squeeze_widens_as_much_as_it_flattens():
+    centre, covariance = warped(blob(), squeeze=0.4)
+    np.testing.assert_allclose(centre, 0, atol=1e-3)
+    wider, taller = np.sqrt(covariance[:, 1, 1] / 16), np.sqrt(covariance[:, 0, 0] / 16)
+    np.testing.assert_allclose(wider * taller, 1, atol=0.03)
+    assert wider.min() < 0.7
+    assert wider.max() > 1.3
+
+
+def test_a_shear_moves_rows_to_the_side_by_their_height():
+    _, covariance = warped(blob(), shear=0.5)
+    np.testing.assert_allclose(covariance[:, 0, 0], 16, rtol=0.02)
+    slant = covariance[:, 0, 1] / covariance[:, 0, 0]
+    assert 0.45 < abs(slant).max() <= 0.51
+    assert (slant > 0).any()
+    assert (slant < 0).any()
+    np.testing.assert_allclose(covariance[:, 1, 1], 16 * (1 + slant**2), rtol=0.02)
+
+
+def test_what_comes_in_from_outside_is_zero_and_no_distortion_is_the_identity():
+    image = jnp.ones((200, 8, 8, 1))
+    moved = np.asarray(warp(image, streams_of(200), shift=8.0))
+    assert moved.min() == 0
+    assert moved.max() == 1
+    image = jnp.arange(200 * 8 * 8).reshape(200, 8, 8, 1) / 1e4
+    np.testing.assert_allclose(warp(image, streams_of(200)), image, atol=1e-5)
+
+
+def test_an_elastic_field_is_noise_of_the_stated_strength_that_neighbours_share():
+    alpha, sigma = 34.0, 4.0
+    field = np.asarray(elastic_fields(keys_of(300), 29, 29, alpha, sigma))
+    # Uniform noise of variance 1/3, averaged with weights whose squares add up to 1 / (4 pi sigma^2).
+    deviation = alpha * math.sqrt(1 / 3 / (4 * math.pi)) / sigma
+    np.testing.assert_allclose(field.std(), deviation, rtol=0.03)
+    np.testing.assert_allclose(deviation / alpha, 0.041, atol=5e-4)
+    np.testing.assert_allclose(field[:, :, 0].std(), deviation, rtol=0.08)  # at the border as inside
+    for lag in (1, 4, 8):
+        found = np.mean(field[..., lag:] * field[..., :-lag]) / deviation**2
+        np.testing.assert_allclose(found, np.exp(-(lag**2) / (4 * sigma**2)), atol=0.06)
+    assert abs(np.corrcoef(field[:, 0].ravel(), field[:, 1].ravel())[0, 1]) < 0.05
+
+
+def test_an_elastic_distortion_moves_pixels_by_its_field():
+    size = 21
+    ramp = jnp.tile(jnp.arange(size, dtype=jnp.float32)[None, :, None, None] + 5, (8, 1, size, 1))
+    keys = streams_of(8)
+    bent = warp(ramp, keys, elastic=20.0, elastic_sigma=3.0)
+    field = elastic_fields(keys["elastic"], size, size, 20.0, 3.0)
+    inside = (slice(None), slice(6, -6), slice(6, -6))
+    np.testing.assert_allclose((bent - ramp)[..., 0][inside], field[:, 0][inside], atol=1e-4)
+
+
+# Cutout.
+
+
+def test_a_cutout_is_a_square_of_zeros_about_any_pixel_cut_at_the_border():
+    image, side = jnp.ones((2_000, 6, 6, 3)), 4
+    cut = np.asarray(jax.jit(augment.random_cutout, static_argnums=2)(image, keys_of(2_000), side))
+    assert set(np.unique(cut)) == {0, 1}
+    hole = cut[..., 0] == 0
+    assert (hole[..., None] == (cut == 0)).all()
+    rows, columns = hole.any(axis=2), hole.any(axis=1)
+    np.testing.assert_array_equal(hole, rows[:, :, None] & columns[:, None, :])
+    expected = {tuple(abs(place - centre + 0.5) < 2 for place in range(6)) for centre in range(6)}
+    for lines in (rows, columns):
+        assert {tuple(line) for line in lines.tolist()} == expected
+    assert len({hole.tobytes() for hole in hole}) == 36
+
+
+# Mixing.
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def mixed(image, label, settings, axis_name=None):
+    return augment.mix(image, label, streams_of(len(image)), settings, 5, axis_name)
+
+
+def test_mixup_blends_each_example_and_its_label_with_the_one_before():
+    image, label = unit_images(), jnp.arange(64) % 5
+    blended, target = map(np.asarray, mixed(image, label, Settings(mixup=0.4)))
+    np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)
+    share = target[np.arange(64), label][:, None, None, None]
+    np.testing.assert_allclose(blended, share * image + (1 - share) * np.roll(image, 1, axis=0), atol=1e-6)
+    np.testing.assert_allclose(target[np.arange(64), np.roll(label, 1)], 1 - share.ravel(), atol=1e-6)
+
+
+def test_shares_are_beta_distributed():
+    draw = jax.jit(augment.random_shares)
+    for alpha in (0.2, 1.0, 4.0):
+        share = np.asarray(draw(keys_of(4_000), alpha))
+        np.testing.assert_allclose(share.mean(), 0.5, atol=0.03)
+        np.testing.assert_allclose(share.var(), 1 / (4 * (2 * alpha + 1)), rtol=0.08)
+
+
+def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
+    image, label = unit_images(300, size=9), jnp.arange(300) % 5
+    pasted, target = map(np.asarray, mixed(image, label, Settings(cutmix=1.0)))
+    before = np.roll(image, 1, axis=0)
+    own, other = (pasted == image).all(axis=-1), (pasted == before).all(axis=-1)
+    assert (own ^ other).all()
+    rows, columns = other.any(axis=2), other.any(axis=1)
+    np.testing.assert_array_equal(other, rows[:, :, None] & columns[:, None, :])
+    np.testing.assert_allclose(target[np.arange(300), label], own.mean(axis=(1, 2)), atol=1e-6)
+    np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)
+    # Cut at the border or not, the box is as tall as it is wide where it lies inside.
+    inside = ~(rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1])
+    np.testing.assert_array_equal(rows.sum(axis=1)[inside], columns.sum(axis=1)[inside])
+    assert 0.55 < own.mean() < 0.85  # a half is the mean of Beta(1, 1), the border's cut leaves more
+
+
+def test_mixing_over_devices_is_that_of_the_whole_batch():
+    image, label, position = unit_images(24), np.arange(24) % 5, np.arange(24)
+
+    def both(image, label, position, axis_name):
+        streams = augment.split_streams(augment.example_keys(jax.random.key(0), position))
+        ways = Settings(mixup=0.4), Settings(cutmix=1.0)
+        return [augment.mix(image, label, streams, way, 5, axis_name) for way in ways]
+
+    expected = jax.jit(both, static_argnums=3)(image, label, position, None)
+    mesh, part = Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch")
+    over = jax.shard_map(functools.partial(both, axis_name="batch"), mesh=mesh, in_specs=part, out_specs=part)
+    assert mesh.size == 4
+    found = jax.jit(over)(image, label, position)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found, expected)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pad": -1}, "data.augment.pad = -1 must be 0 or more"),
+        ({"lighting": float("nan")}, "data.augment.lighting = nan must be 0 or more"),
+        ({"lighting_basis": "cifar"}, "data.augment.lighting_basis = 'cifar' must be one of train, imagenet"),
+        ({"brightness": 1.5}, r"data.augment.brightness = 1.5 must be in \[0, 1\]"),
+        ({"squeeze": 1.0}, r"data.augment.squeeze = 1.0 must be in \[0, 1\)"),
+        ({"elastic_sigma": 0.0}, "data.augment.elastic_sigma = 0.0 must be above 0"),
+        ({"cutout": 9}, "data.augment.cutout = 9 must be at most the 8 pixels of an image's side"),
+        ({"shift": 8.5}, "data.augment.shift = 8.5 must be at most the 8 pixels of an image's side"),
+        ({"mixup": -0.1}, "data.augment.mixup = -0.1 must be 0 or more"),
+        ({"mixup": 0.2, "cutmix": 1.0}, "data.augment.mixup = 0.2 must be 0, as data.augment.cutmix = 1.0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        augment.check(Settings(**settings), (8, 10, 3))
+
+
+@pytest.mark.parametrize("key", ["lighting", "saturation"])
+def test_colours_are_refused_for_grey_images(key):
+    with pytest.raises(ValueError, match=rf"data.augment.{key} = 0.1 must be 0 for images of 1 channels"):
+        augment.check(Settings(**{key: 0.1}), (8, 8, 1))

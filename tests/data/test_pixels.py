@@ -1,16 +1,38 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_cases.data import augment as augmentations
+from cnn_cases.data import pixels as pixels_lib
 from cnn_cases.data.pixels import make_pixels
+from configs import common
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
-AUGMENT = {"pad": 0, "flip": False}
+AUGMENT = dict(**common.get_config().data.augment)
+OFF = {"normalization": "none", "augment": AUGMENT, "num_classes": 5}
 
 
 def everything(image=IMAGE, **settings):
-    pixels = make_pixels(image, **{"normalization": "none", "augment": AUGMENT} | settings)
+    pixels = make_pixels(image, **OFF | settings)
     return np.asarray(jax.jit(pixels.evaluate)(pixels.arrays, image))
+
+
+def trained(image=IMAGE, normalization="none", **augment):
+    """What a training step sees of the images, whose labels are 0 to 4 by turns."""
+    settings = OFF | {"normalization": normalization, "augment": AUGMENT | augment}
+    pixels = make_pixels(image, **settings)
+    label, position = np.arange(len(image)) % 5, np.arange(len(image))
+    seen, label = jax.jit(pixels.train)(pixels.arrays, image, label, position, jax.random.key(0))
+    return np.asarray(seen), np.asarray(label)
+
+
+def correlated_images(count=400, size=4):
+    """Images whose neighbouring pixels and colours resemble each other, as natural ones' do."""
+    rng = np.random.default_rng(1)
+    coarse = rng.normal(size=(count, 2, 2, 1)).repeat(size // 2, 1).repeat(size // 2, 2)
+    noise = rng.normal(size=(count, size, size, 3))
+    return np.clip(128 + 60 * coarse + 20 * noise, 0, 255).astype(np.uint8)
 
 
 def test_channel_normalization_gives_mean_zero_and_deviation_one():
@@ -35,9 +57,136 @@ def test_the_input_of_lenet5_has_black_below_zero_and_white_above_one():
     np.testing.assert_allclose(everything(normalization="lenet5_1998"), expected, atol=1e-6)
 
 
-def test_constant_images_do_not_divide_by_zero():
+def test_imagenets_statistics_are_constants():
+    image = everything(normalization="imagenet")
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(image * std + mean, IMAGE / 255, atol=1e-6)
+
+
+def test_images_of_another_size_lose_the_mean_images_mean_colour():
+    pixels = make_pixels(IMAGE, **OFF | {"normalization": "pixel_mean"})
+    larger = np.random.default_rng(3).integers(0, 256, (2, 7, 6, 3), np.uint8)
+    expected = larger / 255 - IMAGE.mean(axis=(0, 1, 2)) / 255
+    np.testing.assert_allclose(pixels.evaluate(pixels.arrays, larger), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["channel", "gcn_zca"])
+def test_constant_images_do_not_divide_by_zero(normalization):
     black = np.zeros((6, 2, 2, 1), np.uint8)
-    np.testing.assert_array_equal(everything(black, normalization="channel"), 0)
+    np.testing.assert_array_equal(everything(black, normalization=normalization), 0)
+
+
+def test_images_of_one_grey_have_no_contrast_to_normalize():
+    grey = np.float32([1, 77, 254]).reshape(3, 1, 1, 1) / 255 * np.ones((3, 32, 32, 3), np.float32)
+    for xp in (np, jnp):
+        np.testing.assert_allclose(pixels_lib.contrast_normalized(xp.asarray(grey), xp), 0, atol=1e-6)
+
+
+def test_contrast_normalization_gives_mean_zero_and_the_norm_of_pylearn2():
+    image = pixels_lib.contrast_normalized(IMAGE.astype(np.float32), np).reshape(23, -1)
+    np.testing.assert_allclose(image.mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 55, rtol=1e-5)
+    # Brightness and contrast of an image are gone.
+    other = pixels_lib.contrast_normalized(IMAGE.astype(np.float32) / 255 * 3 + 7, np)
+    np.testing.assert_allclose(other.reshape(23, -1), image, atol=1e-4)
+
+
+def test_whitening_leaves_no_covariance_but_for_the_bias():
+    images = correlated_images()
+    before = pixels_lib.contrast_normalized(images.astype(np.float32) / 255, np).reshape(400, -1)
+    before = np.cov(before.T, bias=True)
+    white = everything(images, normalization="gcn_zca").reshape(400, -1)
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
+    after = np.cov(white.T, bias=True)
+    # In the basis of the eigenvectors, a variance v has become v / (v + 0.1): nearly 1 where there is any.
+    values, vectors = np.linalg.eigh(before)
+    np.testing.assert_allclose(vectors.T @ after @ vectors, np.diag(values / (values + 0.1)), atol=1e-3)
+    assert abs(np.corrcoef(before)[0, 1]) > 0.5
+    off_diagonal = after - np.diag(np.diag(after))
+    assert abs(off_diagonal).max() < 0.05
+    # Of all that whiten, this one leaves the picture as it was as far as it can: its matrix is symmetric.
+    matrix = make_pixels(images, **OFF | {"normalization": "gcn_zca"}).arrays["zca_matrix"]
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-6)
+
+
+def test_the_whitening_is_an_argument_of_the_step_and_computed_once(monkeypatch):
+    first, again = (make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"}) for _ in range(2))
+    assert first.arrays["zca_matrix"].shape == (48, 48)
+    assert again.arrays is first.arrays
+    other = make_pixels(IMAGE[:9], **OFF | {"normalization": "gcn_zca"})
+    assert not np.allclose(other.arrays["zca_matrix"], first.arrays["zca_matrix"])
+    monkeypatch.setitem(first.arrays, "zca_matrix", np.zeros((48, 48), np.float32))
+    np.testing.assert_array_equal(first.evaluate(first.arrays, IMAGE), 0)
+
+
+def test_images_are_whitened_whole_before_they_are_cropped():
+    white = everything(normalization="gcn_zca")
+    seen, _ = trained(normalization="gcn_zca", pad=2, flip=True)
+    streams = augmentations.split_streams(augmentations.example_keys(jax.random.key(0), np.arange(23)))
+    expected = augmentations.geometry(white, streams, augmentations.Settings(pad=2, flip=True))
+    np.testing.assert_allclose(seen, expected, atol=1e-4)
+    assert (seen == 0).any()
+
+
+def test_a_whitening_refuses_images_of_another_size():
+    pixels = make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"})
+    with pytest.raises(
+        ValueError, match=r"'gcn_zca' whitens .* shape \(4, 4, 3\), and these have \(5, 5, 3\)"
+    ):
+        pixels.evaluate(pixels.arrays, np.zeros((2, 5, 5, 3), np.uint8))
+
+
+def test_the_principal_colours_are_those_of_the_images():
+    images = correlated_images()
+    values, vectors = pixels_lib.colour_basis(images)
+    assert (np.diff(values) < 0).all()
+    covariance = np.cov(images.reshape(-1, 3).T / 255, bias=True)
+    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, covariance, atol=1e-6)
+
+
+def test_lighting_takes_the_colours_that_are_asked_for():
+    grey = np.full((200, 2, 2, 3), 128, np.uint8)
+    grey[..., 0] += np.arange(200, dtype=np.uint8)[:, None, None] % 2 * 100  # red alone varies
+    added = {
+        basis: trained(grey, lighting=0.1, lighting_basis=basis)[0] - grey / 255
+        for basis in ("train", "imagenet")
+    }
+    np.testing.assert_allclose(added["train"][..., 1:], 0, atol=1e-6)
+    np.testing.assert_allclose(added["train"][..., 0].std(), 0.1 * grey[..., 0].var() / 255**2, rtol=0.2)
+    assert (added["imagenet"].std(axis=(0, 1, 2)) > 0.005).all()
+
+
+def test_a_cutout_is_the_mean():
+    seen, _ = trained(normalization="channel", cutout=2)
+    plain = everything(normalization="channel")
+    cut = (seen == 0).all(axis=-1)
+    np.testing.assert_allclose(seen[~cut], plain[~cut], atol=1e-6)
+    assert 1 <= cut.sum(axis=(1, 2)).min() < cut.sum(axis=(1, 2)).max() == 4
+
+
+def test_mixing_comes_last_and_turns_labels_into_targets():
+    _, label = trained(cutout=2)
+    np.testing.assert_array_equal(label, np.arange(23) % 5)
+    seen, target = trained(normalization="channel", mixup=0.4)
+    assert target.shape == (23, 5)
+    share = target[np.arange(23), np.arange(23) % 5]
+    assert np.roll(label, 1)[0] == 2  # 22 % 5, of the last: no example is mixed with its like
+    plain = everything(normalization="channel")
+    share = share[:, None, None, None]
+    np.testing.assert_allclose(seen, share * plain + (1 - share) * np.roll(plain, 1, axis=0), atol=1e-5)
+
+
+def test_nothing_is_drawn_in_evaluation():
+    augment = AUGMENT | {
+        "pad": 1,
+        "brightness": 0.5,
+        "lighting": 0.1,
+        "cutout": 2,
+        "mixup": 1.0,
+        "shift": 2.0,
+    }
+    np.testing.assert_allclose(everything(augment=augment), IMAGE / 255, atol=1e-6)
+    assert everything(augment=augment).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -48,6 +197,11 @@ def test_constant_images_do_not_divide_by_zero():
             "data.normalization = 'whiten' is unknown; known: none, channel, pixel_mean, pixel_mean_255",
         ),
         ({"augment": {"pad": -1, "flip": False}}, "data.augment.pad = -1 must be 0 or more"),
+        ({"augment": {"cutout": 5}}, "data.augment.cutout = 5 must be at most the 4 pixels"),
+        (
+            {"normalization": "imagenet", "image": IMAGE[..., :1]},
+            "data.normalization = 'imagenet' is for images of 3 channels; these have 1",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

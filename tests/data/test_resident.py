@@ -16,7 +16,7 @@ def make_feed(num_train=23, num_test=11, batch_size=5, eval_batch_size=4, **augm
         return rng.integers(0, 256, (size, 4, 4, 3), np.uint8), rng.integers(0, 10, size).astype(np.int32)
 
     splits = {"train": split(num_train, 0), "test": split(num_test, 1)}
-    pixels = make_pixels(splits["train"][0], normalization="none", augment=AUGMENT | augment)
+    pixels = make_pixels(splits["train"][0], normalization="none", augment=AUGMENT | augment, num_classes=10)
     return ResidentFeed(
         splits, num_classes=10, batch_size=batch_size, eval_batch_size=eval_batch_size, pixels=pixels
     )

@@ -297,6 +297,29 @@ def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-3)
 
 
+def test_mixing_does_not_depend_on_devices(config, tmp_path):
+    config.data.augment.update(cutout=4, mixup=0.4)
+    config.num_steps = config.log_every_steps = 4
+    config.evaluation.every_steps = config.checkpoint.every_steps = 0
+    config.evaluation.splits, config.checkpoint.best_on = (), ""
+    losses = []
+    for count in (1, 2, 4):
+        workdir = tmp_path / str(count)
+        run(config, workdir, loop.make_program(config, jax.devices()[:count]))
+        losses.append(rows(workdir)[0]["running/loss"])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["mixup", "cutmix"])
+def test_a_loss_of_one_class_refuses_mixed_examples(key, config):
+    config.data.augment[key] = 0.2
+    config.loss.name = "rbf_map"
+    with pytest.raises(
+        ValueError, match=rf"data.augment.{key} = 0.2 gives an example shares of two classes, .*'rbf_map'"
+    ):
+        loop.make_program(config)
+
+
 def change(config, key, value):
     config.update_from_flattened_dict({key: value})
 
@@ -329,6 +352,7 @@ def change(config, key, value):
         ("num_microbatches", 5, r"batch_size = 24 .* over 4 devices with 5 microbatches; .*: 20 and 40"),
         ("ema_decay", 1.0, r"ema_decay = 1.0 must be in \[0, 1\)"),
         ("loss.name", "hinge", "loss.name = 'hinge' is unknown; known: cross_entropy, rbf"),
+        ("data.augment.cutout", 17, "data.augment.cutout = 17 must be at most the 16 pixels"),
         ("loss.side_weight", -0.3, "loss.side_weight = -0.3 must be 0 or more"),
         ("optimizer.name", "lion", "optimizer.name = 'lion' is unknown; known: sgd, rmsprop"),
         ("schedule.name", "step", "schedule.name = 'step' is unknown"),

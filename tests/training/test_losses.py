@@ -24,6 +24,17 @@ def test_label_smoothing_is_the_cross_entropy_against_the_smoothed_target():
     np.testing.assert_allclose(smooth(LOGITS, LABEL), -(target * log_chances).sum(axis=1), rtol=1e-5)
 
 
+def test_a_target_of_one_class_is_its_label_and_one_of_two_a_blend_of_both_losses():
+    one_hot = np.eye(3, dtype=np.float32)
+    for smoothing in (0.0, 0.1):
+        loss = losses.make_loss(**SETTINGS | {"label_smoothing": smoothing})
+        np.testing.assert_allclose(loss(LOGITS, one_hot[LABEL]), loss(LOGITS, LABEL), rtol=1e-6)
+        other = np.int32([1, 1])
+        target = 0.7 * one_hot[LABEL] + 0.3 * one_hot[other]
+        expected = 0.7 * loss(LOGITS, LABEL) + 0.3 * loss(LOGITS, other)
+        np.testing.assert_allclose(loss(LOGITS, target), expected, rtol=1e-6)
+
+
 def test_the_mean_squared_loss_is_the_penalty_of_the_right_class():
     loss = losses.make_loss(**SETTINGS | {"name": "rbf_mean_squared"})
     np.testing.assert_allclose(loss(-np.float32([[3, 5], [7, 2]]), np.int32([0, 1])), [3, 2])

@@ -135,3 +135,5 @@ def test_the_average_of_the_parameters_follows_them_and_is_what_is_evaluated():
 def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():
     logits = jnp.array([[1.0, 2.0], [3.0, 2.0]])
     np.testing.assert_array_equal(steps.is_wrong(logits, jnp.array([1, 1])), [0, 1])
+    target = jnp.array([[0.4, 0.6], [0.3, 0.7]])
+    np.testing.assert_array_equal(steps.is_wrong(logits, target), [0, 1])
