@@ -27,12 +27,36 @@ def get_config():
     config.data = ConfigDict()
     config.data.name = "digits"  # a TFDS name
     config.data.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    # "resident": the whole set lives on each device, decoded once. "stream": for sets that do not fit there;
+    # images are read, decoded and cropped on the host for each step.
+    config.data.feed = "resident"
     config.data.splits = ConfigDict()  # what each part is made of, as TFDS split expressions
     config.data.splits.train = "train"
     config.data.splits.validation = "validation"
     config.data.splits.test = "test"
-    config.data.image_size = 0  # pixels, height and width to which images are resized; 0: as they are
+    # Pixels, height and width to which images, or the crops of a stream, are resized; 0: images as they are.
+    config.data.image_size = 0
     config.data.border = 0  # zero pixels then added on every side
+    config.data.crop = ConfigDict()  # what of an image is seen
+    # "squeeze": all of it, resized to a square; all that a resident feed can do. A stream can also crop, in
+    # evaluation the centre and in training at random, "shorter_side": a square of the resized image (AlexNet,
+    # VGG, ResNet), or "area": a patch of any size and shape (GoogLeNet).
+    config.data.crop.name = "squeeze"
+    # Of "shorter_side": pixels that the shorter side is resized to before the crop, drawn from here to there.
+    config.data.crop.shorter_side = (256, 256)
+    config.data.crop.area = (0.08, 1.0)  # of "area": share of the image's area, drawn from here to there
+    config.data.crop.aspect = (3 / 4, 4 / 3)  # of "area": width / height, likewise
+    # Pixels of the shorter side before the central crop of evaluation; of "squeeze" none.
+    config.data.crop.eval_shorter_side = 256
+    config.data.stream = ConfigDict()  # of the feed "stream"
+    # Processes that make training batches; 0: threads of this process, which is enough for a few cores. What
+    # workers made lies in shared memory (/dev/shm): workers * buffer batches and a few more.
+    config.data.stream.workers = 0
+    # Batches made in advance by each worker; without workers, by as many threads, one each.
+    config.data.stream.buffer = 2
+    # Fraction of a split's records that may be unreadable; they are named in warnings and left out. 0: the
+    # first one ends the run.
+    config.data.stream.max_damaged = 0.0
     # "none", "channel", "pixel_mean", "pixel_mean_255" or "lenet5_1998"
     config.data.normalization = "channel"
     config.data.augment = ConfigDict()  # of the training images, inside the step

@@ -136,3 +136,46 @@ def _resize(image, size):
 # What TFDS warns of at each start: that OpenCV would decode faster, and that an empty directory is empty.
 _NOISE = ("OpenCV is not installed", "has no dataset_info.json")
 logging.getLogger("absl").addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
+
+
+def open_split(name, split, data_dir=""):
+    """The records of a split, to be read one at a time from the disk; their images stay encoded.
+
+    Args:
+      name, split, data_dir: see `load_split`.
+
+    Returns:
+      A sequence of {"image": bytes, "label": int, ...} that other processes can be sent, and the features.
+
+    Raises:
+      ValueError: the set is unknown or not prepared, or has no such split, no images of one byte a channel in
+        grey or RGB, or no labels.
+    """
+    builder = make_builder(name, data_dir)
+    if not builder.is_prepared():
+        if name not in BUNDLED:
+            where = f" --data_dir={data_dir}" if data_dir else ""
+            raise ValueError(
+                f"data.name = {name!r} is not prepared in {builder.data_path}; "
+                f"run `python -m cnn_cases.data.prepare {name}{where}`"
+            )
+        with _no_progress_bars():
+            builder = prepare(name, data_dir)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")
+    image = features["image"]
+    if image.shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
+        raise ValueError(f"the images of {name!r} are neither grey nor RGB of one byte a channel: {image}")
+    try:
+        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        first_label = source[0]["label"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"split {split!r} of {name!r} cannot be read: it has {', '.join(builder.info.splits)} ({error})"
+        ) from error
+    except RuntimeError:
+        return source, features  # the first record is damaged; whoever reads it will find out
+    if first_label < 0:  # how TFDS says it, as of ImageNet's test images
+        raise ValueError(f"split {split!r} of {name!r} has no labels")
+    return source, features
