@@ -125,3 +125,19 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.checkpoint.every_steps = round(steps_per_epoch)
     config.checkpoint.best_on = ""
     config.log_every_steps = 100
+
+
+def imagenette(config, *, image_size):
+    """Sets the data of a training on Imagenette, ten classes of ImageNet that are easy to tell apart.
+
+    It has no third split: its validation images are those that are reported on, and choose no checkpoint.
+    """
+    config.data.name = "imagenette/320px-v2"
+    config.data.feed = "stream"
+    config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
+    config.data.image_size = image_size
+    config.data.augment.flip = True
+    config.evaluation.batch_size = 200
+    config.evaluation.final_splits = ("validation",)
+    config.checkpoint.best_on = ""
+    config.log_every_steps = 10
