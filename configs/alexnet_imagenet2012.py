@@ -14,9 +14,8 @@ The paper's recipe, item by item:
 Where the paper is silent: whether biases decay (here they do not).
 Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
 needs; one view in the test.
-For now every device has to hold the whole set (206 GB at 227 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 227 pixels; of the
-augmentations only the flip is among the data keys yet, not the random crops and the lighting.
+The shorter side is resized to 256 pixels and the crop lies anywhere in the image; the paper crops from the
+central square. Of the augmentations the lighting is missing. Not run yet.
 """
 
 from configs import common
@@ -28,6 +27,7 @@ def get_config():
     common.imagenet2012(config, image_size=227, batch_size=128, num_epochs=90)
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
+    config.data.crop.name = "shorter_side"
     config.data.normalization = "pixel_mean_255"
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4

@@ -1,9 +1,9 @@
 """AlexNet of two groups, with dense layers of 512, on Imagenette, ten easy classes of ImageNet, as a stream.
 
-Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, random crops of images whose shorter
-side is resized, pixels less their mean in the range of 0 to 255. The sizes are ours, crops of 131 pixels from
-148, and so is the recipe: Adam, for with the paper's rate and momentum this net stays for hundreds of steps
-where it starts.
+Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, random crops of images whose
+shorter side is resized, pixels less their mean in the range of 0 to 255. The sizes are ours, crops of 131
+pixels from 148, and so is the recipe: Adam, for with the paper's rate and momentum this net stays for
+hundreds of steps where it starts.
 Command: python -m cnn_cases.data.prepare imagenette/320px-v2
          python train.py --config=configs/alexnet_imagenette.py --workdir=runs/alexnet_imagenette
 

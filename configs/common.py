@@ -50,7 +50,8 @@ def get_config():
     config.data.crop.eval_shorter_side = 256
     config.data.stream = ConfigDict()  # of the feed "stream"
     # Processes that make training batches; 0: threads of this process, which is enough for a few cores. What
-    # workers made lies in shared memory (/dev/shm): workers * buffer batches and a few more.
+    # workers made lies in shared memory (/dev/shm): workers * buffer batches and a few more. A container may
+    # have too little of it (`docker run --shm-size`).
     config.data.stream.workers = 0
     # Batches made in advance by each worker; without workers, by as many threads, one each.
     config.data.stream.buffer = 2
@@ -117,6 +118,8 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.batch_size = batch_size
     config.num_steps = round(num_epochs * steps_per_epoch)
     config.data.name = "imagenet2012"
+    config.data.feed = "stream"
+    config.data.stream.workers = 8  # about 1,000 images a second each
     config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
     config.data.image_size = image_size
     config.data.augment.flip = True

@@ -17,9 +17,7 @@ rate is 0.31 times the first), the weight decay (2e-4, without biases), the kind
 keeping 0.9999 at each step), initialisation (He's, in the model) and what is done to pixels (normalised by
 the mean and deviation of their channel).
 Departures: synchronous steps; one view and one net in the test.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not the patches and the distortions.
+Of the augmentations the photometric distortions are missing. Not run yet.
 """
 
 from configs import common
@@ -34,6 +32,7 @@ def get_config():
     config.model.batch_norm = False
     config.model.side_branches = True
     config.loss.side_weight = 0.3
+    config.data.crop.name = "area"
     config.optimizer.learning_rate = 0.02
     config.optimizer.weight_decay = 2e-4
     config.optimizer.decayed = "kernels"

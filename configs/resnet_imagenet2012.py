@@ -16,10 +16,8 @@ Where the paper is silent: when the rate fell, and whether biases and batch norm
 do, as in fb.resnet.torch).
 Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule since fb.resnet.torch; one view
 in the test.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not the random scales and crops and the shift of
-colour.
+Of the augmentations the shift of colour is missing. The mean image is that of a sample, of central crops.
+Not run yet.
 """
 
 from configs import common
@@ -35,6 +33,8 @@ def get_config():
     config.model.shortcut = "B"
     config.model.stride_placement = "v1"
     config.model.zero_init_last_gamma = False
+    config.data.crop.name = "shorter_side"
+    config.data.crop.shorter_side = (256, 480)
     config.data.normalization = "pixel_mean"
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 1e-4

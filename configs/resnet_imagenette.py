@@ -24,7 +24,7 @@ def get_config():
     common.imagenette(config, image_size=96)
     config.data.crop.name = "area"
     config.data.crop.eval_shorter_side = 110
-    config.optimizer.learning_rate = 0.05
+    config.optimizer.learning_rate = 0.01
     config.schedule.name = "cosine"
     config.schedule.warmup_steps = 30
     config.evaluation.every_steps = 62

@@ -16,10 +16,8 @@ Where the paper is silent: whether biases decay (here they do not), and when the
 Departures: Glorot's initialisation in place of a start from net A, which the paper's authors recommend in
 hindsight; the rate falls after one, two and two and a half thirds of the steps, times of our own; pixels
 are divided by each channel's deviation, too; one view of 224 pixels in the test.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not the random crops of several scales and the shift
-of colour.
+The shorter side is drawn from 256 to 512 pixels, without the paper's start at 384. Of the augmentations the
+shift of colour is missing. Not run yet.
 """
 
 from configs import common
@@ -31,6 +29,8 @@ def get_config():
     common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=74)
     config.model.name = "vgg"
     config.model.variant = "D"
+    config.data.crop.name = "shorter_side"
+    config.data.crop.shorter_side = (256, 512)
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"
