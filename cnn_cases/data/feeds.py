@@ -14,7 +14,7 @@ A feed has the same calls whatever its kind:
 
 import functools
 
-from cnn_cases.data import sources
+from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.data.stream import StreamFeed
@@ -57,6 +57,7 @@ def make_feed(
     if feed not in FEEDS:
         raise ValueError(f"data.feed = {feed!r} is unknown; known: {', '.join(FEEDS)}")
     crop, stream = dict(**crop), dict(**stream)
+    decode.check(image_size, **crop)
     pixels = functools.partial(make_pixels, normalization=normalization, augment=augment)
     sizes = dict(batch_size=batch_size, eval_batch_size=eval_batch_size)
     if feed == "stream":

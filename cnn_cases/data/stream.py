@@ -84,7 +84,7 @@ class StreamFeed:
           splits: {role: what `sources.open_split` gives}, with the role "train" among them.
           image_size: pixels, height and width of a crop.
           border: zero pixels then added on every side.
-          crop: the settings of `decode.training_box`, a mapping.
+          crop: the settings of `decode.training_box`, a mapping that `decode.check` has passed.
           batch_size: examples of a training step, over all devices of all processes.
           eval_batch_size: examples of an evaluation step, likewise.
           workers: processes that make training batches; 0 for threads of this process.
@@ -105,7 +105,6 @@ class StreamFeed:
             )
         if border < 0:
             raise ValueError(f"data.border = {border} must be 0 or more")
-        decode.check(image_size, **crop)
         if not 1 <= batch_size <= len(records):
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"
