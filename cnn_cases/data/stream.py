@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import grain
@@ -332,6 +333,7 @@ def _first(iterator):
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain hands its flags to its workers, be absl's flags in use or not
+    resource_tracker.ensure_running()  # else a worker's start would, and unblock the signals on its way
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return next(iterator)

@@ -194,12 +194,11 @@ def streamed(config):
     return config
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7])
-def test_a_killed_and_resumed_stream_is_the_unbroken_one_to_the_bit(steps, config, tmp_path):
+def test_a_killed_and_resumed_stream_is_the_unbroken_one_to_the_bit(config, tmp_path):
     program = loop.make_program(streamed(config), jax.devices()[:1])
     run(config, tmp_path / "unbroken", program)
     with pytest.raises(KilledError):
-        run(config, tmp_path / "killed", stop_after(program, steps, kill))
+        run(config, tmp_path / "killed", stop_after(program, 7, kill))
     run(config, tmp_path / "killed", program)
     kept = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "unbroken")]
     assert kept[0] == kept[1]
