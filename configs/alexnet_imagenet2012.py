@@ -15,9 +15,8 @@ Where the paper is silent: whether biases decay (here they do not), and in what 
 principal colours light the images (here [0, 1], and the colours are those that are public for ImageNet).
 Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
 needs.
-For now every device has to hold the whole set (206 GB at 227 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 227 pixels; of the
-augmentations the random crops are not among the data keys yet.
+The shorter side is resized to 256 pixels and the crop lies anywhere in the image; the paper crops from the
+central square. The mean image is that of a sample, of central crops. Not run yet.
 """
 
 from configs import common
@@ -29,6 +28,7 @@ def get_config():
     common.imagenet2012(config, image_size=227, batch_size=128, num_epochs=90)
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
+    config.data.crop.name = "shorter_side"
     config.data.normalization = "pixel_mean_255"
     config.data.augment.lighting = 0.1
     config.data.augment.lighting_basis = "imagenet"

@@ -28,12 +28,37 @@ def get_config():
     config.data = ConfigDict()
     config.data.name = "digits"  # a TFDS name
     config.data.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    # "resident": the whole set lives on each device, decoded once. "stream": for sets that do not fit there;
+    # images are read, decoded and cropped on the host for each step.
+    config.data.feed = "resident"
     config.data.splits = ConfigDict()  # what each part is made of, as TFDS split expressions
     config.data.splits.train = "train"
     config.data.splits.validation = "validation"
     config.data.splits.test = "test"
-    config.data.image_size = 0  # pixels, height and width to which images are resized; 0: as they are
+    # Pixels, height and width to which images, or the crops of a stream, are resized; 0: images as they are.
+    config.data.image_size = 0
     config.data.border = 0  # zero pixels then added on every side
+    config.data.crop = ConfigDict()  # what of an image is seen
+    # "squeeze": all of it, resized to a square; all that a resident feed can do. A stream can also crop, in
+    # evaluation the centre and in training at random, "shorter_side": a square of the resized image (AlexNet,
+    # VGG, ResNet), or "area": a patch of any size and shape (GoogLeNet).
+    config.data.crop.name = "squeeze"
+    # Of "shorter_side": pixels that the shorter side is resized to before the crop, drawn from here to there.
+    config.data.crop.shorter_side = (256, 256)
+    config.data.crop.area = (0.08, 1.0)  # of "area": share of the image's area, drawn from here to there
+    config.data.crop.aspect = (3 / 4, 4 / 3)  # of "area": width / height, likewise
+    # Pixels of the shorter side before the central crop of evaluation; of "squeeze" none.
+    config.data.crop.eval_shorter_side = 256
+    config.data.stream = ConfigDict()  # of the feed "stream"
+    # Processes that make training batches; 0: threads of this process, which is enough for a few cores. What
+    # workers made lies in shared memory (/dev/shm): workers * buffer batches and a few more. A container may
+    # have too little of it (`docker run --shm-size`).
+    config.data.stream.workers = 0
+    # Batches made in advance by each worker; without workers, by as many threads, one each.
+    config.data.stream.buffer = 2
+    # Fraction of a split's records that may be unreadable; they are named in warnings and left out. 0: the
+    # first one ends the run.
+    config.data.stream.max_damaged = 0.0
     # "none", "channel", "pixel_mean", "pixel_mean_255", "lenet5_1998", "imagenet" or "gcn_zca"
     config.data.normalization = "channel"
     config.data.augment = ConfigDict()  # of the training images, inside the step
@@ -139,6 +164,8 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.batch_size = batch_size
     config.num_steps = round(num_epochs * steps_per_epoch)
     config.data.name = "imagenet2012"
+    config.data.feed = "stream"
+    config.data.stream.workers = 8  # about 1,000 images a second each
     config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
     config.data.image_size = image_size
     config.data.augment.flip = True
@@ -147,3 +174,19 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.checkpoint.every_steps = round(steps_per_epoch)
     config.checkpoint.best_on = ""
     config.log_every_steps = 100
+
+
+def imagenette(config, *, image_size):
+    """Sets the data of a training on Imagenette, ten classes of ImageNet that are easy to tell apart.
+
+    It has no third split: its validation images are those that are reported on, and choose no checkpoint.
+    """
+    config.data.name = "imagenette/320px-v2"
+    config.data.feed = "stream"
+    config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
+    config.data.image_size = image_size
+    config.data.augment.flip = True
+    config.evaluation.batch_size = 200
+    config.evaluation.final_splits = ("validation",)
+    config.checkpoint.best_on = ""
+    config.log_every_steps = 10

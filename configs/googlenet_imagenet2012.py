@@ -18,9 +18,7 @@ rate is 0.31 times the first), the weight decay (2e-4, without biases), the kind
 keeping 0.9999 at each step), initialisation (He's, in the model) and what is done to pixels (normalised by
 the mean and deviation of their channel).
 Departures: synchronous steps; one net in the test, of 144 crops.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations the patches are not among the data keys yet.
+Not run yet.
 """
 
 from configs import common
@@ -38,6 +36,7 @@ def get_config():
     config.data.augment.contrast = 0.5
     config.data.augment.saturation = 0.5
     config.loss.side_weight = 0.3
+    config.data.crop.name = "area"
     config.optimizer.learning_rate = 0.02
     config.optimizer.weight_decay = 2e-4
     config.optimizer.decayed = "kernels"

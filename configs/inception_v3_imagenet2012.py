@@ -17,12 +17,12 @@ Where the paper is silent: RMSProp's momentum (0.9, which the paper gives for it
 momentum), the side branch's weight (0.4, as in the widespread training code for this net, as recalled; the
 paper on GoogLeNet has 0.3), the weight decay (4e-5 without biases and batch normalisation, as recalled from
 the same code), the average (keeping 0.9999 at each step), initialisation (He's, in the model),
-augmentation, and what is done to pixels (normalised by the mean and deviation of their channel).
+augmentation (the patches of Szegedy et al. 2014, section 6, and flips, without distortions of colour), the
+crop of the test (the centre, 299 of 342 pixels, as recalled from the same code), and what is done to pixels
+(normalised by the mean and deviation of their channel).
 Departures: one synchronous step on 1,600 images for the 50 replicas' steps, which did not wait for each
 other, on 32 each; the optimizer sees the weight decay as part of the gradient that it clips.
-For now every device has to hold the whole set (357 GB at 299 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 299 pixels; of the
-augmentations only the flip is among the data keys yet, not the usual crops and distortions of colour.
+Not run yet.
 """
 
 from configs import common
@@ -35,6 +35,8 @@ def get_config():
     common.imagenet2012(config, image_size=299, batch_size=1_600, num_epochs=num_epochs)
     config.model.name = "inception_v3"
     config.model.side_branches = True
+    config.data.crop.name = "area"
+    config.data.crop.eval_shorter_side = 342
     config.loss.label_smoothing = 0.1
     config.loss.side_weight = 0.4
     config.optimizer.name = "rmsprop"

@@ -6,12 +6,10 @@ Command: python -m cnn_cases.data.prepare imagenet2012
          python train.py --config=configs/nin_imagenet2012.py --workdir=runs/nin_imagenet2012
 
 Recipe: for want of a paper's, one in AlexNet's manner. SGD with momentum 0.9, batch 128, rate 0.01 divided
-by 10 after 40, 60 and 80 of 90 epochs, weight decay 5e-4 without biases, flips, pixels normalised by the
-mean and deviation of their channel. Initialisation and dropout are those of the authors' definition, in the
-model.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations only the flip is among the data keys yet, not random crops.
+by 10 after 40, 60 and 80 of 90 epochs, weight decay 5e-4 without biases, random 224-pixel crops of images
+whose shorter side is 256, flips, pixels normalised by the mean and deviation of their channel. Initialisation
+and dropout are those of the authors' definition, in the model.
+Not run yet.
 """
 
 from configs import common
@@ -23,6 +21,7 @@ def get_config():
     common.imagenet2012(config, image_size=224, batch_size=128, num_epochs=90)
     config.model.name = "nin"
     config.model.variant = "imagenet"
+    config.data.crop.name = "shorter_side"
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"

@@ -15,10 +15,8 @@ The paper's recipe, item by item:
 Where the paper is silent: when the rate fell, and whether biases and batch normalisation decay (here they
 do, as in fb.resnet.torch).
 Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule since fb.resnet.torch; ten crops
-of one scale in the test.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations the random scales and crops are not among the data keys yet.
+of one scale in the test. The mean image is that of a sample, of central crops.
+Not run yet.
 """
 
 from configs import common
@@ -34,6 +32,8 @@ def get_config():
     config.model.shortcut = "B"
     config.model.stride_placement = "v1"
     config.model.zero_init_last_gamma = False
+    config.data.crop.name = "shorter_side"
+    config.data.crop.shorter_side = (256, 480)
     config.data.normalization = "pixel_mean"
     config.data.augment.lighting = 0.1
     config.data.augment.lighting_basis = "imagenet"

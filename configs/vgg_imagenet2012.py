@@ -15,10 +15,9 @@ The paper's recipe, item by item:
 Where the paper is silent: whether biases decay (here they do not), and when the rate fell.
 Departures: Glorot's initialisation in place of a start from net A, which the paper's authors recommend in
 hindsight; the rate falls after one, two and two and a half thirds of the steps, times of our own; pixels
-are divided by each channel's deviation, too; the longer side of a test image cut to repeat its shape.
-For now every device has to hold the whole set (200 GB at 224 pixels), more than any can: until images
-stream, this config builds and does not run. Images are squeezed to squares of 224 pixels; of the
-augmentations the random crops of several scales are not among the data keys yet.
+are divided by each channel's deviation, too; the longer side of a test image cut to repeat its shape. The
+shorter side is drawn from 256 to 512 pixels, without the paper's start at 384.
+Not run yet.
 """
 
 from configs import common
@@ -30,6 +29,8 @@ def get_config():
     common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=74)
     config.model.name = "vgg"
     config.model.variant = "D"
+    config.data.crop.name = "shorter_side"
+    config.data.crop.shorter_side = (256, 512)
     config.data.augment.lighting = 0.1
     config.data.augment.lighting_basis = "imagenet"
     config.optimizer.learning_rate = 0.01

@@ -1,12 +1,15 @@
 """Every config builds, and every key is read."""
 
 import importlib
+import io
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from cnn_cases.data import feeds, pixels
 from cnn_cases.studies import sweep
@@ -28,7 +31,8 @@ IMAGES = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
     "cifar10": ((32, 32, 3), 10),
-    "imagenet2012": ((224, 224, 3), 1000),
+    "imagenette/320px-v2": ((None, None, 3), 10),
+    "imagenet2012": ((None, None, 3), 1000),
 }
 
 
@@ -46,11 +50,21 @@ class Images:
         image = np.zeros((2, height + 2 * border, width + 2 * border, channels), np.uint8)
         return image, np.zeros(2, np.int32), self.num_classes
 
+    def open_split(self, name, split, data_dir):
+        del name, split, data_dir
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30)).save(file, "PNG")
+        label = SimpleNamespace(num_classes=self.num_classes)
+        image = SimpleNamespace(shape=self.shape)
+        return [{"image": file.getvalue(), "label": 0}] * 2, {"image": image, "label": label}
+
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_config_builds_a_state(name, monkeypatch):
     config = load(name)
-    monkeypatch.setattr(feeds.sources, "load_split", Images(config.data.name).load_split)
+    images = Images(config.data.name)
+    monkeypatch.setattr(feeds.sources, "load_split", images.load_split)
+    monkeypatch.setattr(feeds.sources, "open_split", images.open_split)
     monkeypatch.setattr(feeds.sources, "check_disjoint", lambda *_: None)
     # For 32x32x3 pixels it takes half a minute; tests/data/test_pixels.py has smaller ones.
     monkeypatch.setattr(pixels, "_whitening", lambda _: {})

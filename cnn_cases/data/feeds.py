@@ -14,37 +14,73 @@ A feed has the same calls whatever its kind:
     feed.normalize(arrays, image)         inside the step: views of an image (see `views`), uint8, -> float32
 """
 
-from cnn_cases.data import sources
+import functools
+
+from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
+from cnn_cases.data.stream import StreamFeed
+
+FEEDS = ("resident", "stream")
 
 
 def make_feed(
     *,
     name,
     data_dir,
+    feed,
     splits,
     image_size,
     border,
+    crop,
+    stream,
     normalization,
     augment,
     batch_size,
     eval_batch_size,
     axis_name=None,
+    process_index=0,
+    process_count=1,
 ):
     """The feed of a TFDS set.
 
     Args:
       name, data_dir, image_size, border: see `sources.load_split`.
+      feed: "resident" for a set that lives on the devices, "stream" for one that is decoded step by step.
       splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"}.
+      crop: the settings of `decode.training_box`. A resident feed has whole images: "squeeze".
+      stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed has no use for them.
       normalization, augment, axis_name: see `pixels.make_pixels`.
       batch_size, eval_batch_size: see `ResidentFeed`.
+      process_index, process_count: see `StreamFeed`; a resident feed is for one process.
 
     Raises:
       ValueError: a key has no possible value, or the set is not there; the message names it.
     """
-    splits = dict(**splits)
+    if feed not in FEEDS:
+        raise ValueError(f"data.feed = {feed!r} is unknown; known: {', '.join(FEEDS)}")
+    crop, stream, splits = dict(**crop), dict(**stream), dict(**splits)
+    decode.check(image_size, **crop)
+    pixels = functools.partial(make_pixels, normalization=normalization, augment=augment, axis_name=axis_name)
     sources.check_disjoint(name, splits, data_dir)
+    sizes = dict(batch_size=batch_size, eval_batch_size=eval_batch_size)
+    if feed == "stream":
+        return StreamFeed(
+            {role: sources.open_split(name, split, data_dir) for role, split in splits.items()},
+            image_size=image_size,
+            border=border,
+            crop=crop,
+            make_pixels=pixels,
+            process_index=process_index,
+            process_count=process_count,
+            **sizes,
+            **stream,
+        )
+    if crop["name"] != "squeeze":
+        raise ValueError(
+            f"data.crop.name = {crop['name']!r} is not for data.feed = 'resident', which has whole images "
+            "('squeeze'); use data.feed = 'stream'"
+        )
     loaded = {
         role: sources.load_split(name, split, data_dir, image_size, border) for role, split in splits.items()
     }
@@ -52,15 +88,8 @@ def make_feed(
     return ResidentFeed(
         {role: (images, labels) for role, (images, labels, _) in loaded.items()},
         num_classes=num_classes,
-        batch_size=batch_size,
-        eval_batch_size=eval_batch_size,
-        pixels=make_pixels(
-            train_images,
-            normalization=normalization,
-            augment=augment,
-            num_classes=num_classes,
-            axis_name=axis_name,
-        ),
+        pixels=pixels(train_images, num_classes=num_classes),
+        **sizes,
     )
 
 

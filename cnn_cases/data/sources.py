@@ -56,7 +56,8 @@ def prepare(name, data_dir=""):
     builder = make_builder(name, data_dir)
     if builder.is_prepared():
         return builder
-    if name not in BUNDLED and importlib.util.find_spec("tensorflow") is None:
+    stock = type(builder).__module__.startswith("tensorflow_datasets.")
+    if stock and importlib.util.find_spec("tensorflow") is None:
         raise ValueError(
             f"TFDS needs TensorFlow, once, to prepare {name!r}; `make data DATASET={name}` has it in an "
             "environment of its own, or install it with `pip install tensorflow-cpu`"
@@ -151,6 +152,7 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
             for (images, labels), (_, start, end) in zip(whole, parts, strict=True)
         ]
         images, labels = (np.concatenate(column) for column in zip(*cut, strict=True))
+    _check_labels(name, split, labels)
     if image_size:
         images = [_resize(image, image_size) for image in images]
     if isinstance(images, list):
@@ -164,6 +166,39 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
         edge = (border, border)
         images = np.pad(images, ((0, 0), edge, edge, (0, 0)))
     return images, np.asarray(labels, np.int32), builder.info.features["label"].num_classes
+
+
+def open_split(name, split, data_dir=""):
+    """The records of a split, to be read one at a time from the disk; their images stay encoded.
+
+    Args:
+      name, split, data_dir: see `load_split`.
+
+    Returns:
+      A sequence of {"image": bytes, "label": int, ...} that other processes can be sent, and the features.
+
+    Raises:
+      ValueError: the set is unknown or not prepared, or has no such split, no images of one byte a channel in
+        grey or RGB, or no labels.
+    """
+    builder = open_prepared(name, data_dir)
+    _parts(builder, split)
+    features = builder.info.features
+    image = features["image"]
+    if image.shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
+        raise ValueError(f"the images of {name!r} are neither grey nor RGB of one byte a channel: {image}")
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    try:
+        first_label = source[0]["label"]
+    except RuntimeError:
+        return source, features  # the first record is damaged; whoever reads it will find out
+    _check_labels(name, split, first_label)
+    return source, features
+
+
+def _check_labels(name, split, labels):
+    if np.min(labels) < 0:  # how TFDS says it, as of ImageNet's test images
+        raise ValueError(f"split {split!r} of {name!r} has no labels")
 
 
 def _parts(builder, split):

@@ -196,9 +196,18 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         try:
             final = extra["final"]
             if final is None:
-                final = _train(
-                    config, program, step, state, extra["window"], log=log, checkpoints=checkpoints, stop=stop
-                )
+                with contextlib.closing(program.feed.train_batches(config.seed, step)) as batches:
+                    final = _train(
+                        config,
+                        program,
+                        step,
+                        state,
+                        batches,
+                        extra["window"],
+                        log=log,
+                        checkpoints=checkpoints,
+                        stop=stop,
+                    )
         except DivergedError as error:
             write_json(workdir / "result.json", {"status": "diverged", "step": error.step})
             kept = checkpoints.all_steps()
@@ -220,8 +229,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     return result
 
 
-def _train(config, program, first_step, state, window, *, log, checkpoints, stop):
-    """The steps from `first_step` to the last; returns the final evaluation.
+def _train(config, program, first_step, state, batches, window, *, log, checkpoints, stop):
+    """The steps from `first_step` to the last, on `batches`; returns the final evaluation.
 
     `window` holds the metrics of the steps since the last row, as lists in the order of RUNNING. It is saved
     with the state, so that the row in which a run was stopped is the row of an unbroken run.
@@ -255,12 +264,9 @@ def _train(config, program, first_step, state, window, *, log, checkpoints, stop
                 window.clear()
 
     final = None
-    batches = program.feed.train_batches(config.seed, first_step)
     for before in range(first_step, config.num_steps, config.steps_per_call):
         step = before + config.steps_per_call
-        stacked = jax.tree.map(
-            lambda *leaves: np.stack(leaves), *itertools.islice(batches, config.steps_per_call)
-        )
+        stacked = jax.tree.map(_stack, *itertools.islice(batches, config.steps_per_call))
         state, metrics = program.train(state, program.arrays, devices_lib.shard(stacked, num_devices, axis=1))
         under_way.append((step, metrics))
         collect(ahead)
@@ -354,6 +360,11 @@ def _check_finite(step, values):
 def _largest(params):
     """The largest absolute value of all parameters; NaN where there is any."""
     return float(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(params)]).max())
+
+
+def _stack(*leaves):
+    """np.stack, without a copy of a single one: images that stream are large."""
+    return np.stack(leaves) if leaves[1:] else leaves[0][None]
 
 
 def _mean(values):

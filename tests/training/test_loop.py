@@ -186,12 +186,31 @@ def tiny_resnet(data_dir):
     return config
 
 
-def test_the_number_of_devices_changes_nothing_but_rounding(data_dir, tmp_path):
-    config = tiny_resnet(data_dir)
+def streamed(config):
+    config.data.feed = "stream"
+    config.data.image_size = 16
+    config.data.crop.name = "area"
+    config.data.crop.eval_shorter_side = 18
+    return config
+
+
+def test_a_killed_and_resumed_stream_is_the_unbroken_one_to_the_bit(config, tmp_path):
+    program = loop.make_program(streamed(config), jax.devices()[:1])
+    run(config, tmp_path / "unbroken", program)
+    with pytest.raises(KilledError):
+        run(config, tmp_path / "killed", stop_after(program, 7, kill))
+    run(config, tmp_path / "killed", program)
+    kept = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "unbroken")]
+    assert kept[0] == kept[1]
+    states = [last_state(tmp_path / name, program) for name in ("killed", "unbroken")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def assert_devices_change_nothing_but_rounding(config, workdir):
     figures = {}
     for count in (1, 2, 4):
-        run(config, tmp_path / str(count), loop.make_program(config, jax.devices()[:count]))
-        figures[count] = rows(tmp_path / str(count))
+        run(config, workdir / str(count), loop.make_program(config, jax.devices()[:count]))
+        figures[count] = rows(workdir / str(count))
     assert any("running/loss" in row for row in figures[1])
     for count in (2, 4):
         for one, many in zip(figures[1], figures[count], strict=True):
@@ -200,6 +219,14 @@ def test_the_number_of_devices_changes_nothing_but_rounding(data_dir, tmp_path):
                 # Errors are counts over hundreds: one example may fall on the other side.
                 tolerance = 0.02 if name.endswith("/error") else 2e-3 * max(1, abs(one[name]))
                 assert abs(one[name] - many[name]) <= tolerance, (count, one["step"], name)
+
+
+def test_the_number_of_devices_changes_nothing_but_rounding(data_dir, tmp_path):
+    assert_devices_change_nothing_but_rounding(tiny_resnet(data_dir), tmp_path)
+
+
+def test_the_number_of_devices_changes_nothing_of_a_stream_but_rounding(config, tmp_path):
+    assert_devices_change_nothing_but_rounding(streamed(config), tmp_path)
 
 
 def test_without_global_batch_statistics_the_number_of_devices_matters(data_dir, tmp_path):
@@ -347,6 +374,8 @@ def change(config, key, value):
         ("dtype", "float16", "dtype = 'float16' is unknown; known: float32, bfloat16"),
         ("model.name", "lenet", "model.name = 'lenet' is unknown; known: lenet5"),
         ("data.name", "cifr10", "data.name = 'cifr10' is no TFDS data set"),
+        ("data.feed", "flow", "data.feed = 'flow' is unknown; known: resident, stream"),
+        ("data.crop.name", "area", "data.crop.name = 'area' is not for data.feed = 'resident'"),
         ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
         ("num_microbatches", 0, "num_microbatches = 0 must be 1 or more"),
         ("num_microbatches", 5, r"batch_size = 24 .* over 4 devices with 5 microbatches; .*: 20 and 40"),

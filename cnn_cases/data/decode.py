@@ -1,0 +1,141 @@
+"""From the bytes of an image to pixels on the host, and the boxes that the papers crop from it.
+
+A crop is a box of the image's own pixels, then resized to the square that a network sees. For an image that
+is first resized and then cropped, as the papers have it, this is the same picture, up to the rounding of the
+box to whole pixels, and costs less.
+"""
+
+import io
+import math
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+CROPS = ("squeeze", "shorter_side", "area")
+
+cv2.setNumThreads(1)  # whoever decodes in parallel has a thread or a process for each batch already
+
+
+def decode(data, channels):
+    """The pixels of an encoded image.
+
+    JPEG goes through libjpeg-turbo; what that refuses (CMYK, files with harmless flaws) and every other
+    format through Pillow.
+
+    Args:
+      data: the bytes of a file.
+      channels: 1 for grey, 3 for RGB, whatever the file holds.
+
+    Returns:
+      uint8 [H, W, channels].
+
+    Raises:
+      ValueError: the bytes are no image, or not all of one.
+    """
+    if simplejpeg.is_jpeg(data):
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
+        except ValueError:
+            pass
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow's message may quote the address of the buffer, which differs from run to run.
+        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise ValueError(reason) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def check(image_size, *, name, shorter_side, area, aspect, eval_shorter_side):
+    """Raises ValueError where boxes of `image_size` cannot be as the settings, those of `data.crop`, say."""
+    if name not in CROPS:
+        raise ValueError(f"data.crop.name = {name!r} is unknown; known: {', '.join(CROPS)}")
+    if name == "shorter_side" and not image_size <= shorter_side[0] <= shorter_side[1]:
+        raise ValueError(
+            f"data.crop.shorter_side = {tuple(shorter_side)} must be at least "
+            f"data.image_size = {image_size}, the smaller one first"
+        )
+    if name == "area" and not 0 < area[0] <= area[1] <= 1:
+        raise ValueError(f"data.crop.area = {tuple(area)} must be two fractions in (0, 1], the smaller first")
+    if name == "area" and not 0 < aspect[0] <= aspect[1]:
+        raise ValueError(f"data.crop.aspect = {tuple(aspect)} must be two positive ratios, the smaller first")
+    if name != "squeeze" and eval_shorter_side < image_size:
+        raise ValueError(
+            f"data.crop.eval_shorter_side = {eval_shorter_side} must be at least "
+            f"data.image_size = {image_size}"
+        )
+
+
+def training_box(height, width, image_size, rng, *, name, shorter_side, area, aspect, eval_shorter_side):
+    """The random box that is cropped from a training image.
+
+    - "squeeze": all of it.
+    - "shorter_side": where the shorter side measures as many pixels as are drawn, evenly, from the two of
+      `shorter_side`, a square of `image_size` anywhere in the image (Krizhevsky et al. 2012, section 4.1;
+      with several sizes Simonyan, Zisserman 2014, section 3.1).
+    - "area": a share drawn evenly from `area`, with a ratio of width to height whose logarithm is drawn
+      evenly from `aspect`, anywhere (Szegedy et al. 2014, section 6). After ten boxes that do not fit, the
+      largest one about the centre whose ratio is allowed.
+
+    Args:
+      height, width: of the image, in pixels.
+      image_size: height and width of what the network sees, in pixels.
+      rng: a NumPy generator.
+      name, shorter_side, area, aspect: as above; `eval_shorter_side` is not for training.
+
+    Returns:
+      (top, left, height, width) in pixels of the image.
+    """
+    del eval_shorter_side
+    if name == "squeeze":
+        return 0, 0, height, width
+    if name == "shorter_side":
+        size = _square(height, width, image_size, rng.integers(*shorter_side, endpoint=True))
+        return *_place(rng, height, width, size, size), size, size
+    for _ in range(10):
+        share, ratio = rng.uniform(*area), math.exp(rng.uniform(*map(math.log, aspect)))
+        box_height = max(round(math.sqrt(share * height * width / ratio)), 1)
+        box_width = max(round(math.sqrt(share * height * width * ratio)), 1)
+        if box_height <= height and box_width <= width:
+            return *_place(rng, height, width, box_height, box_width), box_height, box_width
+    box_height = min(height, round(width / aspect[0]))
+    box_width = min(width, round(height * aspect[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def evaluation_box(height, width, image_size, *, name, eval_shorter_side, shorter_side, area, aspect):
+    """The box of an image that is evaluated: all of it for "squeeze", else the centre.
+
+    The centre is the square of `image_size` pixels where the shorter side measures `eval_shorter_side`
+    pixels. Arguments and result as of `training_box`; the ranges to draw from have no part in it.
+    """
+    del shorter_side, area, aspect
+    if name == "squeeze":
+        return 0, 0, height, width
+    size = _square(height, width, image_size, eval_shorter_side)
+    return (height - size) // 2, (width - size) // 2, size, size
+
+
+def resized(image, box, image_size):
+    """The box of an image as a square. image uint8 [H, W, C] -> uint8 [image_size, image_size, C]."""
+    top, left, height, width = box
+    # Linear interpolation reads 2x2 pixels, and so misses none up to a factor of two.
+    small = max(height, width) <= 2 * image_size
+    square = cv2.resize(
+        image[top : top + height, left : left + width],
+        (image_size, image_size),
+        interpolation=cv2.INTER_LINEAR if small else cv2.INTER_AREA,
+    )
+    return square.reshape(image_size, image_size, image.shape[2])  # OpenCV drops a single channel
+
+
+def _square(height, width, image_size, shorter_side):
+    """Side of the square that measures `image_size` where the shorter side measures `shorter_side`."""
+    return max(round(min(height, width) * image_size / int(shorter_side)), 1)
+
+
+def _place(rng, height, width, box_height, box_width):
+    return int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))

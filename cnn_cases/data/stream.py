@@ -1,0 +1,352 @@
+"""A feed for sets that fit on no device: decoded and cropped on the host while the devices compute.
+
+grain spreads the work, a whole batch at a time, over threads of this process or over processes of their own,
+and hands the batches over in order. Nothing is to be restored: the batch of a step is a pure function of the
+seed and the step. Its examples come in the order of `resident.training_order`, as in a resident feed, and
+each one's crop is drawn from (seed, place in that order).
+
+A record that cannot be read or decoded is damaged. In training the next sound one of the order takes its
+place, in evaluation its mask is 0. Each one is named in a warning, and more than the config allows end the
+run; workers send what they found along with the batch, since no process sees all.
+"""
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing import resource_tracker
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from cnn_cases.data import decode
+from cnn_cases.data.resident import training_order
+
+MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
+_CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
+_ENDLESS = 2**62  # batches
+
+logger = logging.getLogger(__name__)
+
+
+class Recipe(NamedTuple):
+    """How the examples of a split are made; small, for it is sent to other processes.
+
+    Attributes:
+      records: of `sources.open_split`.
+      channels: 1 or 3.
+      image_size: pixels, height and width of a crop.
+      border: zero pixels then added on every side.
+      crop: the settings of `decode.training_box`, a mapping.
+      max_damaged: records of the split that may be damaged; less than all of them.
+    """
+
+    records: Any
+    channels: int
+    image_size: int
+    border: int
+    crop: dict
+    max_damaged: int
+
+
+class StreamFeed:
+    """Splits on the disk; `feeds` says what a feed is.
+
+    Attributes:
+      arrays: what `pixels` needs on the devices.
+      image_shape: (H, W, C).
+      num_classes: number of classes.
+    """
+
+    def __init__(
+        self,
+        splits,
+        *,
+        image_size,
+        border,
+        crop,
+        batch_size,
+        eval_batch_size,
+        workers,
+        buffer,
+        max_damaged,
+        make_pixels,
+        process_index=0,
+        process_count=1,
+    ):
+        """Opens nothing and starts nothing, but reads a sample of the training images.
+
+        Args:
+          splits: {role: what `sources.open_split` gives}, with the role "train" among them.
+          image_size: pixels, height and width of a crop.
+          border: zero pixels then added on every side.
+          crop: the settings of `decode.training_box`, a mapping that `decode.check` has passed.
+          batch_size: examples of a training step, over all devices of all processes.
+          eval_batch_size: examples of an evaluation step, likewise.
+          workers: processes that make training batches; 0 for threads of this process.
+          buffer: batches that each worker makes in advance; without workers, as many threads make one each.
+          max_damaged: fraction of a split's records that may be damaged.
+          make_pixels: training images, uint8 [N, H, W, C] -> `pixels.Pixels`. It is given the crops of
+            evaluation of at most MAX_SAMPLE images, evenly spaced in the split.
+          process_index, process_count: which contiguous share of every batch this process makes, of how many.
+
+        Raises:
+          ValueError: a value is not possible, or too much of the sample is damaged.
+        """
+        records, features = splits["train"]
+        if image_size < 1:
+            raise ValueError(
+                f"data.image_size = {image_size} must be 1 or more for data.feed = 'stream': its images "
+                "differ in size, and those of a batch may not"
+            )
+        if border < 0:
+            raise ValueError(f"data.border = {border} must be 0 or more")
+        if not 1 <= batch_size <= len(records):
+            raise ValueError(
+                f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"
+            )
+        for key, size in (("batch_size", batch_size), ("evaluation.batch_size", eval_batch_size)):
+            if size < 1 or size % process_count:
+                raise ValueError(f"{key} = {size} must be a positive multiple of {process_count} (processes)")
+        if workers < 0:
+            raise ValueError(f"data.stream.workers = {workers} must be 0 or more")
+        if buffer < 1:
+            raise ValueError(f"data.stream.buffer = {buffer} must be 1 or more")
+        if not 0 <= max_damaged < 1:
+            raise ValueError(f"data.stream.max_damaged = {max_damaged} must be in [0, 1)")
+        channels, side = features["image"].shape[-1], image_size + 2 * border
+        self.image_shape = (side, side, channels)
+        self.num_classes = features["label"].num_classes
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._workers, self._buffer = workers, buffer
+        self._share = process_index, process_count
+        self._recipes = {
+            role: Recipe(records, channels, image_size, border, crop, int(max_damaged * len(records)))
+            for role, (records, _) in splits.items()
+        }
+        self._damaged = {role: set() for role in splits}
+        self._pixels = make_pixels(self._sample(), num_classes=self.num_classes)
+        self.arrays = self._pixels.arrays
+
+    def train_batches(self, seed, first_step):
+        """The batches of the training steps from `first_step` on (the first of all is 0), without end.
+
+        Close the iterator to end its threads or processes.
+
+        Yields:
+          {"image": uint8 [B, H, W, C], "label": int32 [B], "position": int32 [B] in the global batch}, where
+          B is this process's share.
+
+        Raises:
+          ValueError: more records are damaged than may be.
+        """
+        make = functools.partial(
+            training_batch,
+            recipe=self._recipes["train"],
+            seed=seed,
+            batch_size=self._batch_size,
+            position=self._positions(self._batch_size),
+        )
+        steps = grain.MapDataset.range(first_step, _ENDLESS)
+        yield from self._batches("train", steps.map(make), self._workers)
+
+    def eval_batches(self, role):
+        """The batches of a whole split: {"image", "label", "mask": float32}, as those of training.
+
+        The mask is 1 for every example exactly once, and 0 for damaged ones and for the padding of the last
+        batch. Threads of this process make them: an evaluation may be over before a process has started.
+        """
+        recipe = self._recipes[role]
+        make = functools.partial(
+            evaluation_batch,
+            recipe=recipe,
+            batch_size=self._eval_batch_size,
+            position=self._positions(self._eval_batch_size),
+        )
+        numbers = grain.MapDataset.range(-(-len(recipe.records) // self._eval_batch_size))
+        yield from self._batches(role, numbers.map(make), 0)
+
+    def examples(self, role):
+        """Yields the sound examples of a split in its order: (image uint8 [H, W, C], label), not cropped."""
+        recipe = self._recipes[role]
+        for index in range(len(recipe.records)):
+            try:
+                example = read(recipe, index)
+            except ValueError:
+                self._note(role, [index])
+            else:
+                yield example
+
+    def normalize(self, arrays, image):
+        """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
+        return self._pixels.evaluate(arrays, image)
+
+    def prepare(self, arrays, batch, key):
+        """Inside the step: a batch -> image float32 [B, H, W, C], label int32 [B]; see `feeds`."""
+        if key is None:
+            return self.normalize(arrays, batch["image"]), batch["label"]
+        return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)
+
+    def _positions(self, batch_size):
+        index, count = self._share
+        return np.split(np.arange(batch_size, dtype=np.int32), count)[index]
+
+    def _batches(self, role, dataset, workers):
+        """The batches of a dataset, without what they tell of damaged records."""
+        threads = 0 if workers else self._buffer  # a worker makes one batch at a time
+        batches = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
+        if workers:
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=self._buffer)
+            batches = batches.mp_prefetch(options, worker_init_fn=_end_with_parent)
+        with contextlib.closing(iter(batches)) as iterator:
+            batch = _first(iterator) if workers else next(iterator, None)
+            while batch:
+                self._note(role, batch.pop("damaged").tolist())
+                # What workers made lies in shared memory, which a copy gives back at once.
+                yield {name: np.array(leaf) if workers else leaf for name, leaf in batch.items()}
+                batch = next(iterator, None)
+
+    def _note(self, role, indices):
+        """Warns of damaged records that are new; raises ValueError where they are too many."""
+        recipe, known = self._recipes[role], self._damaged[role]
+        new = sorted(set(indices) - known)
+        known.update(new)
+        if len(known) > recipe.max_damaged:
+            named = "; ".join(describe(recipe, index) for index in sorted(known)[:5])
+            raise ValueError(
+                f"data.stream.max_damaged allows {recipe.max_damaged} damaged of the {len(recipe.records)} "
+                f"records of data.splits.{role}; found {len(known)}: {named}{'; ...' * (len(known) > 5)}"
+            )
+        for index in new:
+            logger.warning("data.splits.%s: skipped %s", role, describe(recipe, index))
+
+    def _sample(self):
+        recipe = self._recipes["train"]
+        count = min(len(recipe.records), MAX_SAMPLE)
+        indices = np.linspace(0, len(recipe.records) - 1, count).astype(int)
+        batch = _evaluation_examples(recipe, indices)
+        self._note("train", batch["damaged"].tolist())
+        return batch["image"][batch["mask"] == 1]
+
+
+def read(recipe, index):
+    """(image uint8 [H, W, C] at its own size, label) of a record; raises ValueError where it is damaged."""
+    try:
+        record = recipe.records[index]
+    except RuntimeError as error:  # array_record's word for bytes that are not those once written
+        raise ValueError(str(error)) from error
+    return decode.decode(record["image"], recipe.channels), int(record["label"])
+
+
+def describe(recipe, index):
+    """A damaged record for a message: its index in the split, its file where it tells it, what is wrong."""
+    file = ""
+    with contextlib.suppress(RuntimeError):
+        record = recipe.records[index]
+        names = [record[key] for key in ("file_name", "image/filename") if key in record]
+        file = "".join(f" ({name.decode()})" for name in names)
+    try:
+        read(recipe, index)
+    except ValueError as error:
+        return f"record {index}{file}: {error}"
+    raise AssertionError(f"record {index} is sound")
+
+
+def training_batch(step, *, recipe, seed, batch_size, position):
+    """The share of a training step's batch at `position`, a pure function of its arguments.
+
+    Returns:
+      {"image", "label", "position", "damaged": int64, indices of the damaged records that were met}. Where
+      these are more than may be, the images that follow are black.
+    """
+    size = len(recipe.records)
+    numbers = int(step) * batch_size + position.astype(np.int64)
+    indices = training_order(seed, numbers, size)
+    batch = _black(recipe, len(position)) | {"position": position}
+    damaged = set()
+    for row, (number, index) in enumerate(zip(numbers.tolist(), indices.tolist(), strict=True)):
+        rng = np.random.default_rng((seed, number, _CROP_STREAM))
+        while len(damaged) <= recipe.max_damaged:
+            try:
+                image, label = read(recipe, index)
+            except ValueError:
+                damaged.add(index)
+                number += 1
+                index = training_order(seed, np.array([number]), size).item()
+                continue
+            box = decode.training_box(*image.shape[:2], recipe.image_size, rng, **recipe.crop)
+            _put(recipe, batch, row, image, box, label)
+            break
+    return batch | {"damaged": np.array(sorted(damaged), np.int64)}
+
+
+def evaluation_batch(number, *, recipe, batch_size, position):
+    """The share of an evaluation batch at `position`.
+
+    Returns:
+      {"image", "label", "mask", "damaged"}, the last as of `training_batch`.
+    """
+    return _evaluation_examples(recipe, int(number) * batch_size + position)
+
+
+def _evaluation_examples(recipe, indices):
+    batch = _black(recipe, len(indices)) | {"mask": np.zeros(len(indices), np.float32)}
+    damaged = []
+    for row, index in enumerate(indices.tolist()):
+        if index >= len(recipe.records):
+            break
+        try:
+            image, label = read(recipe, index)
+        except ValueError:
+            damaged.append(index)
+            continue
+        box = decode.evaluation_box(*image.shape[:2], recipe.image_size, **recipe.crop)
+        _put(recipe, batch, row, image, box, label)
+        batch["mask"][row] = 1
+    return batch | {"damaged": np.array(damaged, np.int64)}
+
+
+def _black(recipe, count):
+    side = recipe.image_size + 2 * recipe.border
+    return {
+        "image": np.zeros((count, side, side, recipe.channels), np.uint8),
+        "label": np.zeros(count, np.int32),
+    }
+
+
+def _put(recipe, batch, row, image, box, label):
+    inside = slice(recipe.border, recipe.border + recipe.image_size)
+    batch["image"][row, inside, inside] = decode.resized(image, box, recipe.image_size)
+    batch["label"][row] = label
+
+
+def _first(iterator):
+    """The first batch of worker processes, which start now and inherit which signals are blocked.
+
+    What ends a run (Ctrl-C, or a scheduler that signals the whole group) must not end the workers, whose
+    batches the run may want before it has saved.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain hands its flags to its workers, be absl's flags in use or not
+    resource_tracker.ensure_running()  # else a worker's start would, and unblock the signals on its way
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return next(iterator)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(worker_index, worker_count):
+    """In a worker: leave when the process that started it is gone, even killed."""
+    del worker_index, worker_count
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

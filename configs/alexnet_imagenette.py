@@ -1,0 +1,39 @@
+"""AlexNet of two groups, with dense layers of 512, on Imagenette, ten easy classes of ImageNet, as a stream.
+
+Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, random crops of images whose
+shorter side is resized, pixels less their mean in the range of 0 to 255. The sizes are ours, crops of 131
+pixels from 148, and so is the recipe: Adam, for with the paper's rate and momentum this net stays for
+hundreds of steps where it starts.
+Command: python -m cnn_cases.data.prepare imagenette/320px-v2
+         python train.py --config=configs/alexnet_imagenette.py --workdir=runs/alexnet_imagenette
+
+310 steps of 32 images are one epoch of the published set, which has 9,469 images to train on and 3,925 for
+validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs or more:
+--config.num_steps=6000.
+Not run to its end yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    """AlexNet on Imagenette."""
+    config = common.get_config()
+    config.num_steps = 310
+    config.batch_size = 32
+    config.model.name = "alexnet"
+    config.model.variant = "two_groups"
+    config.model.dense_features = 512
+    common.imagenette(config, image_size=131)
+    config.data.normalization = "pixel_mean_255"
+    config.data.crop.name = "shorter_side"
+    config.data.crop.shorter_side = (148, 148)
+    config.data.crop.eval_shorter_side = 148
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.weight_decay = 0.0
+    config.schedule.name = "cosine"
+    config.evaluation.every_steps = 62
+    config.checkpoint.every_steps = 62
+    config.lock()
+    return config

@@ -1,0 +1,35 @@
+"""ResNet-18 on Imagenette, ten easy classes of ImageNet, in crops of 96 pixels that stream from the disk.
+
+Paper: He et al. 2015, table 1; the crops are those of Szegedy et al. 2014, section 6; the schedule is ours.
+Command: python -m cnn_cases.data.prepare imagenette/320px-v2
+         python train.py --config=configs/resnet_imagenette.py --workdir=runs/resnet_imagenette
+Result: 45.8 % validation error with seed 0, on a subset of 2,000 images to train on, five epochs of it, and
+        600 for validation; 9 minutes on two shared CPU cores, 2026-11-24
+
+310 steps of 32 images are one epoch of the published set, which has 9,469 images to train on and 3,925 for
+validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs or more:
+--config.num_steps=6000.
+"""
+
+from configs import common
+
+
+def get_config():
+    """ResNet-18 on Imagenette."""
+    config = common.get_config()
+    config.num_steps = 310
+    config.batch_size = 32
+    config.model.name = "resnet"
+    config.model.depth = 18
+    config.model.plain = False
+    config.model.shortcut = "B"
+    common.imagenette(config, image_size=96)
+    config.data.crop.name = "area"
+    config.data.crop.eval_shorter_side = 110
+    config.optimizer.learning_rate = 0.01
+    config.schedule.name = "cosine"
+    config.schedule.warmup_steps = 30
+    config.evaluation.every_steps = 62
+    config.checkpoint.every_steps = 62
+    config.lock()
+    return config

@@ -1,0 +1,309 @@
+import itertools
+import logging
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_cases.data import feeds, sources, stream
+from configs import common
+from tests.data import photos
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def photos_dir(tmp_path_factory):
+    """A TFDS directory with the pictures of `photos` in it."""
+    directory = str(tmp_path_factory.mktemp("photos"))
+    sources.prepare("tiny_photos", directory)
+    return directory
+
+
+@pytest.fixture
+def feed_of(photos_dir):
+    """Makes a feed of the pictures: `feed_of(**{"key": value})`, the keys being those of config.data."""
+
+    def make(batch_size=6, eval_batch_size=4, process=(0, 1), **settings):
+        config = common.get_config().data
+        defaults = {
+            "name": "tiny_photos",
+            "data_dir": photos_dir,
+            "feed": "stream",
+            "image_size": 16,
+            "normalization": "none",
+            "crop.name": "area",
+            "crop.eval_shorter_side": 18,
+            "stream.max_damaged": 0.2,
+        }
+        config.splits = {"train": "train", "test": "test"}
+        config.update_from_flattened_dict(defaults | settings)
+        sizes = dict(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        return feeds.make_feed(**config, **sizes, process_index=process[0], process_count=process[1])
+
+    return make
+
+
+def first_batches(feed, count, seed=0, first_step=0):
+    return list(itertools.islice(feed.train_batches(seed, first_step), count))
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def file_number(directory, split, index):
+    """The number that `photos` gave a record; TFDS shuffles them."""
+    record = sources.open_split("tiny_photos", split, directory)[0][index]
+    return int(re.search(r"_(\d+)", record["file_name"].decode())[1])
+
+
+def damaged_indices(directory, split):
+    numbers = {index: file_number(directory, split, index) for index in range(photos.SIZES[split])}
+    return [index for index, number in numbers.items() if number in photos.DAMAGED[split]]
+
+
+def test_a_stream_of_whole_images_is_the_resident_feed(feed_of, data_dir):
+    settings = {"name": "digits", "data_dir": data_dir, "image_size": 8, "crop.name": "squeeze", "border": 1}
+    resident, streamed = (feed_of(feed=feed, **settings) for feed in ("resident", "stream"))
+    assert streamed.image_shape == resident.image_shape == (10, 10, 1)
+    assert streamed.num_classes == resident.num_classes
+    key = jax.random.key(0)
+    for ours, theirs in zip(first_batches(streamed, 3), first_batches(resident, 3), strict=True):
+        assert_equal(streamed.prepare({}, ours, key), resident.prepare(resident.arrays, theirs, key))
+        np.testing.assert_array_equal(ours["position"], theirs["position"])
+    for ours, theirs in zip(streamed.eval_batches("test"), resident.eval_batches("test"), strict=True):
+        np.testing.assert_array_equal(ours["mask"], theirs["mask"])
+        real = ours["mask"] == 1
+        image, label = resident.prepare(resident.arrays, theirs, None)
+        assert_equal([leaf[real] for leaf in streamed.prepare({}, ours, None)], [image[real], label[real]])
+
+
+def test_a_batch_is_a_function_of_seed_and_step(feed_of):
+    unbroken = first_batches(feed_of(), 10)
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in unbroken[0].items()}
+    assert shapes == {
+        "image": ((6, 16, 16, 3), np.uint8),
+        "label": ((6,), np.int32),
+        "position": ((6,), np.int32),
+    }
+    for first_step in (0, 3, 9):
+        (batch,) = first_batches(feed_of(**{"stream.buffer": 1}), 1, first_step=first_step)
+        assert_equal(batch, unbroken[first_step])
+    (other,) = first_batches(feed_of(), 1, seed=1)
+    assert not np.array_equal(other["image"], unbroken[0]["image"])
+
+
+def test_an_image_is_cropped_anew_in_every_epoch(feed_of):
+    batches = first_batches(feed_of(batch_size=24), 2)
+    whole = first_batches(feed_of(batch_size=24, **{"crop.name": "squeeze"}), 2)
+
+    def pictures(batches):
+        return [{image.tobytes() for image in batch["image"]} for batch in batches]
+
+    assert set.intersection(*pictures(whole)) == set.union(*pictures(whole))
+    assert not set.intersection(*pictures(batches))
+
+
+def test_processes_share_every_batch_in_contiguous_parts(feed_of):
+    whole, parts = feed_of(), [feed_of(process=(index, 2)) for index in range(2)]
+
+    def joined(batches):
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+
+    for batch, *shares in zip(*(first_batches(feed, 5) for feed in (whole, *parts)), strict=True):
+        assert len(shares[0]["label"]) == 3
+        assert_equal(joined(shares), batch)
+    for batch, *shares in zip(*(feed.eval_batches("test") for feed in (whole, *parts)), strict=True):
+        assert_equal(joined(shares), batch)
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 4, 11, 30])
+def test_every_sound_evaluation_example_counts_exactly_once(eval_batch_size, feed_of):
+    feed = feed_of(eval_batch_size=eval_batch_size)
+    batches = list(feed.eval_batches("test"))
+    assert {len(batch["mask"]) for batch in batches} == {eval_batch_size}
+    labels = np.concatenate([batch["label"][batch["mask"] == 1] for batch in batches])
+    assert labels.tolist() == [label for _, label in feed.examples("test")]
+    assert len(labels) == 10
+
+
+def test_examples_are_the_pictures_at_their_own_sizes(feed_of, photos_dir):
+    damaged = damaged_indices(photos_dir, "train")
+    sound = [index for index in range(24) if index not in damaged]
+    for index, (image, label) in zip(sound, feed_of().examples("train"), strict=True):
+        number = file_number(photos_dir, "train", index)
+        picture = np.asarray(photos.picture(number, "L" if number == 2 else "RGB").convert("RGB"), np.int32)
+        assert image.shape == picture.shape
+        assert np.abs(image - picture).mean() < 10
+        assert label == number % 4
+
+
+def test_the_next_sound_record_of_the_order_takes_a_damaged_ones_place(feed_of, photos_dir):
+    feed = feed_of(batch_size=24)
+    (batch,) = first_batches(feed, 1)
+    order = stream.training_order(0, np.arange(30), 24)[:24].tolist()
+    following = stream.training_order(0, np.arange(30), 24).tolist()
+    damaged = damaged_indices(photos_dir, "train")
+    expected = [next(one for one in following[place:] if one not in damaged) for place, _ in enumerate(order)]
+    labels = [file_number(photos_dir, "train", index) % 4 for index in expected]
+    assert batch["label"].tolist() == labels
+    assert batch["image"].max(axis=(1, 2, 3)).min() > 0
+
+
+def test_damaged_records_are_named_once_each(feed_of, photos_dir, caplog):
+    with caplog.at_level(logging.WARNING, "cnn_cases"):
+        feed = feed_of()
+        first_batches(feed, 8)
+        for _ in range(2):
+            list(feed.eval_batches("test"))
+        list(feed.examples("test"))
+    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    expected = [
+        f"data.splits.{split}: skipped record {index} ({split}_{file_number(photos_dir, split, index)}.jpg): "
+        for split in ("train", "test")
+        for index in damaged_indices(photos_dir, split)
+    ]
+    assert [any(map(message.startswith, expected)) for message in messages] == [True] * 3
+    assert "runcated" in messages[0]
+
+
+def test_more_damaged_records_than_allowed_end_the_run(feed_of, photos_dir):
+    first, second = damaged_indices(photos_dir, "train")
+    with pytest.raises(ValueError, match=r"data.stream.max_damaged allows 0 damaged of the 24 records"):
+        feed_of(**{"stream.max_damaged": 0.0})
+    with pytest.raises(ValueError, match=f"allows 1 .*found 2: record {first} .*; record {second} .*jpg"):
+        feed_of(**{"stream.max_damaged": 0.05})
+    feed = feed_of(**{"stream.max_damaged": 0.09})
+    with pytest.raises(ValueError, match=r"of the 11 records of data.splits.test; found 1"):
+        list(feed.eval_batches("test"))
+
+
+def test_a_set_of_damaged_records_alone_ends_the_search(feed_of, monkeypatch):
+    feed = feed_of(**{"stream.max_damaged": 0.99})
+
+    def fail(_, index):
+        raise ValueError(f"record {index} is gone")
+
+    monkeypatch.setattr(stream, "read", fail)
+    with pytest.raises(ValueError, match=r"allows 23 .*found 24: record 0.*; record 4.*; \.\.\.$"):
+        first_batches(feed, 1)
+
+
+def test_a_file_with_wrong_bytes_in_it_costs_the_records_there(feed_of, photos_dir, tmp_path):
+    shutil.copytree(photos_dir, tmp_path / "copy")
+    (file,) = (tmp_path / "copy").glob("tiny_photos/*/*-test.array_record-*")
+    data = bytearray(file.read_bytes())
+    data[5000:5004] = bytes(byte ^ 0xFF for byte in data[5000:5004])
+    file.write_bytes(data)
+    feed = feed_of(data_dir=str(tmp_path / "copy"))
+    (sound,) = {sum(batch["mask"].sum() for batch in feed.eval_batches("test")) for _ in range(2)}
+    assert sound == len(list(feed.examples("test"))) == 9
+
+
+def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatch, photos_dir):
+    records = sources.open_split("tiny_photos", "train", photos_dir)
+    monkeypatch.setattr(stream, "MAX_SAMPLE", 4)
+    seen = []
+
+    def make_pixels(image, **_):
+        seen.append(image)
+        return SimpleNamespace(arrays={})
+
+    crop = common.get_config().data.crop
+    crop.name = "area"
+    crop.eval_shorter_side = 18
+    settings = dict(image_size=16, border=0, crop=dict(**crop), batch_size=2, eval_batch_size=2)
+    feed = stream.StreamFeed(
+        {"train": records}, make_pixels=make_pixels, workers=0, buffer=1, max_damaged=0.2, **settings
+    )
+    sample = stream.evaluation_batch(
+        0, recipe=feed._recipes["train"], batch_size=4, position=np.array([0, 7, 15, 23])
+    )
+    np.testing.assert_array_equal(seen[0], sample["image"][sample["mask"] == 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feed": "flow"}, "data.feed = 'flow' is unknown; known: resident, stream"),
+        ({"feed": "resident"}, "data.crop.name = 'area' is not for data.feed = 'resident'"),
+        ({"crop.name": "zoom"}, "data.crop.name = 'zoom' is unknown"),
+        ({"feed": "resident", "crop.name": "zoom"}, "data.crop.name = 'zoom' is unknown"),
+        ({"image_size": 0}, "data.image_size = 0 must be 1 or more for data.feed = 'stream'"),
+        ({"border": -1}, "data.border = -1 must be 0 or more"),
+        ({"batch_size": 25}, "batch_size = 25 must be between 1 and the 24 training examples"),
+        ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be a positive multiple of 1"),
+        ({"process": (0, 4)}, r"batch_size = 6 must be a positive multiple of 4 \(processes\)"),
+        ({"stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
+        ({"stream.buffer": 0}, "data.stream.buffer = 0 must be 1 or more"),
+        ({"stream.max_damaged": 1.0}, r"data.stream.max_damaged = 1.0 must be in \[0, 1\)"),
+        ({"splits": {"train": "trian"}}, "split 'trian' of 'tiny_photos' cannot be read: it has train, test"),
+        ({"name": "mnist"}, "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message, feed_of):
+    with pytest.raises(ValueError, match=message):
+        feed_of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"image": ((None, None, 3), np.uint8)}, "'photos' has no image and label; it has image"),
+        ({"label": ((), np.int64)}, "'photos' has no image and label; it has label"),
+        (
+            {"image": ((None, None, 4), np.uint8), "label": ((), np.int64)},
+            "the images of 'photos' are neither grey nor RGB of one byte",
+        ),
+        (
+            {"image": ((None, None, 1), np.uint16), "label": ((), np.int64)},
+            "the images of 'photos' are neither grey nor RGB of one byte",
+        ),
+        (
+            {"image": ((None, None, 3), np.uint8), "label": ((), np.int64)},
+            "split 'test' of 'photos' has no labels",
+        ),
+    ],
+)
+def test_a_set_without_labels_or_with_other_images_is_refused(features, message, monkeypatch):
+    features = {name: SimpleNamespace(shape=shape, np_dtype=kind) for name, (shape, kind) in features.items()}
+    builder = mock.Mock()
+    builder.info.features = features
+    monkeypatch.setattr(sources, "_parts", lambda *_: [("test", 0, 1)])
+    builder.as_data_source.return_value = [{"image": b"", "label": -1}]
+    monkeypatch.setattr(sources, "make_builder", lambda *_: builder)
+    with pytest.raises(ValueError, match=message):
+        sources.open_split("photos", "test")
+
+
+def test_training_is_the_same_with_worker_processes(photos_dir, tmp_path):
+    """The whole command line, damaged records included; the one test that starts workers."""
+    command = [
+        *(sys.executable, "train.py", "--config=configs/lenet5_digits.py", "--config.data.name=tiny_photos"),
+        *(f"--config.data.data_dir={photos_dir}", "--config.data.feed=stream", "--config.data.image_size=16"),
+        *("--config.data.crop.name=area", "--config.data.crop.eval_shorter_side=18"),
+        *("--config.data.stream.max_damaged=0.2", "--config.num_steps=8", "--config.batch_size=8"),
+        *("--config.data.splits.validation=test", "--config.schedule.warmup_steps=0"),
+        *("--config.evaluation.every_steps=4", "--config.checkpoint.every_steps=4"),
+        *("--config.log_every_steps=2", "--config.evaluation.batch_size=8"),
+    ]
+    rows = {}
+    for workers in (0, 2):
+        workdir = tmp_path / str(workers)
+        arguments = [*command, f"--workdir={workdir}", f"--config.data.stream.workers={workers}"]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "leaked" not in done.stderr
+        assert done.stderr.count("data.splits.train: skipped record") == 2
+        rows[workers] = (workdir / "metrics.jsonl").read_bytes()
+    assert rows[0] == rows[2]
