@@ -2,7 +2,8 @@
 
 Every function that draws takes one key per example: what happens to an example depends on its own key alone
 (and, where two examples are mixed, on the one before it). `Settings` is the list of what there is, and
-`pixels` has the order in which it comes.
+`pixels` has the order in which it comes. Section numbers of papers after 2012 and of Simard's are as
+recalled.
 
 RandAugment-style policies are left out: the one library for JAX that is still kept up, dm-pix (looked at in
 version 0.4.5), has no such policy, augmax (0.4.1) has none either, and imax, which has, is a pre-release of
@@ -97,7 +98,7 @@ def check(settings, image_shape):
         demand(0 <= getattr(settings, key) <= 1, key, "in [0, 1]")
     for key in ("scale", "squeeze"):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
-    demand(settings.elastic_sigma > 0, "elastic_sigma", "above 0")
+    demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0")
     demand(settings.lighting_basis in BASES, "lighting_basis", f"one of {', '.join(BASES)}")
     for key in ("shift", "cutout"):
         side = min(height, width)
@@ -200,7 +201,7 @@ def random_lighting(image, keys, std, basis):
 
 
 def random_photometric(image, streams, limits):
-    """Changes brightness, contrast and saturation, in random order (Howard 2013, section 2.2, as recalled).
+    """Changes brightness, contrast and saturation, in random order (Howard 2013, section 2.2).
 
     As there, each is a blend of the image with something that lacks the property: black, the mean grey, the
     image in grey. Each result is clipped to [0, 1]; without that the order would not matter.
@@ -292,7 +293,7 @@ def _smoothing(size, sigma):
 
 
 def random_cutout(image, keys, side):
-    """Sets a square to 0, which can lie partly outside (DeVries & Taylor 2017, section 3.2, as recalled).
+    """Sets a square to 0, which can lie partly outside (DeVries & Taylor 2017, section 3.2).
 
     Its centre is any pixel. Shapes: image [B, H, W, C], keys [B] -> [B, H, W, C].
     """
@@ -332,7 +333,7 @@ def _blend(one, other, share):
 def _one_before(array, axis_name):
     last = array[-1:]
     if axis_name is not None:
-        size = lax.psum(1, axis_name)  # a plain number
+        size = lax.axis_size(axis_name)
         last = lax.ppermute(last, axis_name, [(one, (one + 1) % size) for one in range(size)])
     return jnp.concatenate([last, array[:-1]])
 
