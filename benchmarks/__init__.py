@@ -1,0 +1,1 @@
+"""Speed, each beside a peer in the same run. Nothing imports this, and no test runs it."""

@@ -1,0 +1,291 @@
+"""What the two feeds cost: `python -m benchmarks.pipeline [--data_dir=DIR] [--out=FILE.json]`.
+
+resident   A training step of ResNet-20 with the resident feed, beside the same step on one batch that is
+           prepared already and stays on the device. CIFAR-10 where it is prepared, else the digits.
+stream     Images a second that one core reads, decodes, crops (area 8 to 100 %, aspect 3:4 to 4:3, to 224
+           pixels), mirrors and puts into batches: the streaming feed beside tf.data, which reads the same
+           files from TFRecord. For pictures of ImageNet's usual size that are made here, and for Imagenette
+           where it is prepared. Our feed leaves the mirroring to the device; here OpenCV does it, and tf.data
+           is handed boxes of our own draw, so that both do the same. TensorFlow is no part of our
+           requirements: pip install tensorflow-cpu.
+
+The two of a pair take turns. Figures are medians over the turns, with the lowest and the highest. Where the
+CPU computes, time is CPU time of the whole process, so that others on the machine count less; a stream is
+held to one core besides.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+
+import cv2
+import jax
+import numpy as np
+import simplejpeg
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cnn_cases.data import decode, feeds, sources
+from cnn_cases.training import devices as devices_lib
+from cnn_cases.training import loop, losses, steps
+from cnn_cases.training.state import init_state
+from configs import common, resnet_cifar10, resnet_digits
+
+IMAGE_SIZE = 224
+BATCH_SIZE = 64
+
+
+class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
+    """512 made pictures of 500x375 pixels, of 100 kB each: what ImageNet's are on average, about."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing is downloaded
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for index in range(512):
+            rng = np.random.default_rng(index)
+            shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+            pixels = np.asarray(shapes.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+            pixels += rng.normal(0, 14, (375, 500, 1))
+            file = io.BytesIO()
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+            file.seek(0)
+            yield index, {"image": file, "label": index % 10}
+
+
+def resident_feed(data_dir, turns, steps_a_turn):
+    """Seconds a step, of the feed and of a fixed batch, and the overhead in percent, each of every turn."""
+    config = resnet_cifar10.get_config()
+    config.data.data_dir = data_dir
+    try:
+        program = loop.make_program(config, jax.local_devices()[:1])
+    except ValueError:
+        config = resnet_digits.get_config()
+        program = loop.make_program(config, jax.local_devices()[:1])
+    feed, arrays = program.feed, program.arrays
+    batches = (
+        devices_lib.shard({k: v[None] for k, v in batch.items()}, 1, 1) for batch in feed.train_batches(0, 0)
+    )
+    image, label = jax.jit(feed.prepare)(feed.arrays, next(feed.train_batches(0, 0)), jax.random.key(0))
+    fixed = jax.device_put({"image": image[None, None], "label": label[None, None]}, program.devices[0])
+    loss_settings = dict(**config.loss)
+    loss_settings.pop("side_weight")
+    fixed_train = devices_lib.pmap_train(
+        steps.make_train_steps(
+            program.model.apply,
+            program.tx,
+            lambda *arguments: (arguments[1]["image"], arguments[1]["label"]),  # (arrays, batch, key)
+            losses.make_loss(**loss_settings),
+            devices_lib.AXIS,
+        ),
+        program.devices,
+    )
+
+    clock = time.process_time if program.devices[0].platform == "cpu" else time.perf_counter
+
+    def runner(train, batches):
+        state = devices_lib.replicate(
+            init_state(program.model, program.tx, feed.image_shape, 0), program.devices
+        )
+
+        def run():
+            nonlocal state
+            started = clock()
+            for batch in itertools.islice(batches, steps_a_turn):
+                state, metrics = train(state, arrays, batch)
+            jax.block_until_ready(metrics)
+            return (clock() - started) / steps_a_turn
+
+        run()  # compiles
+        return run
+
+    with_feed, without = runner(program.train, batches), runner(fixed_train, itertools.repeat(fixed))
+    times = _take_turns([with_feed, without], turns)
+    overhead = [100 * (a / b - 1) for a, b in zip(*times, strict=True)]
+    return {
+        "set": config.data.name,
+        "batch_size": config.batch_size,
+        "feed_seconds_a_step": _summary(times[0]),
+        "fixed_seconds_a_step": _summary(times[1]),
+        "overhead_percent": _summary(overhead),
+        "overhead_percent_of_medians": 100 * (statistics.median(times[0]) / statistics.median(times[1]) - 1),
+    }
+
+
+def streams(name, data_dir, turns, batches_a_turn):
+    """Images a second of one core, of our feed and of tf.data, each of every turn."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})  # of this thread and those that it starts
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            runs = {"stream": _timed(lambda: _our_batches(name, data_dir), batches_a_turn)}
+            with contextlib.suppress(ImportError):
+                dataset = _tf_dataset(name, data_dir, pathlib.Path(directory) / "records")
+                runs["tf.data"] = _timed(lambda: iter(dataset), batches_a_turn)
+            figures = _take_turns(list(runs.values()), turns)
+    finally:
+        os.sched_setaffinity(0, before)
+    summaries = {peer: _summary(values) for peer, values in zip(runs, figures, strict=True)}
+    return {"set": name, "images_a_second_a_core": {"stream": None, "tf.data": "not installed"} | summaries}
+
+
+def _timed(make_iterator, count):
+    """A function that takes so many batches from a new iterator and tells images a second of CPU time."""
+
+    def run():
+        iterator = make_iterator()
+        next(iterator)  # a batch may be made in advance; from one handing over to another, it evens out
+        started = time.process_time()
+        for _ in range(count):
+            next(iterator)
+        seconds = time.process_time() - started
+        del iterator
+        time.sleep(0.5)  # let what it still does come to an end
+        return count * BATCH_SIZE / seconds
+
+    run()
+    return run
+
+
+def _our_batches(name, data_dir):
+    feed = _our_feed(name, data_dir)
+    rng = np.random.default_rng(0)
+    for batch in feed.train_batches(0, 0):
+        for row in np.flatnonzero(rng.random(BATCH_SIZE) < 0.5):
+            batch["image"][row] = cv2.flip(batch["image"][row], 1)
+        yield batch
+
+
+_FEEDS = {}
+
+
+def _our_feed(name, data_dir):
+    if name not in _FEEDS:
+        data = common.get_config().data
+        data.name, data.data_dir, data.feed, data.image_size = name, data_dir, "stream", IMAGE_SIZE
+        data.splits = {"train": "train"}
+        data.crop.name = "area"
+        data.stream.buffer = 1
+        _FEEDS[name] = feeds.make_feed(**data, batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE)
+    return _FEEDS[name]
+
+
+def _tf_dataset(name, data_dir, path):
+    """The same work by tf.data, in one thread; the records are copied to its own format first."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    records, _ = sources.open_split(name, "train", data_dir)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in records:
+            image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[record["image"]]))
+            label = tf.train.Feature(int64_list=tf.train.Int64List(value=[record["label"]]))
+            features = tf.train.Features(feature={"image": image, "label": label})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+    kinds = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+
+    def example(record, box):
+        record = tf.io.parse_single_example(record, kinds)
+        image = tf.io.decode_and_crop_jpeg(record["image"], box, channels=3)
+        image = tf.image.random_flip_left_right(tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE)))
+        return {"image": tf.cast(tf.round(image), tf.uint8), "label": record["label"]}
+
+    boxes = tf.data.Dataset.from_tensor_slices(_boxes(records))
+    dataset = tf.data.Dataset.zip((tf.data.TFRecordDataset(str(path)), boxes)).repeat()
+    dataset = dataset.map(example).batch(BATCH_SIZE)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.with_options(options).as_numpy_iterator()
+
+
+def _boxes(records):
+    """A box for each record, drawn as the feed draws them. -> int32 [N, 4]."""
+    rng = np.random.default_rng(0)
+    crop = dict(**common.get_config().data.crop) | {"name": "area"}
+    shapes = [simplejpeg.decode_jpeg_header(record["image"])[:2] for record in records]
+    return np.array([decode.training_box(*shape, IMAGE_SIZE, rng, **crop) for shape in shapes], np.int32)
+
+
+def _take_turns(runs, turns):
+    """The figures of every run, one list each; who goes first changes from turn to turn."""
+    figures = [[] for _ in runs]
+    for turn in range(turns):
+        for number in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
+            figures[number].append(runs[number]())
+    return figures
+
+
+def _summary(values):
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def _line(title, figures, unit):
+    if isinstance(figures, str):
+        return f"{title:42} {figures}"
+    numbers = " to ".join(f"{figures[key]:,.4g}" for key in ("lowest", "highest"))
+    return f"{title:42} {figures['median']:,.4g} {unit} ({numbers})"
+
+
+def main():
+    """Measures, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0])
+    parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    parser.add_argument("--out", help="a JSON file")
+    parser.add_argument("--only", choices=("resident", "stream"), help="one of the two")
+    parser.add_argument("--turns", type=int, default=9)
+    options = parser.parse_args()
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.local_devices()],
+        "versions": {
+            one: importlib.metadata.version(one)
+            for one in ("jax", "grain", "simplejpeg", "opencv-python-headless")
+        },
+        "turns": options.turns,
+    }
+    if options.only != "stream":
+        row = result["resident"] = resident_feed(options.data_dir, options.turns, steps_a_turn=4)
+        print(_line(f"{row['set']}, resident", row["feed_seconds_a_step"], "s a step"))
+        print(_line(f"{row['set']}, a fixed batch", row["fixed_seconds_a_step"], "s a step"))
+        print(_line("overhead", row["overhead_percent"], "%"))
+    if options.only != "resident":
+        result["stream"] = []
+        with tempfile.TemporaryDirectory() as directory:
+            sets = [(sources.prepare(BenchmarkPhotos.name, directory).name, directory)]
+            if sources.make_builder("imagenette/320px-v2", options.data_dir).is_prepared():
+                sets.append(("imagenette/320px-v2", options.data_dir))
+            for name, data_dir in sets:
+                row = streams(name, data_dir, options.turns, batches_a_turn=8)
+                result["stream"].append(row)
+                for peer, figures in row["images_a_second_a_core"].items():
+                    print(_line(f"{name}, {peer}", figures, "images a second and core"))
+    if options.out:
+        pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
