@@ -1,10 +1,11 @@
-"""AlexNet of two groups, with dense layers of 256, on scikit-learn's digits enlarged to 67x67 pixels.
+"""AlexNet of two groups, with dense layers of 512, on scikit-learn's digits enlarged to 67x67 pixels.
 
 Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, pixels less their mean in the
 range of 0 to 255. The recipe is ours: Adam, for with the paper's rate and momentum this net stays for
-hundreds of steps where it starts.
+hundreds of steps where it starts, and a short warm-up.
 Command: python train.py --config=configs/alexnet_digits.py --workdir=runs/alexnet_digits
-Result: 14.9 % test error with seed 0, 13.5 % training error; 250 s on two shared CPU cores, 2026-11-23
+Result: 1.7, 2.0 and 2.3 % test error with seeds 0, 1 and 2; 105 s with seed 0 on two shared CPU cores,
+2026-11-24
 """
 
 from configs import common
@@ -13,18 +14,19 @@ from configs import common
 def get_config():
     """AlexNet of two groups on digits."""
     config = common.get_config()
-    config.num_steps = 300
+    config.num_steps = 500
     config.batch_size = 32
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
-    config.model.dense_features = 256
+    config.model.dense_features = 512
     config.data.image_size = 67
     config.data.normalization = "pixel_mean_255"
     config.optimizer.name = "adam"
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "cosine"
-    config.optimizer.learning_rate = 3e-4
-    config.evaluation.every_steps = 50
-    config.checkpoint.every_steps = 50
+    config.optimizer.learning_rate = 5e-4
+    config.schedule.warmup_steps = 20
+    config.evaluation.every_steps = 100
+    config.checkpoint.every_steps = 100
     config.lock()
     return config

@@ -1,10 +1,10 @@
 """GoogLeNet in the form of public weights, with batch normalisation, on scikit-learn's digits enlarged to
 32x32 pixels.
 
-Paper: Szegedy et al. 2014. The recipe is ours, without the side branches, which need images of 79 pixels
-(`--config.model.side_branches=True --config.data.image_size=79`).
+Paper: Szegedy et al. 2014. The recipe is ours: Adam, without the side branches, which need images of 79
+pixels (`--config.model.side_branches=True --config.data.image_size=79`).
 Command: python train.py --config=configs/googlenet_digits.py --workdir=runs/googlenet_digits
-Result: 4.5 % test error with seed 0, 3.0 % training error; 112 s on two shared CPU cores, 2026-11-23
+Result: 2.0 % test error with seed 0, 0.0 % training error; 106 s on two shared CPU cores, 2026-11-24
 """
 
 from configs import common
@@ -13,14 +13,16 @@ from configs import common
 def get_config():
     """GoogLeNet with batch normalisation on digits."""
     config = common.get_config()
-    config.num_steps = 120
+    config.num_steps = 200
     config.batch_size = 32
     config.model.name = "googlenet"
     config.model.batch_norm = True
     config.model.side_branches = False
     config.data.image_size = 32
-    config.optimizer.learning_rate = 0.02
+    config.optimizer.name = "adam"
+    config.optimizer.weight_decay = 0.0
     config.schedule.name = "cosine"
+    config.optimizer.learning_rate = 1e-3
     config.evaluation.every_steps = 40
     config.checkpoint.every_steps = 40
     config.lock()

@@ -3,6 +3,8 @@
 Paper: Szegedy et al. 2015b. The recipe is ours: Adam for a minute or two, without the side branch, which
 needs images of 299 pixels.
 Command: python train.py --config=configs/inception_v3_digits.py --workdir=runs/inception_v3_digits
+Result: 2.8, 5.1 and 6.8 % test error with seeds 0, 1 and 2; 116 s with seed 2 on two shared CPU cores,
+2026-11-24
 """
 
 from configs import common
@@ -11,7 +13,7 @@ from configs import common
 def get_config():
     """Inception-v3 on digits."""
     config = common.get_config()
-    config.num_steps = 60
+    config.num_steps = 120
     config.batch_size = 32
     config.model.name = "inception_v3"
     config.model.side_branches = False
@@ -20,7 +22,7 @@ def get_config():
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "cosine"
     config.optimizer.learning_rate = 1e-3
-    config.evaluation.every_steps = 30
-    config.checkpoint.every_steps = 30
+    config.evaluation.every_steps = 40
+    config.checkpoint.every_steps = 40
     config.lock()
     return config

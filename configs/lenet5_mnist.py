@@ -8,7 +8,8 @@ Command: python -m cnn_cases.data.prepare mnist
 Recipe, ours: SGD with momentum 0.9, batch 128, rate 0.05 along half a cosine after a short warm-up, weight
 decay 1e-4 on all parameters, Flax's initialisation, no augmentation, 20 epochs. The last 5,000 training
 images are held out for validation.
-Not run yet.
+Result: 0.77, 0.79 and 0.77 % test error with seeds 0, 1 and 2; about 175 s a run on two shared CPU cores,
+2026-11-24 (results/lenet5_mnist.json).
 """
 
 from configs import common

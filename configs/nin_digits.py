@@ -1,8 +1,11 @@
 """Network in Network, the CIFAR net, on scikit-learn's digits enlarged to 16x16 pixels.
 
-Paper: Lin et al. 2013. The recipe is ours: Adam.
+Paper: Lin et al. 2013. The recipe is ours: Adam after a slow warm-up. ReLU follows the last layer too, so
+that a class whose map has become zero on every image gets no gradient any more, and Adam's first steps, as
+long for a small gradient as for a large one, can drive it there: at twice this rate after half this warm-up,
+five classes ended with no logit above 0.04 on any test image, and 41.4 % of these were wrong (seed 0).
 Command: python train.py --config=configs/nin_digits.py --workdir=runs/nin_digits
-Result: 21.7 % test error with seed 0; 123 s on two shared CPU cores, 2026-11-23
+Result: 2.5, 2.3 and 2.5 % test error with seeds 0, 1 and 2; 64 s a run on two shared CPU cores, 2026-11-24
 """
 
 from configs import common
@@ -11,7 +14,7 @@ from configs import common
 def get_config():
     """Network in Network on digits."""
     config = common.get_config()
-    config.num_steps = 250
+    config.num_steps = 500
     config.batch_size = 32
     config.model.name = "nin"
     config.model.variant = "cifar"
@@ -20,8 +23,10 @@ def get_config():
     config.optimizer.name = "adam"
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "cosine"
-    config.optimizer.learning_rate = 3e-4
-    config.evaluation.every_steps = 50
-    config.checkpoint.every_steps = 50
+    config.optimizer.learning_rate = 5e-4
+    config.schedule.warmup_steps = 100
+    config.schedule.warmup_factor = 0.02
+    config.evaluation.every_steps = 100
+    config.checkpoint.every_steps = 100
     config.lock()
     return config
