@@ -101,7 +101,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
 
     program = loop.make_program(config, _usable_devices(config))
     feed = program.feed
-    views = make_views(protocol, feed.image_shape)(np.zeros(feed.image_shape, np.uint8))
+    views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
     state = init_state(program.model, program.tx, feed.image_shape, 0, with_ema=config.ema_decay > 0)
     state = devices.replicate(checkpoint.read(checkpoints, step, state), program.devices)
     started = time.monotonic()

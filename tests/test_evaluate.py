@@ -171,7 +171,7 @@ def test_any_number_of_devices_and_any_batches_predict_the_same(program, state, 
 def test_a_mirror_image_has_the_predictions_of_its_image_under_flip(program, state):
     examples = list(program.feed.examples("validation"))[:40]
     mirrored = [(image[:, ::-1], label) for image, label in examples]
-    flip = views.make_views("flip", program.feed.image_shape)
+    flip = views.make_views("flip", program.feed.image_shape, program.feed.view)
 
     def predict(examples, show):
         return predictions.average_views(
@@ -182,7 +182,7 @@ def test_a_mirror_image_has_the_predictions_of_its_image_under_flip(program, sta
         )[0]
 
     np.testing.assert_allclose(predict(mirrored, flip), predict(examples, flip), rtol=1e-6)
-    single = views.make_views("single", program.feed.image_shape)
+    single = views.make_views("single", program.feed.image_shape, program.feed.view)
     assert np.abs(predict(mirrored, single) - predict(examples, single)).max() > 1e-3
 
 
@@ -208,7 +208,7 @@ def test_dense_evaluation_at_the_crops_size_without_mirrors_is_the_single_view(s
     dense = functools.partial(views.multi_scale_dense, crop=32, paper_sides=(224,), mirrored=False)
     examples = [(image_of(32, 32), 0), (image_of(32, 32)[::-1], 1)]
     found, _ = predictions.average_views(examples, dense, run, batch_size=lambda _: 3)
-    single = views.make_views("single", (32, 32, 3))
+    single = views.make_views("single", (32, 32, 3), lambda image: image)
     expected, _ = predictions.average_views(examples, single, run, batch_size=lambda _: 3)
     np.testing.assert_array_equal(found, expected)
     assert np.ptp(expected, axis=1).min() > 1e-3

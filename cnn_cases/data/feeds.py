@@ -8,6 +8,7 @@ A feed has the same calls whatever its kind:
                                           `first_step` on; a step's batch is a pure function of seed and step
     feed.eval_batches(role)               the batches of a whole split, padded and masked
     feed.examples(role)                   the examples of a split as they are stored, on the host
+    feed.view(image)                      such an image as evaluation shows it, on the host
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
                                           evaluation, where nothing is augmented; in training the label can
                                           be a target, a share of each class (see `pixels.Pixels`)

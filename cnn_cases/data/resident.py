@@ -85,6 +85,10 @@ class ResidentFeed:
         for index in self._ranges[role]:
             yield self.arrays["image"][index], int(self.arrays["label"][index])
 
+    def view(self, image):
+        """A stored image as evaluation shows it: as it is."""
+        return image
+
     def normalize(self, arrays, image):
         """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
         return self._pixels.evaluate(arrays, image)

@@ -182,6 +182,10 @@ class StreamFeed:
             else:
                 yield example
 
+    def view(self, image):
+        """An image uint8 [h, w, C] of any size as evaluation shows it: uint8 `image_shape`."""
+        return evaluation_view(self._recipes["train"], image)
+
     def normalize(self, arrays, image):
         """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
         return self._pixels.evaluate(arrays, image)
@@ -280,7 +284,7 @@ def training_batch(step, *, recipe, seed, batch_size, position):
                 index = training_order(seed, np.array([number]), size).item()
                 continue
             box = decode.training_box(*image.shape[:2], recipe.image_size, rng, **recipe.crop)
-            _put(recipe, batch, row, image, box, label)
+            batch["image"][row], batch["label"][row] = _framed(recipe, image, box), label
             break
     return batch | {"damaged": np.array(sorted(damaged), np.int64)}
 
@@ -305,8 +309,7 @@ def _evaluation_examples(recipe, indices):
         except ValueError:
             damaged.append(index)
             continue
-        box = decode.evaluation_box(*image.shape[:2], recipe.image_size, **recipe.crop)
-        _put(recipe, batch, row, image, box, label)
+        batch["image"][row], batch["label"][row] = evaluation_view(recipe, image), label
         batch["mask"][row] = 1
     return batch | {"damaged": np.array(damaged, np.int64)}
 
@@ -319,10 +322,14 @@ def _black(recipe, count):
     }
 
 
-def _put(recipe, batch, row, image, box, label):
-    inside = slice(recipe.border, recipe.border + recipe.image_size)
-    batch["image"][row, inside, inside] = decode.resized(image, box, recipe.image_size)
-    batch["label"][row] = label
+def evaluation_view(recipe, image):
+    """An image uint8 [h, w, C] as evaluation shows it: uint8 [H, W, C], cropped, resized and framed."""
+    return _framed(recipe, image, decode.evaluation_box(*image.shape[:2], recipe.image_size, **recipe.crop))
+
+
+def _framed(recipe, image, box):
+    edge = (recipe.border, recipe.border)
+    return np.pad(decode.resized(image, box, recipe.image_size), (edge, edge, (0, 0)))
 
 
 def _first(iterator):

@@ -5,7 +5,7 @@ square images of `crop` pixels. The papers' sizes go with 224 pixels: 256 of the
 round(crop * 256 / 224) here, so 37 for a network that takes 32.
 
     protocol            views   what they are
-    single                  1   the image as it is where it has the network's size, else its centre crop
+    single                  1   the image as the feed shows it in evaluation: what the training loop sees
     flip                    2   that view and its mirror image
     centre_crop             1   the centre of the image whose shorter side was resized to 256
     ten_crop               10   corners and centre of the central 256x256 square; mirrored, too
@@ -31,12 +31,13 @@ GOOGLENET_SIDES = (256, 288, 320, 352)
 DENSE_STEP = 32  # pixels, what five poolings reduce to one
 
 
-def make_views(protocol, image_shape):
+def make_views(protocol, image_shape, view):
     """The function that a protocol stands for.
 
     Args:
       protocol: a key of PROTOCOLS.
       image_shape: (H, W, C) of the images that the network was trained on.
+      view: the feed's, with which "single" and "flip" show an image.
 
     Returns:
       uint8 [h, w, C] -> a list of views, uint8, equally many for every image.
@@ -48,7 +49,7 @@ def make_views(protocol, image_shape):
         raise ValueError(f"evaluation.protocol = {protocol!r} is unknown; known: {', '.join(PROTOCOLS)}")
     height, width, _ = image_shape
     if protocol in ("single", "flip"):
-        return functools.partial(PROTOCOLS[protocol], image_shape=tuple(image_shape))
+        return functools.partial(PROTOCOLS[protocol], view=view)
     if height != width:
         raise ValueError(
             f"evaluation.protocol = {protocol!r} takes square crops, and this network was trained on images "
@@ -62,18 +63,14 @@ def scaled(paper_side, crop):
     return round(crop * paper_side / PAPER_CROP)
 
 
-def single(image, image_shape):
-    """[The image, or its centre crop where it has another size than the network's]."""
-    if image.shape == image_shape:
-        return [image]
-    if image_shape[0] != image_shape[1]:
-        raise ValueError(f"an image of shape {image.shape} cannot be cropped to {image_shape}")
-    return centre_crop(image, image_shape[0])
+def single(image, view):
+    """[The image as the feed shows it]."""
+    return [view(image)]
 
 
-def flip(image, image_shape):
+def flip(image, view):
     """The single view and its mirror image."""
-    return _with_mirrors(single(image, image_shape))
+    return _with_mirrors(single(image, view))
 
 
 def centre_crop(image, crop):

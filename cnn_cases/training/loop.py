@@ -139,7 +139,7 @@ def check_protocol(program, state, protocol):
     """
     feed = program.feed
     predict = steps.make_predict_step(program.model.apply, feed.normalize)
-    views = make_views(protocol, feed.image_shape)(np.zeros(feed.image_shape, np.uint8))
+    views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
     for shape in sorted({view.shape for view in views} - {tuple(feed.image_shape)}):
         try:
             jax.eval_shape(predict, state, feed.arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
@@ -344,7 +344,7 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
     hidden = not (show_progress and sys.stderr.isatty())
     return predictions.average_views(
         tqdm(program.feed.examples(split), desc=split, unit=" images", disable=hidden, leave=False),
-        make_views(protocol, program.feed.image_shape),
+        make_views(protocol, program.feed.image_shape, program.feed.view),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
         batch_size=batch_size_of,
         ahead=devices_lib.calls_ahead(program.devices),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_cases.training import checkpoint, logbook, loop
+from cnn_cases.training import checkpoint, logbook, loop, predictions
 from configs import resnet_digits
 from tests.conftest import tiny_config
 
@@ -257,6 +257,18 @@ def test_evaluation_counts_every_example_exactly_once(num_devices, config):
     image, label = program.feed.prepare(program.feed.arrays, {"index": np.concatenate(whole)}, None)
     logits = program.model.apply({"params": state.params}, image, train=False)
     assert values["validation/error"] == pytest.approx(float((logits.argmax(axis=1) != label).mean()))
+
+
+@pytest.mark.parametrize("crop", ["area", "squeeze"])
+def test_the_single_view_of_a_stream_is_the_one_that_the_loop_evaluates(crop, config):
+    config = streamed(config)
+    config.data.crop.name = crop
+    program = loop.make_program(config, jax.devices()[:1])
+    state = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
+    expected = loop.evaluate(program, state, "test")
+    found = predictions.scores(*loop.predict(program, state, "test", "single", batch_size=200))
+    assert found["error"] == pytest.approx(expected["test/error"])
+    assert found["loss"] == pytest.approx(expected["test/loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
