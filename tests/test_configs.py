@@ -100,6 +100,25 @@ def test_a_study_names_its_runs_apart(name):
     assert len({run.name for run in runs}) == len(runs) == points
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_config_can_be_run_with_several_seeds(name):
+    study = importlib.import_module("configs.studies.seeds").get_config(name)
+    assert study.base == load(name)
+    assert [run.config.seed for run in sweep.expand(study)] == [0, 1, 2]
+
+
+def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
+    get_config = importlib.import_module("configs.studies.seeds").get_config
+    assert get_config("resnet_cifar10:full_train").base.data.splits.to_dict() == {
+        "train": "train",
+        "test": "test",
+    }
+    with pytest.raises(
+        ValueError, match=r"seeds\.py:resnet: name a config after the colon, one of alexnet_digits"
+    ):
+        get_config("resnet")
+
+
 @pytest.mark.parametrize("name", [*TRAINING, *(f"studies.{name}" for name in STUDIES)])
 def test_a_config_is_locked_and_says_how_to_run_it(name):
     config = load(name)

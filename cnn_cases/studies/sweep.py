@@ -1,6 +1,6 @@
 """A sweep: every point of a grid of config keys with every seed, each a run that can be resumed.
 
-    python -m cnn_cases.studies.sweep --config=configs/studies/lenet5_mnist.py --workdir=runs/lenet5_mnist
+    python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/lenet5
 
 runs one, prints a table of the final figures and writes it (table.md) beside all that the runs gave
 (record.json). Started again, it skips the runs that are finished and resumes those that are not.

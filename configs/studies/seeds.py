@@ -1,0 +1,34 @@
+"""Any training config with three seeds: its file's name stands after the colon.
+
+Command: python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist \
+             --workdir=runs/lenet5_mnist
+
+A choice of that config follows after another colon, as in seeds.py:resnet_cifar10:full_train; other seeds
+are `--config.seeds="(3, 4)"`, and any key of the config is `--config.base.<key>`.
+"""
+
+import importlib
+import pathlib
+
+from ml_collections import ConfigDict
+
+
+def get_config(which="lenet5_digits"):
+    """One point with every seed.
+
+    Args:
+      which: a file of configs/, and its own argument, if it takes one, after a colon.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    name, _, choice = which.partition(":")
+    files = sorted(path.stem for path in pathlib.Path(__file__).parents[1].glob("[!_]*_*.py"))
+    if name not in files:
+        raise ValueError(f"seeds.py:{name}: name a config after the colon, one of {', '.join(files)}")
+    config = ConfigDict()
+    config.base = importlib.import_module(f"configs.{name}").get_config(*[choice] * bool(choice))
+    config.grid = ()
+    config.seeds = (0, 1, 2)
+    config.lock()
+    return config
