@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cnn_cases.data import feeds, pixels
+from cnn_cases.data import feeds
 from cnn_cases.studies import sweep
 from cnn_cases.training import loop
 from cnn_cases.training.state import init_state
@@ -66,8 +66,8 @@ def test_a_config_builds_a_state(name, monkeypatch):
     monkeypatch.setattr(feeds.sources, "load_split", images.load_split)
     monkeypatch.setattr(feeds.sources, "open_split", images.open_split)
     monkeypatch.setattr(feeds.sources, "check_disjoint", lambda *_: None)
-    # For 32x32x3 pixels it takes half a minute; tests/data/test_pixels.py has smaller ones.
-    monkeypatch.setattr(pixels, "_whitening", lambda _: {})
+    # The whitening of 32x32x3 pixels takes half a minute; tests/data/test_pixels.py has smaller ones.
+    monkeypatch.setattr(feeds.sources, "computed_once", lambda *_: {})
     config.batch_size = 2
     config.num_microbatches = 1
     program = loop.make_program(config, jax.devices()[:1])

@@ -62,7 +62,13 @@ def make_feed(
         raise ValueError(f"data.feed = {feed!r} is unknown; known: {', '.join(FEEDS)}")
     crop, stream, splits = dict(**crop), dict(**stream), dict(**splits)
     decode.check(image_size, **crop)
-    pixels = functools.partial(make_pixels, normalization=normalization, augment=augment, axis_name=axis_name)
+    pixels = functools.partial(
+        make_pixels,
+        normalization=normalization,
+        augment=augment,
+        axis_name=axis_name,
+        keep=functools.partial(sources.computed_once, name, data_dir),
+    )
     sources.check_disjoint(name, splits, data_dir)
     sizes = dict(batch_size=batch_size, eval_batch_size=eval_batch_size)
     if feed == "stream":

@@ -44,7 +44,9 @@ class Pixels(NamedTuple):
     evaluate: Callable
 
 
-def make_pixels(image, *, normalization, augment, num_classes, axis_name=None):
+def make_pixels(
+    image, *, normalization, augment, num_classes, axis_name=None, keep=lambda _, compute: compute()
+):
     """The pixel functions of a data set.
 
     Args:
@@ -59,6 +61,8 @@ def make_pixels(image, *, normalization, augment, num_classes, axis_name=None):
       augment: the `augment.Settings`, a mapping.
       num_classes: number of classes.
       axis_name: the axis over which a training batch is split; None: it is not split.
+      keep: (key, compute) -> the arrays {name: array} that `compute()` gives, of which there may be a copy
+        from an earlier start under that key; by default there is none.
 
     Raises:
       ValueError: a normalisation or an augmentation is unknown, a value is out of range, or the images do not
@@ -76,8 +80,16 @@ def make_pixels(image, *, normalization, augment, num_classes, axis_name=None):
     augmentations.check(settings, image.shape[1:])
     basis = None
     if settings.lighting:
-        basis = augmentations.IMAGENET_BASIS if settings.lighting_basis == "imagenet" else colour_basis(image)
+        if settings.lighting_basis == "imagenet":
+            basis = augmentations.IMAGENET_BASIS
+        else:
+            kept = keep(
+                f"colours-{_digest(image)}",
+                lambda: dict(zip(("values", "vectors"), colour_basis(image), strict=True)),
+            )
+            basis = kept["values"], kept["vectors"]
     whitened = normalization == "gcn_zca"
+    whitening = keep(f"zca-{_digest(image)}", lambda: _whitening(image)) if whitened else {}
     mean, std = _statistics(image, normalization)
 
     def normalize(image):
@@ -107,7 +119,7 @@ def make_pixels(image, *, normalization, augment, num_classes, axis_name=None):
         image = _to_unit(image)
         return normalize(_whiten(arrays, image) if whitened else image)
 
-    return Pixels(_whitening(image) if whitened else {}, train, evaluate)
+    return Pixels(whitening, train, evaluate)
 
 
 def _to_unit(image):
@@ -159,6 +171,13 @@ def colour_basis(images):
     return values[::-1].astype(np.float32), vectors[:, ::-1].astype(np.float32)
 
 
+def _digest(images):
+    """A short name for the content of images."""
+    content = hashlib.blake2b(str(images.shape).encode(), digest_size=8)
+    content.update(np.ascontiguousarray(images))
+    return content.hexdigest()
+
+
 def _parts(images, size=1_000):
     """The images in parts, of which a float copy is small."""
     return (images[first : first + size] for first in range(0, len(images), size))
@@ -188,9 +207,6 @@ def _whiten(arrays, image):
     return jnp.matmul(flat, matrix, precision=lax.Precision.HIGHEST).reshape(image.shape)
 
 
-_last_whitening = {}  # {what tells the images apart: arrays}, of one set: the runs of a study share it
-
-
 def _whitening(images):
     """The arrays with which `_whiten` works, for training images uint8 [N, H, W, C].
 
@@ -198,25 +214,18 @@ def _whitening(images):
     contrast, have the covariance V diag(lambda) V^T, and the matrix is V diag((lambda + 0.1)^(-1/2)) V^T.
     For CIFAR-10 it takes 37 MB, which is why it is an argument of the step and not a constant in it.
     """
-    content = images.shape, hashlib.blake2b(np.ascontiguousarray(images)).digest()
-    if content not in _last_whitening:
-        size = images[0].size
+    size = images[0].size
 
-        def flat(part):
-            return contrast_normalized(part.astype(np.float32) / 255, np).reshape(-1, size)
+    def flat(part):
+        return contrast_normalized(part.astype(np.float32) / 255, np).reshape(-1, size)
 
-        mean = sum(flat(part).sum(axis=0, dtype=np.float64) for part in _parts(images)) / len(images)
-        mean = mean.astype(np.float32)
-        covariance = np.zeros((size, size))
-        for part in _parts(images):
-            centred = flat(part) - mean
-            covariance += centred.T @ centred
-        values, vectors = np.linalg.eigh(covariance / len(images))
-        # Rounding can bring an eigenvalue of 0 below it.
-        matrix = (vectors / np.sqrt(np.maximum(values, 0) + ZCA_BIAS)) @ vectors.T
-        _last_whitening.clear()
-        _last_whitening[content] = {
-            "zca_mean": mean.reshape(images.shape[1:]),
-            "zca_matrix": matrix.astype(np.float32),
-        }
-    return _last_whitening[content]
+    mean = sum(flat(part).sum(axis=0, dtype=np.float64) for part in _parts(images)) / len(images)
+    mean = mean.astype(np.float32)
+    covariance = np.zeros((size, size))
+    for part in _parts(images):
+        centred = flat(part) - mean
+        covariance += centred.T @ centred
+    values, vectors = np.linalg.eigh(covariance / len(images))
+    # Rounding can bring an eigenvalue of 0 below it.
+    matrix = (vectors / np.sqrt(np.maximum(values, 0) + ZCA_BIAS)) @ vectors.T
+    return {"zca_mean": mean.reshape(images.shape[1:]), "zca_matrix": matrix.astype(np.float32)}

@@ -7,6 +7,8 @@ import logging
 import os
 import pathlib
 import tempfile
+import zipfile
+import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -250,16 +252,41 @@ def _decode_once(builder, base):
         pass  # not there yet, or half a file
     images, labels = _decode(builder, base)
     arrays = np.stack(images), np.array(labels, np.int32)
-    try:
-        paths[0].parent.mkdir(exist_ok=True)
-        for path, array in zip(paths, arrays, strict=True):
-            # Renamed when it is whole: another process may be reading, or doing the same.
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
-                np.save(file, array, allow_pickle=False)
-            os.replace(file.name, path)
-    except OSError as error:
-        logging.getLogger(__name__).warning("decoded images are not kept for the next start: %s", error)
+    for path, array in zip(paths, arrays, strict=True):
+        _keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
     return arrays
+
+
+def computed_once(name, data_dir, key, compute):
+    """Arrays that take long to compute of a set, kept beside it for the next start.
+
+    Args:
+      name, data_dir: see `make_builder`.
+      key: what tells them apart from any others of the set; a file's name.
+      compute: () -> {name: array}.
+    """
+    path = pathlib.Path(open_prepared(name, data_dir).data_path) / "decoded" / f"{key}.npz"
+    try:
+        # Opened here: of a damaged file numpy leaves its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        pass  # not there yet, or damaged
+    arrays = compute()
+    _keep(path, functools.partial(np.savez, allow_pickle=False, **arrays))
+    return arrays
+
+
+def _keep(path, save):
+    """Has `save` write a file, as a whole or not at all; where that is impossible, a warning is enough."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        # Renamed when it is whole: another process may be reading, or doing the same.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
+            save(file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s is not kept for the next start: %s", path, error)
 
 
 @contextlib.contextmanager

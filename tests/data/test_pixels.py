@@ -109,14 +109,38 @@ def test_whitening_leaves_no_covariance_but_for_the_bias():
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-6)
 
 
-def test_the_whitening_is_an_argument_of_the_step_and_computed_once(monkeypatch):
-    first, again = (make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"}) for _ in range(2))
-    assert first.arrays["zca_matrix"].shape == (48, 48)
-    assert again.arrays is first.arrays
-    other = make_pixels(IMAGE[:9], **OFF | {"normalization": "gcn_zca"})
-    assert not np.allclose(other.arrays["zca_matrix"], first.arrays["zca_matrix"])
-    monkeypatch.setitem(first.arrays, "zca_matrix", np.zeros((48, 48), np.float32))
-    np.testing.assert_array_equal(first.evaluate(first.arrays, IMAGE), 0)
+def test_the_whitening_is_an_argument_of_the_step():
+    pixels = make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"})
+    assert pixels.arrays["zca_matrix"].shape == (48, 48)
+    nothing = pixels.arrays | {"zca_matrix": np.zeros((48, 48), np.float32)}
+    np.testing.assert_array_equal(pixels.evaluate(nothing, IMAGE), 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalization": "gcn_zca"},
+        {"augment": OFF["augment"] | {"lighting": 0.1, "lighting_basis": "train"}},
+    ],
+)
+def test_what_takes_long_is_kept_under_a_key_of_the_images(settings):
+    kept = {}
+
+    def keep(key, compute):
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
+
+    def shown(image, **how):
+        pixels = make_pixels(image, **OFF | settings | how)
+        label, position = np.zeros(9, np.int32), np.arange(9, dtype=np.int32)
+        return pixels.train(pixels.arrays, IMAGE[:9], label, position, jax.random.key(0))[0]
+
+    first, again, other = (shown(image, keep=keep) for image in (IMAGE, IMAGE.copy(), IMAGE[:9]))
+    assert len(kept) == 2
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, shown(IMAGE))
+    assert not np.allclose(first, other)
 
 
 def test_images_are_whitened_whole_before_they_are_cropped():

@@ -169,7 +169,24 @@ def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog
     (prepared / "digits" / "1.0.0" / "decoded").write_text("a file where the directory would be")
     images, _, _ = sources.load_split("digits", "test", str(prepared))
     assert len(images) == 355
-    assert "decoded images are not kept" in caplog.text
+    assert "decoded/test-image.npy is not kept for the next start" in caplog.text
+
+
+def test_what_was_computed_of_a_set_is_kept_with_it(prepared):
+    def compute():
+        return {"matrix": np.eye(3), "mean": np.arange(2.0)}
+
+    first = sources.computed_once("digits", str(prepared), "statistics", compute)
+    again = sources.computed_once("digits", str(prepared), "statistics", pytest.fail)
+    assert first.keys() == again.keys() == {"matrix", "mean"}
+    np.testing.assert_array_equal(again["matrix"], np.eye(3))
+    (copy,) = prepared.rglob("statistics.npz")
+    whole = copy.read_bytes()
+    for damage in (whole[:100], b"", whole[:60] + b"damage" + whole[66:]):
+        copy.write_bytes(damage)
+        mended = sources.computed_once("digits", str(prepared), "statistics", compute)
+        np.testing.assert_array_equal(mended["matrix"], np.eye(3))
+        assert copy.read_bytes() == whole
 
 
 def test_a_prepared_set_with_a_missing_file_is_named(prepared):
