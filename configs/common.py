@@ -141,8 +141,7 @@ def split_training_set(config, protocol, *, size, num_held_out):
     Raises:
       ValueError: the protocol is unknown.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"the config's protocol {protocol!r} is unknown; known: {', '.join(PROTOCOLS)}")
+    check_choice("protocol", protocol, PROTOCOLS)
     if protocol == "held_out":
         config.data.splits.train = f"train[:{size - num_held_out}]"
         config.data.splits.validation = f"train[{size - num_held_out}:]"
@@ -152,6 +151,23 @@ def split_training_set(config, protocol, *, size, num_held_out):
     config.evaluation.splits = ()
     config.evaluation.final_splits = ("train", "test")
     config.checkpoint.best_on = ""
+
+
+def depth_study(config):
+    """Sets what the curves of He et al. 2015, figure 6, are made of: the error on the test set on the way.
+
+    Nothing is chosen by it: no checkpoint is kept for being the best, and the last figures are reported.
+    """
+    config.evaluation.splits = ("test",)
+    config.evaluation.final_splits = ("train", "test")
+    config.checkpoint.best_on = ""
+    config.checkpoint.keep_last = 1
+
+
+def check_choice(what, choice, known):
+    """Raises ValueError unless `choice`, the word behind the colon in `--config=...:<choice>`, is known."""
+    if choice not in known:
+        raise ValueError(f"the config's {what} {choice!r} is unknown; known: {', '.join(known)}")
 
 
 def imagenet2012(config, *, image_size, batch_size, num_epochs):

@@ -119,6 +119,18 @@ def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
         get_config("resnet")
 
 
+def test_the_deepest_nets_on_cifar10_start_slowly_and_the_short_schedule_is_a_tenth():
+    get_config = importlib.import_module("configs.studies.depth_cifar10").get_config
+    for run in sweep.expand(get_config()):
+        deepest = run.config.model.depth == 110
+        assert run.config.schedule.warmup_steps == (400 if deepest else 0)
+    short = get_config("short").base
+    assert short.num_steps * 10 == get_config().base.num_steps
+    assert short.optimizer == get_config().base.optimizer
+    with pytest.raises(ValueError, match="schedule 'shrot' is unknown; known: paper, short"):
+        get_config("shrot")
+
+
 @pytest.mark.parametrize("name", [*TRAINING, *(f"studies.{name}" for name in STUDIES)])
 def test_a_config_is_locked_and_says_how_to_run_it(name):
     config = load(name)

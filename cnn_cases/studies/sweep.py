@@ -35,7 +35,8 @@ def expand(study):
 
     Args:
       study: a config with `base` (a training config), `grid` (pairs of a key of `base` and the values it
-        takes) and `seeds`.
+        takes) and `seeds`. It can have `adjust`, what some points need besides: pairs of (key of the grid,
+        value) and of pairs of a key of `base` and its value there.
 
     Raises:
       ValueError: the grid names an unknown key or a value of the wrong type, or there is nothing to run.
@@ -59,7 +60,9 @@ def expand(study):
             config = copy.deepcopy(study.base)
             point = dict(zip(keys, values, strict=True))
             for key, value in (point | {"seed": seed}).items():
-                _override(config, key, value)
+                _override(config, "grid", key, value)
+            for key, value in _adjustments(study, point):
+                _override(config, "adjust", key, value)
             name = "_".join(
                 f"{key.split('.')[-1]}-{value}" for key, value in (point | {"seed": seed}).items()
             )
@@ -67,14 +70,23 @@ def expand(study):
     return runs
 
 
-def _override(config, key, value):
+def _adjustments(study, point):
+    """The pairs of a key and its value that `adjust` has for a point of the grid."""
+    for (key, value), pairs in study.adjust if "adjust" in study else ():
+        if value not in dict(study.grid).get(key, ()):
+            raise ValueError(f"adjust: the grid has no {key} = {value!r}; it has {dict(study.grid)}")
+        if point[key] == value:
+            yield from pairs
+
+
+def _override(config, whence, key, value):
     try:
         old = config
         for part in key.split("."):
             old = old[part]
         config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"grid: {key} = {value!r} does not fit the base config: {error}") from None
+        raise ValueError(f"{whence}: {key} = {value!r} does not fit the base config: {error}") from None
 
 
 def run_all(study, workdir, num_jobs=1):

@@ -7,7 +7,7 @@ Command: python -m cnn_cases.studies.depth_curves --config=configs/studies/depth
 
 from ml_collections import ConfigDict
 
-from configs import resnet_digits
+from configs import common, resnet_digits
 
 
 def get_config():
@@ -15,13 +15,9 @@ def get_config():
     config = ConfigDict()
     config.base = resnet_digits.get_config()
     with config.base.unlocked():
-        # The curves of figure 6 are of the test set; nothing is chosen by them.
-        config.base.evaluation.splits = ("test",)
-        config.base.evaluation.final_splits = ("train", "test")
         config.base.evaluation.every_steps = 25
         config.base.evaluation.batch_size = 120
-        config.base.checkpoint.best_on = ""
-        config.base.checkpoint.keep_last = 1
+        common.depth_study(config.base)
     config.grid = (
         ("model.depth", (8, 20, 32, 44, 56)),
         ("model.plain", (True, False)),

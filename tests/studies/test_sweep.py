@@ -41,6 +41,14 @@ def test_a_study_runs_each_point_of_its_grid_with_each_seed(study):
     assert study.base.seed == 0, "the base itself is left alone"
 
 
+def test_a_study_can_give_some_points_other_keys_besides(data_dir):
+    adjust = ((("data.augment.flip", True), (("schedule.warmup_steps", 1), ("schedule.warmup", "constant"))),)
+    for run in sweep.expand(tiny_study(data_dir, adjust=adjust)):
+        expected = (1, "constant") if run.config.data.augment.flip else (2, "linear")
+        assert (run.config.schedule.warmup_steps, run.config.schedule.warmup) == expected
+        assert run.point.keys() == {"optimizer.momentum", "data.augment.flip"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -51,6 +59,14 @@ def test_a_study_runs_each_point_of_its_grid_with_each_seed(study):
         ({"grid": (("seed", (1, 2)),)}, "grid: seed is no key of it"),
         ({"grid": (("num_steps", 8),)}, "must be pairs of a key and the values it takes"),
         ({"grid": ("num_steps", (8, 12))}, "must be pairs of a key and the values it takes"),
+        (
+            {"adjust": ((("data.augment.flip", None), (("num_steps", 8),)),)},
+            r"adjust: the grid has no data.augment.flip = None; it has .*\(True, False\)",
+        ),
+        (
+            {"adjust": ((("data.augment.flip", True), (("num_stepps", 8),)),)},
+            "adjust: num_stepps = 8 does not fit the base config",
+        ),
         ({"seeds": ()}, r"grid: seed = \(\) must have values"),
         ({"seeds": (1, 1)}, r"grid: seed = \(1, 1\) must have values, and none of them twice"),
     ],

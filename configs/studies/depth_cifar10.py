@@ -1,0 +1,35 @@
+"""Plain against residual nets as depth grows, on CIFAR-10: the experiment of He et al., and its figure 6.
+
+Paper: He et al. 2015, section 4.2 and figure 6.
+Command: python -m cnn_cases.data.prepare cifar10
+         python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_cifar10.py \
+             --workdir=runs/depth_cifar10
+A tenth of the schedule, for a first look:
+         python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_cifar10.py:short \
+             --workdir=runs/depth_cifar10_short
+
+The recipe is that of `resnet_cifar10`. Plain-110 is expected to fail: the paper's stays above 60 %.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, resnet_cifar10
+
+STEPS = {"paper": 64_000, "short": 6_400}
+
+
+def get_config(schedule="paper"):
+    """The grid: every depth, plain and residual, with every seed."""
+    common.check_choice("schedule", schedule, STEPS)
+    config = ConfigDict()
+    config.base = resnet_cifar10.get_config()
+    with config.base.unlocked():
+        config.base.num_steps = STEPS[schedule]
+        config.base.evaluation.every_steps = STEPS[schedule] // 64
+        common.depth_study(config.base)
+    config.grid = (("model.depth", (20, 32, 44, 56, 110)), ("model.plain", (True, False)))
+    warmup = (("schedule.warmup", "constant"), ("schedule.warmup_steps", 400))
+    config.adjust = ((("model.depth", 110), warmup),)
+    config.seeds = (0, 1, 2)
+    config.lock()
+    return config
