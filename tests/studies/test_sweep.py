@@ -61,7 +61,7 @@ def test_a_study_can_give_some_points_other_keys_besides(data_dir):
         ({"grid": ("num_steps", (8, 12))}, "must be pairs of a key and the values it takes"),
         (
             {"adjust": ((("data.augment.flop", True), (("num_steps", 8),)),)},
-            "adjust: data.augment.flop is no key of the grid, which has optimizer.momentum, data.augment.flip",
+            "adjust: data.augment.flop is no key of the grid, which has optimizer.momentum, data",
         ),
         (
             {"adjust": ((("data.augment.flip", True), (("num_stepps", 8),)),)},
