@@ -4,14 +4,15 @@ resident   A training step of ResNet-20 with the resident feed, beside the same 
            prepared already and stays on the device. CIFAR-10 where it is prepared, else the digits.
 stream     Images a second that one core reads, decodes, crops (area 8 to 100 %, aspect 3:4 to 4:3, to 224
            pixels), mirrors and puts into batches: the streaming feed beside tf.data, which reads the same
-           files from TFRecord. For pictures of ImageNet's usual size that are made here, and for Imagenette
-           where it is prepared. Our feed leaves the mirroring to the device; here OpenCV does it, and tf.data
-           is handed boxes of our own draw, so that both do the same. TensorFlow is no part of our
-           requirements: pip install tensorflow-cpu.
+           files from TFRecord, and beside PyTorch's DataLoader, whose images PIL decodes. For pictures of
+           ImageNet's usual size that are made here, and for Imagenette where it is prepared. Our feed leaves
+           the mirroring to the device; here OpenCV does it, and the others are handed boxes of our own draw,
+           so that all do the same. Neither peer is part of our requirements: pip install tensorflow-cpu
+           torch. The output says which is missing.
 
-The two of a pair take turns. Figures are medians over the turns, with the lowest and the highest. Where the
-CPU computes, time is CPU time of the whole process, so that others on the machine count less; a stream is
-held to one core besides.
+Those that are compared take turns. Figures are medians over the turns, with the lowest and the highest.
+Where the CPU computes, time is CPU time of the whole process, so that others on the machine count less; a
+stream is held to one core besides.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from configs import common, resnet_cifar10, resnet_digits
 
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
+PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "pillow", "tensorflow-cpu", "torch")
 
 
 class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
@@ -133,7 +135,7 @@ def resident_feed(data_dir, turns, steps_a_turn):
 
 
 def streams(name, data_dir, turns, batches_a_turn):
-    """Images a second of one core, of our feed and of tf.data, each of every turn."""
+    """Images a second of one core, of our feed and of its peers, each of every turn."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})  # of this thread and those that it starts
     try:
@@ -142,11 +144,15 @@ def streams(name, data_dir, turns, batches_a_turn):
             with contextlib.suppress(ImportError):
                 dataset = _tf_dataset(name, data_dir, pathlib.Path(directory) / "records")
                 runs["tf.data"] = _timed(lambda: iter(dataset), batches_a_turn)
+            with contextlib.suppress(ImportError):
+                loader = _torch_loader(name, data_dir)
+                runs["DataLoader"] = _timed(lambda: iter(loader), batches_a_turn)
             figures = _take_turns(list(runs.values()), turns)
     finally:
         os.sched_setaffinity(0, before)
     summaries = {peer: _summary(values) for peer, values in zip(runs, figures, strict=True)}
-    return {"set": name, "images_a_second_a_core": {"stream": None, "tf.data": "not installed"} | summaries}
+    missing = dict.fromkeys(("tf.data", "DataLoader"), "not installed")
+    return {"set": name, "images_a_second_a_core": {"stream": None} | missing | summaries}
 
 
 def _timed(make_iterator, count):
@@ -220,6 +226,30 @@ def _tf_dataset(name, data_dir, path):
     return dataset.with_options(options).as_numpy_iterator()
 
 
+def _torch_loader(name, data_dir):
+    """The same work by PyTorch's DataLoader in this process, as torchvision's transforms do it with PIL."""
+    import torch
+
+    torch.set_num_threads(1)
+    records, _ = sources.open_split(name, "train", data_dir)
+    boxes = _boxes(records)
+
+    class Photos(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(records) * 100  # no epoch ends while it is timed
+
+        def __getitem__(self, index):
+            record, (top, left, height, width) = records[index % len(records)], boxes[index % len(records)]
+            image = Image.open(io.BytesIO(record["image"])).convert("RGB")
+            image = image.crop((left, top, left + width, top + height))
+            image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            if torch.rand(()) < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            return torch.from_numpy(np.array(image)), int(record["label"])
+
+    return torch.utils.data.DataLoader(Photos(), BATCH_SIZE)
+
+
 def _boxes(records):
     """A box for each record, drawn as the feed draws them. -> int32 [N, 4]."""
     rng = np.random.default_rng(0)
@@ -239,6 +269,12 @@ def _take_turns(runs, turns):
 
 def _summary(values):
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def _version(package):
+    """None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
 
 
 def _line(title, figures, unit):
@@ -261,10 +297,7 @@ def main():
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "devices": [device.device_kind for device in jax.local_devices()],
-        "versions": {
-            one: importlib.metadata.version(one)
-            for one in ("jax", "grain", "simplejpeg", "opencv-python-headless")
-        },
+        "versions": {one: _version(one) for one in PACKAGES},
         "turns": options.turns,
     }
     if options.only != "stream":
