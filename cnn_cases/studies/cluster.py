@@ -179,22 +179,41 @@ class Training(Checkpointable):
 
     SIGUSR2 comes when the time is nearly over and, on some clusters, when a job is preempted; submitit would
     queue the job again at once. During the training the loop gets the signal, and submitit when all is saved.
-    SIGTERM saves, too, and only ends the job: it was cancelled, or Slurm itself queues it again.
+    SIGTERM comes when a job is cancelled, which ends it, and also when it is preempted and has a time of grace.
     """
 
     def __call__(self, run_dir):
         """Trains the run of a directory with a config.json."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would ignore it
+        queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's; it does not return
+
+        def end(number, _=None):
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # Slurm's answer to being asked to queue the job again
+            if number == signal.SIGUSR2 or _is_preempted():
+                queue_again(signal.SIGUSR2, None)
+            sys.exit(128 + number)
+
+        signal.signal(signal.SIGTERM, end)  # before and after the training; submitit would ignore it
         try:
             loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
             print(error, file=sys.stderr)  # result.json says so, too: no failure of the job
         except loop.InterruptedRun as interruption:
             print(interruption, file=sys.stderr)
-            if interruption.signal_number == signal.SIGUSR2:
-                queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's; it does not return
-                queue_again(signal.SIGUSR2, None)
-            sys.exit(128 + interruption.signal_number)
+            end(interruption.signal_number)
+
+
+def _is_preempted():
+    """Whether Slurm takes this job, which got SIGTERM, for running.
+
+    It does during the time of grace before a preemption, and a job that ends by itself then is not queued again.
+    It does not once the job is cancelled or queued again.
+    """
+    if os.environ["SUBMITIT_EXECUTOR"] != "slurm":
+        return False
+    squeue = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    return subprocess.run(squeue, capture_output=True, text=True).stdout.strip() == "RUNNING"
 
 
 def _newest_job(folder):

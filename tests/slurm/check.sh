@@ -22,7 +22,7 @@ mkdir "$DIR/state" "$DIR/spool"
 dd if=/dev/urandom of="$DIR/munge.key" bs=1024 count=1 status=none
 chmod 600 "$DIR/munge.key"
 chmod 755 "$DIR"
-# What is in the high partition preempts what is in the low one: SIGTERM, and SIGKILL after the grace time.
+# What is in the high partition preempts what is in the low one: SIGTERM, and SIGKILL after the time of grace.
 cat > "$DIR/slurm.conf" <<END
 ClusterName=check
 SlurmctldHost=$NODE(127.0.0.1)
@@ -30,7 +30,8 @@ SlurmctldPort=16817
 SlurmdPort=16818
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$DIR/munge.socket
+# What is queued again waits until its credentials have expired, after 120 seconds by default.
+AuthInfo=socket=$DIR/munge.socket,cred_expire=20
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool
 SlurmctldPidFile=$DIR/slurmctld.pid

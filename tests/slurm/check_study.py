@@ -57,30 +57,31 @@ class Study:
         path = self.workdir / "runs" / run / "environment.json"
         return len(json.loads(path.read_text())) if path.exists() else 0
 
+    def resumed_after(self, run):
+        """The steps from which the run has gone on."""
+        logs = sorted((self.workdir / "jobs" / run).glob("*.err"), key=lambda path: path.stat().st_mtime)
+        return [
+            int(step) for path in logs for step in re.findall(r"resuming after step (\d+)", path.read_text())
+        ]
+
     def trains(self, run, start=1):
-        """Waits until the run has saved something in its start of that number; returns its job's id."""
+        """Waits until the run has a checkpoint in its start of that number; returns its job's id."""
         run_dir = self.workdir / "runs" / run
         until(
-            lambda: self.starts(run) == start and [*run_dir.glob("checkpoints/[0-9]*/checksums.json")],
+            lambda: (
+                self.starts(run) == start
+                and len(self.resumed_after(run)) == start - 1
+                and [*run_dir.glob("checkpoints/[0-9]*/checksums.json")]
+            ),
             f"a checkpoint of {run} in start {start}",
         )
+        if start > 1:
+            say(f"    {run} goes on after step {self.resumed_after(run)[-1]}")
         assert not (run_dir / "result.json").exists(), f"{run} is finished already; make the study longer"
         return self.job(run)
 
-    def resumes(self, run, start):
-        """Waits until the run goes on from a checkpoint."""
-        until(lambda: self.starts(run) == start, f"start {start} of {run}")
-        folder = self.workdir / "jobs" / run
-        pattern = re.compile(r"resuming after step (\d+)")
 
-        def steps():
-            return [int(n) for path in folder.glob("*.err") for n in pattern.findall(path.read_text())]
-
-        until(lambda: len(steps()) == start - 1, f"{run} resumes")
-        say(f"    {run} goes on after step {steps()[-1]}")
-
-
-def scontrol(*words):
+def slurm(*words):
     """Runs a command of Slurm."""
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
@@ -105,37 +106,34 @@ def main(workdir):
 
     job = study.trains(first)
     say(f"SIGUSR2 for job {job}, as when its time is nearly over")
-    scontrol("scancel", "--signal=USR2", job)
+    slurm("scancel", "--signal=USR2", job)
     job = study.trains(second)
     say(f"scontrol requeue {job}")
-    scontrol("scontrol", "requeue", job)
+    slurm("scontrol", "requeue", job)
 
     study.trains(third)
-    say("a job of the high partition preempts what runs")
-    running = scontrol("squeue", "--noheader", "--states=running", "--format=%A %j").splitlines()
-    scontrol("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    preempted = [line.split()[1] for line in running]
-    say(f"    these run: {', '.join(preempted)}")
-    assert third in preempted
-    study.resumes(third, start=2)
+    running = slurm("squeue", "--noheader", "--states=running", "--format=%j").split()
+    say(f"a job of the high partition preempts {' and '.join(running)}")
+    assert third in running
+    slurm("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    study.trains(third, start=2)
 
     say("Ctrl-C for the command that waits, and a second start")
-    jobs = scontrol("squeue", "--noheader", "--format=%A %j")
+    jobs = slurm("squeue", "--noheader", "--format=%A").split()
     study.command.send_signal(signal.SIGINT)
     assert study.command.wait(PATIENCE) == 130
-    assert set(scontrol("squeue", "--noheader", "--format=%A %j").split()) <= set(jobs.split())
     study.start()
     until(lambda: study.log.read_text().count("submitted to slurm") == 2, "the second start")
-    assert " 0 jobs submitted to slurm" in " " + study.log.read_text().splitlines()[-1], study.log.read_text()
+    assert set(slurm("squeue", "--noheader", "--format=%A").split()) <= set(jobs)
 
-    job = study.trains(fourth, start=study.starts(fourth) or 1)
-    starts = study.starts(fourth)
+    start = 1 + (fourth in running)
+    job = study.trains(fourth, start)
     say(f"scancel {job}: its run is told as failed, and submitted once more by the next start")
-    scontrol("scancel", job)
+    slurm("scancel", job)
     assert study.command.wait(PATIENCE) == 2
     assert f"1 of 4 runs failed: {fourth}" in study.log.read_text()
     study.start()
-    study.resumes(fourth, start=starts + 1)
+    study.trains(fourth, start + 1)
     assert study.command.wait(PATIENCE) == 0
 
     say("what the command said:")

@@ -10,10 +10,10 @@ def get_config():
     config = ConfigDict()
     config.base = lenet5_digits.get_config()
     with config.base.unlocked():
-        config.base.num_steps = 4_000
-        config.base.log_every_steps = 200
+        config.base.num_steps = 2_000
+        config.base.log_every_steps = 100
         config.base.evaluation.every_steps = 1_000
-        config.base.checkpoint.every_steps = 200
+        config.base.checkpoint.every_steps = 100
     config.grid = (("optimizer.momentum", (0.0, 0.9)),)
     config.seeds = (0, 1)
     config.lock()
