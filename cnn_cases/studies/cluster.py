@@ -179,7 +179,7 @@ class Training(Checkpointable):
 
     SIGUSR2 comes when the time is nearly over and, on some clusters, when a job is preempted; submitit would
     queue the job again at once. During the training the loop gets the signal, and submitit when all is saved.
-    SIGTERM comes when a job is cancelled, which ends it, and also when it is preempted and has a time of grace.
+    SIGTERM comes when a job is cancelled, which ends it, but also when it is preempted with a time of grace.
     """
 
     def __call__(self, run_dir):
@@ -207,8 +207,8 @@ class Training(Checkpointable):
 def _is_preempted():
     """Whether Slurm takes this job, which got SIGTERM, for running.
 
-    It does during the time of grace before a preemption, and a job that ends by itself then is not queued again.
-    It does not once the job is cancelled or queued again.
+    It does in the time of grace before a preemption, and a job that ends by itself then is not queued again.
+    One that is cancelled, or that Slurm queues again, has another state by now.
     """
     if os.environ["SUBMITIT_EXECUTOR"] != "slurm":
         return False
@@ -269,4 +269,6 @@ def _last_words(paths):
         lines = trace.splitlines() if outcome == "error" else []
     elif paths.stderr.exists():
         lines = paths.stderr.read_text(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+    said = [line.strip() for line in lines if line.strip()]
+    # srun comes last and only repeats that the job has failed.
+    return ([line for line in said if not line.startswith("srun: ")] or said or ["without a word"])[-1]

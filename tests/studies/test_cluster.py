@@ -179,13 +179,17 @@ def test_a_failed_job_is_named_with_its_log_and_the_others_go_on(data_dir, tmp_p
 def test_the_last_words_of_a_killed_job_are_those_of_its_log(tmp_path):
     paths = JobPaths(tmp_path, "7")
     assert cluster._last_words(paths) == "without a word"
-    paths.stderr.write_text("step 4/12\nslurmstepd: error: Detected 1 oom-kill event\n\n")
+    paths.stderr.write_text("srun: error: task 0: Exited with exit code 137\n")
+    assert cluster._last_words(paths) == "srun: error: task 0: Exited with exit code 137"
+    paths.stderr.write_text(
+        "step 4/12\nslurmstepd: error: Detected 1 oom-kill event\n\nsrun: error: task 0\n"
+    )
     assert cluster._last_words(paths) == "slurmstepd: error: Detected 1 oom-kill event"
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Commands that stand for Slurm's: sbatch gives the number 7 and keeps the script, squeue knows no job."""
+    """Commands in place of Slurm's: sbatch gives the number 7 and keeps the script, squeue knows no job."""
     sbatch = f'cp "$1" {tmp_path}/script; echo Submitted batch job 7'
     monkeypatch.setattr(cluster, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(cluster, "_QUEUE_SECONDS", {"slurm": 0.01})
