@@ -4,6 +4,7 @@
 2     bad input
 3     the training diverged
 130   SIGINT (Ctrl-C) came, and all is saved
+140   SIGUSR2 (a scheduler's warning) came, and all is saved
 143   SIGTERM came, and all is saved
 """
 

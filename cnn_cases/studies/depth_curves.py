@@ -179,7 +179,7 @@ def main():
             f"train and test among base.evaluation.final_splits, not {', '.join(sorted(splits))}"
         )
     if not flags.FLAGS.figures_only:
-        sweep.run_all(study, workdir, flags.FLAGS.jobs)
+        sweep.run_all(study, workdir, flags.FLAGS.jobs, sweep.cluster_of_flags())
     record = sweep.make_record(study, workdir)
     write_report(record, workdir)
     print(table(record, "text"))

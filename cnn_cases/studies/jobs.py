@@ -35,10 +35,16 @@ def run_here(groups, workdir):
             try:
                 result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
             except loop.DivergedError as error:
-                yield run.name, f"diverged at step {error.step}"
-            else:
-                news = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-                yield run.name, news + (" (finished before)" if done else f" ({result['seconds']:.1f} s)")
+                result = {"status": "diverged", "step": error.step}
+            yield run.name, in_words(result, finished_before=done)
+
+
+def in_words(result, *, finished_before=False):
+    """What a run gave, of its result.json, in words."""
+    if result["status"] == "diverged":
+        return f"diverged at step {result['step']}"
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    return metrics + (" (finished before)" if finished_before else f" ({result['seconds']:.1f} s)")
 
 
 def run_side_by_side(groups, workdir, num_jobs):

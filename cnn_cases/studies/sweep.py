@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cnn_cases import command, tables
+from cnn_cases.studies import cluster as clusters
 from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop
 
@@ -89,7 +90,7 @@ def _override(config, whence, key, value):
         raise ValueError(f"{whence}: {key} = {value!r} does not fit the base config: {error}") from None
 
 
-def run_all(study, workdir, num_jobs=1):
+def run_all(study, workdir, num_jobs=1, cluster=None):
     """Runs what is not finished yet, and tells of each run as it ends.
 
     A run that diverges is marked and the sweep goes on.
@@ -98,13 +99,19 @@ def run_all(study, workdir, num_jobs=1):
       study: see `expand`.
       workdir: the study's directory; the runs lie in its `runs/`.
       num_jobs: how many points of the grid are run side by side, each in a process of its own.
+      cluster: a `clusters.Cluster`, whose jobs the runs become; None runs them on this machine.
 
     Raises:
       ValueError: the study or a run of it is not possible, or the workdir belongs to another study.
-      InterruptedRun: SIGTERM or SIGINT came and the runs at hand were saved.
+      ChildProcessError: jobs of the cluster failed.
+      InterruptedRun: SIGTERM or SIGINT came and the runs at hand were saved, or go on as jobs of the cluster.
     """
     if num_jobs < 1:
         raise ValueError(f"jobs = {num_jobs} must be 1 or more")
+    if cluster:
+        if num_jobs > 1:
+            raise ValueError(f"jobs = {num_jobs}: on a cluster each run is a job; leave --jobs out")
+        clusters.check(cluster)
     workdir = pathlib.Path(workdir)
     runs = expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
@@ -113,7 +120,9 @@ def run_all(study, workdir, num_jobs=1):
             loop.check(group[0].config)  # now, and not after hours of other runs
     logbook.claim(workdir, study.to_dict())
     run_dirs = workdir / "runs"
-    if num_jobs == 1:
+    if cluster:
+        ended = clusters.run_on_cluster(runs, workdir, cluster)
+    elif num_jobs == 1:
         ended = jobs.run_here(groups, run_dirs)
     else:
         ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
@@ -191,13 +200,33 @@ def define_flags():
     config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
     flags.DEFINE_string("workdir", None, "The directory of the study.")
     flags.DEFINE_integer("jobs", 1, "How many points of the grid to train side by side, in processes.")
+    flags.DEFINE_string("cluster", None, f"Submit each run as a job to {' or '.join(clusters.COMMANDS)}.")
+    flags.DEFINE_string("partition", None, "The part of the cluster that the jobs are for.")
+    flags.DEFINE_string("time", None, "What a job gets, in minutes or as hh:mm; 1:00, unless it is given.")
+    flags.DEFINE_integer("gpus_per_run", None, "GPUs of a job.")
+    flags.DEFINE_integer("cpus_per_run", None, "CPU cores of a job.")
     flags.mark_flags_as_required(["config", "workdir"])
+
+
+def cluster_of_flags():
+    """The `clusters.Cluster` that the flags of `define_flags` name, or None.
+
+    Raises:
+      ValueError: there are flags of a cluster, and none is named.
+    """
+    keys = [key for key in clusters.Cluster._fields if key != "name"]
+    given = {key: flags.FLAGS[key].value for key in keys if flags.FLAGS[key].value is not None}
+    if flags.FLAGS.cluster is not None:
+        return clusters.Cluster(flags.FLAGS.cluster, **given)
+    for key, value in given.items():
+        raise ValueError(f"{key} = {value!r} is for jobs of a cluster; name one with --cluster")
+    return None
 
 
 def main():
     """Runs a study and prints the table of its final figures."""
     study, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-    run_all(study, workdir, flags.FLAGS.jobs)
+    run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
     record = make_record(study, workdir)
     logbook.write_text(workdir / "record.json", record_text(record))
     rows = table(record)

@@ -440,7 +440,7 @@ def _earlier_result(workdir):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as ever.
+    """Notes SIGTERM, SIGINT and SIGUSR2, a scheduler's warning, and lives on; a second one acts as ever.
 
     Yields an object whose `number` is 0 until a signal comes, then the signal's.
     """
@@ -452,7 +452,7 @@ def stop_signals():
             signal.signal(one, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             before[number] = signal.signal(number, note)
     try:
         yield stop

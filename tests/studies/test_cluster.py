@@ -1,0 +1,293 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from submitit.core.utils import JobPaths
+
+from cnn_cases.studies import cluster, jobs, sweep
+from cnn_cases.training import loop
+from tests.studies.test_sweep import tiny_study
+
+ROOT = pathlib.Path(__file__).parents[2]
+LOCAL = cluster.Cluster("local")
+
+
+def runs_of(data_dir, num_steps=4, checkpoint_every=4):
+    study = tiny_study(data_dir, grid=(("optimizer.momentum", (0.0, 0.9)),), seeds=(0,))
+    study.base.num_steps = num_steps
+    study.base.evaluation.every_steps = 0
+    study.base.checkpoint.every_steps = checkpoint_every
+    study.base.checkpoint.best_on = ""
+    return sweep.expand(study)
+
+
+def metrics(workdir):
+    return {path.parent.name: path.read_bytes() for path in workdir.glob("*/metrics.jsonl")}
+
+
+def run_here(runs, workdir):
+    """{name: figures in words} of runs without a cluster, and their metrics."""
+    ended = without_seconds(jobs.run_here([[run] for run in runs], workdir))
+    return ended, metrics(workdir)
+
+
+def without_seconds(ended):
+    return {name: news.rpartition(" (")[0] for name, news in ended}
+
+
+def test_jobs_do_what_runs_here_do_to_the_bit_and_none_is_submitted_twice(data_dir, tmp_path, monkeypatch):
+    runs = runs_of(data_dir)
+    expected = run_here(runs, tmp_path / "here")
+    there = tmp_path / "there"
+    assert (without_seconds(cluster.run_on_cluster(runs, there, LOCAL)), metrics(there / "runs")) == expected
+    monkeypatch.setattr(cluster, "_submit", pytest.fail)
+    again = list(cluster.run_on_cluster(runs, there, LOCAL))
+    assert [name for name, _ in again] == [run.name for run in runs]
+    assert all("(finished before)" in news for _, news in again)
+
+
+def test_a_job_outlives_the_command_and_preemption(data_dir, tmp_path, monkeypatch):
+    runs = runs_of(data_dir, num_steps=400, checkpoint_every=20)[1:]
+    expected = run_here(runs, tmp_path / "here")
+    there = tmp_path / "there"
+    folder = there / "jobs" / runs[0].name
+    checkpoints = there / "runs" / runs[0].name / "checkpoints"
+
+    def at_first_checkpoint(act):
+        def wait():
+            while not [*checkpoints.glob("[0-9]*/checksums.json")]:
+                time.sleep(0.01)
+            act()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    at_first_checkpoint(lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(loop.InterruptedRun, match=r"SIGINT: 1 jobs go on; .* end them: kill \d+"):
+        list(cluster.run_on_cluster(runs, there, LOCAL))
+
+    # The same command again. It waits for the job, which the cluster interrupts now.
+    monkeypatch.setattr(cluster, "_submit", pytest.fail)
+
+    def preempt():
+        controller = cluster._newest_job(folder).job_id
+        task = subprocess.run(["ps", "-o", "pid=", "--ppid", controller], capture_output=True, text=True)
+        os.kill(int(task.stdout), signal.SIGUSR2)
+
+    at_first_checkpoint(preempt)
+    assert (without_seconds(cluster.run_on_cluster(runs, there, LOCAL)), metrics(there / "runs")) == expected
+    log = next(folder.glob("*.err")).read_text()
+    assert "SIGUSR2: saved after step" in log
+    assert "resuming after step" in log
+
+
+def fake(tmp_path, monkeypatch, **commands):
+    """The directory of commands that are found before all others, as lines of shell."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    for name, line in commands.items():
+        (directory / name).write_text(f"#!/bin/sh\n{line}\n")
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    return directory
+
+
+@pytest.fixture
+def queued_again():
+    """Stands for a job's process with submitit's handler of SIGUSR2; a list of what that was called with."""
+    calls = []
+
+    def queue_again(number, _):
+        calls.append(number)
+        sys.exit(99)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    signal.signal(signal.SIGUSR2, queue_again)
+    yield calls
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "code"),
+    [
+        (signal.SIGUSR2, "RUNNING", 99),
+        (signal.SIGTERM, "RUNNING", 99),  # preempted, in the time of grace
+        (signal.SIGTERM, "COMPLETING", 143),  # cancelled, or queued again by Slurm
+        (signal.SIGTERM, "", 143),  # a local job
+    ],
+)
+def test_a_signal_saves_and_all_but_the_end_queues_again(
+    number, state, code, queued_again, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm" if state else "local")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    fake(tmp_path, monkeypatch, squeue=f"echo {state}")
+    run = runs_of(data_dir, num_steps=12, checkpoint_every=0)[1]
+    run.config.evaluation.every_steps = 4
+    expected = run_here([run], tmp_path / "here")[1]
+    run_dir = tmp_path / "there" / run.name
+    loop.claim(run_dir, run.config.to_dict())
+    evaluate = loop.evaluate
+
+    def interrupted(program, state, split):
+        os.kill(os.getpid(), number)
+        return evaluate(program, state, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(SystemExit) as end:
+            cluster.Training()(str(run_dir))
+    assert end.value.code == code
+    assert queued_again == [signal.SIGUSR2] * (code == 99)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["4"]
+    cluster.Training()(str(run_dir))
+    assert metrics(tmp_path / "there") == expected
+
+
+def test_a_diverged_run_is_no_failed_job(data_dir, tmp_path, monkeypatch):
+    run = runs_of(data_dir)[0]
+    loop.claim(tmp_path, run.config.to_dict())
+
+    def diverge(*_):
+        raise loop.DivergedError("no finite number", 3)
+
+    monkeypatch.setattr(loop, "_check_finite", diverge)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    cluster.Training()(str(tmp_path))
+    assert jobs.in_words(json.loads((tmp_path / "result.json").read_text())) == "diverged at step 3"
+
+
+def test_a_failed_job_is_named_with_its_log_and_the_others_go_on(data_dir, tmp_path):
+    good, bad = runs_of(data_dir)
+    bad.config.batch_size = 25
+    ended = []
+    with pytest.raises(ChildProcessError, match=f"1 of 2 runs failed: {bad.name}; start again"):
+        ended.extend(cluster.run_on_cluster([bad, good], tmp_path, LOCAL))
+    ended = dict(ended)
+    message, _, log = ended[bad.name].rpartition(" (")
+    assert message.startswith("failed: ValueError: batch_size = 25 cannot be split evenly over 4 devices")
+    assert "batch_size = 25" in pathlib.Path(log.rstrip(")")).read_text()
+    assert "test/error" in ended[good.name]
+
+
+def test_the_last_words_of_a_killed_job_are_those_of_its_log(tmp_path):
+    paths = JobPaths(tmp_path, "7")
+    assert cluster._last_words(paths) == "without a word"
+    paths.stderr.write_text("srun: error: task 0: Exited with exit code 137\n")
+    assert cluster._last_words(paths) == "srun: error: task 0: Exited with exit code 137"
+    paths.stderr.write_text(
+        "step 4/12\nslurmstepd: error: Detected 1 oom-kill event\n\nsrun: error: task 0\n"
+    )
+    assert cluster._last_words(paths) == "slurmstepd: error: Detected 1 oom-kill event"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands in place of Slurm's: sbatch gives the number 7 and keeps the script, squeue knows no job."""
+    sbatch = f'cp "$1" {tmp_path}/script; echo Submitted batch job 7'
+    monkeypatch.setattr(cluster, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cluster, "_QUEUE_SECONDS", {"slurm": 0.01})
+    return fake(tmp_path, monkeypatch, sbatch=sbatch, squeue="true", srun="exit 1", scontrol="exit 1")
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_job_asks_for_what_the_flags_say(data_dir, tmp_path):
+    there = cluster.Cluster("slurm", partition="gpu", time="1:30", gpus_per_run=2, cpus_per_run=8)
+    run = runs_of(data_dir)[0]
+    with pytest.raises(ChildProcessError, match="1 of 1 runs failed"):
+        list(cluster.run_on_cluster([run], tmp_path / "study", there))  # it is gone from the queue at once
+    script = (tmp_path / "script").read_text()
+    asked = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert asked >= {
+        f"job-name={run.name}",
+        "partition=gpu",
+        "time=90",
+        "gpus-per-node=2",
+        "cpus-per-task=8",
+        "requeue",
+        "signal=USR2@90",
+    }
+    assert "--cpus-per-task=8" in next(line for line in script.splitlines() if line.startswith("srun"))
+    pickle = (tmp_path / "study" / "jobs" / run.name / "7_submitted.pkl").read_bytes()
+    assert len(pickle) < 1000, "a config is pickled"
+    assert str(tmp_path / "study" / "runs" / run.name).encode() in pickle
+
+
+@pytest.mark.usefixtures("slurm")
+def test_what_is_not_asked_for_is_left_to_the_cluster(data_dir, tmp_path):
+    with pytest.raises(ChildProcessError, match="1 of 1 runs failed"):
+        list(cluster.run_on_cluster(runs_of(data_dir)[:1], tmp_path / "study", cluster.Cluster("slurm")))
+    script = (tmp_path / "script").read_text()
+    assert not any(word in script for word in ("partition", "gpus", "cpus"))
+    assert "--time=60\n" in script
+
+
+def test_a_queue_that_cannot_be_asked_does_not_kill_its_jobs(slurm, tmp_path):
+    paths = [JobPaths(tmp_path, "7"), JobPaths(tmp_path, "8")]
+    (slurm / "squeue").write_text("#!/bin/sh\necho 8\n")
+    assert cluster._alive("slurm", paths) == {"8"}
+    (slurm / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert cluster._alive("slurm", paths) == {"7", "8"}
+
+
+def test_a_refused_submission_is_told(slurm, data_dir, tmp_path):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition >&2\nexit 1\n")
+    run = runs_of(data_dir)[0]
+    with pytest.raises(
+        ValueError, match=f"{run.name} could not be submitted: sbatch: error: invalid partition"
+    ):
+        list(cluster.run_on_cluster([run], tmp_path / "study", cluster.Cluster("slurm", partition="gpu")))
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (cluster.Cluster("slrum"), "cluster = 'slrum' is unknown; known are slurm, local"),
+        (cluster.Cluster("slurm"), "cluster = 'slurm' needs sbatch, .* and this machine has no sbatch, srun"),
+        (LOCAL._replace(partition="gpu"), "partition = 'gpu': cluster = 'local' has no partitions"),
+        (LOCAL._replace(time="1:75"), "time = '1:75' must be minutes or hh:mm"),
+        (LOCAL._replace(time="1-00:00"), "time = '1-00:00' must be minutes or hh:mm"),
+        (LOCAL._replace(time="2"), "time = '2' must be minutes or hh:mm, and 3 minutes or more"),
+        (LOCAL._replace(gpus_per_run=-1), "gpus_per_run = -1 must be 0 or more"),
+        (LOCAL._replace(cpus_per_run=0), "cpus_per_run = 0 must be 1 or more"),
+    ],
+)
+def test_an_impossible_cluster_is_refused(there, message, data_dir, tmp_path, monkeypatch):
+    which = {"ps": "/bin/ps"}.get
+    monkeypatch.setattr(cluster.shutil, "which", which)
+    with pytest.raises(ValueError, match=message):
+        sweep.run_all(tiny_study(data_dir), tmp_path / "study", cluster=there)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("1:30", 90), ("00:05", 5), ("48:00", 2880)])
+def test_times_are_minutes_or_hours_and_minutes(text, minutes):
+    assert cluster._minutes(text) == minutes
+
+
+def test_jobs_side_by_side_are_for_this_machine_only(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="jobs = 2: on a cluster each run is a job; leave --jobs out"):
+        sweep.run_all(tiny_study(data_dir), tmp_path / "study", 2, LOCAL)
+
+
+@pytest.mark.parametrize("command", ["sweep", "depth_curves"])
+def test_flags_of_a_cluster_need_one(command, tmp_path):
+    words = ["--config=configs/studies/depth_digits.py", f"--workdir={tmp_path / 'study'}", "--partition=gpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"cnn_cases.studies.{command}", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: partition = 'gpu' is for jobs of a cluster; name one with --cluster\n"
+    assert not (tmp_path / "study").exists()
