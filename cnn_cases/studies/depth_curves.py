@@ -135,7 +135,10 @@ def draw_curves(record):
     figure, rows = draw_panels(record, {"running/error": figures.THIN, "test/error": figures.BOLD})
     for axes in rows:
         axes[0].set(ylabel="error (%)", ylim=(0, 100))
-    figure.suptitle(f"thin: training error, bold: test error; {figures.seeds_in_words(record)}", fontsize=10)
+    figure.suptitle(
+        f"thin: training error, bold: test error; {figures.seeds_in_words(record)}, band: least to greatest",
+        fontsize=10,
+    )
     return figure
 
 
@@ -144,7 +147,7 @@ def draw_loss(record):
     figure, rows = draw_panels(record, {"running/loss": 1.5})
     for axes in rows:
         axes[0].set(ylabel=figures.loss_label(record), yscale="log")
-    figure.suptitle(f"training loss, {figures.seeds_in_words(record)}", fontsize=10)
+    figure.suptitle(f"training loss; {figures.seeds_in_words(record)}, band: least to greatest", fontsize=10)
     return figure
 
 
@@ -197,11 +200,8 @@ def draw_depth(record):
     for axis in grid.flat:
         axis.set_ylim(-2, 100)  # dots at zero stay whole
         axis.legend(frameon=False)
-    seeds = len(record["config"]["seeds"])
-    if seeds > 1:
-        figure.suptitle(
-            f"line: mean over {seeds} seeds, dot: a seed, band: from least to greatest", fontsize=10
-        )
+    seeds = figures.seeds_in_words(record)
+    figure.suptitle(f"line: {seeds}, dot: a seed, band: least to greatest", fontsize=10)
     return figure
 
 

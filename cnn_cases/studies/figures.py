@@ -112,9 +112,14 @@ def has(record, name):
 
 
 def seeds_in_words(record):
-    """What mean and band of the curves are."""
-    seeds = len(record["config"]["seeds"])
-    return f"mean over {seeds} seeds, band: from least to greatest" if seeds > 1 else "one seed"
+    """Over how many seeds the means are: those of the study, less where runs diverged or codes differ."""
+    seeds, counts = len(record["config"]["seeds"]), set()
+    if seeds == 1:
+        return "one seed"
+    for part in records.split_by_code(record).values():
+        for runs in records.group_by_point(part).values():
+            counts.add(sum(run["status"] == "finished" for run in runs))
+    return f"mean over {seeds} seeds" if counts == {seeds} else f"mean over up to {seeds} seeds"
 
 
 def loss_label(record):
@@ -180,7 +185,7 @@ def draw_curves(record):
     base = record["config"]["base"]
     figure.suptitle(
         f"{base['model']['name']} on {base['data']['name']}, batches of {base['batch_size']}: "
-        f"{seeds_in_words(record)}",
+        f"{seeds_in_words(record)}, band: least to greatest",
         fontsize=10,
     )
     return figure

@@ -95,11 +95,14 @@ def to_html(record, panel_key=None, panels=None):
                     button = (names[point], panels[panel], f"seed {run['seed']}", kind)
                     tags = [titles.index(title) for titles, title in zip(choices, button, strict=True)]
                     name = ", ".join(filter(None, (*button, code)))
-                    style = {"color": colors[tags[0]], "name": name, "tags": tags}
+                    style = {"color": colors[tags[0]], "name": name}
                     for quantity in ("error", "loss"):
                         if run["curves"].get(f"{split}/{quantity}"):
                             plot = plots[quantity, panel]
-                            lines += _draw(plot, run, f"{split}/{quantity}", style, dash=_DASHES[tags[-1]])
+                            drawn = _draw(plot, run, f"{split}/{quantity}", style, _DASHES[tags[-1]])
+                            for line in drawn:
+                                line.tags = tags
+                            lines += drawn
     for (quantity, _), plot in plots.items():
         value = "@y{0.00} %" if quantity == "error" else "@y{0.0000}"
         drawn = [renderer for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
