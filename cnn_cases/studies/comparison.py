@@ -93,8 +93,8 @@ def table(rows, titles, form):
             if form == "csv":
                 cells += ["" if mean is None else mean, *(ends or ("", ""))]
             else:
-                cells.append("" if mean is None else f"{100 * mean:.2f}")
-                cells.append(f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}" if ends else "")
+                cells.append("" if mean is None else f"{100 * mean:z.2f}")
+                cells.append(f"{100 * ends[0]:z.2f} to {100 * ends[1]:z.2f}" if ends else "")
         lines.append([*cells, str(row["pairs"]), str(row["left_out"])])
     if form == "csv":
         return tables.comma_separated(lines)
