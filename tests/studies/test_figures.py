@@ -89,6 +89,7 @@ def test_a_record_without_losses_has_its_errors_alone(old):
 
 
 def test_small_errors_get_room(record):
+    record["runs"][7]["curves"]["test/error"] = [[10, 0.5], [20, 0.01]]
     assert figures.draw_curves(record).axes[1].get_yscale() == "symlog"
     for run in record["runs"]:
         run["curves"] = {name: [[10, 0.5], [20, 0.4]] for name in run["curves"]}
