@@ -1,5 +1,7 @@
 """Tables as text: rows of cells, the head first."""
 
+import csv
+import io
 import statistics
 
 
@@ -25,6 +27,13 @@ def markdown(rows, words=()):
     """The same in Markdown; see `aligned`."""
     rule = [":---" if number in words else "---:" for number in range(len(rows[0]))]
     return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
+
+
+def comma_separated(rows):
+    """The same as CSV; cells may be numbers, too."""
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
 
 
 def mean_and_deviation(values, digits):

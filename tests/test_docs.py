@@ -337,6 +337,12 @@ def test_the_table_of_the_depth_study_is_that_of_its_record(path):
     assert table in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("path", [*ROOT.glob("results/depth_digits.json")], ids=name_of)
+def test_the_comparison_of_the_depth_study_is_that_of_its_record(path):
+    table = depth_curves.comparison_table(json.loads(path.read_text()), "markdown")
+    assert table in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["lenet5_mnist", "lenet5_1998_mnist"])
 def test_the_error_of_a_study_of_seeds_is_that_of_its_record(name):
     head, row = sweep.table(json.loads((ROOT / f"results/{name}.json").read_text()))

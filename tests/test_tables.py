@@ -13,6 +13,10 @@ def test_markdown_says_so_by_its_rule():
     assert tables.markdown(ROWS, words=[0]).splitlines()[:2] == ["| name | error % |", "| :--- | ---: |"]
 
 
+def test_csv_quotes_what_needs_it():
+    assert tables.comma_separated([["a, b", 1.5], ["", 2]]) == '"a, b",1.5\r\n,2\r\n'
+
+
 @pytest.mark.parametrize(
     ("values", "text"), [([], ""), ([2.0], "2.00"), ([1.0, 3.0], "2.00 ± 1.41"), ([1, 1, 1], "1.00 ± 0.00")]
 )

@@ -6,42 +6,43 @@ Started again, it skips the runs that are finished and resumes the one that is n
 """
 
 import collections
-import csv
-import io
 import pathlib
 import statistics
 
-import matplotlib
 from absl import flags
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from cnn_cases import command, tables
-from cnn_cases.studies import sweep
+from cnn_cases.studies import comparison, figures, page, records, sweep
 from cnn_cases.training import logbook
 
+KEYS = {"model.depth", "model.plain"}
 KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
 FIGURES = ("train/loss", "train/error", "test/error")
+ERRORS = {"train/error": "training error", "test/error": "test error"}
 
 
 def summarise(record):
-    """The table's rows, one a depth.
+    """The table's rows, one for each depth, and for each code where there are several.
 
     Args:
-      record: of `sweep.make_record`, over model.depth and model.plain.
+      record: see `records`; of a study over model.depth and model.plain.
 
     Returns:
-      [{"depth": ..., "plain train/loss": [one value a seed], ..., "plain diverged": number of seeds}].
+      [{"depth", "code", "plain train/loss": [one value a seed], ..., "plain diverged": number of seeds}].
     """
     rows = {}
-    for run in record["runs"]:
-        depth, kind = run["model.depth"], KINDS[run["model.plain"]]
-        row = rows.setdefault(depth, collections.defaultdict(list, depth=depth))
-        row[f"{kind} diverged"] = row.get(f"{kind} diverged", 0) + (run["status"] == "diverged")
-        for name in FIGURES:
-            if run["status"] == "finished":
-                row[f"{kind} {name}"].append(run["metrics"][name])
-    return [rows[depth] for depth in sorted(rows)]
+    for code, part in records.split_by_code(record).items():
+        for run in part["runs"]:
+            depth, kind = run["model.depth"], KINDS[run["model.plain"]]
+            row = rows.setdefault((depth, code), collections.defaultdict(list, depth=depth, code=code))
+            row[f"{kind} diverged"] = row.get(f"{kind} diverged", 0) + (run["status"] == "diverged")
+            for name in FIGURES:
+                if run["status"] == "finished":
+                    row[f"{kind} {name}"].append(run["metrics"][name])
+    return [rows[key] for key in sorted(rows)]
 
 
 def _cell(row, kind, name):
@@ -60,120 +61,220 @@ def table(record, form):
       form: "text", "markdown" or "csv"; CSV has the mean and the deviation of fractions, the others percent.
     """
     rows = summarise(record)
-    columns = [(kind, name) for name in FIGURES for kind in KINDS.values() if f"{kind} diverged" in rows[0]]
+    kinds = [kind for kind in KINDS.values() if any(f"{kind} diverged" in row for row in rows)]
+    columns = [(kind, name) for name in FIGURES for kind in kinds]
+    code = ["code"] if any(row["code"] for row in rows) else []
     if form == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out)
-        writer.writerow(
-            [
-                "depth",
-                *(f"{kind} {name} {what}" for kind, name in columns for what in ("mean", "std", "seeds")),
-            ]
-        )
+        whats = [f"{kind} {name} {what}" for kind, name in columns for what in ("mean", "std", "seeds")]
+        lines = [["depth", *code, *whats]]
         for row in rows:
-            cells = []
+            lines.append([row["depth"], *(row[key] for key in code)])
             for kind, name in columns:
                 values = row[f"{kind} {name}"]
-                cells += [
-                    statistics.mean(values) if values else "",
-                    statistics.stdev(values) if len(values) > 1 else "",
-                    len(values),
-                ]
-            writer.writerow([row["depth"], *cells])
-        return out.getvalue()
+                mean = statistics.mean(values) if values else ""
+                lines[-1] += [mean, statistics.stdev(values) if len(values) > 1 else "", len(values)]
+        return tables.comma_separated(lines)
     titles = {"train/loss": "training loss", "train/error": "training error %", "test/error": "test error %"}
-    head = ["depth", *(f"{kind} {titles[name]}" for kind, name in columns)]
-    body = [[str(row["depth"]), *(_cell(row, *column) for column in columns)] for row in rows]
-    return (tables.markdown if form == "markdown" else tables.aligned)([head, *body])
+    lines = [["depth", *code, *(f"{kind} {titles[name]}" for kind, name in columns)]]
+    for row in rows:
+        lines.append([str(row["depth"]), *(row[key] for key in code), *(_cell(row, *one) for one in columns)])
+    return (tables.markdown if form == "markdown" else tables.aligned)(lines)
 
 
-def _mean_curve(runs, name):
-    """Steps, and in percent the mean, least and greatest value over the runs at each of them."""
-    values = collections.defaultdict(list)
-    for run in runs:
-        for step, value in run["curves"].get(name, []):
-            values[step].append(100 * value)
-    steps = sorted(values)
-    return steps, *([pick(values[step]) for step in steps] for pick in (statistics.mean, min, max))
+def draw_panels(record, curves):
+    """Curves over steps, plain nets left and residual ones right, a row of panels for each code.
+
+    Args:
+      record: see `summarise`.
+      curves: {name of a curve: width of its line}, all of errors or all of losses.
+    """
+    parts = records.split_by_code(record)
+    depths = sorted({run["model.depth"] for run in record["runs"]})
+    figure = Figure(figsize=(9.5, 3.8 * len(parts) + 0.4), layout="constrained")
+    rows = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey=True)
+    for axes, (code, part) in zip(rows, parts.items(), strict=True):
+        for axis, (plain, kind) in zip(axes, KINDS.items(), strict=True):
+            for number, (depth, shade) in enumerate(zip(depths, figures.shades(len(depths)), strict=True)):
+                point = {"model.depth": depth, "model.plain": plain}
+                runs = [run for run in part["runs"] if point.items() <= run.items()]
+                for name, width in curves.items():
+                    bold = width == max(curves.values())
+                    figures.draw_runs(
+                        axis,
+                        runs,
+                        name,
+                        color=shade,
+                        linewidth=width,
+                        marker=figures.MARKERS[number % len(figures.MARKERS)] if bold else None,
+                        first=number,
+                        band=bold,
+                    )
+            axis.set(title=f"{kind} nets{', code ' * bool(code)}{code}", xlim=(0, None))
+            axis.grid(alpha=0.3)
+    for axis in rows[-1]:
+        axis.set_xlabel("training step")
+    _add_legend(figure, record, depths)
+    return figure, rows
+
+
+def _add_legend(figure, record, depths):
+    handles = []
+    for number, (depth, shade) in enumerate(zip(depths, figures.shades(len(depths)), strict=True)):
+        runs = [run for run in record["runs"] if run["model.depth"] == depth]
+        marker = figures.MARKERS[number % len(figures.MARKERS)]
+        title = figures.label_of(f"{depth} layers", runs)
+        handles.append(Line2D([], [], color=shade, linewidth=figures.BOLD, marker=marker, label=title))
+    handles.reverse()  # the deepest on top, as the plain curves lie
+    if any(run["status"] == "diverged" for run in record["runs"]):
+        handles.append(figures.cross())
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
 
 
 def draw_curves(record):
     """Error over steps, plain left and residual right; training thin, test bold (He et al., figure 6)."""
-    depths = sorted({run["model.depth"] for run in record["runs"]})
-    positions = [0.1 + 0.9 * n / max(1, len(depths) - 1) for n in range(len(depths))]
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
-    for axis, (plain, kind) in zip(axes, KINDS.items(), strict=True):
-        for depth, shade in zip(depths, matplotlib.colormaps["viridis_r"](positions), strict=True):
-            point = {"model.depth": depth, "model.plain": plain, "status": "finished"}
-            runs = [run for run in record["runs"] if point.items() <= run.items()]
-            steps, mean, _, _ = _mean_curve(runs, "running/error")
-            axis.plot(steps, mean, color=shade, linewidth=0.8)
-            steps, mean, low, high = _mean_curve(runs, "test/error")
-            axis.plot(steps, mean, color=shade, linewidth=2.4, label=f"{depth} layers")
-            axis.fill_between(steps, low, high, color=shade, alpha=0.15, linewidth=0)
-        axis.set(title=f"{kind} nets", xlabel="training step", xlim=(0, None), ylim=(0, 100))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("error (%)")
-    lines, labels = axes[0].get_legend_handles_labels()
-    # The deepest on top, as the plain curves lie.
-    figure.legend(lines[::-1], labels[::-1], loc="outside right center", frameon=False)
-    seeds = len(record["config"]["seeds"])
-    diverged = sum(run["status"] == "diverged" for run in record["runs"])
+    figure, rows = draw_panels(record, {"running/error": figures.THIN, "test/error": figures.BOLD})
+    for axes in rows:
+        axes[0].set(ylabel="error (%)", ylim=(0, 100))
     figure.suptitle(
-        f"thin: training error, bold: test error; mean over {seeds} seeds, band: from least to greatest"
-        + (f"; {diverged} diverged runs are left out" if diverged else ""),
+        f"thin: training error, bold: test error; {figures.seeds_in_words(record)}, band: least to greatest",
         fontsize=10,
     )
     return figure
 
 
-def draw_depth(record):
-    """Final training and test error against depth, plain against residual, every seed a dot."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
-    rows = summarise(record)
-    for axis, name, title in zip(axes, ("train/error", "test/error"), ("training", "test"), strict=True):
-        for kind, colour in COLOURS.items():
-            points = [(row["depth"], [100 * v for v in row[f"{kind} {name}"]]) for row in rows]
-            points = [(depth, values) for depth, values in points if values]
-            axis.plot(
-                [depth for depth, _ in points],
-                [statistics.mean(values) for _, values in points],
-                color=colour,
-                linestyle="--" if kind == "plain" else "-",
-                label=kind,
-            )
-            for depth, values in points:
-                marker = "s" if kind == "plain" else "o"
-                axis.plot([depth] * len(values), values, marker, color=colour, markersize=4, alpha=0.7)
-        axis.set(xlabel="depth (weighted layers)", title=f"{title} error after the last step")
-        axis.set_xticks([row["depth"] for row in rows])
-        axis.set_ylim(-2, 100)  # dots at zero stay whole
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    axes[0].set_ylabel("error (%)")
+def draw_loss(record):
+    """Training loss over steps on a logarithmic axis, plain left and residual right."""
+    figure, rows = draw_panels(record, {"running/loss": 1.5})
+    for axes in rows:
+        axes[0].set(ylabel=figures.loss_label(record), yscale="log")
+    figure.suptitle(f"training loss; {figures.seeds_in_words(record)}, band: least to greatest", fontsize=10)
     return figure
 
 
+def _draw_by_depth(record, draw_panel, **labels):
+    """A figure of training error left and test error right, against depth, a row for each code."""
+    rows = summarise(record)
+    codes = list(dict.fromkeys(row["code"] for row in rows))
+    figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
+    grid = figure.subplots(len(codes), 2, squeeze=False, sharey=True)
+    for axes, code in zip(grid, codes, strict=True):
+        for axis, (name, title) in zip(axes, ERRORS.items(), strict=True):
+            draw_panel(axis, code, name)
+            axis.set(xlabel="depth (weighted layers)", title=f"{title}{', code ' * bool(code)}{code}")
+            axis.set_xticks(sorted({row["depth"] for row in rows}))
+            axis.grid(alpha=0.3)
+        axes[0].set(**labels)
+    return figure, grid
+
+
+def draw_depth(record):
+    """Final training and test error against depth, plain against residual.
+
+    Lines go through the means, bands from the least to the greatest, every seed is a dot, and a cross at the
+    upper edge stands for runs that diverged.
+    """
+
+    def draw_panel(axis, code, name):
+        rows = [row for row in summarise(record) if row["code"] == code]
+        for kind, color in COLOURS.items():
+            diverged = [row["depth"] for row in rows if row[f"{kind} diverged"]]
+            points = [(row["depth"], [100 * value for value in row[f"{kind} {name}"]]) for row in rows]
+            points = [(depth, values) for depth, values in points if values]
+            depths = [depth for depth, _ in points]
+            style = {"plain": "--", "residual": "-"}[kind]
+            means = [statistics.mean(values) for _, values in points]
+            axis.plot(depths, means, color=color, linestyle=style, label=kind)
+            low, high = ([pick(values) for _, values in points] for pick in (min, max))
+            axis.fill_between(depths, low, high, color=color, alpha=0.15, linewidth=0)
+            for depth, values in points:
+                marker = "s" if kind == "plain" else "o"
+                axis.plot([depth] * len(values), values, marker, color=color, markersize=4, alpha=0.7)
+            if diverged:
+                edge = {"transform": axis.get_xaxis_transform(), "clip_on": False, "markeredgewidth": 2}
+                title = f"{kind}, diverged"
+                axis.plot(
+                    diverged, [1.0] * len(diverged), "x", color=color, label=title, markersize=8, **edge
+                )
+
+    figure, grid = _draw_by_depth(record, draw_panel, ylabel="error after the last step (%)")
+    for axis in grid.flat:
+        axis.set_ylim(-2, 100)  # dots at zero stay whole
+        axis.legend(frameon=False)
+    seeds = figures.seeds_in_words(record)
+    figure.suptitle(f"line: {seeds}, dot: a seed, band: least to greatest", fontsize=10)
+    return figure
+
+
+def draw_difference(record):
+    """How much greater the plain nets' final error is than the residual ones', in pairs of one seed."""
+    rows = compare(record)
+
+    def draw_panel(axis, code, name):
+        axis.axhline(0, color="black", linewidth=0.8)
+        for row in (row for row in rows if row["code"] == code):
+            result, depth = row[name], row["model.depth"]
+            values = [100 * value for value in result["differences"]]
+            axis.plot(
+                [depth] * len(values), values, "o", color="#888888", markersize=4, markerfacecolor="white"
+            )
+            if result["interval"]:
+                low, high = (100 * end for end in result["interval"])
+                axis.plot([depth, depth], [low, high], "-_", color="black", linewidth=1.5, markersize=10)
+            if values:
+                axis.plot(depth, 100 * result["mean"], "D", color="black", markersize=6)
+
+    figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain less residual (percentage points)")
+    left_out = sum(row["left_out"] for row in rows)
+    figure.suptitle(
+        "errors after the last step; circle: pair of runs with one seed, diamond: mean, bar: 95 % interval"
+        + (f"; {left_out} pairs with a diverged run left out" if left_out else ""),
+        fontsize=9,
+    )
+    return figure
+
+
+def compare(record):
+    """The paired comparison of plain and residual nets at each depth; see `comparison.compare`."""
+    rows = comparison.compare(record, "model.plain", True, False, list(ERRORS))
+    return sorted(rows, key=lambda row: row["model.depth"])
+
+
+def comparison_table(record, form):
+    """The paired comparison as "text", "markdown" or "csv"; differences are plain less residual."""
+    titles = {"model.depth": "depth"} | {
+        name: f"{title}, plain less residual" for name, title in ERRORS.items()
+    }
+    return comparison.table(compare(record), titles, form)
+
+
 def write_report(record, workdir):
-    """Writes record.json, the table (table.csv, table.md) and the figures (curves, depth: .png and .svg)."""
+    """Writes all that a record gives into a directory.
+
+    Files:
+      record.json; table.csv, table.md; comparison.csv, comparison.md (plain against residual in pairs);
+      curves.html (the page); as PNG and SVG curves (after figure 6), loss (where the record has losses),
+      depth and difference.
+    """
     workdir = pathlib.Path(workdir)
     logbook.write_text(workdir / "record.json", sweep.record_text(record))
-    logbook.write_text(workdir / "table.csv", table(record, "csv"))
-    logbook.write_text(workdir / "table.md", table(record, "markdown"))
-    for name, draw in (("curves", draw_curves), ("depth", draw_depth)):
-        figure = draw(record)
-        for form in ("png", "svg"):
-            figure.savefig(workdir / f"{name}.{form}", dpi=150)
-        plt.close(figure)
+    for form, suffix in (("csv", "csv"), ("markdown", "md")):
+        logbook.write_text(workdir / f"table.{suffix}", table(record, form))
+        logbook.write_text(workdir / f"comparison.{suffix}", comparison_table(record, form))
+    drawings = {"curves": draw_curves, "depth": draw_depth, "difference": draw_difference}
+    if figures.has(record, "running/loss"):
+        drawings["loss"] = draw_loss
+    for name, draw in drawings.items():
+        figures.save(draw(record), workdir / name)
+    panels = {plain: f"{kind} nets" for plain, kind in KINDS.items()}
+    page.write(record, workdir / "curves.html", "model.plain", panels)
 
 
 def main():
     """Runs the study, prints its table and draws its figures."""
-    matplotlib.use("agg")
     study, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     sweep.expand(study)
     keys, splits = {key for key, _ in study.grid}, set(study.base.evaluation.final_splits)
-    if keys != {"model.depth", "model.plain"} or not {"train", "test"} <= splits:
+    if keys != KEYS or not {"train", "test"} <= splits:
         raise ValueError(
             f"a depth study needs a grid of model.depth and model.plain, not {', '.join(sorted(keys))}, and "
             f"train and test among base.evaluation.final_splits, not {', '.join(sorted(splits))}"
@@ -183,7 +284,8 @@ def main():
     record = sweep.make_record(study, workdir)
     write_report(record, workdir)
     print(table(record, "text"))
-    print(f"table and figures: {workdir}")
+    print(comparison_table(record, "text"))
+    print(f"record, tables, figures and the page curves.html: {workdir}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/lenet5
 
-runs one, prints a table of the final figures and writes it (table.md) beside all that the runs gave
-(record.json). Started again, it skips the runs that are finished and resumes those that are not.
+runs one, prints a table of the final figures and writes it (table.md) beside the curves (curves.png,
+curves.svg and the page curves.html) and all that the runs gave (record.json). Started again, it skips the
+runs that are finished and resumes those that are not.
 """
 
 import collections
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 from cnn_cases import command, tables
 from cnn_cases.studies import cluster as clusters
-from cnn_cases.studies import jobs
+from cnn_cases.studies import figures, jobs, page, records
 from cnn_cases.training import logbook, loop
 
 
@@ -45,29 +46,35 @@ def expand(study):
     missing = {"base", "grid", "seeds"} - set(study)
     if missing:
         raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
-    if not all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], tuple) for pair in study.grid
-    ):
+    if not (isinstance(study.grid, tuple) and all(map(_is_pair, study.grid))):
         raise ValueError(f"grid = {study.grid} must be pairs of a key and the values it takes")
+    if not isinstance(study.seeds, tuple):
+        raise ValueError(f"seeds = {study.seeds} must be a tuple, as in (0, 1, 2)")
     keys = [key for key, _ in study.grid]
     if "seed" in keys:
         raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
     for key, values in (*study.grid, ("seed", study.seeds)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"grid: {key} = {tuple(values)} must have values, and none of them twice")
+    short = records.short_names([*keys, "seed"])
     runs = []
     for values in itertools.product(*(values for _, values in study.grid)):
         for seed in study.seeds:
             config = copy.deepcopy(study.base)
             point = dict(zip(keys, values, strict=True))
-            for key, value in (point | {"seed": seed}).items():
+            settings = point | {"seed": seed}
+            for key, value in settings.items():
                 _override(config, "grid", key, value)
             for key, value in _adjustments(study, point):
                 _override(config, "adjust", key, value)
-            name = "_".join(
-                f"{key.split('.')[-1]}-{value}" for key, value in (point | {"seed": seed}).items()
-            )
+            name = "_".join(f"{short[key]}-{value}" for key, value in settings.items()).replace("/", "-")
             runs.append(Run(name, point, config))
+    name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")
     return runs
 
 
@@ -78,6 +85,12 @@ def _adjustments(study, point):
             raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(point)}")
         if point[key] == value:  # a part of the grid may be run, without it
             yield from pairs
+
+
+def _is_pair(pair):
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], str) and isinstance(pair[1], tuple)
 
 
 def _override(config, whence, key, value):
@@ -131,32 +144,42 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
 
 
 def make_record(study, workdir):
-    """What the runs gave, as a dict that JSON can hold: config, environment, and each run with its curves.
+    """What the runs gave, as a dict that JSON can hold.
 
     Args:
       study: see `expand`.
       workdir: the study's directory.
 
+    Returns:
+      See `records`.
+
     Raises:
-      ValueError: a run is not finished, or the workdir belongs to another study.
+      ValueError: a run is not finished, or it or the workdir belongs to another config.
     """
-    if (pathlib.Path(workdir) / "config.json").exists():
+    workdir = pathlib.Path(workdir)
+    if (workdir / "config.json").exists():
         logbook.claim(workdir, study.to_dict())
     outcomes, environments = [], []
     for run in expand(study):
-        run_dir = pathlib.Path(workdir) / "runs" / run.name
+        run_dir = workdir / "runs" / run.name
         if not (run_dir / "result.json").exists():
             raise ValueError(f"{run_dir} is not finished; start the study again without --figures_only")
-        environments += json.loads((run_dir / "environment.json").read_text())
+        logbook.claim(run_dir, run.config.to_dict())
+        numbers = []
+        for start in json.loads((run_dir / "environment.json").read_text()):
+            if start not in environments:
+                environments.append(start)
+            numbers.append(environments.index(start))
         result = json.loads((run_dir / "result.json").read_text())
         curves = {}
         for row in logbook.read_rows(run_dir / "metrics.jsonl"):
             for name, value in row.items():
-                if name.endswith("/error"):
-                    curves.setdefault(name, []).append((row["step"], round(value, 6)))
-        outcomes.append({**run.point, "seed": run.config.seed, **result, "curves": curves})
-    # Started and resumed on other machines or commits, a study says so.
-    environments = [value for n, value in enumerate(environments) if value not in environments[:n]]
+                if name.endswith(("/error", "/loss")):
+                    curves.setdefault(name, []).append((row["step"], float(f"{value:.6g}")))
+        outcomes.append(
+            run.point
+            | {"seed": run.config.seed, **result, "environments": sorted(set(numbers)), "curves": curves}
+        )
     return {"config": study.to_dict(), "environments": environments, "runs": outcomes}
 
 
@@ -175,24 +198,33 @@ def table(record):
 
     Returns:
       Lists of cells, the head first. Errors are in percent. Runs that diverged are counted and left out.
+      Where commits or versions differ, the runs of each have rows of their own.
     """
     keys = [key for key, _ in record["config"]["grid"]]
-    points = collections.defaultdict(list)
-    for run in record["runs"]:
-        points[tuple(run[key] for key in keys)].append(run)
+    parts = records.split_by_code(record)
     finished = [run for run in record["runs"] if run["status"] == "finished"]
     names = list(finished[0]["metrics"]) if finished else []
     titles = [f"{name} %" if name.endswith("/error") else name for name in names]
-    rows = [[*keys, "seeds", *titles, "diverged"]]
-    for point, runs in points.items():
-        metrics = [run["metrics"] for run in runs if run["status"] == "finished"]
-        cells = []
-        for name in names:
-            error = name.endswith("/error")
-            values = [one[name] * (100 if error else 1) for one in metrics]
-            cells.append(tables.mean_and_deviation(values, digits=2 if error else 4))
-        rows.append([*map(str, point), str(len(runs)), *cells, str(len(runs) - len(metrics))])
+    rows = [[*keys, *["code"] * (len(parts) > 1), "seeds", *titles, "diverged"]]
+    for code, part in parts.items():
+        for point, runs in records.group_by_point(part).items():
+            metrics = [run["metrics"] for run in runs if run["status"] == "finished"]
+            cells = [*map(str, point), *[code] * (len(parts) > 1), str(len(runs))]
+            for name in names:
+                error = name.endswith("/error")
+                values = [one[name] * (100 if error else 1) for one in metrics]
+                cells.append(tables.mean_and_deviation(values, digits=2 if error else 4))
+            rows.append([*cells, str(len(runs) - len(metrics))])
     return rows
+
+
+def write_report(record, workdir):
+    """Writes record.json, table.md and the curves: curves.png, curves.svg and the page curves.html."""
+    workdir = pathlib.Path(workdir)
+    logbook.write_text(workdir / "record.json", record_text(record))
+    logbook.write_text(workdir / "table.md", tables.markdown(table(record)))
+    figures.save(figures.draw_curves(record), workdir / "curves")
+    page.write(record, workdir / "curves.html")
 
 
 def define_flags():
@@ -228,11 +260,9 @@ def main():
     study, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
     run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
     record = make_record(study, workdir)
-    logbook.write_text(workdir / "record.json", record_text(record))
-    rows = table(record)
-    logbook.write_text(workdir / "table.md", tables.markdown(rows))
-    print(tables.aligned(rows))
-    print(f"record and table: {workdir}")
+    write_report(record, workdir)
+    print(tables.aligned(table(record)))
+    print(f"record, table and curves: {workdir}")
 
 
 if __name__ == "__main__":

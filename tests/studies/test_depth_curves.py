@@ -1,36 +1,10 @@
 import csv
 import io
 
-import matplotlib
 import numpy as np
 import pytest
 
 from cnn_cases.studies import depth_curves
-
-matplotlib.use("agg")
-
-
-def run(depth, plain, seed, error, status="finished"):
-    outcome = {"model.depth": depth, "model.plain": plain, "seed": seed, "status": status, "step": 20}
-    if status == "finished":
-        outcome["metrics"] = {"train/loss": 2 * error, "train/error": error, "test/error": error + 0.1}
-    curve = [(10, 0.5), (20, error)]
-    return outcome | {"curves": {"running/error": curve, "test/error": curve}}
-
-
-@pytest.fixture
-def record():
-    runs = [
-        run(8, True, 0, 0.1),
-        run(8, True, 1, 0.3),
-        run(8, False, 0, 0.2),
-        run(8, False, 1, 0.2),
-        run(20, True, 0, 0.5),
-        run(20, True, 1, None, status="diverged") | {"curves": {}},
-        run(20, False, 0, 0.0),
-        run(20, False, 1, 0.1),
-    ]
-    return {"config": {"seeds": (0, 1)}, "environments": [], "runs": runs}
 
 
 def test_the_table_has_means_and_deviations_in_percent(record):
@@ -70,11 +44,75 @@ def test_the_curves_show_plain_left_and_residual_right(record):
     assert thin.get_linewidth() < bold.get_linewidth()
 
 
+def test_the_loss_is_on_a_logarithmic_axis_with_its_unit(record):
+    left, right = depth_curves.draw_loss(record).axes
+    assert left.get_yscale() == right.get_yscale() == "log"
+    assert left.get_ylabel() == "training loss (cross-entropy, nats)"
+
+
+def test_diverged_runs_are_crosses_and_counted(record):
+    left, right = depth_curves.draw_curves(record).axes
+    assert [line.get_marker() for line in left.lines].count("x") == 1
+    assert [line.get_marker() for line in right.lines].count("x") == 0
+    legend = [text.get_text() for text in depth_curves.draw_curves(record).legends[0].get_texts()]
+    assert legend == ["20 layers (1 of 4 diverged)", "8 layers", "diverged, up to its end"]
+    training, _ = depth_curves.draw_depth(record).axes
+    crosses = {
+        line.get_label(): list(line.get_xdata()) for line in training.lines if line.get_marker() == "x"
+    }
+    assert crosses == {"plain, diverged": [20]}
+
+
+def test_the_difference_has_its_interval_where_there_is_one(record):
+    training, test = depth_curves.draw_difference(record).axes
+    assert training.get_ylabel() == "plain less residual (percentage points)"
+    bars = [line.get_xydata() for line in test.lines if line.get_marker() == "_"]
+    reach = 100 * 12.706 * 0.1
+    np.testing.assert_allclose(bars, [[(8, -reach), (8, reach)]], rtol=1e-4)
+    means = [tuple(line.get_xydata()[0]) for line in test.lines if line.get_marker() == "D"]
+    np.testing.assert_allclose(means, [(8, 0), (20, 50)], atol=1e-9)
+
+
+def test_codes_have_rows_and_panels_of_their_own(mixed):
+    rows = list(csv.DictReader(io.StringIO(depth_curves.table(mixed, "csv"))))
+    assert [(row["depth"], row["code"]) for row in rows] == [
+        ("8", "aaaaaaa"),
+        ("8", "bbbbbbb-dirty"),
+        ("20", "aaaaaaa"),
+        ("20", "bbbbbbb-dirty"),
+    ]
+    assert rows[0]["plain test/error std"] == "", "one seed of this code"
+    for draw in (depth_curves.draw_curves, depth_curves.draw_depth, depth_curves.draw_difference):
+        assert [axis.get_title().endswith("code aaaaaaa") for axis in draw(mixed).axes] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+
+
+def test_one_seed_has_no_interval_and_draws(record):
+    record["config"]["seeds"] = [0]
+    record["runs"] = [run for run in record["runs"] if run["seed"] == 0]
+    assert depth_curves.comparison_table(record, "markdown").splitlines()[2] == (
+        "| 8 | -10.00 |  | -10.00 |  | 1 | 0 |"
+    )
+    depth_curves.draw_difference(record)
+
+
 def test_a_report_is_files_for_people_and_programs(record, tmp_path):
     depth_curves.write_report(record, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        *("record.json", "table.csv", "table.md"),
+        *("record.json", "table.csv", "table.md", "comparison.csv", "comparison.md", "curves.html"),
         *("curves.png", "curves.svg", "depth.png", "depth.svg"),
+        *("difference.png", "difference.svg", "loss.png", "loss.svg"),
     }
     assert all(path.stat().st_size > 100 for path in tmp_path.iterdir())
+
+
+def test_an_old_record_has_all_but_the_loss(old, tmp_path):
+    depth_curves.write_report(old, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "curves.html" in names
+    assert not names & {"loss.png", "loss.svg"}

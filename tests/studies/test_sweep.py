@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -67,6 +68,16 @@ def test_a_study_can_give_some_points_other_keys_besides(data_dir):
             {"adjust": ((("data.augment.flip", True), (("num_stepps", 8),)),)},
             "adjust: num_stepps = 8 does not fit the base config",
         ),
+        ({"grid": ((8, (1, 2)),)}, "must be pairs of a key and the values it takes"),
+        ({"grid": (("num_steps", (8,)), ("num_steps", (12,)))}, "grid: num_steps must stand there once"),
+        ({"grid": (("model", (8,)),)}, "grid: model = 8 does not fit the base config"),
+        ({"grid": (("data.name.x", (8,)),)}, "grid: data.name.x = 8 does not fit the base config"),
+        (
+            {"grid": (("data.name", ("a", "a_data_dir-b")), ("data.data_dir", ("b_data_dir-c", "c")))},
+            "2 runs would have the name name-a_data_dir-b_data_dir-c_seed-0",
+        ),
+        ({"seeds": 3}, "seeds = 3 must be a tuple"),
+        ({"seeds": ("a",)}, "grid: seed = 'a' does not fit the base config"),
         ({"seeds": ()}, r"grid: seed = \(\) must have values"),
         ({"seeds": (1, 1)}, r"grid: seed = \(1, 1\) must have values, and none of them twice"),
     ],
@@ -75,6 +86,12 @@ def test_an_impossible_study_is_refused(changes, message, data_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         sweep.run_all(tiny_study(data_dir, **changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+def test_names_of_runs_tell_keys_apart_and_are_no_paths(data_dir):
+    grid = (("optimizer.name", ("sgd",)), ("schedule.name", ("cosine",)), ("data.data_dir", ("a/b",)))
+    run = sweep.expand(tiny_study(data_dir, grid=grid))[0]
+    assert run.name == "optimizer.name-sgd_schedule.name-cosine_data_dir-a-b_seed-0"
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +129,48 @@ def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
     assert (first["optimizer.momentum"], first["data.augment.flip"], first["seed"]) == (0.0, True, 0)
     assert [step for step, _ in first["curves"]["running/error"]] == [2, 4]
     assert first["metrics"]["test/error"] == pytest.approx(first["curves"]["test/error"][-1][1], abs=1e-6)
+    losses = [value for _, value in first["curves"]["running/loss"]]
+    assert len(losses) == 2
+    assert first["metrics"]["test/loss"] == pytest.approx(first["curves"]["test/loss"][-1][1], rel=1e-5)
     assert record["config"]["base"]["num_steps"] == 4
     assert len(record["environments"]) == 1
+    assert {tuple(run["environments"]) for run in record["runs"]} == {(0,)}
+
+
+def test_a_record_says_which_run_had_which_environment(finished, study, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    for seed, starts in ((0, ["a" * 40]), (1, ["a" * 40, "b" * 40])):
+        path = workdir / f"runs/momentum-0.0_flip-True_seed-{seed}/environment.json"
+        one = json.loads(path.read_text())[0]
+        path.write_text(json.dumps([one | {"commit": commit} for commit in starts]))
+    record = sweep.make_record(study, workdir)
+    assert [run["environments"] for run in record["runs"][:3]] == [[0], [0, 1], [2]]
+    head, *rows = sweep.table(record)
+    assert head[2:4] == ["code", "seeds"]
+    assert [row[2:4] for row in rows[:2]] == [["aaaaaaa", "1"], ["aaaaaaa then bbbbbbb", "1"]]
+    assert len(rows) == 5
+
+
+def test_a_run_of_another_recipe_is_refused(finished, study, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    path = workdir / "runs/momentum-0.0_flip-True_seed-0/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_steps": 400}))
+    with pytest.raises(
+        ValueError, match=r"seed-0 belongs to another config:\n  num_steps: 400 there, 4 here"
+    ):
+        sweep.make_record(study, workdir)
+
+
+def test_a_report_has_a_table_curves_and_a_page(finished, study, tmp_path):
+    sweep.write_report(sweep.make_record(study, finished), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("record.json", "table.md", "curves.png", "curves.svg", "curves.html")
+    }
+    assert (
+        (tmp_path / "table.md").read_text().startswith("| optimizer.momentum | data.augment.flip | seeds |")
+    )
 
 
 def test_a_table_has_a_row_for_each_point_and_counts_what_diverged(finished, study):

@@ -1,0 +1,50 @@
+"""Draws and tabulates a study again from its record, without its runs.
+
+python -m cnn_cases.studies.draw results/depth_digits.json --out=runs/depth_digits_again
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from cnn_cases.studies import depth_curves, sweep
+
+
+def read_record(path):
+    """The record in a file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    text = path.read_text()
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
+        raise ValueError(f"{path} is no record of a study: it must have config, environments and runs")
+    return record
+
+
+def main(arguments=None):
+    """Reads the record, writes the report; ends with one message and exit code 2 where that fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_cases.studies.draw", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("record", type=pathlib.Path, help="a record.json, or a file of results/")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a directory for the report")
+    options = parser.parse_args(arguments)
+    try:
+        record = read_record(options.record)
+        options.out.mkdir(parents=True, exist_ok=True)
+        keys = {key for key, _ in record["config"]["grid"]}
+        (depth_curves if keys == depth_curves.KEYS else sweep).write_report(record, options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"tables and figures: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Training curves of a study's runs: loss and error over steps, one colour for each point of the grid.
+
+Of several seeds a curve is the mean, and the band around it goes from the least to the greatest value. A run
+that diverged is in no mean: it has a dotted curve of its own, which ends with a cross. Colours run from light
+to dark and points differ in their markers too, so that the figures can be read in grey.
+"""
+
+import collections
+import itertools
+import pathlib
+import statistics
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from cnn_cases.studies import records
+
+MARKERS = "osD^vP*X<>"
+THIN, BOLD = 0.8, 2.2  # line widths of training and of evaluation, as in figure 6 of He et al. 2015
+LINES = ("-", "--", ":", "-.")
+MAX_MARKERS = 8  # on one curve
+
+
+def shades(number):
+    """Colours from light to dark, one for each of `number` points."""
+    positions = [0.12 + 0.88 * n / max(1, number - 1) for n in range(number)]
+    return matplotlib.colormaps["viridis_r"](positions if number > 1 else [0.7])
+
+
+def mean_curve(runs, name):
+    """Steps, and the mean, least and greatest value over the runs at each of them; errors in percent."""
+    values = collections.defaultdict(list)
+    for run in runs:
+        for step, value in run["curves"].get(name, []):
+            values[step].append(value * (100 if name.endswith("error") else 1))
+    steps = sorted(values)
+    return steps, *([pick(values[step]) for step in steps] for pick in (statistics.mean, min, max))
+
+
+def draw_runs(
+    axis,
+    runs,
+    name,
+    *,
+    color,
+    linestyle="-",
+    linewidth=BOLD,
+    marker=None,
+    hollow=False,
+    first=0,
+    band=True,
+):
+    """Draws the curve of the runs of one point; see the head of this file.
+
+    Args:
+      axis: of matplotlib.
+      runs: of a record, those that diverged among them.
+      name: of the curve, such as "test/error".
+      color: of all that is drawn.
+      linestyle: of the mean.
+      linewidth: of the mean.
+      marker: of the mean, if any.
+      hollow: whether the markers are white inside.
+      first: the number of the first step with a marker, so that the markers of several curves lie apart.
+      band: whether to draw the band.
+    """
+    steps, mean, low, high = mean_curve([run for run in runs if run["status"] == "finished"], name)
+    every = max(1, len(steps) // MAX_MARKERS)
+    axis.plot(
+        steps,
+        mean,
+        color=color,
+        linestyle=linestyle,
+        linewidth=linewidth,
+        marker=marker,
+        markevery=(first % every, every),
+        markersize=5,
+        markeredgewidth=1,
+        markerfacecolor="white" if hollow else color,
+    )
+    if band:
+        axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    for run in runs:
+        if run["status"] == "diverged":
+            steps, values, _, _ = mean_curve([run], name)
+            axis.plot(steps, values, color=color, linestyle=":", linewidth=linewidth)
+            if name.startswith("running/"):
+                # One that never came to a row has its cross at the upper edge, at the step of its end.
+                place, transform = ((run["step"], 0.97), axis.get_xaxis_transform())
+                if steps:
+                    place, transform = (steps[-1], values[-1]), axis.transData
+                axis.plot(*place, "x", color=color, markersize=8, markeredgewidth=2, transform=transform)
+
+
+def label_of(text, runs):
+    """What a legend says of the runs of a point: its name, and how many of them diverged."""
+    diverged = sum(run["status"] == "diverged" for run in runs)
+    return f"{text} ({diverged} of {len(runs)} diverged)" if diverged else text
+
+
+def cross():
+    """What stands for a run that diverged in a legend."""
+    return Line2D(
+        [], [], color="black", linestyle=":", marker="x", markeredgewidth=2, label="diverged, up to its end"
+    )
+
+
+def has(record, name):
+    """Whether any run has the curve."""
+    return any(run["curves"].get(name) for run in record["runs"])
+
+
+def seeds_in_words(record):
+    """Over how many seeds the means are: those of the study, less where runs diverged or codes differ."""
+    seeds, counts = len(record["config"]["seeds"]), set()
+    if seeds == 1:
+        return "one seed"
+    for part in records.split_by_code(record).values():
+        for runs in records.group_by_point(part).values():
+            counts.add(sum(run["status"] == "finished" for run in runs))
+    return f"mean over {seeds} seeds" if counts == {seeds} else f"mean over up to {seeds} seeds"
+
+
+def loss_label(record):
+    """The title of an axis of the training loss, with its unit."""
+    name = record["config"]["base"]["loss"]["name"]
+    return f"training loss ({'cross-entropy, nats' if name == 'cross_entropy' else name + ', no unit'})"
+
+
+def draw_curves(record):
+    """The training loss and the errors of a study, for any grid; a row of panels for each code.
+
+    Args:
+      record: see `records`. Where it has no losses, as older ones, the errors are alone.
+    """
+    parts = records.split_by_code(record)
+    points = list(records.group_by_point(record))
+    names = list(dict.fromkeys(name for run in record["runs"] for name in run["curves"]))
+    splits = [name for name in names if name.endswith("/error") and name.count("/") == 1]
+    splits = [name for name in splits if name not in ("running/error", "train/error")]
+    losses = has(record, "running/loss")
+    figure = Figure(figsize=(10 if losses else 7, 4.2 * len(parts) + 0.3), layout="constrained")
+    grid = figure.subplots(len(parts), 1 + losses, squeeze=False)
+    crowded = len(points) > 4  # then only the evaluations have bands
+    for row, (code, part) in zip(grid, parts.items(), strict=True):
+        groups = records.group_by_point(part)
+        for number, (point, color) in enumerate(zip(points, shades(len(points)), strict=True)):
+            runs, marker = groups.get(point, []), MARKERS[number % len(MARKERS)]
+            if losses:
+                draw_runs(
+                    row[0],
+                    runs,
+                    "running/loss",
+                    color=color,
+                    linewidth=1.5,
+                    marker=marker,
+                    first=number,
+                    band=not crowded,
+                )
+            draw_runs(row[-1], runs, "running/error", color=color, linewidth=THIN, band=not crowded)
+            for place, name in enumerate(splits):
+                draw_runs(
+                    row[-1],
+                    runs,
+                    name,
+                    color=color,
+                    linestyle=LINES[place % len(LINES)],
+                    marker=marker,
+                    hollow=bool(place),
+                )
+        if losses:
+            row[0].set(ylabel=loss_label(record), yscale="log")
+        row[-1].set_ylabel("error (%)")
+        _scale_errors(row[-1])
+        for axis in row:
+            axis.set(xlabel="training step", xlim=(0, None))
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        if code:
+            row[0].set_title(f"code {code}", loc="left", fontsize=10)
+    if len(points) > 1:
+        _add_legend_of_points(figure, record)
+    _add_legend_of_lines(figure, record, splits)
+    base = record["config"]["base"]
+    figure.suptitle(
+        f"{base['model']['name']} on {base['data']['name']}, batches of {base['batch_size']}: "
+        f"{seeds_in_words(record)}, band: least to greatest",
+        fontsize=10,
+    )
+    return figure
+
+
+def _scale_errors(axis):
+    """From 0 to the greatest; where some are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room."""
+    values = [value for line in axis.lines for value in line.get_ydata()]
+    if values and min(values) < 5:
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_ylim(0, min(100, 1.05 * max(values, default=100)))
+
+
+def _add_legend_of_points(figure, record):
+    points, names = records.group_by_point(record), records.names_of_points(record)
+    handles = [
+        Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=label_of(names[point], runs))
+        for (point, runs), color, marker in zip(
+            points.items(), shades(len(points)), itertools.cycle(MARKERS), strict=False
+        )
+    ]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+
+
+def _add_legend_of_lines(figure, record, splits):
+    handles = [Line2D([], [], color="black", linewidth=THIN, label="training (mean since the last row)")]
+    for place, name in enumerate(splits):
+        style = {"linestyle": LINES[place % len(LINES)], "markerfacecolor": "white" if place else "black"}
+        title = name.removesuffix("/error")
+        handles.append(Line2D([], [], color="black", linewidth=BOLD, marker="o", label=title, **style))
+    if any(run["status"] == "diverged" for run in record["runs"]):
+        handles.append(cross())
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+
+
+def save(figure, path):
+    """Writes `<path>.png` and `<path>.svg`; equal figures give files without a date in them."""
+    path = pathlib.Path(path)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,0 +1,208 @@
+"""The curves of a study's runs as a page that shows values under the pointer and hides what is not wanted.
+
+One file with all that it needs, its library too, so that it opens from the disk without a network.
+"""
+
+from typing import NamedTuple
+
+from bokeh.embed import file_html
+from bokeh.layouts import column, gridplot
+from bokeh.models import CheckboxButtonGroup, CustomJS, HoverTool, InlineStyleSheet, Line
+from bokeh.plotting import figure
+from bokeh.resources import INLINE
+from matplotlib.colors import to_hex, to_rgb
+
+from cnn_cases.studies import figures, records
+from cnn_cases.training import logbook
+
+_DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # of training, and of the splits
+
+# A line is seen while the button of each of its choices is down.
+_TOGGLE = """
+for (const line of lines) {
+  line.visible = groups.every((group, n) => group.active.includes(line.tags[n]));
+}
+"""
+
+_TEMPLATE = """
+{% block preamble %}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+  body { background: #f6f7f9; color: #1d2733; font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+  main { max-width: 1280px; margin: 0 auto; padding: 28px 32px 48px; }
+  h1 { font-size: 24px; font-weight: 650; margin: 0 0 4px; }
+  p { color: #5a6675; margin: 0 0 18px; max-width: 80ch; }
+</style>
+{% endblock %}
+{% block contents %}
+<main>
+<h1>{{ heading | e }}</h1>
+<p>{{ summary | e }}</p>
+{{ super() }}
+</main>
+{% endblock %}
+"""
+
+_BUTTONS = """
+.bk-btn-group { flex-wrap: wrap; gap: 6px; }
+.bk-btn-group > .bk-btn {
+  flex-grow: 0; margin: 0; padding: 4px 14px; font-size: 13px; background: white; color: #5a6675;
+  border: 1px solid #c9d0d9 !important; border-radius: 999px !important;
+}
+.bk-btn-group > .bk-btn.bk-active { border-color: transparent !important; background: #44505f; color: white; }
+"""
+
+
+class _Choices(NamedTuple):
+    """Titles of the buttons. A line's tags are the numbers of its four."""
+
+    points: list
+    panels: list
+    seeds: list
+    curves: list
+
+
+def write(record, path, panel_key=None, panels=None):
+    """Writes the page.
+
+    Args:
+      record: see `records`.
+      path: of the HTML file.
+      panel_key: a key of the grid whose values have a column of panels each; None for one column.
+      panels: {value of that key: title of its column}.
+    """
+    logbook.write_text(path, to_html(record, panel_key, panels))
+
+
+def to_html(record, panel_key=None, panels=None):
+    """The page as text; see `write`."""
+    panels = panels or {None: ""}
+    names = records.names_of_points(record, without=panel_key)
+    kinds = _kinds(record)
+    choices = _Choices(
+        points=list(dict.fromkeys(names.values())),
+        panels=list(panels.values()),
+        seeds=[f"seed {seed}" for seed in record["config"]["seeds"]],
+        curves=list(kinds),
+    )
+    colors = [to_hex(color) for color in figures.shades(len(choices.points))]
+    plots, lines = _plots(record, panels), []
+    for code, part in records.split_by_code(record).items():
+        for point, runs in records.group_by_point(part).items():
+            for run in runs:
+                panel = run.get(panel_key)
+                for kind, split in kinds.items():
+                    button = (names[point], panels[panel], f"seed {run['seed']}", kind)
+                    tags = [titles.index(title) for titles, title in zip(choices, button, strict=True)]
+                    name = ", ".join(filter(None, (*button, code)))
+                    style = {"color": colors[tags[0]], "name": name}
+                    for quantity in ("error", "loss"):
+                        if run["curves"].get(f"{split}/{quantity}"):
+                            plot = plots[quantity, panel]
+                            drawn = _draw(plot, run, f"{split}/{quantity}", style, _DASHES[tags[-1]])
+                            for line in drawn:
+                                line.tags = tags
+                            lines += drawn
+    for (quantity, _), plot in plots.items():
+        value = "@y{0.00} %" if quantity == "error" else "@y{0.0000}"
+        drawn = [renderer for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
+        tip = f"<b>$name</b><br>step @x, {quantity} {value}"
+        plot.add_tools(HoverTool(tooltips=tip, renderers=drawn, line_policy="nearest"))
+    base = record["config"]["base"]
+    heading = f"{base['model']['name']} on {base['data']['name']}"
+    plots = gridplot(
+        list(plots.values()), ncols=len(panels), sizing_mode="stretch_width", toolbar_location="right"
+    )
+    return file_html(
+        column(*_buttons(choices, colors, lines), plots, spacing=12, sizing_mode="stretch_width"),
+        INLINE,
+        title=heading,
+        template=_TEMPLATE,
+        template_variables={"heading": heading, "summary": _summary(record)},
+    )
+
+
+def _summary(record):
+    runs, steps = record["runs"], record["config"]["base"]["num_steps"]
+    diverged = sum(run["status"] == "diverged" for run in runs)
+    words = [f"{len(runs)} runs of up to {steps:,} steps, a line each."]
+    if diverged:
+        words.append(f"{diverged} diverged: their lines end with a cross.")
+    words.append("Hover for values, drag to move, press a button to hide or show its lines.")
+    return " ".join(words)
+
+
+def _kinds(record):
+    """{"training": "running", "test": "test"}: what curves are called, and the first part of their names."""
+    names = {name for run in record["runs"] for name in run["curves"] if name.count("/") == 1}
+    splits = sorted({name.partition("/")[0] for name in names} - {"running", "train"})
+    return {"training": "running", **{split: split for split in splits}}
+
+
+def _plots(record, panels):
+    """{("error" or "loss", panel): plot}, those of one quantity with common axes."""
+    quantities = ["error", *["loss"] * figures.has(record, "running/loss")]
+    unit = figures.loss_label(record).removeprefix("training ")
+    plots, steps = {}, {}
+    for quantity in quantities:
+        values = {}
+        for panel, title in panels.items():
+            plots[quantity, panel] = plot = figure(
+                height=380,
+                title=f"{title}: {quantity}" if title else quantity,
+                x_axis_label="training step",
+                y_axis_label="error (%)" if quantity == "error" else unit,
+                y_axis_type="linear" if quantity == "error" else "log",
+                tools="pan,box_zoom,wheel_zoom,reset,save",
+                active_scroll=None,
+                sizing_mode="stretch_width",
+                **steps,
+                **values,
+            )
+            steps, values = {"x_range": plot.x_range}, {"y_range": plot.y_range}
+            plot.y_range.only_visible = True
+            plot.toolbar.logo = None
+            plot.toolbar.autohide = True
+            plot.outline_line_color = None
+            plot.background_fill_color = plot.border_fill_color = "white"
+            plot.grid.grid_line_color = "#e6e9ee"
+            plot.axis.axis_line_color = plot.axis.major_tick_line_color = "#9aa5b3"
+            plot.axis.minor_tick_line_color = None
+            plot.axis.axis_label_text_font_style = "normal"
+            plot.min_border = 12
+    return plots
+
+
+def _draw(plot, run, name, style, dash):
+    """The line of one curve; a dot where it has one value alone, a cross where a run that diverged ends."""
+    steps, values, _, _ = figures.mean_curve([run], name)
+    width = 1 if name.startswith("running/") else 2.4
+    drawn = [plot.line(steps, values, line_width=width, line_dash=dash, **style)]
+    if run["status"] == "diverged":
+        drawn.append(plot.scatter(steps[-1:], values[-1:], marker="x", size=11, line_width=2.5, **style))
+    elif len(steps) == 1:
+        drawn.append(plot.scatter(steps, values, size=7, **style))
+    return drawn
+
+
+def _buttons(choices, colors, lines):
+    """A row of buttons for each kind of choice that there is."""
+    groups = []
+    for titles in choices:
+        look = _BUTTONS
+        if titles is choices.points and len(titles) > 1:
+            for number, color in enumerate(colors, start=1):
+                ink = "black" if sum(to_rgb(color)) > 1.5 else "white"
+                look += f".bk-btn.bk-active:nth-child({number}) {{ background: {color}; color: {ink}; }}"
+        groups.append(
+            CheckboxButtonGroup(
+                labels=titles,
+                active=list(range(len(titles))),
+                stylesheets=[InlineStyleSheet(css=look)],
+                visible=len(titles) > 1,
+            )
+        )
+    toggle = CustomJS(args={"lines": lines, "groups": groups}, code=_TOGGLE)
+    for group in groups:
+        group.js_on_change("active", toggle)
+    return groups

@@ -1,0 +1,81 @@
+"""What a study leaves for later readers: its record, and how its runs are told apart and put together.
+
+A record is a dict that JSON can hold, made by `sweep.make_record`:
+
+    config          of the study: base, grid and seeds
+    environments    commit, versions and devices of the starts of its runs, each once
+    runs            one dict a run: its point of the grid {key: value}, seed, status ("finished", "diverged"),
+                    step (the last), metrics and seconds (of a finished one), environments (the numbers of
+                    those in which it was started and resumed), curves {"running/error", "running/loss",
+                    "<split>/error", "<split>/loss": [[step, value]]}
+
+Errors are fractions. Records of before 2026-11-25 lack the losses and the numbers of environments.
+"""
+
+import collections
+
+
+def split_by_code(record):
+    """A record in parts, each of the runs that one code made: no mean should be taken over several.
+
+    The code is the commit and the versions of the packages, at every start of a run. An older record does not
+    say which run had which and stays whole.
+
+    Returns:
+      {what tells a code from the others, in words: record}; {"": record} where all runs had the same.
+    """
+    environments = record["environments"]
+    versions = [environment["versions"] for environment in environments]
+    packages = sorted({name for one in versions for name in one})
+    changed = [name for name in packages if len({one.get(name) for one in versions}) > 1]
+
+    def words(environment):
+        commit, dirty, _ = (environment["commit"] or "no commit").partition("-dirty")
+        short = commit[:7] if environment["commit"] else commit
+        return " ".join([short + dirty, *(f"{name} {environment['versions'].get(name)}" for name in changed)])
+
+    parts = collections.defaultdict(list)
+    for run in record["runs"]:
+        starts = [environments[number] for number in run.get("environments", range(len(environments)))]
+        parts[" then ".join(dict.fromkeys(map(words, starts)))].append(run)
+    if len(parts) == 1:
+        return {"": record}
+    return {code: record | {"runs": runs} for code, runs in parts.items()}
+
+
+def group_by_point(record):
+    """{point of the grid, as a tuple of values: its runs}."""
+    keys = [key for key, _ in record["config"]["grid"]]
+    points = collections.defaultdict(list)
+    for run in record["runs"]:
+        points[tuple(run[key] for key in keys)].append(run)
+    return dict(points)
+
+
+def names_of_points(record, without=None):
+    """{point, as a tuple of values: what a legend calls it, such as "depth 8, plain True"}.
+
+    Args:
+      record: of a study.
+      without: a key of the grid that the names leave out.
+    """
+    keys = [key for key, _ in record["config"]["grid"]]
+    short = short_names(keys)
+    return {
+        point: ", ".join(
+            f"{short[key]} {value}" for key, value in zip(keys, point, strict=True) if key != without
+        )
+        for point in group_by_point(record)
+    }
+
+
+def short_names(keys):
+    """{key: its last parts, as many as tell it from the others}: of model.depth mostly `depth`."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = [".".join(parts[-number:]) for number in range(1, len(parts))]
+        others = [f".{other}" for other in keys if other != key]
+        unlike = (tail for tail in tails if not any(other.endswith(f".{tail}") for other in others))
+        names[key] = next(unlike, key)
+    return names

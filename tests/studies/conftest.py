@@ -1,0 +1,57 @@
+"""A record of a small depth study: two depths, two seeds, and one run that diverged."""
+
+import pytest
+
+ENVIRONMENT = {"commit": "a" * 40, "versions": {"jax": "0.10.2", "numpy": "2.4.6"}}
+
+
+def run(depth, plain, seed, error, status="finished"):
+    outcome = {"model.depth": depth, "model.plain": plain, "seed": seed, "status": status, "step": 20}
+    if status == "finished":
+        outcome["metrics"] = {"train/loss": 2 * error, "train/error": error, "test/error": error + 0.1}
+    errors = [[10, 0.5], [20, error]] if status == "finished" else [[10, 0.9]]
+    losses = [[step, 3 * value + 0.01] for step, value in errors]
+    curves = {"running/error": errors, "running/loss": losses, "test/error": errors, "test/loss": losses}
+    return outcome | {"environments": [0], "curves": curves}
+
+
+@pytest.fixture
+def record():
+    runs = [
+        run(8, True, 0, 0.1),
+        run(8, True, 1, 0.3),
+        run(8, False, 0, 0.2),
+        run(8, False, 1, 0.2),
+        run(20, True, 0, 0.5),
+        run(20, True, 1, None, status="diverged"),
+        run(20, False, 0, 0.0),
+        run(20, False, 1, 0.1),
+    ]
+    base = {
+        "batch_size": 32,
+        "num_steps": 20,
+        "data": {"name": "digits"},
+        "loss": {"name": "cross_entropy"},
+        "model": {"name": "resnet_cifar"},
+    }
+    grid = [["model.depth", [8, 20]], ["model.plain", [True, False]]]
+    config = {"base": base, "grid": grid, "seeds": [0, 1]}
+    return {"config": config, "environments": [ENVIRONMENT], "runs": runs}
+
+
+@pytest.fixture
+def mixed(record):
+    """The same, its seed 1 run by another commit."""
+    record["environments"].append(ENVIRONMENT | {"commit": "b" * 40 + "-dirty"})
+    for one in record["runs"]:
+        one["environments"] = [one["seed"]]
+    return record
+
+
+@pytest.fixture
+def old(record):
+    """The same as it was recorded before runs kept losses and environments."""
+    for one in record["runs"]:
+        del one["environments"]
+        one["curves"] = {name: curve for name, curve in one["curves"].items() if name.endswith("error")}
+    return record

@@ -1,0 +1,103 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from cnn_cases.studies import figures, records
+
+RESULTS = pathlib.Path(__file__).parents[2] / "results"
+
+
+def labels(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_a_curve_is_mean_least_and_greatest_in_percent(record):
+    steps, mean, low, high = figures.mean_curve(record["runs"][:2], "test/error")
+    assert steps == [10, 20]
+    np.testing.assert_allclose([mean, low, high], [[50, 20], [50, 10], [50, 30]])
+
+
+def test_losses_are_not_in_percent(record):
+    assert figures.mean_curve(record["runs"][:1], "running/loss")[1] == [
+        pytest.approx(1.51),
+        pytest.approx(0.31),
+    ]
+
+
+def test_shades_can_be_told_apart_in_grey():
+    grey = figures.shades(10)[:, :3] @ [0.299, 0.587, 0.114]
+    assert np.all(np.diff(grey) < -0.02), "from light to dark"
+
+
+def test_loss_on_a_logarithmic_axis_and_errors_each_with_a_unit(record):
+    loss, error = figures.draw_curves(record).axes
+    assert loss.get_yscale() == "log"
+    assert loss.get_ylabel() == "training loss (cross-entropy, nats)"
+    assert error.get_ylabel() == "error (%)"
+    assert {axis.get_xlabel() for axis in (loss, error)} == {"training step"}
+
+
+def test_each_point_has_a_colour_a_marker_and_a_name(record):
+    figure = figures.draw_curves(record)
+    handles = figure.legends[0].legend_handles
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    points = list(records.names_of_points(record).values())
+    points[2] += " (1 of 2 diverged)"
+    assert names == points
+    assert len({str(handle.get_color()) for handle in handles}) == 4
+    assert len({handle.get_marker() for handle in handles}) == 4
+
+
+def test_a_diverged_run_is_in_no_mean_and_ends_with_a_cross(record):
+    loss, _ = figures.draw_curves(record).axes
+    ends = [line.get_xydata().tolist() for line in loss.lines if line.get_marker() == "x"]
+    assert ends == [[[10, pytest.approx(2.71)]]]
+    means = [
+        line.get_ydata()[-1]
+        for line in loss.lines
+        if line.get_linestyle() == "-" and len(line.get_xdata()) == 2
+    ]
+    np.testing.assert_allclose(means, [0.61, 0.61, 1.51, 0.16])
+    assert "diverged, up to its end" in labels(figures.draw_curves(record))
+
+
+def test_a_run_that_diverged_before_its_first_row_has_a_cross_too(record):
+    record["runs"][5] |= {"curves": {}, "step": 3}
+    loss, _ = figures.draw_curves(record).axes
+    assert [line.get_xdata()[0] for line in loss.lines if line.get_marker() == "x"] == [3]
+
+
+def test_a_study_of_one_run_needs_no_legend_of_points(record):
+    record["config"] |= {"grid": [], "seeds": [0]}
+    record["runs"] = record["runs"][:1]
+    figure = figures.draw_curves(record)
+    assert labels(figure) == ["training (mean since the last row)", "test"]
+    assert "one seed" in figure.get_suptitle()
+
+
+def test_codes_have_panels_of_their_own(mixed):
+    figure = figures.draw_curves(mixed)
+    assert [axis.get_title(loc="left") for axis in figure.axes[::2]] == ["code aaaaaaa", "code bbbbbbb-dirty"]
+    assert "up to 2 seeds" not in figures.seeds_in_words(mixed | {"config": mixed["config"] | {"seeds": [0]}})
+    assert "mean over up to 2 seeds" in figure.get_suptitle()
+
+
+def test_a_record_without_losses_has_its_errors_alone(old):
+    assert [axis.get_ylabel() for axis in figures.draw_curves(old).axes] == ["error (%)"]
+
+
+def test_small_errors_get_room(record):
+    record["runs"][7]["curves"]["test/error"] = [[10, 0.5], [20, 0.01]]
+    assert figures.draw_curves(record).axes[1].get_yscale() == "symlog"
+    for run in record["runs"]:
+        run["curves"] = {name: [[10, 0.5], [20, 0.4]] for name in run["curves"]}
+    assert figures.draw_curves(record).axes[1].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_record_of_results_can_be_drawn(path, tmp_path):
+    figures.save(figures.draw_curves(json.loads(path.read_text())), tmp_path / "curves")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "curves.svg").stat().st_size > 10_000

@@ -1,0 +1,119 @@
+import html.parser
+import json
+import re
+
+import pytest
+
+from cnn_cases.studies import page
+
+PANELS = {True: "plain nets", False: "residual nets"}
+
+
+class Loads(html.parser.HTMLParser):
+    """Collects what a page asks for: src and href of its tags, and url() and @import of its styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.documents, self._tag = [], [], {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._tag = dict(attrs) | {"tag": tag}
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data):
+        if self._tag.get("tag") == "style":
+            self.found += re.findall(r"url\([^)]*\)|@import[^;]*", data)
+        if self._tag.get("type") == "application/json":
+            self.documents.append(data)
+        self._tag = {}
+
+
+def models(text):
+    """Every model of the page's document with its attributes."""
+    (document,) = Loads(text).documents
+    found = []
+
+    def walk(value):
+        if isinstance(value, dict):
+            if value.get("type") == "object":
+                found.append(value)
+            value = list(value.values())
+        if isinstance(value, list):
+            for one in value:
+                walk(one)
+
+    walk(json.loads(document))
+    return found
+
+
+def lines(text):
+    """{(name, what it is of): ([steps], [values], tags)} of the page's lines."""
+    result = {}
+    for model in models(text):
+        attributes = model.get("attributes", {})
+        if model["name"] == "GlyphRenderer" and attributes["glyph"]["name"] == "Line":
+            data = dict(attributes["data_source"]["attributes"]["data"]["entries"])
+            result.setdefault(attributes["name"], []).append((data["x"], data["y"], attributes["tags"]))
+    return result
+
+
+def test_the_page_asks_for_nothing(record):
+    assert Loads(page.to_html(record, "model.plain", PANELS)).found == []
+
+
+def test_the_check_finds_what_a_page_asks_for():
+    text = '<link href="https://a.b/c.css"><script src="d.js"></script><style>p { x: url(e.png) }</style>'
+    assert Loads(text).found == ["https://a.b/c.css", "d.js", "url(e.png)"]
+
+
+def test_every_curve_of_every_run_is_in_the_page(record):
+    found = lines(page.to_html(record, "model.plain", PANELS))
+    expected = {}
+    for run in record["runs"]:
+        for curve, title in (("running", "training"), ("test", "test")):
+            name = f"depth {run['model.depth']}, {PANELS[run['model.plain']]}, seed {run['seed']}, {title}"
+            steps = [step for step, _ in run["curves"][f"{curve}/error"]]
+            error, loss = (
+                [value for _, value in run["curves"][f"{curve}/{kind}"]] for kind in ("error", "loss")
+            )
+            expected[name] = [(steps, pytest.approx([100 * value for value in error])), (steps, loss)]
+    assert {name: [curve[:2] for curve in curves] for name, curves in found.items()} == expected
+
+
+def test_the_tags_of_a_line_are_the_numbers_of_its_buttons(record):
+    text = page.to_html(record, "model.plain", PANELS)
+    groups = [one["attributes"] for one in models(text) if one["name"] == "CheckboxButtonGroup"]
+    assert [group["labels"] for group in groups] == [
+        ["depth 8", "depth 20"],
+        ["plain nets", "residual nets"],
+        ["seed 0", "seed 1"],
+        ["training", "test"],
+    ]
+    for name, curves in lines(text).items():
+        for _, _, tags in curves:
+            titles = [group["labels"][tag] for group, tag in zip(groups, tags, strict=True)]
+            assert ", ".join(titles) == name
+
+
+def test_a_page_of_another_study_has_a_button_for_each_point(record):
+    groups = [
+        one["attributes"] for one in models(page.to_html(record)) if one["name"] == "CheckboxButtonGroup"
+    ]
+    assert groups[0]["labels"][:2] == ["depth 8, plain True", "depth 8, plain False"]
+    assert [group["visible"] for group in groups if not group["labels"][1:]] == [False], (
+        "one panel: no choice"
+    )
+
+
+def test_an_old_record_has_a_page_of_errors(old):
+    assert {len(curves) for curves in lines(page.to_html(old)).values()} == {1}
+
+
+def test_lines_of_two_commits_say_so(mixed):
+    assert "depth 8, plain True, seed 1, test, bbbbbbb-dirty" in lines(page.to_html(mixed))
+
+
+def test_a_diverged_run_is_told_of(record, tmp_path):
+    page.write(record, tmp_path / "curves.html")
+    assert "1 diverged" in (tmp_path / "curves.html").read_text()

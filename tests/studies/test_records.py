@@ -1,0 +1,61 @@
+import pytest
+
+from cnn_cases.studies import records
+
+
+def test_runs_of_one_code_stay_together(record):
+    assert records.split_by_code(record) == {"": record}
+
+
+def test_runs_of_two_commits_are_parted_and_none_is_lost(mixed):
+    parts = records.split_by_code(mixed)
+    assert list(parts) == ["aaaaaaa", "bbbbbbb-dirty"]
+    for seed, part in enumerate(parts.values()):
+        assert part["runs"] == [run for run in mixed["runs"] if run["seed"] == seed]
+
+
+def test_a_run_that_two_commits_made_is_a_part_of_its_own(mixed):
+    mixed["runs"][0]["environments"] = [0, 1]
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa then bbbbbbb-dirty", "bbbbbbb-dirty", "aaaaaaa"]
+
+
+def test_other_versions_are_another_code_and_another_machine_is_not(mixed):
+    first, second = mixed["environments"]
+    second |= {"commit": first["commit"], "platform": "another"}
+    assert list(records.split_by_code(mixed)) == [""]
+    second["versions"] = first["versions"] | {"jax": "0.10.1"}
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa jax 0.10.2", "aaaaaaa jax 0.10.1"]
+
+
+def test_a_directory_without_git_is_a_code(mixed):
+    mixed["environments"][1]["commit"] = None
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa", "no commit"]
+
+
+def test_an_old_record_is_whole(old):
+    old["environments"] *= 2
+    assert records.split_by_code(old) == {"": old}
+
+
+def test_points_hold_their_runs(record):
+    points = records.group_by_point(record)
+    assert list(points) == [(8, True), (8, False), (20, True), (20, False)]
+    assert [run["seed"] for run in points[20, True]] == [0, 1]
+
+
+def test_points_are_named_by_their_values(record):
+    assert records.names_of_points(record)[20, False] == "depth 20, plain False"
+    assert records.names_of_points(record, without="model.plain")[20, False] == "depth 20"
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["model.depth", "seed"], ["depth", "seed"]),
+        (["optimizer.name", "schedule.name"], ["optimizer.name", "schedule.name"]),
+        (["a.b.c", "b.c", "c"], ["a.b.c", "b.c", "c"]),
+        (["data.seed", "seed"], ["data.seed", "seed"]),
+    ],
+)
+def test_short_names_tell_the_keys_apart(keys, names):
+    assert list(records.short_names(keys).values()) == names
