@@ -98,7 +98,6 @@ def test_the_examples_of_a_split_come_as_they_are_stored():
     ("settings", "message"),
     [
         ({"batch_size": 24}, "batch_size = 24 must be between 1 and the 23 training examples"),
-        ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be 1 or more"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
