@@ -1,4 +1,4 @@
-"""Several real processes, each with one CPU device, do one training: the same as a single process, or nothing."""
+"""Several real processes, each with one CPU device, do one training: the one that a single process does."""
 
 import itertools
 import json
@@ -114,7 +114,7 @@ def rows(workdir):
 
 
 def assert_alike(ours, theirs):
-    """Equal rows but for the rounding of sums, of which an error of whole examples has none here."""
+    """Equal rows but for the rounding of sums; no example falls on the other side here."""
     for our, their in itertools.zip_longest(ours, theirs):
         assert our == pytest.approx(their, rel=1e-4, abs=1e-6)
 
@@ -123,7 +123,7 @@ def assert_alike(ours, theirs):
 def digits(data_dir):
     """A config, and the flags for it: augmented, and in the end tested with mirrored views, too."""
     config = tiny_config(data_dir)
-    config.evaluation.protocol = "flip"
+    config.evaluation.protocol, config.evaluation.final_splits = "flip", ("test",)
     return config, ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
 
 
