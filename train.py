@@ -2,20 +2,43 @@
 
 Every key of the config can be overridden: `--config.optimizer.learning_rate=0.01`. A second start with the
 same workdir resumes. `cnn_cases/command.py` lists the exit codes.
+
+Several processes can do one training, on one host or on many: start the same command on each, by `srun`,
+`mpirun` or on every host of a TPU pod, or name the three flags that JAX needs to know.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from cnn_cases import command
-from cnn_cases.training import loop
+from cnn_cases.training import devices, loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The directory of this run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The directory of this run; process 0 alone uses it.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "auto: one of several processes where Slurm, Open MPI or a TPU pod says so, or the flags below; "
+    "on: ask JAX, which also knows Kubernetes; off: one process.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port, a free port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes do this training.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout_seconds", 100, "After which a silent process counts as dead, and all others end."
+)
 
 
 def main():
     """Trains, or goes on, as the flags say."""
+    devices.join(
+        _DISTRIBUTED.value,
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        heartbeat_timeout_seconds=_HEARTBEAT.value,
+    )
     loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
 
 

@@ -3,6 +3,7 @@
 0     done
 2     bad input
 3     the training diverged
+4     another process of the same training died, or left it
 130   SIGINT (Ctrl-C) came, and all is saved
 140   SIGUSR2 (a scheduler's warning) came, and all is saved
 143   SIGTERM came, and all is saved
@@ -13,7 +14,11 @@ import sys
 
 from absl import app, flags, logging
 
-from cnn_cases.training import loop
+from cnn_cases.training import devices, loop
+
+# Seconds to wait for the other processes of a training: where all end, for process 0 to have saved; after an
+# error, which may be of one process alone, not long.
+_ALL_END, _MAY_BE_ALONE = 600, 3
 
 
 def run(main):
@@ -27,15 +32,21 @@ def run(main):
         signal.signal(signal.SIGTERM, _terminated)
         try:
             main()
-        except (ValueError, OSError) as error:
-            logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
-            _leave(f"error: {error}", 2)
         except loop.DivergedError as error:
-            _leave(f"error: {error}", 3)
+            _leave(f"error: {error}", 3, _ALL_END)
         except loop.InterruptedRun as interruption:
-            _leave(str(interruption), 128 + interruption.signal_number)
+            _leave(str(interruption), 128 + interruption.signal_number, _ALL_END)
         except KeyboardInterrupt:
             _leave("SIGINT: stopped before or after the training; start again to go on", 130)
+        except Exception as error:
+            if devices.is_loss(error):
+                reason = str(error).partition("\n")[0]
+                _leave(f"error: another process died or left ({reason}); start all again to go on", 4)
+            if not isinstance(error, ValueError | OSError):
+                raise
+            logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
+            _leave(f"error: {error}", 2)
+        devices.leave(0, _ALL_END)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -64,6 +75,7 @@ def _terminated(*_):
     _leave("SIGTERM: stopped before or after the training; start again to go on", 143)
 
 
-def _leave(message, code):
+def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
     print(message, file=sys.stderr)
+    devices.leave(code, patience_seconds)
     sys.exit(code)

@@ -22,12 +22,12 @@ MAY_IMPORT = {
     "cnn_cases.data": ("cnn_cases.data",),
     "cnn_cases.analysis": ("cnn_cases.models", "cnn_cases.analysis", "cnn_cases.tables"),
     "cnn_cases.studies": ("cnn_cases",),
-    "cnn_cases.command": ("cnn_cases.training.loop",),
+    "cnn_cases.command": ("cnn_cases.training.devices", "cnn_cases.training.loop"),
     # Of the configs the defaults, for runs of which a config.json is all that is left.
     "cnn_cases.evaluate": ("cnn_cases", "configs.common"),
     "cnn_cases": (),
     "configs": ("configs",),
-    "train": ("cnn_cases.command", "cnn_cases.training.loop"),
+    "train": ("cnn_cases.command", "cnn_cases.training.devices", "cnn_cases.training.loop"),
 }
 
 

@@ -13,6 +13,9 @@ A feed has the same calls whatever its kind:
                                           evaluation, where nothing is augmented; in training the label can
                                           be a target, a share of each class (see `pixels.Pixels`)
     feed.normalize(arrays, image)         inside the step: views of an image (see `views`), uint8, -> float32
+
+Of several processes that do one training, each has a feed of its own, whose batches and examples are its
+share of the whole: the shares of a batch, in the order of the processes, are the batch of a single process.
 """
 
 import functools
@@ -52,8 +55,10 @@ def make_feed(
       crop: the settings of `decode.training_box`. A resident feed has whole images: "squeeze".
       stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed has no use for them.
       normalization, augment, axis_name: see `pixels.make_pixels`.
-      batch_size, eval_batch_size: see `ResidentFeed`.
-      process_index, process_count: see `StreamFeed`; a resident feed is for one process.
+      batch_size, eval_batch_size: examples of a training or an evaluation step, over all devices of all
+        processes.
+      process_index, process_count: which contiguous share of every batch this process makes, of how many; of
+        the examples it has every `process_count`-th.
 
     Raises:
       ValueError: a key has no possible value, or the set is not there; the message names it.
@@ -70,7 +75,15 @@ def make_feed(
         keep=functools.partial(sources.computed_once, name, data_dir),
     )
     sources.check_disjoint(name, splits, data_dir)
-    sizes = dict(batch_size=batch_size, eval_batch_size=eval_batch_size)
+    for key, size in (("batch_size", batch_size), ("evaluation.batch_size", eval_batch_size)):
+        if size < 1 or size % process_count:
+            raise ValueError(f"{key} = {size} must be a positive multiple of {process_count} (processes)")
+    sizes = dict(
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
     if feed == "stream":
         return StreamFeed(
             {role: sources.open_split(name, split, data_dir) for role, split in splits.items()},
@@ -78,8 +91,6 @@ def make_feed(
             border=border,
             crop=crop,
             make_pixels=pixels,
-            process_index=process_index,
-            process_count=process_count,
             **sizes,
             **stream,
         )

@@ -19,29 +19,39 @@ class ResidentFeed:
       num_classes: number of classes.
     """
 
-    def __init__(self, splits, *, num_classes, batch_size, eval_batch_size, pixels):
+    def __init__(
+        self,
+        splits,
+        *,
+        num_classes,
+        batch_size,
+        eval_batch_size,
+        pixels,
+        process_index=0,
+        process_count=1,
+    ):
         """Takes whole splits.
 
         Args:
           splits: {role: (image uint8 [N, H, W, C], label int32 [N])}, with the role "train" among them.
           num_classes: number of classes.
-          batch_size: examples of a training step, over all devices.
-          eval_batch_size: examples of an evaluation step, over all devices.
+          batch_size: examples of a training step, over all devices of all processes.
+          eval_batch_size: examples of an evaluation step, likewise.
           pixels: of `pixels.make_pixels`.
+          process_index, process_count: see `feeds.make_feed`; both batch sizes are multiples of the count.
 
         Raises:
-          ValueError: a batch is larger than the training split, or empty.
+          ValueError: a training batch is larger than the training split, or empty.
         """
         self._num_train = len(splits["train"][0])
         if not 1 <= batch_size <= self._num_train:
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the {self._num_train} training examples"
             )
-        if eval_batch_size < 1:
-            raise ValueError(f"evaluation.batch_size = {eval_batch_size} must be 1 or more")
         self.num_classes = num_classes
         self.image_shape = splits["train"][0].shape[1:]
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
+        self._share = process_index, process_count
         self._pixels = pixels
         self._ranges, start = {}, 0
         for role, (images, _) in splits.items():
@@ -60,29 +70,30 @@ class ResidentFeed:
         next one, so every example is seen equally often.
 
         Yields:
-          {"index": int32 [batch_size], "position": int32 [batch_size] in the global batch}.
+          {"index": int32 [B], "position": int32 [B] in the global batch}, where B is this process's share.
         """
-        position = np.arange(self._batch_size, dtype=np.int32)
+        position = share_of(self._batch_size, *self._share)
         while True:
             index = training_order(seed, first_step * self._batch_size + position, self._num_train)
             yield {"index": index + np.int32(self._ranges["train"].start), "position": position}
             first_step += 1
 
     def eval_batches(self, role):
-        """The batches of a whole split: {"index": int32 [eval_batch_size], "mask": float32 [...]}.
+        """The batches of a whole split: {"index": int32 [B], "mask": float32 [B]}, as those of training.
 
         The mask is 1 for every example exactly once, and 0 for the padding of the last batch.
         """
-        indices = np.asarray(self._ranges[role], np.int32)
-        for first in range(0, len(indices), self._eval_batch_size):
-            index = indices[first : first + self._eval_batch_size]
-            padding = (0, self._eval_batch_size - len(index))
-            mask = np.pad(np.ones(len(index), np.float32), padding)
-            yield {"index": np.pad(index, padding, mode="edge"), "mask": mask}
+        indices = self._ranges[role]
+        position = share_of(self._eval_batch_size, *self._share)
+        for first in range(indices.start, indices.stop, self._eval_batch_size):
+            index = first + position
+            mask = (index < indices.stop).astype(np.float32)
+            yield {"index": np.minimum(index, np.int32(indices.stop - 1)), "mask": mask}
 
     def examples(self, role):
-        """Yields the examples of a split in its order, as they are stored: (image uint8 [H, W, C], label)."""
-        for index in self._ranges[role]:
+        """Yields this process's examples of a split as they are stored: (image uint8 [H, W, C], label)."""
+        first, count = self._share
+        for index in self._ranges[role][first::count]:
             yield self.arrays["image"][index], int(self.arrays["label"][index])
 
     def view(self, image):
@@ -99,6 +110,11 @@ class ResidentFeed:
         if key is None:
             return self.normalize(arrays, image), label
         return self._pixels.train(arrays, image, label, batch["position"], key)
+
+
+def share_of(batch_size, process_index, process_count):
+    """The positions in a batch, int32, of the examples of one process: contiguous, equally many for each."""
+    return np.split(np.arange(batch_size, dtype=np.int32), process_count)[process_index]
 
 
 def training_order(seed, numbers, size):

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from cnn_cases.data import decode
-from cnn_cases.data.resident import training_order
+from cnn_cases.data.resident import share_of, training_order
 
 MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
 _CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
@@ -93,7 +93,7 @@ class StreamFeed:
           max_damaged: fraction of a split's records that may be damaged.
           make_pixels: training images, uint8 [N, H, W, C] -> `pixels.Pixels`. It is given the crops of
             evaluation of at most MAX_SAMPLE images, evenly spaced in the split.
-          process_index, process_count: which contiguous share of every batch this process makes, of how many.
+          process_index, process_count: see `feeds.make_feed`; both batch sizes are multiples of the count.
 
         Raises:
           ValueError: a value is not possible, or too much of the sample is damaged.
@@ -110,9 +110,6 @@ class StreamFeed:
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"
             )
-        for key, size in (("batch_size", batch_size), ("evaluation.batch_size", eval_batch_size)):
-            if size < 1 or size % process_count:
-                raise ValueError(f"{key} = {size} must be a positive multiple of {process_count} (processes)")
         if workers < 0:
             raise ValueError(f"data.stream.workers = {workers} must be 0 or more")
         if buffer < 1:
@@ -172,9 +169,9 @@ class StreamFeed:
         yield from self._batches(role, numbers.map(make), 0)
 
     def examples(self, role):
-        """Yields the sound examples of a split in its order: (image uint8 [H, W, C], label), not cropped."""
-        recipe = self._recipes[role]
-        for index in range(len(recipe.records)):
+        """Yields this process's sound examples, in order: (image uint8 [H, W, C], label), not cropped."""
+        recipe, (first, count) = self._recipes[role], self._share
+        for index in range(first, len(recipe.records), count):
             try:
                 example = read(recipe, index)
             except ValueError:
@@ -197,8 +194,7 @@ class StreamFeed:
         return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)
 
     def _positions(self, batch_size):
-        index, count = self._share
-        return np.split(np.arange(batch_size, dtype=np.int32), count)[index]
+        return share_of(batch_size, *self._share)
 
     def _batches(self, role, dataset, workers):
         """The batches of a dataset, without what they tell of damaged records."""

@@ -33,8 +33,12 @@ class Checkpoints:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last = {keep_last} must be 1 or more")
         self._directory = pathlib.Path(directory).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._policy = _LastAndBest(keep_last)
         options = ocp.CheckpointManagerOptions(
+            create=False,
+            # Of several processes that do one training, the first alone comes here. Orbax would wait for all.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),

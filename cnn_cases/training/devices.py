@@ -1,15 +1,233 @@
-"""The one home of pmap: how a batch is split over devices and a state is kept on all of them.
+"""The one home of pmap and of jax.distributed: how devices, and processes, share the work of one training.
 
 The state goes in and comes out as an ordinary pytree that is replicated over the devices, without a leading
 device axis: `in_axes=None` and `out_axes=None`. With `out_axes=None` nothing checks that the devices agree,
 so a step must reduce over the axis all that depends on its share of the batch.
+
+Several processes, on one host or on many, can do one training (`join`). Each has its local devices and feeds
+them its share of every batch; the pmap axis goes over the devices of all processes, in the order of the
+processes. All of them run the same lines of the loop, so they meet in every collective. Process 0 leads: it
+alone reads and writes the workdir, and the others get from it what they need to know.
 """
+
+import json
+import os
+import sys
+import time
 
 import jax
 import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 AXIS = "batch"
+
+# Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
+# those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
+_LAUNCHERS = {
+    "Slurm": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
+}
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU pod: names, with commas between
+
+
+def launched_processes(environment):
+    """How many processes a launcher has started for this job, as far as it tells; 1 where it says nothing.
+
+    Args:
+      environment: `os.environ`.
+
+    Raises:
+      ValueError: a launcher's variable is no number.
+    """
+    for launcher, (count, others) in _LAUNCHERS.items():
+        if count in environment and all(name in environment for name in others):
+            if not environment[count].isdecimal():
+                raise ValueError(f"{count} = {environment[count]!r}, set by {launcher}, is not a number")
+            return int(environment[count])
+    hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
+    return len(hosts.split(","))
+
+
+def join(
+    mode="auto",
+    *,
+    coordinator_address=None,
+    num_processes=None,
+    process_id=None,
+    heartbeat_timeout_seconds=100,
+):
+    """Makes this process one of several that do one training, where it is; to be called before JAX is used.
+
+    Args:
+      mode: "auto", to join where the other arguments or a launcher's variables name more than one process;
+        "on", to let `jax.distributed.initialize` find out, which also asks Kubernetes or the host of a TPU;
+        "off", to be one process whatever a launcher says.
+      coordinator_address, num_processes, process_id: see `jax.distributed.initialize`; all three, or none
+        where a launcher tells.
+      heartbeat_timeout_seconds: after which a process that is not heard of counts as dead, which ends all.
+
+    Raises:
+      ValueError: the arguments do not go together, or there is no launcher to ask.
+    """
+    explicit = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in explicit.items() if value is None]
+    if 0 < len(missing) < len(explicit):
+        raise ValueError(f"{', '.join(explicit)} go together; {' and '.join(missing)} missing")
+    if not missing and mode == "off":
+        raise ValueError("distributed = 'off' is for one process: name no coordinator_address with it")
+    if not missing and not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id = {process_id} must be in [0, num_processes = {num_processes})")
+    if not missing and not coordinator_address.rpartition(":")[2].isdecimal():
+        raise ValueError(f"coordinator_address = {coordinator_address!r} must be host:port")
+    if heartbeat_timeout_seconds < 1:
+        raise ValueError(f"heartbeat_timeout_seconds = {heartbeat_timeout_seconds} must be 1 or more")
+    if mode == "off" or (mode == "auto" and missing and launched_processes(os.environ) == 1):
+        return
+    # Its handler of SIGTERM would take the place of the loop's, which saves.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes and "
+            "process_id, or use a launcher that JAX knows"
+        ) from error
+
+
+def leave(code, patience_seconds):
+    """Called at the end of a process: leaves the job together with the other processes.
+
+    Where they do not end as well, as after a mistake of this host alone, the process ends at once and with
+    `code`: JAX would wait for them, and then abort.
+
+    Args:
+      code: exit code.
+      patience_seconds: how long to wait for the others.
+    """
+    if not is_one_of_several():
+        return
+    try:
+        multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * patience_seconds)
+    except jax.errors.JaxRuntimeError:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_lead():
+            time.sleep(1)  # JAX aborts those who lose their coordinator: let them end before
+        os._exit(code)
+
+
+def is_loss(error):
+    """Whether an error means that another process has died or left. On GPUs and TPUs, JAX aborts instead."""
+    return is_one_of_several() and "Gloo" in str(error)
+
+
+def is_one_of_several():
+    """Whether several processes do this training; asks no device, which may take long to start."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_lead():
+    """Whether this process is the one that reads and writes the workdir."""
+    return not is_one_of_several() or jax.process_index() == 0
+
+
+def process():
+    """(index, count): which process this is, of how many."""
+    return (jax.process_index(), jax.process_count()) if is_one_of_several() else (0, 1)
+
+
+def gather(value):
+    """What every process has, [value of process 0, value of process 1, ...], of what JSON can hold."""
+    if not is_one_of_several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    # A power of two, so that few shapes are compiled.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+
+
+def from_lead(function):
+    """What `function()` gives in process 0, which alone calls it, for all processes.
+
+    Args:
+      function: () -> what JSON can hold.
+
+    Raises:
+      ValueError: `function` raised ValueError or OSError; in all processes.
+    """
+    if not is_one_of_several():
+        return function()
+    outcome = gather(_outcome(function) if is_lead() else None)[0]
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["value"]
+
+
+def lead_first(function):
+    """What `function()` gives here; process 0 calls it first, and the others when it is done.
+
+    Raises:
+      ValueError: `function` raised ValueError or OSError in any of the processes; in all of them.
+    """
+    if not is_one_of_several():
+        return function()
+    outcome = None
+    for turn in (True, False):
+        if is_lead() == turn:
+            outcome = _outcome(function)
+        for index, error in enumerate(gather(outcome and outcome.get("error"))):
+            if error:
+                raise ValueError(error if index == 0 else f"process {index}: {error}")
+    return outcome["value"]
+
+
+def _outcome(function):
+    try:
+        return {"value": function()}
+    except (ValueError, OSError) as error:
+        return {"error": str(error)}
+
+
+def broadcast(tree):
+    """The arrays of process 0 for all, bit for bit; in the others those of `tree` say shapes and types."""
+    if not is_one_of_several():
+        return tree
+    leaves, structure = jax.tree.flatten(jax.device_get(tree))
+    data = np.concatenate([np.frombuffer(leaf.tobytes(), np.uint8) for leaf in leaves])
+    data = np.asarray(multihost_utils.broadcast_one_to_all(data))
+    parts = np.split(data, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
+    leaves = [
+        np.frombuffer(part.tobytes(), leaf.dtype).reshape(leaf.shape)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def of_all_processes(devices):
+    """The devices of the pmap axis: those of the first process, then those of the second, and so on.
+
+    Args:
+      devices: the local ones that are used; with several processes, all there are.
+
+    Raises:
+      ValueError: the processes have not equally many.
+    """
+    if not is_one_of_several():
+        return list(devices)
+    counts = [len(jax.local_devices(index)) for index in range(jax.process_count())]
+    if set(counts) != {len(devices)}:
+        raise ValueError(f"the processes of a job must have equally many devices; they have {counts}")
+    return [device for index in range(jax.process_count()) for device in jax.local_devices(index)]
 
 
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
@@ -31,25 +249,43 @@ def pmap_train(train_steps, devices):
     (state, arrays, batches) -> (state, metrics), batches as `shard(..., axis=1)` gives them.
     """
     return jax.pmap(
-        train_steps, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0, devices=devices
+        train_steps,
+        AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=of_all_processes(devices),
     )
 
 
 def pmap_eval(eval_step, devices):
     """`steps.make_eval_step`'s function over devices; the batch as `shard(..., axis=0)` gives it."""
-    return jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
+    return jax.pmap(
+        eval_step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=of_all_processes(devices)
+    )
 
 
 def pmap_predict(predict_step, devices):
-    """`steps.make_predict_step`'s function over devices; images as `shard(..., axis=0)` gives them.
+    """`steps.make_predict_step`'s function over local devices; images as `shard(..., axis=0)` gives them.
 
-    What comes back has the leading axis of the devices, too.
+    What comes back has the leading axis of the devices, too. Other processes have no part in it.
     """
     return jax.pmap(predict_step, AXIS, in_axes=(None, None, 0), out_axes=0, devices=devices)
 
 
+def pmap_largest(devices):
+    """number -> the largest of all processes' numbers, int32 on the devices: it may be read later.
+
+    So a signal that comes to one process stops all at the same step, and no step waits for it.
+    """
+    over_devices = jax.pmap(
+        lambda number: lax.pmax(number, AXIS), AXIS, out_axes=None, devices=of_all_processes(devices)
+    )
+    return lambda number: over_devices(np.full(len(devices), number, np.int32))
+
+
 def shard(batch, num_devices, axis=0):
-    """Splits the leaves of a host batch along `axis`; the devices become the leading axis.
+    """Splits the leaves of a process's batch along `axis`; its devices become the leading axis.
 
     [..., B, ...] -> [num_devices, ..., B / num_devices, ...]; the order of the examples is kept.
     """
@@ -62,7 +298,7 @@ def shard(batch, num_devices, axis=0):
 
 
 def replicate(tree, devices):
-    """Puts a whole copy of every leaf on every device."""
+    """Puts a whole copy of every leaf on every one of the local devices."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
     return jax.device_put(tree, sharding)
 
@@ -72,4 +308,4 @@ def calls_ahead(devices):
 
     Virtual CPU devices share threads: collectives of several calls at once can wait for each other for ever.
     """
-    return 0 if devices[0].platform == "cpu" and len(devices) > 1 else 2
+    return 0 if devices[0].platform == "cpu" and len(of_all_processes(devices)) > 1 else 2

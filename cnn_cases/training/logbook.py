@@ -6,6 +6,8 @@
     tensorboard/       the same figures as event files
     result.json        written once, at the end
 
+Of several processes that do one training, process 0 alone writes; environment.json has the devices of all.
+
 `running/` figures are means over the steps since the last row, in training mode and with augmentation; the
 figures of a split are an evaluation of the whole of it. Rows hold nothing that depends on the clock, so
 two runs of one config leave equal files.
@@ -112,11 +114,11 @@ def claim(workdir, config):
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        differences = _differences(json.loads(path.read_text()), config)
-        if differences:
+        lines = differences(json.loads(path.read_text()), config)
+        if lines:
             raise ValueError(
                 f"workdir = {workdir} belongs to another config:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(lines)
                 + "\nUse another workdir, or the config that this one was started with"
             )
         return
@@ -127,13 +129,13 @@ def claim(workdir, config):
         raise ValueError(f"workdir = {workdir} cannot be written: {error}") from error
 
 
-def _differences(old, new, prefix=""):
-    """Lines such as "optimizer.momentum: 0.9 there, 0.5 here"."""
+def differences(old, new, prefix=""):
+    """How two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here"."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         there, here = old.get(key, "nothing"), new.get(key, "nothing")
         if isinstance(there, dict) and isinstance(here, dict):
-            lines += _differences(there, here, f"{prefix}{key}.")
+            lines += differences(there, here, f"{prefix}{key}.")
         elif there != here:
             lines.append(f"{prefix}{key}: {there!r} there, {here!r} here")
     return lines

@@ -1,4 +1,8 @@
-"""One way through: config -> data set, model, optimizer -> state -> steps -> log, checkpoints, evaluation."""
+"""One way through: config -> data set, model, optimizer -> state -> steps -> log, checkpoints, evaluation.
+
+Several processes that do one training all run these lines (see `devices`). What must not differ between them
+comes from process 0, which alone has a log and checkpoints.
+"""
 
 import collections
 import contextlib
@@ -25,7 +29,7 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
-from cnn_cases.training.logbook import Logbook, claim, write_json
+from cnn_cases.training.logbook import Logbook, claim, differences, environment, write_json
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.state import init_state
@@ -49,8 +53,20 @@ class InterruptedRun(Exception):  # noqa: N818 - not an error: all is saved
         self.signal_number = signal_number
 
 
+class Silence:
+    """The log and the checkpoints of a process that leaves both to process 0."""
+
+    def _nothing(self, *_):
+        return None
+
+    write = progress = say = start = flush = close = save = restore = _nothing
+
+
 class Program(NamedTuple):
-    """All of a run that does not depend on its seed; runs that share it share the compiled steps."""
+    """All of a run that does not depend on its seed; runs that share it share the compiled steps.
+
+    `devices` are those of this process.
+    """
 
     model: Any
     tx: Any
@@ -76,12 +92,15 @@ def make_program(config, devices=None):
     if "model" not in config:
         raise ValueError(f"this is no training config: it has no model, but {', '.join(config)}")
     devices = devices or jax.local_devices()
-    _check_numbers(config, len(devices))
+    _check_numbers(config, len(devices_lib.of_all_processes(devices)))
+    process_index, process_count = devices_lib.process()
     feed = make_feed(
         **config.data,
         batch_size=config.batch_size,
         eval_batch_size=config.evaluation.batch_size,
         axis_name=devices_lib.AXIS,
+        process_index=process_index,
+        process_count=process_count,
     )
     model = make_model(
         **config.model,
@@ -156,7 +175,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
 
     Args:
       config: of `configs/`.
-      workdir: the run's directory; see `logbook` for what it holds.
+      workdir: the run's directory, of which only process 0 takes notice; see `logbook` for what it holds.
       program: `make_program` of this config or of one that differs in the seed alone; None builds it.
       show_progress: tell on the standard error output how the run goes.
 
@@ -164,32 +183,31 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       The content of result.json: {"status": "finished", "step", "metrics", "seconds" since the last start}.
 
     Raises:
-      ValueError: the config is not possible, or the workdir belongs to another one.
+      ValueError: the config is not possible, the workdir belongs to another one, or the processes differ.
       DivergedError: the loss or the gradient became NaN or infinite; the last good checkpoint is kept.
-      InterruptedRun: SIGTERM or SIGINT came; the run was saved.
+      InterruptedRun: SIGTERM or SIGINT came, to whichever process; the run was saved.
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
-    if (workdir / "result.json").exists():
-        claim(workdir, config.to_dict())
-        return _earlier_result(workdir)
-    # All that a config can get wrong is built before the workdir is touched.
-    program = program or make_program(config)
-    state = init_state(
-        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
-    )
-    check_protocol(program, state, config.evaluation.protocol)
-    log = Logbook(
-        workdir,
-        config.to_dict(),
-        num_steps=config.num_steps,
-        title=workdir.name,
-        show_progress=show_progress,
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
+    _check_alike(config)
+    earlier = devices_lib.from_lead(lambda: _earlier_result(workdir, config))
+    if earlier:
+        if earlier["status"] == "diverged":
+            raise DivergedError(
+                f"{workdir}: this run diverged at step {earlier['step']}, and would again; "
+                "change its config, and its workdir",
+                earlier["step"],
+            )
+        return earlier
+    # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
+    # prepare the data set, which the others then find.
+    program, state = devices_lib.lead_first(lambda: _make_start(config, program))
+    log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
-        restored = checkpoints.restore(state)
+        restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
         step, state, extra = restored or (0, state, {"window": [], "final": None})
+        step, extra = devices_lib.from_lead(lambda: (step, extra))
+        state = devices_lib.broadcast(state)
         if restored:
             log.say(f"{workdir}: resuming after step {step}")
         log.start(step)
@@ -209,8 +227,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                         stop=stop,
                     )
         except DivergedError as error:
-            write_json(workdir / "result.json", {"status": "diverged", "step": error.step})
-            kept = checkpoints.all_steps()
+            result = {"status": "diverged", "step": error.step}
+            devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
+            kept = devices_lib.from_lead(lambda: checkpoints.all_steps())
             where = (
                 f"the last good checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
             )
@@ -221,12 +240,52 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             "metrics": final,
             "seconds": round(time.monotonic() - started, 2),
         }
-        write_json(workdir / "result.json", result)
+        devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
         log.say(f"{workdir}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
-    if stop.number:  # it came too late for this run, but there may be others
-        name = signal.Signals(stop.number).name
-        raise InterruptedRun(f"{name}: {workdir} is finished and saved", stop.number)
+    number = max(devices_lib.gather(stop.number))
+    if number:  # it came too late for this run, but there may be others
+        raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
     return result
+
+
+def _check_alike(config):
+    """Raises ValueError unless all processes of a training have the same config, code and packages."""
+    if not devices_lib.is_one_of_several():
+        return
+    ours = {name: value for name, value in environment().items() if name in ("commit", "python", "versions")}
+    lead, *others = devices_lib.gather({"config": config.to_dict()} | ours)
+    for index, other in enumerate(others, start=1):
+        lines = differences(lead, other)
+        if lines:
+            raise ValueError(
+                f"process {index} (here) is not like process 0 (there):\n  "
+                + "\n  ".join(lines)
+                + "\nGive all processes of a training the same config, code and packages"
+            )
+
+
+def _make_start(config, program):
+    """The program, made where it is None, and the state before the first step."""
+    program = program or make_program(config)
+    state = init_state(
+        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
+    )
+    check_protocol(program, state, config.evaluation.protocol)
+    return program, state
+
+
+def _open(workdir, config, show_progress):
+    """The log and the checkpoints."""
+    if not devices_lib.is_lead():
+        return Silence(), Silence()
+    log = Logbook(
+        workdir,
+        config.to_dict(),
+        num_steps=config.num_steps,
+        title=workdir.name,
+        show_progress=show_progress,
+    )
+    return log, Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
 
 
 def _train(config, program, first_step, state, batches, window, *, log, checkpoints, stop):
@@ -238,15 +297,17 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
     num_devices = len(program.devices)
     ahead = devices_lib.calls_ahead(program.devices)
     state = devices_lib.replicate(state, program.devices)
-    under_way = collections.deque()  # (steps done, metrics still on the devices)
+    under_way = collections.deque()  # (steps done, metrics still on the devices, signal likewise)
     clock, timed_steps = time.monotonic(), 0  # since the last row, evaluation or checkpoint
+    largest = devices_lib.pmap_largest(program.devices) if devices_lib.is_one_of_several() else None
+    heard = 0  # the signal that came to any process, as of the last call that was collected
 
     def collect(at_most):
         """Waits until `at_most` calls are under way; notes the metrics of the others."""
-        nonlocal clock, timed_steps
+        nonlocal clock, timed_steps, heard
         while len(under_way) > at_most:
-            step, metrics = under_way.popleft()
-            metrics = jax.device_get(metrics)
+            step, metrics, number = under_way.popleft()
+            metrics, heard = jax.device_get(metrics), int(number)
             rows = np.stack([metrics[name] for name in RUNNING], axis=1).tolist()
             for number, row in enumerate(rows, start=step - len(rows) + 1):
                 _check_finite(number, dict(zip(RUNNING, row, strict=True)))
@@ -268,7 +329,7 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
         step = before + config.steps_per_call
         stacked = jax.tree.map(_stack, *itertools.islice(batches, config.steps_per_call))
         state, metrics = program.train(state, program.arrays, devices_lib.shard(stacked, num_devices, axis=1))
-        under_way.append((step, metrics))
+        under_way.append((step, metrics, largest(stop.number) if largest else 0))
         collect(ahead)
 
         last = step == config.num_steps
@@ -280,9 +341,8 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
                 values |= evaluate(program, state, split)
                 protocol = config.evaluation.protocol
                 if last and protocol != "single":
-                    scores = predictions.scores(
-                        *predict(program, state, split, protocol, batch_size=config.evaluation.batch_size)
-                    )
+                    size = config.evaluation.batch_size
+                    scores = _scores(*predict(program, state, split, protocol, batch_size=size))
                     values |= {f"{split}/{protocol}/{name}": value for name, value in scores.items()}
             _check_finite(step, values)
             log.write(step, values)
@@ -291,7 +351,8 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
             )
             final = values if last else None
             clock, timed_steps = time.monotonic(), 0
-        stopping = stop.number  # read once: it can come at any moment
+        # Read once: it can come at any moment. Several processes go by what all have heard at the same step.
+        stopping = heard if largest else stop.number
         if last or stopping or _is_due(step, config.checkpoint.every_steps):
             collect(0)
             # The metrics of a step are those before its update, which may have gone wrong itself.
@@ -315,16 +376,25 @@ def evaluate(program, state, split):
     return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
 
 
+def _scores(probabilities, label):
+    """`predictions.scores` of the examples of all processes, each of which has predicted its own."""
+    own = len(label), predictions.scores(probabilities, label)
+    counts, parts = zip(*devices_lib.gather(own), strict=True)
+    if not parts[1:]:
+        return parts[0]
+    return {name: float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
+
+
 def predict(program, state, split, protocol, *, batch_size, show_progress=False):
-    """What the network says of every example of a split, averaged over the views of a protocol.
+    """What the network says of this process's examples of a split, averaged over the views of a protocol.
 
     Args:
       program: of `make_program`.
       state: of its network.
       split: a part of data.splits.
       protocol: see `views.make_views`.
-      batch_size: views of the training images' size in one batch over all devices; as many pixels of others,
-        so that larger views fit into memory, too.
+      batch_size: views of the training images' size in one batch over all devices of all processes; as many
+        pixels of others, so that larger views fit into memory, too.
       show_progress: draw a bar on a terminal.
 
     Returns:
@@ -335,10 +405,11 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
     """
     check_protocol(program, state, protocol)
     num_devices = len(program.devices)
+    num_all = len(devices_lib.of_all_processes(program.devices))
     height, width, _ = program.feed.image_shape
 
     def batch_size_of(shape):
-        share = batch_size * height * width // (shape[0] * shape[1] * num_devices)
+        share = batch_size * height * width // (shape[0] * shape[1] * num_all)
         return max(1, share) * num_devices
 
     hidden = not (show_progress and sys.stderr.isatty())
@@ -427,15 +498,12 @@ def _check_numbers(config, num_devices):
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 
 
-def _earlier_result(workdir):
-    result = json.loads((workdir / "result.json").read_text())
-    if result["status"] == "diverged":
-        raise DivergedError(
-            f"{workdir}: this run diverged at step {result['step']}, and would again; "
-            "change its config, and its workdir",
-            result["step"],
-        )
-    return result
+def _earlier_result(workdir, config):
+    """The content of result.json; None where this run has not ended before."""
+    if not (workdir / "result.json").exists():
+        return None
+    claim(workdir, config.to_dict())
+    return json.loads((workdir / "result.json").read_text())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from cnn_cases.data.resident import ResidentFeed
 AUGMENT = {"pad": 0, "flip": False}
 
 
-def make_feed(num_train=23, num_test=11, batch_size=5, eval_batch_size=4, **augment):
+def make_feed(num_train=23, num_test=11, batch_size=5, eval_batch_size=4, process=(0, 1), **augment):
     def split(size, seed):
         rng = np.random.default_rng(seed)
         return rng.integers(0, 256, (size, 4, 4, 3), np.uint8), rng.integers(0, 10, size).astype(np.int32)
@@ -18,7 +18,13 @@ def make_feed(num_train=23, num_test=11, batch_size=5, eval_batch_size=4, **augm
     splits = {"train": split(num_train, 0), "test": split(num_test, 1)}
     pixels = make_pixels(splits["train"][0], normalization="none", augment=AUGMENT | augment, num_classes=10)
     return ResidentFeed(
-        splits, num_classes=10, batch_size=batch_size, eval_batch_size=eval_batch_size, pixels=pixels
+        splits,
+        num_classes=10,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        pixels=pixels,
+        process_index=process[0],
+        process_count=process[1],
     )
 
 
@@ -62,6 +68,24 @@ def test_every_evaluation_example_counts_exactly_once(eval_batch_size):
     np.testing.assert_array_equal(counted, np.arange(23, 34))
 
 
+def test_processes_share_batches_in_contiguous_parts_and_examples_in_turn():
+    whole = make_feed(batch_size=20)
+    parts = [make_feed(batch_size=20, process=(index, 4)) for index in range(4)]
+
+    def joined(batches):
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+
+    for batch, *shares in zip(*(first_batches(feed, 0, 4) for feed in (whole, *parts)), strict=True):
+        assert len(shares[0]["index"]) == 5
+        jax.tree.map(np.testing.assert_array_equal, joined(shares), batch)
+    for batch, *shares in zip(*(feed.eval_batches("test") for feed in (whole, *parts)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, joined(shares), batch)
+    labels = np.zeros(11, np.int32)
+    for index, feed in enumerate(parts):
+        labels[index::4] = [label for _, label in feed.examples("test")]
+    np.testing.assert_array_equal(labels, [label for _, label in whole.examples("test")])
+
+
 def test_a_batch_holds_the_images_and_labels_of_its_indices():
     feed = make_feed()
     (batch,) = first_batches(feed, 0, 1, first_step=3)
@@ -98,7 +122,6 @@ def test_the_examples_of_a_split_come_as_they_are_stored():
     ("settings", "message"),
     [
         ({"batch_size": 24}, "batch_size = 24 must be between 1 and the 23 training examples"),
-        ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be 1 or more"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -124,6 +124,8 @@ def test_processes_share_every_batch_in_contiguous_parts(feed_of):
         assert_equal(joined(shares), batch)
     for batch, *shares in zip(*(feed.eval_batches("test") for feed in (whole, *parts)), strict=True):
         assert_equal(joined(shares), batch)
+    labels = [[label for _, label in feed.examples("test")] for feed in (whole, *parts)]
+    assert sorted(labels[0]) == sorted(labels[1] + labels[2])
 
 
 @pytest.mark.parametrize("eval_batch_size", [1, 4, 11, 30])
@@ -243,6 +245,10 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
         ({"batch_size": 25}, "batch_size = 25 must be between 1 and the 24 training examples"),
         ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be a positive multiple of 1"),
         ({"process": (0, 4)}, r"batch_size = 6 must be a positive multiple of 4 \(processes\)"),
+        (
+            {"feed": "resident", "crop.name": "squeeze", "process": (0, 4)},
+            r"batch_size = 6 must be a positive",
+        ),
         ({"stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
         ({"stream.buffer": 0}, "data.stream.buffer = 0 must be 1 or more"),
         ({"stream.max_damaged": 1.0}, r"data.stream.max_damaged = 1.0 must be in \[0, 1\)"),

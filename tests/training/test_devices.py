@@ -28,6 +28,54 @@ def test_shards_keep_the_order_of_examples():
     np.testing.assert_array_equal(steps[1], [[2, 3], [10, 11], [18, 19]])
 
 
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        (SLURM | {"SLURM_NTASKS": "8"}, 8),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, 1),  # in the batch script, not by srun
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:99", "OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+    ],
+)
+def test_launchers_tell_how_many_processes_there_are(environment, count):
+    assert devices.launched_processes(environment) == count
+
+
+def test_a_launchers_count_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="SLURM_NTASKS = 'two', set by Slurm, is not a number"):
+        devices.launched_processes(SLURM | {"SLURM_NTASKS": "two"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_processes": 2}, "go together; coordinator_address and process_id missing"),
+        ({"process_id": 2}, r"process_id = 2 must be in \[0, num_processes = 2\)"),
+        ({"coordinator_address": "here"}, "coordinator_address = 'here' must be host:port"),
+        ({"mode": "off"}, "distributed = 'off' is for one process"),
+        ({"heartbeat_timeout_seconds": 0}, "heartbeat_timeout_seconds = 0 must be 1 or more"),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused(settings, message):
+    whole = {"coordinator_address": "localhost:1234", "num_processes": 2, "process_id": 0}
+    with pytest.raises(ValueError, match=message):
+        devices.join(**(settings if "num_processes" in settings else whole | settings))
+
+
+def test_a_process_alone_leads_and_asks_nobody():
+    assert devices.is_lead()
+    assert devices.process() == (0, 1)
+    assert devices.gather("own") == ["own"]
+    assert devices.from_lead(lambda: (1, 2)) == devices.lead_first(lambda: (1, 2)) == (1, 2)
+    tree = {"leaf": jnp.ones(2)}
+    assert devices.broadcast(tree) is tree
+
+
 def test_the_state_goes_round_as_an_ordinary_replicated_tree():
     four = jax.devices()[:4]
 

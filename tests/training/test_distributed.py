@@ -1,0 +1,189 @@
+"""Several real processes, each with one CPU device, do one training: the one that a single process does."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from cnn_cases.training import logbook, loop
+from configs import lenet5_digits
+from tests.conftest import tiny_config
+
+# Compiling takes longer than computing here.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# train.py, with a signal to itself after a step.
+TRAIN = """
+import os, sys
+from absl import flags
+from cnn_cases import command
+from cnn_cases.training import loop
+import train
+
+number, steps = map(int, sys.argv[1:3])
+del sys.argv[1:3]
+make_program = loop.make_program
+
+
+def make(*arguments):
+    program = make_program(*arguments)
+
+    def train(state, arrays, batches):
+        state, metrics = program.train(state, arrays, batches)
+        if int(state.step) == steps:
+            os.kill(os.getpid(), number)
+        return state, metrics
+
+    return program._replace(train=train)
+
+
+loop.make_program = make
+command.run(train.main)
+"""
+
+
+def flags_of(config, default):
+    """The flags that make `config` of a config file's `default`."""
+
+    def flat(settings, prefix=""):
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    before = dict(flat(default.to_dict()))
+    changed = {key: value for key, value in flat(config.to_dict()) if value != before[key]}
+    return [f"--config.{key}={value}" for key, value in changed.items()]
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def job(count, workdir, arguments, *, send=None, own=None, slurm=False):
+    """Runs a job; returns [(exit code, error output)] of its processes.
+
+    Args:
+      send: {process: (signal, the number of steps after which it sends it to itself)}.
+      own: {process: arguments of its own}.
+      slurm: let the processes find each other as Slurm's do, and not by flags.
+    """
+    port, processes = free_port(), []
+    for index in range(count):
+        environment = os.environ | {"XLA_FLAGS": XLA_FLAGS, "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+        command = [f"--workdir={workdir}", *arguments, *(own or {}).get(index, [])]
+        if slurm:
+            environment |= {
+                "SLURM_JOB_ID": "1",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+            }
+            environment |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+            environment["JAX_COORDINATOR_PORT"] = str(port)
+        else:
+            command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
+            command.append(f"--process_id={index}")
+        number, steps = (send or {}).get(index, (0, 0))
+        program = ["-c", TRAIN, str(int(number)), str(steps)]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *program, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=300)[1] for process in processes]
+    return [(process.returncode, errors) for process, errors in zip(processes, outputs, strict=True)]
+
+
+def rows(workdir):
+    return logbook.read_rows(workdir / "metrics.jsonl")
+
+
+def assert_alike(ours, theirs):
+    """Equal rows but for the rounding of sums; no example falls on the other side here."""
+    for our, their in itertools.zip_longest(ours, theirs):
+        assert our == pytest.approx(their, rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def digits(data_dir):
+    """A config, and the flags for it: augmented, and in the end tested with mirrored views, too."""
+    config = tiny_config(data_dir)
+    config.evaluation.protocol, config.evaluation.final_splits = "flip", ("test",)
+    return config, ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits, tmp_path_factory):
+    """The workdir of a job of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    outcome = job(2, workdir, digits[1], slurm=True)
+    assert [code for code, _ in outcome] == [0, 0], outcome
+    return workdir
+
+
+def test_two_processes_train_as_one_does(digits, unbroken, tmp_path):
+    program = loop.make_program(digits[0], jax.devices()[:1])
+    result = loop.train_and_evaluate(digits[0], tmp_path, program=program, show_progress=False)
+    assert "test/flip/error" in result["metrics"]
+    assert_alike(rows(unbroken), rows(tmp_path))
+    theirs = json.loads((unbroken / "result.json").read_text())
+    assert theirs["metrics"] == pytest.approx(result["metrics"], rel=1e-4)
+    assert len(json.loads((unbroken / "environment.json").read_text())) == 1
+    assert len(json.loads((unbroken / "environment.json").read_text())[0]["devices"]) == 2
+
+
+def test_a_dead_process_ends_the_others_and_a_signal_to_one_saves_for_all(digits, unbroken, tmp_path):
+    outcome = job(2, tmp_path, digits[1], send={1: (signal.SIGKILL, 7)})
+    assert [code for code, _ in outcome] == [4, -signal.SIGKILL], outcome
+    assert "another process died or left" in outcome[0][1]
+    assert "Traceback" not in outcome[0][1]
+    assert rows(tmp_path)[-1]["step"] == 6
+    # It goes on from step 4. The signal to process 1 comes to an end in both.
+    outcome = job(2, tmp_path, digits[1], send={1: (signal.SIGTERM, 10)})
+    assert [code for code, _ in outcome] == [143, 143], outcome
+    assert "resuming after step 4" in outcome[0][1]
+    assert all("SIGTERM: saved after step 10" in errors for _, errors in outcome)
+    assert (tmp_path / "checkpoints/10").exists()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [row["step"] for row in rows(tmp_path)] == [3, 4, 6, 8, 9]
+    assert (unbroken / "metrics.jsonl").read_text().startswith(text)
+
+
+def test_four_processes_share_a_stream(config, tmp_path):
+    config.num_steps, config.batch_size, config.log_every_steps = 3, 16, 1
+    config.data.feed = "stream"
+    config.data.crop.name, config.data.crop.eval_shorter_side = "area", 18
+    config.evaluation.every_steps = config.checkpoint.every_steps = 0
+    config.evaluation.splits, config.checkpoint.best_on = (), ""
+    config.evaluation.final_splits, config.evaluation.batch_size = ("validation",), 48  # 185 examples
+    arguments = ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
+    outcome = job(4, tmp_path / "four", arguments)
+    assert [code for code, _ in outcome] == [0] * 4, outcome
+    program = loop.make_program(config, jax.devices()[:1])
+    loop.train_and_evaluate(config, tmp_path / "one", program=program, show_progress=False)
+    assert_alike(rows(tmp_path / "four"), rows(tmp_path / "one"))
+
+
+def test_processes_of_different_configs_are_refused(digits, tmp_path):
+    outcome = job(2, tmp_path / "run", digits[1], own={1: ["--config.optimizer.momentum=0.5"]})
+    for code, errors in outcome:
+        assert code == 2, errors
+        assert "error: process 1 (here) is not like process 0 (there):" in errors
+        assert "config.optimizer.momentum: 0.9 there, 0.5 here" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
