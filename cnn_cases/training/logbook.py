@@ -5,6 +5,7 @@
     metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files
     result.json        written once, at the end
+    lock               held by the process that trains; it says which one
 
 Of several processes that do one training, process 0 alone writes; environment.json has the devices of all.
 
@@ -13,8 +14,10 @@ figures of a split are an evaluation of the whole of it. Rows hold nothing that 
 two runs of one config leave equal files.
 """
 
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -42,10 +45,11 @@ class Logbook:
           show_progress: print a line at each evaluation, and on a terminal draw a bar.
 
         Raises:
-          ValueError: the workdir belongs to another config, or cannot be written.
+          ValueError: the workdir belongs to another config, is in use, or cannot be written.
         """
         self._workdir = pathlib.Path(workdir)
         claim(self._workdir, config)
+        self._lock = _lock(self._workdir)
         environments = self._workdir / "environment.json"
         starts = json.loads(environments.read_text()) if environments.exists() else []
         write_json(environments, [*starts, environment()])
@@ -103,6 +107,7 @@ class Logbook:
         if self._rows is not None:
             self._rows.close()
             self._tensorboard.close()
+        self._lock.close()
 
 
 def claim(workdir, config):
@@ -127,6 +132,37 @@ def claim(workdir, config):
         write_json(path, config)
     except OSError as error:
         raise ValueError(f"workdir = {workdir} cannot be written: {error}") from error
+
+
+def _lock(workdir):
+    """Keeps other processes from training in `workdir`.
+
+    The lock is the kernel's: it goes with the process, however that ends, so that none is ever left behind.
+
+    Returns:
+      An open file; the lock is given back when it is closed.
+
+    Raises:
+      ValueError: another process has it; the message names that one and its host.
+    """
+    file = (workdir / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+        raise ValueError(
+            f"workdir = {workdir} is in use by {holder}; wait for its end, or use another workdir"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        logging.getLogger(__name__).warning(
+            "%s cannot be locked (%s): see to it that one process alone uses it", workdir, error
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def differences(old, new, prefix=""):

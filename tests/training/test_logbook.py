@@ -1,4 +1,8 @@
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +41,28 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path):
     path.write_text(path.read_text()[:-5])
     write_rows(tmp_path, 2, [3])
     assert [row["step"] for row in logbook.read_rows(path)] == [1, 3]
+
+
+def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
+    log = open_log(tmp_path)
+    holder = f"process {os.getpid()} on {platform.node()}"
+    with pytest.raises(ValueError, match=f"is in use by {holder}; wait for its end"):
+        open_log(tmp_path)
+    log.close()
+    open_log(tmp_path).close()
+
+
+def test_the_lock_of_a_killed_process_is_gone(tmp_path):
+    code = "import pathlib, sys, time; from cnn_cases.training import logbook\n"
+    code += "file = logbook._lock(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
+            open_log(tmp_path)
+        process.kill()
+    open_log(tmp_path).close()
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
