@@ -87,7 +87,7 @@ def _override(config, key, value):
             old = old[part]
         config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"grid: {key} = {value!r} does not fit the base config: {error}") from None
+        raise ValueError(f"grid: {key} = {value!r} does not fit the base config: {error.args[0]}") from None
 
 
 def run_all(study, workdir, num_jobs=1):
