@@ -146,7 +146,7 @@ def draw_loss(record):
     """Training loss over steps on a logarithmic axis, plain left and residual right."""
     figure, rows = draw_panels(record, {"running/loss": 1.5})
     for axes in rows:
-        axes[0].set(ylabel=figures.loss_label(record), yscale="log")
+        figures.set_loss_axis(axes[0], record)
     figure.suptitle(f"training loss; {figures.seeds_in_words(record)}, band: least to greatest", fontsize=10)
     return figure
 

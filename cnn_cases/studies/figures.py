@@ -13,6 +13,7 @@ import statistics
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cnn_cases.studies import records
 
@@ -21,11 +22,16 @@ THIN, BOLD = 0.8, 2.2  # line widths of training and of evaluation, as in figure
 LINES = ("-", "--", ":", "-.")
 MAX_MARKERS = 8  # on one curve
 
+_TRAINING = ("running", "train")
+
 
 def shades(number):
     """Colours from light to dark, one for each of `number` points."""
-    positions = [0.12 + 0.88 * n / max(1, number - 1) for n in range(number)]
-    return matplotlib.colormaps["viridis_r"](positions if number > 1 else [0.7])
+    if number == 1:
+        return matplotlib.colormaps["viridis_r"]([0.7])
+    lightest = 0.12 if number > 3 else 0.35
+    positions = [lightest + (1 - lightest) * n / (number - 1) for n in range(number)]
+    return matplotlib.colormaps["viridis_r"](positions)
 
 
 def mean_curve(runs, name):
@@ -111,6 +117,14 @@ def has(record, name):
     return any(run["curves"].get(name) for run in record["runs"])
 
 
+def splits(record):
+    """The splits whose curves are drawn: all but that of training, whose curve is the running one."""
+    names = [name for run in record["runs"] for name in run["curves"] if name.count("/") == 1]
+    return [
+        split for split in dict.fromkeys(name.partition("/")[0] for name in names) if split not in _TRAINING
+    ]
+
+
 def seeds_in_words(record):
     """Over how many seeds the means are: those of the study, less where runs diverged or codes differ."""
     seeds, counts = len(record["config"]["seeds"]), set()
@@ -123,9 +137,17 @@ def seeds_in_words(record):
 
 
 def loss_label(record):
-    """The title of an axis of the training loss, with its unit."""
+    """The title of an axis of losses, with its unit."""
     name = record["config"]["base"]["loss"]["name"]
-    return f"training loss ({'cross-entropy, nats' if name == 'cross_entropy' else name + ', no unit'})"
+    return f"loss ({'cross-entropy, nats' if name == 'cross_entropy' else name + ', no unit'})"
+
+
+def set_loss_axis(axis, record):
+    """A logarithmic axis of the training loss, with its unit."""
+    axis.set(ylabel=f"training {loss_label(record)}", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_curves(record):
@@ -136,9 +158,6 @@ def draw_curves(record):
     """
     parts = records.split_by_code(record)
     points = list(records.group_by_point(record))
-    names = list(dict.fromkeys(name for run in record["runs"] for name in run["curves"]))
-    splits = [name for name in names if name.endswith("/error") and name.count("/") == 1]
-    splits = [name for name in splits if name not in ("running/error", "train/error")]
     losses = has(record, "running/loss")
     figure = Figure(figsize=(10 if losses else 7, 4.2 * len(parts) + 0.3), layout="constrained")
     grid = figure.subplots(len(parts), 1 + losses, squeeze=False)
@@ -159,18 +178,18 @@ def draw_curves(record):
                     band=not crowded,
                 )
             draw_runs(row[-1], runs, "running/error", color=color, linewidth=THIN, band=not crowded)
-            for place, name in enumerate(splits):
+            for place, name in enumerate(splits(record)):
                 draw_runs(
                     row[-1],
                     runs,
-                    name,
+                    f"{name}/error",
                     color=color,
                     linestyle=LINES[place % len(LINES)],
                     marker=marker,
                     hollow=bool(place),
                 )
         if losses:
-            row[0].set(ylabel=loss_label(record), yscale="log")
+            set_loss_axis(row[0], record)
         row[-1].set_ylabel("error (%)")
         _scale_errors(row[-1])
         for axis in row:
@@ -181,7 +200,7 @@ def draw_curves(record):
             row[0].set_title(f"code {code}", loc="left", fontsize=10)
     if len(points) > 1:
         _add_legend_of_points(figure, record)
-    _add_legend_of_lines(figure, record, splits)
+    _add_legend_of_lines(figure, record)
     base = record["config"]["base"]
     figure.suptitle(
         f"{base['model']['name']} on {base['data']['name']}, batches of {base['batch_size']}: "
@@ -212,11 +231,10 @@ def _add_legend_of_points(figure, record):
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
 
 
-def _add_legend_of_lines(figure, record, splits):
+def _add_legend_of_lines(figure, record):
     handles = [Line2D([], [], color="black", linewidth=THIN, label="training (mean since the last row)")]
-    for place, name in enumerate(splits):
+    for place, title in enumerate(splits(record)):
         style = {"linestyle": LINES[place % len(LINES)], "markerfacecolor": "white" if place else "black"}
-        title = name.removesuffix("/error")
         handles.append(Line2D([], [], color="black", linewidth=BOLD, marker="o", label=title, **style))
     if any(run["status"] == "diverged" for run in record["runs"]):
         handles.append(cross())

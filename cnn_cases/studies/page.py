@@ -134,15 +134,13 @@ def _summary(record):
 
 def _kinds(record):
     """{"training": "running", "test": "test"}: what curves are called, and the first part of their names."""
-    names = {name for run in record["runs"] for name in run["curves"] if name.count("/") == 1}
-    splits = sorted({name.partition("/")[0] for name in names} - {"running", "train"})
-    return {"training": "running", **{split: split for split in splits}}
+    return {"training": "running", **{split: split for split in figures.splits(record)}}
 
 
 def _plots(record, panels):
     """{("error" or "loss", panel): plot}, those of one quantity with common axes."""
     quantities = ["error", *["loss"] * figures.has(record, "running/loss")]
-    unit = figures.loss_label(record).removeprefix("training ")
+    unit = figures.loss_label(record)
     plots, steps = {}, {}
     for quantity in quantities:
         values = {}

@@ -100,7 +100,8 @@ def _override(config, whence, key, value):
             old = old[part]
         config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{whence}: {key} = {value!r} does not fit the base config: {error}") from None
+        reason = error.args[0]
+        raise ValueError(f"{whence}: {key} = {value!r} does not fit the base config: {reason}") from None
 
 
 def run_all(study, workdir, num_jobs=1, cluster=None):
