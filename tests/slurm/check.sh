@@ -59,6 +59,8 @@ daemons=()
 stop() {
     status=$?
     scancel --me 2> /dev/null || true
+    # Without slurmd the jobs would go on; it kills them half a minute after SIGTERM at the latest.
+    for _ in $(seq 60); do [ -z "$(squeue --me --noheader 2> /dev/null)" ] && break; sleep 1; done
     for ((n = ${#daemons[@]} - 1; n >= 0; n--)); do
         kill "${daemons[n]}" 2> /dev/null || true
         wait "${daemons[n]}" 2> /dev/null || true
