@@ -63,12 +63,17 @@ BATCH = {
 
 
 def state_of(model, seed=3):
-    variables = model.init(jax.random.key(seed), BATCH["image"], train=False)
+    variables = model.lazy_init(jax.random.key(seed), BATCH["image"], train=False)
     return TrainState(jnp.int32(0), jnp.int32(seed), variables["params"], {}, variables["batch_stats"], ())
 
 
 def responses(model, state, batch=BATCH):
-    return layer_signals.deviations(layer_signals.make_response_sums(model.apply, hand_on)(state, {}, batch))
+    sums = jax.jit(layer_signals.make_response_sums(model.apply, hand_on))
+    return layer_signals.deviations(sums(state, {}, batch))
+
+
+def gradient_norms(model):
+    return jax.jit(layer_signals.make_gradient_norms(model.apply, hand_on, cross_entropy))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,7 @@ def test_a_gradient_is_how_far_a_step_of_training_goes(plain, data_dir):
 
 def test_a_kernel_twice_as_large_has_half_the_gradient():
     model = CifarResNet(depth=8, plain=True)
-    measure = layer_signals.make_gradient_norms(model.apply, hand_on, cross_entropy)
+    measure = gradient_norms(model)
     state = state_of(model)
     norms = measure(state, {}, BATCH)
     block = state.params["stage1_block1"]
@@ -143,7 +148,7 @@ def test_a_block_with_a_last_scale_of_zero_answers_zero_and_learns_nothing():
     deviations = responses(model, state)
     assert deviations[4] == 0
     assert (np.delete(deviations, 4) > 0).all()
-    norms = layer_signals.make_gradient_norms(model.apply, hand_on, cross_entropy)(state, {}, BATCH)
+    norms = gradient_norms(model)(state, {}, BATCH)
     np.testing.assert_array_equal(norms[3:5], 0)
     assert (np.delete(norms, [3, 4]) > 0).all()
 
