@@ -205,9 +205,10 @@ def recipe(config):
 
 def lookup(config, key):
     """The value of a key such as "data.augment.flip"; None where a record does not have it."""
+    value = config
     for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def counterpart(config, metric):
@@ -225,7 +226,7 @@ def metric_of(row):
     """The error to show: of the test set if there is one, as its paper tests if that was done."""
     measured = [run["metrics"] for run in row.runs if run["status"] == "finished"]
     names = measured[0] if measured else ("test/error",)
-    protocol = (lookup(row.config, "evaluation") or {}).get("protocol", "single")
+    protocol = lookup(row.config, "evaluation.protocol")
     wanted = (f"test/{protocol}/error", "test/error", f"validation/{protocol}/error", "validation/error")
     return next((name for name in wanted if name in names), "test/error")
 

@@ -103,10 +103,9 @@ def test_ten_blocks_are_counted_and_not_spelled():
     assert layer_signals.in_forward_order(tree, layer_signals.CONVOLUTION) == [0, 1, 1.5, 2, 2.5, 10, 10.5]
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_a_gradient_is_how_far_a_step_of_training_goes(plain, data_dir):
+def test_a_gradient_is_how_far_a_step_of_training_goes(data_dir):
     config = tiny_study(data_dir).base
-    config.model.depth, config.model.plain = 8, plain
+    config.model.depth = 8
     config.optimizer.learning_rate, config.schedule.name = 1.0, "constant"
     config.optimizer.momentum = config.optimizer.weight_decay = 0.0
     program = loop.make_program(config, jax.devices()[:1])
