@@ -20,7 +20,7 @@ from flax import traverse_util
 from ml_collections import config_flags
 
 from cnn_cases import models
-from cnn_cases.studies import depth_curves, sweep
+from cnn_cases.studies import depth_curves, ledger
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
@@ -343,10 +343,11 @@ def test_the_comparison_of_the_depth_study_is_that_of_its_record(path):
     assert table in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["lenet5_mnist", "lenet5_1998_mnist"])
-def test_the_error_of_a_study_of_seeds_is_that_of_its_record(name):
-    head, row = sweep.table(json.loads((ROOT / f"results/{name}.json").read_text()))
-    assert f"| {row[head.index('test/error %')]} |" in (ROOT / "README.md").read_text()
+def test_the_ledger_is_that_of_the_records():
+    studies, _ = ledger.read_records(ROOT / "results")
+    text = (ROOT / "README.md").read_text()
+    written = ledger.insert(text, ledger.markdown(ledger.collect(studies)))
+    assert text == written, "run `python -m cnn_cases.studies.ledger --write`"
 
 
 # Results.

@@ -1,0 +1,397 @@
+"""What reaches each layer of a plain net and of its residual twin: gradients backward, responses forward.
+
+    python -m cnn_cases.studies.layer_signals --workdir=runs/depth_digits
+
+looks into the runs of a depth study (`cnn_cases.studies.depth_curves`), at their initial values and at every
+checkpoint that was kept, and trains nothing. The study keeps more of them if started with, say,
+`--config.base.checkpoint.every_steps=50 --config.base.checkpoint.keep_last=4`. For each convolution but the
+projections, from the input on:
+
+    gradient     norm of the loss's gradient by its kernel, as it is and without the weight decay: that of
+                 the training step, on the batch that the run took next, batch statistics, augmentation and
+                 all; the mean of `--num_batches` such batches
+    kernel       norm of the kernel. Batch normalisation undoes the kernel's scale, so the gradient by a
+                 kernel twice as large is half as large, and turns it a quarter as far
+    response     standard deviation of what its batch normalisation gives, "after BN and before other
+                 nonlinearity (ReLU/addition)" (He et al. 2015, section 4.2 and figure 7), over images,
+                 places and channels at once: training images in evaluation mode. The initial state has none,
+                 since its running statistics have not seen an image
+
+Files in <workdir>/layers/: record.json, table.md, and the figures gradients and responses, PNG and SVG.
+"""
+
+import collections
+import itertools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from absl import flags
+from flax import linen as nn
+from flax import traverse_util
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from cnn_cases import command, evaluate, tables
+from cnn_cases.studies.depth_curves import COLOURS, KINDS
+from cnn_cases.training import checkpoint, devices, logbook, loop, losses, steps
+from cnn_cases.training.state import init_state
+
+NUM_BATCHES = 8
+
+# A layer's convolution and the norm after it have the same number: stage2_block1/conv1, stage2_block1/norm1.
+CONVOLUTION = re.compile(r"(stage\d+_block\d+/)?conv\d+/kernel")
+NORM = re.compile(r"(stage\d+_block\d+/)?norm\d+/__call__")
+
+
+def in_forward_order(tree, pattern):
+    """The leaves of a tree of modules whose path fits `pattern`, as a list from the input on."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    # conv1 is (1,), stage2_block3/conv1 is (2, 3, 1): the stem comes before the stages.
+    paths = sorted(filter(pattern.fullmatch, flat), key=lambda path: [*map(int, re.findall(r"\d+", path))])
+    return [flat[path] for path in paths]
+
+
+def make_gradient_norms(apply, prepare, loss):
+    """A function that measures the kernels' gradients on one batch.
+
+    Args:
+      apply: `model.apply`.
+      prepare: (arrays, batch, key) -> image, label; the feed's.
+      loss: logits [B, K], label -> [B].
+
+    Returns:
+      (state, arrays, batch) -> norms float32 [layers], of the gradient that the training step of
+      `state.step` takes on this batch.
+    """
+
+    def gradient_norms(state, arrays, batch):
+        augment_key, _ = steps.step_keys(state.seed, state.step)
+        image, label = prepare(arrays, batch, augment_key)
+
+        def mean_loss(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, _ = apply(variables, image, train=True, mutable=["batch_stats"])
+            return loss(logits, label).mean()
+
+        return kernel_norms(jax.grad(mean_loss)(state.params))
+
+    return gradient_norms
+
+
+def kernel_norms(params):
+    """The norms of the convolutions' kernels, or of their gradients: float32 [layers]."""
+    return jnp.stack([jnp.sqrt(jnp.square(kernel).sum()) for kernel in in_forward_order(params, CONVOLUTION)])
+
+
+def make_response_sums(apply, prepare):
+    """A function that sums up the responses of one evaluation batch.
+
+    Returns:
+      (state, arrays, batch) -> float32 [3, layers]: of the values of each layer's response, over the images
+      whose "mask" is 1, their number, their sum and the sum of their squares.
+    """
+
+    def response_sums(state, arrays, batch):
+        image, _ = prepare(arrays, batch, None)
+        _, variables = apply(
+            {"params": state.params, "batch_stats": state.batch_stats},
+            image,
+            train=False,
+            mutable=["intermediates"],
+            capture_intermediates=lambda module, _: isinstance(module, nn.BatchNorm),
+        )
+        sums = []
+        for (y,) in in_forward_order(variables["intermediates"], NORM):
+            y, mask = y.astype(jnp.float32), batch["mask"][:, None, None, None]
+            sums.append(jnp.stack([(mask * jnp.ones_like(y)).sum(), (mask * y).sum(), (mask * y**2).sum()]))
+        return jnp.stack(sums, axis=1)
+
+    return response_sums
+
+
+def deviations(sums):
+    """Standard deviations float64 [layers] from what `make_response_sums` gives, added up over batches."""
+    count, total, squares = np.asarray(sums, np.float64)
+    return np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
+
+
+def measure(workdir, num_batches=NUM_BATCHES):
+    """Measures the layers of all runs of a depth study.
+
+    Args:
+      workdir: the study's, with its runs in `runs/`.
+      num_batches: of training for the gradients, and of evaluation for the responses.
+
+    Returns:
+      What JSON can hold: {"environment", "data" (name of the set), "num_batches", "gradient_batch_size",
+      "response_images", "states": [{"depth", "plain", "seed", "step", "gradient_norms", "kernel_norms" and
+      "response_stds", each [layers], the last None at step 0}]}.
+
+    Raises:
+      ValueError: there are no such runs, they are of nets without a plain twin, or a checkpoint is damaged.
+    """
+    if num_batches < 1:
+        raise ValueError(f"num_batches = {num_batches} must be 1 or more")
+    run_dirs = sorted(path.parent for path in pathlib.Path(workdir).glob("runs/*/config.json"))
+    if not run_dirs:
+        raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
+    points = collections.defaultdict(list)
+    for run_dir in run_dirs:
+        config = evaluate.load_config(run_dir)
+        if not {"depth", "plain"} <= set(config.model):
+            raise ValueError(
+                f"{run_dir}: model.name = {config.model.name!r} has no plain twin; "
+                "a study of resnet or resnet_cifar is needed"
+            )
+        if "scan_blocks" in config.model and config.model.scan_blocks:
+            raise ValueError(
+                f"{run_dir}: model.scan_blocks = True keeps no layer apart from the others of its stage; "
+                "a study with False is needed"
+            )
+        points[config.model.depth, config.model.plain].append((run_dir, config))
+    states = []
+    for (depth, plain), runs in sorted(points.items()):
+        program = loop.make_program(runs[0][1], jax.local_devices()[:1])
+        look = make_look(program, runs[0][1], num_batches)  # the seeds share what is compiled
+        for run_dir, config in runs:
+            for step, state in saved_states(program, config, run_dir / "checkpoints"):
+                point = {"depth": depth, "plain": plain, "seed": config.seed, "step": step}
+                states.append(point | look(state))
+    config = runs[0][1]
+    batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
+    return {
+        "environment": logbook.environment(),
+        "data": config.data.name,
+        "num_batches": num_batches,
+        "gradient_batch_size": config.batch_size,
+        "response_images": int(sum(batch["mask"].sum() for batch in batches)),
+        "states": states,
+    }
+
+
+def saved_states(program, config, directory):
+    """Yields (step, state) of a run: first its initial state, then those of its checkpoints."""
+    initial = init_state(
+        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
+    )
+    yield 0, initial
+    # Directories of other names are still being written.
+    for step in sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal()):
+        yield step, checkpoint.read(directory, step, initial)
+
+
+def make_look(program, config, num_batches):
+    """A function state -> {"gradient_norms", "kernel_norms", "response_stds"}; see `measure`.
+
+    Args:
+      program: of one device.
+      config: of the run, or of one that differs in the seed alone.
+      num_batches: see `measure`.
+    """
+    feed, apply = program.feed, program.model.apply
+    loss_settings = dict(**config.loss)
+    del loss_settings["side_weight"]  # these nets have no side branches
+    gradients = make_gradient_norms(apply, feed.prepare, losses.make_loss(**loss_settings))
+    # Both take a state and a batch as an evaluation does, and leave the state alone.
+    gradients = devices.pmap_eval(gradients, program.devices)
+    responses = devices.pmap_eval(make_response_sums(apply, feed.prepare), program.devices)
+
+    def look(state):
+        state = devices.replicate(state, program.devices)
+        step, norms, sums = int(state.step), [], []
+        batches = feed.train_batches(int(state.seed), step)
+        for number, batch in enumerate(itertools.islice(batches, num_batches)):
+            at_step = state.replace(step=jnp.int32(step + number))
+            norms.append(np.asarray(gradients(at_step, program.arrays, devices.shard(batch, 1))))
+        for batch in itertools.islice(feed.eval_batches("train"), num_batches if step else 0):
+            sums.append(np.asarray(responses(state, program.arrays, devices.shard(batch, 1)), np.float64))
+        return {
+            "gradient_norms": np.mean(norms, axis=0).tolist(),
+            "kernel_norms": np.asarray(kernel_norms(state.params)).tolist(),
+            "response_stds": deviations(sum(sums)).tolist() if step else None,
+        }
+
+    return look
+
+
+def pick(record, depth, plain, step, what):
+    """[seeds, layers] of `what`, "gradient_norms" and so on; no row of a run without such a checkpoint."""
+    point = {"depth": depth, "plain": plain, "step": step}
+    return np.array([state[what] for state in record["states"] if point.items() <= state.items()])
+
+
+def values_of(record, key):
+    """The values of "depth" or "step" in ascending order."""
+    return sorted({state[key] for state in record["states"]})
+
+
+def last_step(record, depth, plain):
+    """The last step that was saved of a net, 0 where none was."""
+    point = {"depth": depth, "plain": plain}
+    return max((s["step"] for s in record["states"] if point.items() <= s.items()), default=0)
+
+
+def table(record):
+    """The rows of a table, a net and a step each, the head first: figures are means over the seeds.
+
+    Gradients and kernels are those of the first and of the last convolution and, between them, the largest.
+    """
+    rows = [
+        [
+            "depth",
+            "net",
+            "step",
+            *(
+                f"{what}, {which}"
+                for what in ("gradient", "kernel")
+                for which in ("first", "largest", "last")
+            ),
+            "response, mean",
+        ]
+    ]
+    for depth, (plain, kind), step in itertools.product(
+        values_of(record, "depth"), KINDS.items(), values_of(record, "step")
+    ):
+        norms = pick(record, depth, plain, step, "gradient_norms")
+        if not len(norms):
+            continue
+        cells = [str(depth), kind, str(step)]
+        for seeds in (norms, pick(record, depth, plain, step, "kernel_norms")):
+            mean = seeds.mean(axis=0)
+            cells += [f"{value:#.3g}".rstrip(".") for value in (mean[0], mean.max(), mean[-1])]
+        responses = pick(record, depth, plain, step, "response_stds") if step else None
+        rows.append([*cells, f"{responses.mean():.2f}" if step else ""])
+    return rows
+
+
+def _draw_layers(axis, seeds, **line):
+    """The mean over the seeds by layer, and from the least to the greatest a band. seeds: [seeds, layers]."""
+    layers = np.arange(1, seeds.shape[1] + 1)
+    (drawn,) = axis.plot(layers, seeds.mean(axis=0), **line)
+    axis.fill_between(
+        layers, seeds.min(axis=0), seeds.max(axis=0), color=drawn.get_color(), alpha=0.15, linewidth=0
+    )
+
+
+def _shades(values):
+    """{value: colour}, from light to dark, so that they keep their order in grey."""
+    positions = np.linspace(0.1, 1, len(values))
+    return dict(zip(values, matplotlib.colormaps["viridis_r"](positions), strict=True))
+
+
+# Lines that cross or lie upon each other can be told apart by more than their colour.
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 2)))
+
+
+def draw_gradients(record):
+    """Plain left, residual right. By layer: the gradient at the start, of every depth; then of the deepest
+    net, at every step that was saved, the gradient and the kernel."""
+    depths, all_steps = values_of(record, "depth"), values_of(record, "step")
+    deepest = depths[-1]
+    rows = (
+        ("gradient norm\nat the start", "gradient_norms", [(depth, 0) for depth in depths]),
+        (
+            f"gradient norm,\n{deepest} layers",
+            "gradient_norms",
+            [(deepest, step) for step in all_steps],
+        ),
+        (f"kernel norm,\n{deepest} layers", "kernel_norms", [(deepest, step) for step in all_steps]),
+    )
+    figure, axes = plt.subplots(3, 2, figsize=(9.5, 8.5), sharey="row", layout="constrained")
+    for row, (title, what, lines) in zip(axes, rows, strict=True):
+        shades = _shades(lines)
+        for axis, (plain, kind) in zip(row, KINDS.items(), strict=True):
+            for number, (depth, step) in enumerate(lines):
+                seeds = pick(record, depth, plain, step, what)
+                label = f"{depth} layers" if title.endswith("start") else f"step {step}"
+                if len(seeds):
+                    _draw_layers(
+                        axis,
+                        seeds,
+                        label=label,
+                        color=shades[depth, step],
+                        linestyle=DASHES[number % len(DASHES)],
+                        linewidth=1.6,
+                    )
+            axis.set(yscale="log", xlabel="convolution, counted from the input", xlim=(1, deepest - 1))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+            axis.set_title(f"{kind} nets" if title.endswith("start") else f"{kind}-{deepest}", fontsize=11)
+        row[0].set_ylabel(title)
+        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3)
+    figure.suptitle(
+        _caption(record, f"mean of {record['num_batches']} batches in training mode"), fontsize=10
+    )
+    return figure
+
+
+def draw_responses(record):
+    """Standard deviations of the last responses: by layer left, sorted right (He et al. 2015, figure 7)."""
+    depths = values_of(record, "depth")
+    figure, (original, ranked) = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
+    # Deeper is darker and wider.
+    looks = dict(zip(depths, np.linspace((0.35, 1), (1, 2.4), len(depths)), strict=True))
+    for (plain, kind), depth in itertools.product(KINDS.items(), depths):
+        step = last_step(record, depth, plain)
+        if not step:
+            continue
+        seeds = pick(record, depth, plain, step, "response_stds")
+        alpha, width = looks[depth]
+        line = {"color": COLOURS[kind], "alpha": alpha, "linestyle": "--" if plain else "-"}
+        line |= {"linewidth": width, "label": f"{kind}-{depth}"}
+        _draw_layers(original, seeds, **line)
+        _draw_layers(ranked, -np.sort(-seeds, axis=1), **line)
+    original.set(ylabel="standard deviation of the response", xlabel="3x3 layer, counted from the input")
+    ranked.set(xlabel="3x3 layer, from the largest response to the smallest")
+    for axis in (original, ranked):
+        axis.set(xlim=(1, depths[-1] - 1), yscale="log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    figure.legend(*original.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    steps_drawn = sorted({last_step(record, depth, plain) for depth in depths for plain in KINDS} - {0})
+    how = f"after step {' or '.join(map(str, steps_drawn))}, {record['response_images']:,} training images"
+    figure.suptitle(_caption(record, how), fontsize=10)
+    return figure
+
+
+def _caption(record, how):
+    seeds = len({state["seed"] for state in record["states"]})
+    over = f"; mean over {seeds} seeds, band: from least to greatest" if seeds > 1 else ""
+    return f"{record['data']}, {how}{over}"
+
+
+def write_report(record, out):
+    """Writes record.json, table.md and the figures (gradients, responses: .png and .svg) into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    logbook.write_json(out / "record.json", record)
+    logbook.write_text(out / "table.md", tables.markdown(table(record), words=(1,)))
+    drawn = {"gradients": draw_gradients(record)}
+    if values_of(record, "step") != [0]:
+        drawn["responses"] = draw_responses(record)
+    for name, figure in drawn.items():
+        for form in ("png", "svg"):
+            figure.savefig(out / f"{name}.{form}", dpi=150)
+        plt.close(figure)
+
+
+def main():
+    """Measures the layers, prints the table and draws the figures."""
+    matplotlib.use("agg")
+    workdir = pathlib.Path(flags.FLAGS.workdir)
+    record = measure(workdir, flags.FLAGS.num_batches)
+    write_report(record, workdir / "layers")
+    print(tables.aligned(table(record), words=(1,)))
+    print(f"record, table and figures: {workdir / 'layers'}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The directory of a depth study.", required=True)
+    flags.DEFINE_integer("num_batches", NUM_BATCHES, "Batches to measure on.")
+    command.run(main)

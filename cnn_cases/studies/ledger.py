@@ -1,0 +1,344 @@
+"""All recorded studies in one table, beside what the papers published.
+
+    python -m cnn_cases.studies.ledger              prints it, in Markdown
+    python -m cnn_cases.studies.ledger --write      puts it into README.md, between its two markers
+
+A row is made of runs that differ in nothing but the seed: the recipe (the config without the seed, without
+the place of the data and without what is kept and logged) and the environment (commit, versions, devices) are
+equal. Runs of other commits or recipes are other rows, and are averaged with none. A run whose starts were in
+several environments counts as one of "several".
+
+A published figure stands only beside a run of the paper's length: one that was trained on fewer images, all
+repetitions counted, says so in its steps and is set beside nothing. What else departs from the paper is told
+by the head of the run's config.
+"""
+
+import argparse
+import collections
+import copy
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from cnn_cases import tables
+from cnn_cases.training import logbook
+
+ROOT = pathlib.Path(__file__).parents[2]
+MARKERS = "<!-- The ledger: written by `python -m cnn_cases.studies.ledger --write`. -->", "<!-- End. -->"
+
+# Of a config, what no result depends on: groups, and keys with their place.
+ASIDE = ("seed", "checkpoint", "log_every_steps", "data.data_dir", "evaluation.every_steps")
+
+
+class Published(NamedTuple):
+    """A figure of a paper, and of which runs it is the counterpart.
+
+    Attributes:
+      where: {key of a config: value}. A key that a record does not have counts as 0 or empty: it came later.
+      error: percent.
+      examples: images of the paper's training, all repetitions counted.
+      source: paper and table.
+      metric: which of a run's metrics it is.
+      recalled: the figure is from memory and was not checked against the paper.
+    """
+
+    where: dict[str, Any]
+    error: float
+    examples: int
+    source: str
+    metric: str = "test/error"
+    recalled: bool = False
+
+
+LENET = {"data.name": "mnist", "model.name": "lenet5_1998", "data.augment.elastic": 0}
+RESNET = {"data.name": "cifar10", "model.name": "resnet_cifar", "model.plain": False, "model.shortcut": "A"}
+PREACT = {"data.name": "cifar10", "model.name": "resnet_preact_cifar"}
+NIN = {"data.name": "cifar10", "model.name": "nin", "model.variant": "cifar"}
+IMAGENET = {"data.name": "imagenet2012", "model.name": "resnet", "model.shortcut": "A"}
+
+PUBLISHED = (
+    Published(LENET | {"data.augment.shift": 0}, 0.95, 20 * 60_000, "LeCun et al. 1998, section III"),
+    Published(
+        LENET | {"data.augment.shift": 2}, 0.8, 20 * 60_000, "LeCun et al. 1998, section III", recalled=True
+    ),
+    *(
+        Published(RESNET | {"model.depth": depth}, error, 64_000 * 128, "He et al. 2015, table 6")
+        for depth, error in ((20, 8.75), (32, 7.51), (44, 7.17), (56, 6.97), (110, 6.61), (1202, 7.93))
+    ),
+    Published(PREACT | {"model.depth": 164}, 5.46, 64_000 * 128, "He et al. 2016, table 4", recalled=True),
+    # With batches of 64, as recalled.
+    Published(
+        PREACT | {"model.depth": 1001, "batch_size": 64},
+        4.62,
+        64_000 * 64,
+        "He et al. 2016, table 4",
+        recalled=True,
+    ),
+    # The paper does not say for how long; these are the steps of `nin_cifar10`.
+    Published(NIN | {"data.augment.flip": False}, 10.41, 80_000 * 128, "Lin et al. 2013, table 1"),
+    Published(NIN | {"data.augment.flip": True}, 8.81, 80_000 * 128, "Lin et al. 2013, table 1"),
+    *(
+        Published(
+            IMAGENET | {"model.depth": depth, "model.plain": plain},
+            error,
+            600_000 * 256,
+            "He et al. 2015, table 2",
+            metric="test/ten_crop/error",
+        )
+        for depth, plain, error in (
+            (18, True, 27.94),
+            (34, True, 28.54),
+            (18, False, 27.88),
+            (34, False, 25.03),
+        )
+    ),
+)
+
+
+class Row(NamedTuple):
+    """Runs that differ in the seed alone.
+
+    Attributes:
+      name: of the first record they come from.
+      point: {key of the grid: value}.
+      config: the whole config of the point.
+      environments: those of the runs.
+      runs: as the record has them.
+    """
+
+    name: str
+    point: dict
+    config: dict
+    environments: list
+    runs: list
+
+
+def read_records(directory):
+    """The JSON files of a directory, apart in studies and others.
+
+    Returns:
+      {name: record} of the studies, and the names of the files that hold something else.
+
+    Raises:
+      ValueError: the directory is missing or has no such file, or a file is damaged.
+    """
+    paths = sorted(pathlib.Path(directory).glob("*.json"))
+    if not paths:
+        raise ValueError(f"results = {directory} holds no records; name a directory with *.json of studies")
+    studies, others = {}, []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}; mend or remove it") from error
+        if _is_study(record):
+            studies[path.name] = record
+        else:
+            others.append(path.name)
+    return studies, others
+
+
+def _is_study(record):
+    if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
+        return False
+    return isinstance(record["config"], dict) and {"base", "grid", "seeds"} <= record["config"].keys()
+
+
+def collect(studies):
+    """The rows of all records, in the order of the records and of their grids.
+
+    Args:
+      studies: of `read_records`.
+
+    Raises:
+      ValueError: two records hold the same run.
+    """
+    rows, whence = {}, {}
+    for name, record in studies.items():
+        study = record["config"]
+        keys = [key for key, _ in study["grid"]]
+        for run in record["runs"]:
+            point = {key: run[key] for key in keys}
+            config = config_of(study, point)
+            # A record of before 2026-11-25 does not say which of its environments are a run's.
+            numbers = run.get("environments", range(len(record["environments"])))
+            environments = [record["environments"][number] for number in numbers]
+            group = json.dumps([recipe(config), environments], sort_keys=True)
+            row = rows.setdefault(group, Row(name, point, config, environments, []))
+            if (group, run["seed"]) in whence:
+                raise ValueError(
+                    f"seed {run['seed']} of {network(config)} is in {whence[group, run['seed']]} and "
+                    f"in {name}; remove one of the records"
+                )
+            whence[group, run["seed"]] = name
+            row.runs.append(run)
+    return list(rows.values())
+
+
+def config_of(study, point):
+    """The config of a point of a study, as `sweep.expand` makes it: the base, the point, its adjustments."""
+    config = copy.deepcopy(study["base"])
+    changes = dict(point)
+    for (key, value), pairs in study.get("adjust", ()):
+        changes |= dict(pairs) if point.get(key) == value else {}
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        owner = config
+        for group in groups:
+            owner = owner[group]
+        owner[last] = value
+    return config
+
+
+def recipe(config):
+    """A config without what no result depends on."""
+    left = copy.deepcopy(config)
+    for key in ASIDE:
+        *groups, last = key.split(".")
+        owner = left
+        for group in groups:
+            owner = owner.get(group, {})
+        owner.pop(last, None)
+    return left
+
+
+def lookup(config, key):
+    """The value of a key such as "data.augment.flip"; None where a record does not have it."""
+    value = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def counterpart(config, metric):
+    """The published figure of a config's network, data and metric; None where there is none."""
+    for one in PUBLISHED:
+        pairs = [(lookup(config, key), value) for key, value in one.where.items()]
+        if one.metric == metric and all(
+            there == value or (there is None and not value) for there, value in pairs
+        ):
+            return one
+    return None
+
+
+def metric_of(row):
+    """The error to show: of the test set if there is one, as its paper tests if that was done."""
+    measured = [run["metrics"] for run in row.runs if run["status"] == "finished"]
+    names = measured[0] if measured else ("test/error",)
+    protocol = lookup(row.config, "evaluation.protocol")
+    wanted = (f"test/{protocol}/error", "test/error", f"validation/{protocol}/error", "validation/error")
+    return next((name for name in wanted if name in names), "test/error")
+
+
+def network(config):
+    """`resnet_cifar, depth 20, plain`: the model's name and its settings, without those that are off."""
+    words = [config["model"]["name"]]
+    for key, value in config["model"].items():
+        if key != "name" and value:
+            words.append(key if value is True else f"{key} {value}")
+    return ", ".join(words)
+
+
+def hardware(environments):
+    """`cpu (2 cores)` or `4 x NVIDIA H100`; "several" where they differ."""
+    kinds = set()
+    for environment in environments:
+        devices = collections.Counter(environment["devices"])
+        for kind, count in devices.items():
+            cores = f" ({environment['cpus']} cores)" if kind == "cpu" else ""
+            kinds.add((f"{count} x " if count > 1 else "") + kind + cores)
+    return kinds.pop() if len(kinds) == 1 else "several"
+
+
+TITLES = ("network", "data", "steps", "error", "%", "seeds", "published %", "difference", "devices", "record")
+
+
+def table(rows):
+    """Lists of cells, the head first. A difference is in points, ours less the published."""
+    lines = [list(TITLES)]
+    for row in rows:
+        metric = metric_of(row)
+        values = [100 * run["metrics"][metric] for run in row.runs if metric in run.get("metrics", {})]
+        published = counterpart(row.config, metric)
+        steps, batch_size = row.config["num_steps"], row.config["batch_size"]
+        steps_cell = f"{steps:,}"
+        if published and steps * batch_size < published.examples:
+            steps_cell += f" (shortened: the paper's are {round(published.examples / batch_size):,})"
+            published = None
+        others = [
+            f"{key} {value}"
+            for key, value in row.point.items()
+            if not key.startswith(("model.", "num_steps"))
+        ]
+        diverged = sum(run["status"] == "diverged" for run in row.runs)
+        split = row.config["data"]["splits"]["train"]
+        lines.append(
+            [
+                ", ".join([network(row.config), *others]),
+                row.config["data"]["name"] + ("" if split == "train" else f" ({split})"),
+                steps_cell,
+                metric.removesuffix("/error").replace("/", ", "),
+                tables.mean_and_deviation(values, digits=2),
+                str(len(values)) + (f" ({diverged} diverged)" if diverged else ""),
+                _published_cell(published),
+                f"{sum(values) / len(values) - published.error:+.2f}" if published and values else "",
+                hardware(row.environments),
+                f"[{row.name.removesuffix('.json')}](results/{row.name})",
+            ]
+        )
+    return lines
+
+
+def _published_cell(published):
+    if published is None:
+        return ""
+    label = ", as recalled" if published.recalled else ""
+    return f"{published.error} ({published.source}{label})"
+
+
+def markdown(rows):
+    """The table of the rows, columns of words to the left."""
+    words = [number for number, title in enumerate(TITLES) if title not in ("steps", "%", "difference")]
+    return tables.markdown(table(rows), words=words)
+
+
+def insert(text, ledger):
+    """A document with the ledger between its markers in place of what is there.
+
+    Raises:
+      ValueError: a marker is missing or there twice.
+    """
+    if any(text.count(marker) != 1 for marker in MARKERS):
+        raise ValueError(f"the document must have each of these lines once: {' and '.join(MARKERS)}")
+    head, _, rest = text.partition(MARKERS[0])
+    _, _, tail = rest.partition(MARKERS[1])
+    return f"{head}{MARKERS[0]}\n\n{ledger}\n{MARKERS[1]}{tail}"
+
+
+def main(arguments=None):
+    """Prints the ledger or writes it; ends with one message and exit code 2 where that fails."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_cases.studies.ledger", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--results", default=ROOT / "results", help="the records; default: %(default)s")
+    parser.add_argument("--write", action="store_true", help="write it into the document, and print nothing")
+    parser.add_argument("--document", default=ROOT / "README.md", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        studies, others = read_records(options.results)
+        ledger = markdown(collect(studies))
+        if options.write:
+            document = pathlib.Path(options.document)
+            logbook.write_text(document, insert(document.read_text(), ledger))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if not options.write:
+        print(ledger, end="")
+    if others:
+        print(f"no studies, left out: {', '.join(others)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+import copy
+import json
+
+import pytest
+
+from cnn_cases.studies import ledger
+from configs.studies import depth_digits
+
+CPU = {"commit": "a" * 40, "cpus": 2, "devices": ["cpu"], "versions": {"jax": "0.10.2"}}
+GPUS = CPU | {"devices": ["NVIDIA H100", "NVIDIA H100"]}
+
+
+def outcome(seed, error, depth=20, **changes):
+    run = {"model.depth": depth, "seed": seed, "status": "finished", "step": 64_000}
+    return run | {"metrics": {"train/error": 0.0, "test/error": error}} | changes
+
+
+def diverged(seed, depth=20):
+    return {"model.depth": depth, "seed": seed, "status": "diverged", "step": 5}
+
+
+def record(*runs, environments=(CPU,), **base):
+    config = {
+        "seed": 0,
+        "num_steps": 64_000,
+        "batch_size": 128,
+        "model": {"name": "resnet_cifar", "depth": 20, "plain": False, "shortcut": "A"},
+        "data": {"name": "cifar10", "data_dir": "", "splits": {"train": "train", "test": "test"}},
+        "evaluation": {"every_steps": 1_000, "protocol": "single"},
+        "checkpoint": {"keep_last": 1},
+    }
+    depths = tuple(dict.fromkeys(run["model.depth"] for run in runs))
+    study = {"base": config | base, "grid": [["model.depth", depths]], "seeds": [0, 1]}
+    return {"config": study, "environments": list(environments), "runs": list(runs)}
+
+
+def table(**studies):
+    """The ledger's lines as {title: cell}."""
+    head, *lines = ledger.table(ledger.collect({f"{name}.json": one for name, one in studies.items()}))
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_seeds_are_averaged_and_set_beside_the_paper():
+    (line,) = table(depth=record(outcome(0, 0.08), outcome(1, 0.09)))
+    assert line == {
+        "network": "resnet_cifar, depth 20, shortcut A",
+        "data": "cifar10",
+        "steps": "64,000",
+        "error": "test",
+        "%": "8.50 ± 0.71",
+        "seeds": "2",
+        "published %": "8.75 (He et al. 2015, table 6)",
+        "difference": "-0.25",
+        "devices": "cpu (2 cores)",
+        "record": "[depth](results/depth.json)",
+    }
+
+
+def test_each_point_of_a_grid_has_its_own_row_and_paper():
+    lines = table(depth=record(outcome(0, 0.08), outcome(0, 0.07, depth=110), outcome(0, 0.3, depth=8)))
+    assert [line["published %"].split(" ")[0] for line in lines] == ["8.75", "6.61", ""]
+    assert [line["difference"] for line in lines] == ["-0.75", "+0.39", ""]
+
+
+def test_a_shortened_training_says_so_and_is_set_beside_nothing():
+    (line,) = table(short=record(outcome(0, 0.08), num_steps=2_000))
+    assert line["steps"] == "2,000 (shortened: the paper's are 64,000)"
+    assert line["published %"] == line["difference"] == ""
+    (line,) = table(large=record(outcome(0, 0.08), num_steps=32_000, batch_size=256))
+    assert line["difference"] == "-0.75", "as many images in fewer steps are no less"
+
+
+def test_a_figure_from_memory_is_labelled(monkeypatch):
+    recalled = ledger.Published({"model.name": "resnet_cifar"}, 5.0, 1, "a paper", recalled=True)
+    monkeypatch.setattr(ledger, "PUBLISHED", (recalled,))
+    (line,) = table(depth=record(outcome(0, 0.08)))
+    assert line["published %"] == "5.0 (a paper, as recalled)"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"environments": [CPU | {"commit": "b" * 40}]},
+        {"environments": [GPUS]},
+        {"optimizer": {"learning_rate": 0.2}},
+        {"num_steps": 2_000},
+    ],
+)
+def test_other_commits_machines_and_recipes_are_other_rows(changes):
+    lines = table(one=record(outcome(0, 0.08)), two=record(outcome(1, 0.09), **changes))
+    assert [line["%"] for line in lines] == ["8.00", "9.00"]
+    assert [line["record"][:5] for line in lines] == ["[one]", "[two]"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 7},
+        {"checkpoint": {"keep_last": 4}},
+        {"data": {"name": "cifar10", "data_dir": "/data", "splits": {"train": "train", "test": "test"}}},
+    ],
+)
+def test_what_no_result_depends_on_parts_no_row(changes):
+    (line,) = table(one=record(outcome(0, 0.08)), two=record(outcome(1, 0.09), **changes))
+    assert line["seeds"] == "2"
+
+
+def test_a_run_counts_once():
+    with pytest.raises(ValueError, match=r"seed 0 of resnet_cifar.* is in one\.json and in two\.json"):
+        table(one=record(outcome(0, 0.08)), two=record(outcome(0, 0.08)))
+
+
+def test_runs_say_in_which_of_the_environments_they_were():
+    runs = [outcome(0, 0.08, environments=[0]), outcome(1, 0.09, environments=[1])]
+    lines = table(depth=record(*runs, environments=[CPU, GPUS]))
+    assert [(line["%"], line["devices"]) for line in lines] == [
+        ("8.00", "cpu (2 cores)"),
+        ("9.00", "2 x NVIDIA H100"),
+    ]
+
+
+def test_runs_that_do_not_say_so_may_have_been_in_any():
+    (line,) = table(depth=record(outcome(0, 0.08), outcome(1, 0.09), environments=[CPU, GPUS]))
+    assert (line["%"], line["devices"]) == ("8.50 ± 0.71", "several")
+
+
+def test_runs_that_diverged_are_counted_and_left_out():
+    first, second = table(
+        depth=record(outcome(0, 0.08), diverged(1), diverged(0, depth=56), diverged(1, depth=56))
+    )
+    assert (first["%"], first["seeds"], first["difference"]) == ("8.00", "1 (1 diverged)", "-0.75")
+    assert (second["%"], second["seeds"], second["difference"]) == ("", "0 (2 diverged)", "")
+
+
+def test_an_error_of_the_papers_protocol_goes_first():
+    metrics = {"test/error": 0.3, "test/ten_crop/error": 0.28}
+    imagenet = {"name": "imagenet2012", "splits": {"train": "train", "test": "validation"}}
+    (line,) = table(
+        depth=record(
+            outcome(0, 0, depth=18, metrics=metrics),
+            model={"name": "resnet", "depth": 18, "plain": True, "shortcut": "A"},
+            data=imagenet,
+            evaluation={"protocol": "ten_crop"},
+            num_steps=600_000,
+            batch_size=256,
+        )
+    )
+    assert (line["error"], line["%"], line["published %"]) == (
+        "test, ten_crop",
+        "28.00",
+        "27.94 (He et al. 2015, table 2)",
+    )
+
+
+def test_a_point_is_configured_as_the_sweep_does_it():
+    study = record(outcome(0, 0.08))["config"]
+    study["adjust"] = [[["model.depth", 110], [["num_steps", 9], ["model.shortcut", "B"]]]]
+    before = copy.deepcopy(study)
+    near, far = (ledger.config_of(study, {"model.depth": depth}) for depth in (20, 110))
+    assert (near["num_steps"], near["model"]["shortcut"]) == (64_000, "A")
+    assert (far["num_steps"], far["model"]["shortcut"], far["model"]["depth"]) == (9, "B", 110)
+    assert study == before
+
+
+def test_every_key_of_a_published_figure_is_one_of_a_config():
+    base = json.loads(depth_digits.get_config().base.to_json())
+    keys = {key for one in ledger.PUBLISHED for key in one.where if key != "model.variant"}
+    assert [key for key in keys if ledger.lookup(base, key) is None] == []
+
+
+def test_no_two_published_figures_are_of_the_same_runs():
+    points = [(one.metric, *sorted(map(str, one.where.items()))) for one in ledger.PUBLISHED]
+    assert len(set(points)) == len(points)
+
+
+# Files.
+
+
+@pytest.fixture
+def results(tmp_path):
+    directory = tmp_path / "results"
+    directory.mkdir()
+    (directory / "depth.json").write_text(json.dumps(record(outcome(0, 0.08), outcome(1, 0.09))))
+    return directory
+
+
+def test_a_document_is_rewritten_between_the_markers_alone(results, tmp_path, capsys):
+    document = tmp_path / "README.md"
+    document.write_text(f"Before.\n\n{ledger.MARKERS[0]}\n\nOld.\n\n{ledger.MARKERS[1]}\n\nAfter.\n")
+    arguments = [f"--results={results}", f"--document={document}", "--write"]
+    ledger.main(arguments)
+    text = document.read_text()
+    assert text.startswith("Before.\n\n" + ledger.MARKERS[0] + "\n\n| network |")
+    assert text.endswith("| [depth](results/depth.json) |\n\n" + ledger.MARKERS[1] + "\n\nAfter.\n")
+    assert "Old." not in text
+    ledger.main(arguments)
+    assert document.read_text() == text
+    assert capsys.readouterr().out == ""
+
+
+def test_without_writing_the_table_is_printed_and_others_are_named(results, capsys):
+    for name, value in {"pipeline": [1], "bottleneck": {"environment": {}, "networks": []}}.items():
+        (results / f"{name}.json").write_text(json.dumps(value))
+    ledger.main([f"--results={results}"])
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 3
+    assert printed.err == "no studies, left out: bottleneck.json, pipeline.json\n"
+
+
+def test_bad_input_is_one_message(results, tmp_path, capsys):
+    document = tmp_path / "README.md"
+    document.write_text("No markers.")
+    cases = [
+        ([f"--results={tmp_path / 'nowhere'}"], "nowhere holds no records; name a directory"),
+        ([f"--results={results}", f"--document={document}", "--write"], "must have each of these lines once"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as stop:
+            ledger.main(arguments)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert document.read_text() == "No markers."
+    (results / "torn.json").write_text('{"config": ')
+    with pytest.raises(ValueError, match=r"torn\.json is damaged: .*; mend or remove it"):
+        ledger.read_records(results)
