@@ -136,7 +136,7 @@ def draw_curves(record):
     for axes in rows:
         axes[0].set(ylabel="error (%)", ylim=(0, 100))
     figure.suptitle(
-        f"thin: training error, bold: test error; {figures.seeds_in_words(record)}, band: least to greatest",
+        f"thin: training error, bold: test error; {figures.seeds_in_words(record)}",
         fontsize=10,
     )
     return figure
@@ -147,7 +147,7 @@ def draw_loss(record):
     figure, rows = draw_panels(record, {"running/loss": 1.5})
     for axes in rows:
         figures.set_loss_axis(axes[0], record)
-    figure.suptitle(f"training loss; {figures.seeds_in_words(record)}, band: least to greatest", fontsize=10)
+    figure.suptitle(f"training loss; {figures.seeds_in_words(record)}", fontsize=10)
     return figure
 
 
@@ -201,7 +201,7 @@ def draw_depth(record):
         axis.set_ylim(-2, 100)  # dots at zero stay whole
         axis.legend(frameon=False)
     seeds = figures.seeds_in_words(record)
-    figure.suptitle(f"line: {seeds}, dot: a seed, band: least to greatest", fontsize=10)
+    figure.suptitle(f"dot: a seed, line: {seeds}", fontsize=10)
     return figure
 
 

@@ -126,14 +126,15 @@ def splits(record):
 
 
 def seeds_in_words(record):
-    """Over how many seeds the means are: those of the study, less where runs diverged or codes differ."""
+    """What lines and bands are: over all seeds of the study, or fewer where runs diverged or codes differ."""
     seeds, counts = len(record["config"]["seeds"]), set()
     if seeds == 1:
         return "one seed"
     for part in records.split_by_code(record).values():
         for runs in records.group_by_point(part).values():
             counts.add(sum(run["status"] == "finished" for run in runs))
-    return f"mean over {seeds} seeds" if counts == {seeds} else f"mean over up to {seeds} seeds"
+    up_to = "" if counts == {seeds} else "up to "
+    return f"mean over {up_to}{seeds} seeds, band: least to greatest"
 
 
 def loss_label(record):
@@ -204,7 +205,7 @@ def draw_curves(record):
     base = record["config"]["base"]
     figure.suptitle(
         f"{base['model']['name']} on {base['data']['name']}, batches of {base['batch_size']}: "
-        f"{seeds_in_words(record)}, band: least to greatest",
+        + seeds_in_words(record),
         fontsize=10,
     )
     return figure

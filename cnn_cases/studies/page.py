@@ -125,7 +125,7 @@ def to_html(record, panel_key=None, panels=None):
 def _summary(record):
     runs, steps = record["runs"], record["config"]["base"]["num_steps"]
     diverged = sum(run["status"] == "diverged" for run in runs)
-    words = [f"{len(runs)} runs of up to {steps:,} steps, a line each."]
+    words = ["One run" if len(runs) == 1 else f"{len(runs)} runs, a line each,", f"of up to {steps:,} steps."]
     if diverged:
         words.append(f"{diverged} diverged: their lines end with a cross.")
     words.append("Hover for values, drag to move, press a button to hide or show its lines.")

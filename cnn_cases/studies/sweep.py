@@ -181,7 +181,9 @@ def make_record(study, workdir):
             run.point
             | {"seed": run.config.seed, **result, "environments": sorted(set(numbers)), "curves": curves}
         )
-    return {"config": study.to_dict(), "environments": environments, "runs": outcomes}
+    config = study.to_dict()
+    config["base"]["data"]["data_dir"] = ""  # where one machine has its data is no part of the experiment
+    return {"config": config, "environments": environments, "runs": outcomes}
 
 
 def record_text(record):
