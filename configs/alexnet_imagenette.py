@@ -6,11 +6,13 @@ pixels from 148, and so is the recipe: Adam, for with the paper's rate and momen
 hundreds of steps where it starts.
 Command: python -m cnn_cases.data.prepare imagenette/320px-v2
          python train.py --config=configs/alexnet_imagenette.py --workdir=runs/alexnet_imagenette
+Result: 71.7 % validation error with seed 0 (chance is 90 %), on a subset of 2,000 images to train on, five
+epochs of it, and 600 for validation; 6 minutes on two shared CPU cores, 2026-11-24
+(results/alexnet_imagenette.json).
 
 310 steps of 32 images are one epoch of the published set, which has 9,469 images to train on and 3,925 for
 validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs or more:
 --config.num_steps=6000.
-Not run to its end yet.
 """
 
 from configs import common
