@@ -272,11 +272,10 @@ def table(rows):
             if not key.startswith(("model.", "num_steps"))
         ]
         diverged = sum(run["status"] == "diverged" for run in row.runs)
-        split = row.config["data"]["splits"]["train"]
         lines.append(
             [
                 ", ".join([network(row.config), *others]),
-                row.config["data"]["name"] + ("" if split == "train" else f" ({split})"),
+                _data(row.config["data"]),
                 steps_cell,
                 metric.removesuffix("/error").replace("/", ", "),
                 tables.mean_and_deviation(values, digits=2),
@@ -288,6 +287,20 @@ def table(rows):
             ]
         )
     return lines
+
+
+# Settings of augmentations, which do nothing by themselves.
+_SETTINGS = ("lighting_basis", "elastic_sigma")
+
+
+def _data(data):
+    """`cifar10 (train[:45000]), flip, pad`: the set, the part that is trained on, the augmentations."""
+    words = data["name"]
+    if data["splits"]["train"] != "train":
+        words += f" ({data['splits']['train']})"
+    augment = data.get("augment", {})
+    augmented = sorted(key for key, value in augment.items() if value and key not in _SETTINGS)
+    return ", ".join([words, *augmented])
 
 
 def _published_cell(published):
