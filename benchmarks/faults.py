@@ -186,12 +186,12 @@ def _events(content):
         place += 12 + length + 4
 
 
-def torment(directory, numbers, overrides, seed=0):
+def torment(directory, planned, overrides, seed=0):
     """Disturbs runs until all signals are spent, and compares each with an undisturbed one.
 
     Args:
       directory: where the runs lie.
-      numbers: the signals' numbers, in order; they come at the moments by turns.
+      planned: [(signal number, one of MOMENTS)], in order.
       overrides: {key: value} of the config.
       seed: of the moments.
 
@@ -201,15 +201,15 @@ def torment(directory, numbers, overrides, seed=0):
     directory = pathlib.Path(directory)
     undisturbed = directory / "undisturbed"
     disturb(undisturbed, overrides, iter(()), None)
-    signals = zip(numbers, itertools.cycle(MOMENTS))
+    signals = iter(planned)
     blows, found, runs, rng = [], [], 0, random.Random(seed)
-    while len(blows) < len(numbers) and not found:
+    while len(blows) < len(planned) and not found:
         runs += 1
         workdir = directory / f"disturbed-{runs}"
         blows += disturb(workdir, overrides, signals, rng)
         found = differences(undisturbed, workdir, overrides)
         print(
-            f"run {runs}: {len(blows)} of {len(numbers)} signals; different: {', '.join(found) or 'nothing'}"
+            f"run {runs}: {len(blows)} of {len(planned)} signals; different: {', '.join(found) or 'nothing'}"
         )
     return {"runs": runs, "blows": blows, "differences": found}
 
@@ -222,8 +222,9 @@ def main():
     parser.add_argument("--out", help="a JSON file")
     options = parser.parse_args()
     numbers = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
+    planned = list(zip(numbers, itertools.cycle(MOMENTS), strict=False))
     with tempfile.TemporaryDirectory() as directory:
-        result = torment(directory, numbers, OVERRIDES)
+        result = torment(directory, planned, OVERRIDES)
     blows = result.pop("blows")
     result["moments"] = collections.Counter(f"{one['signal']} {one['moment']}" for one in blows)
     saving = [one["seconds"] for one in blows if one["exit_code"] == 128 + signal.SIGTERM]
