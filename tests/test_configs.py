@@ -1,5 +1,6 @@
 """Every config builds, and every key is read."""
 
+import functools
 import importlib
 import io
 import pathlib
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -59,17 +62,24 @@ class Images:
         return [{"image": file.getvalue(), "label": 0}] * 2, {"image": image, "label": label}
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_a_config_builds_a_state(name, monkeypatch):
-    config = load(name)
+def blank(config, monkeypatch):
+    """Puts blank images in the place of the config's data set, and batches of two."""
     images = Images(config.data.name)
     monkeypatch.setattr(feeds.sources, "load_split", images.load_split)
     monkeypatch.setattr(feeds.sources, "open_split", images.open_split)
     monkeypatch.setattr(feeds.sources, "check_disjoint", lambda *_: None)
     # The whitening of 32x32x3 pixels takes half a minute; tests/data/test_pixels.py has smaller ones.
-    monkeypatch.setattr(feeds.sources, "computed_once", lambda *_: {})
+    monkeypatch.setattr(
+        feeds.sources, "computed_once", lambda _, __, key, compute: {} if "zca" in key else compute()
+    )
     config.batch_size = 2
     config.num_microbatches = 1
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_config_builds_a_state(name, monkeypatch):
+    config = load(name)
+    blank(config, monkeypatch)
     program = loop.make_program(config, jax.devices()[:1])
     state = jax.eval_shape(lambda: init_state(program.model, program.tx, program.feed.image_shape, 0))
     assert state.params
@@ -153,6 +163,37 @@ def flat(config, prefix=""):
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key
+
+
+# Of the types that a key can have, for a config refuses others itself.
+VALUES = {
+    bool: st.booleans(),
+    int: st.sampled_from([-1, 0, 1, 2, 3, 17, 10**6, 10**12]),
+    float: st.sampled_from([-1.0, 0.0, 1e-9, 0.5, 1.0, 2.0, 1e9, float("inf"), float("nan")]),
+    str: st.sampled_from(["", "nonsense", "digits", "train", "../x"]),
+    tuple: st.sampled_from([(), ("x",), (0.0,), (0.5, 0.25), (-1.0, 2.0), (float("nan"), 1.0), (3, 2, 1)]),
+}
+# What these name is looked for in the data set or on the disk, of which there is none here.
+ELSEWHERE = ("data.name", "data.data_dir", "data.splits.")
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_wrong_value_is_refused_by_its_key_or_does_no_harm(data):
+    config = load(data.draw(st.sampled_from(TRAINING)))
+    keys = [key for key in flat(config) if not key.startswith(ELSEWHERE)]
+    key = data.draw(st.sampled_from(keys))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        blank(config, monkeypatch)
+        old = functools.reduce(lambda part, name: part[name], key.split("."), config)
+        value = data.draw(VALUES[type(old)])
+        config.update_from_flattened_dict({key: value})
+        refusal = key
+        try:
+            loop.make_program(config, jax.devices()[:1])
+        except ValueError as error:
+            refusal = str(error)
+        assert key.split(".")[-1] in refusal
 
 
 class Reader:

@@ -100,9 +100,10 @@ def check(settings, image_shape):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
     demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0")
     demand(settings.lighting_basis in BASES, "lighting_basis", f"one of {', '.join(BASES)}")
-    for key in ("shift", "cutout"):
+    for key in ("pad", "shift", "cutout"):
         side = min(height, width)
-        demand(getattr(settings, key) <= side, key, f"at most the {side} pixels of an image's side")
+        allowed = f"at most {side}, the pixels of an image's side (data.image_size)"
+        demand(getattr(settings, key) <= side, key, allowed)
     for key in ("lighting", "saturation"):
         demand(
             not getattr(settings, key) or channels == 3, key, f"0 for images of {channels} channels, not 3"

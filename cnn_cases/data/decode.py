@@ -14,6 +14,7 @@ import simplejpeg
 from PIL import Image
 
 CROPS = ("squeeze", "shorter_side", "area")
+MAX_SIDE = 8192  # pixels of an image's side; no network here is meant for more
 
 cv2.setNumThreads(1)  # whoever decodes in parallel has a thread or a process for each batch already
 
@@ -53,19 +54,23 @@ def check(image_size, *, name, shorter_side, area, aspect, eval_shorter_side):
     """Raises ValueError where boxes of `image_size` cannot be as the settings, those of `data.crop`, say."""
     if name not in CROPS:
         raise ValueError(f"data.crop.name = {name!r} is unknown; known: {', '.join(CROPS)}")
-    if name == "shorter_side" and not image_size <= shorter_side[0] <= shorter_side[1]:
+    used = {"shorter_side": {"shorter_side": shorter_side}, "area": {"area": area, "aspect": aspect}}
+    for key, pair in used.get(name, {}).items():
+        if len(pair) != 2 or not all(isinstance(number, int | float) for number in pair):
+            raise ValueError(f"data.crop.{key} = {tuple(pair)} must be two numbers")
+    if name == "shorter_side" and not image_size <= shorter_side[0] <= shorter_side[1] <= MAX_SIDE:
         raise ValueError(
-            f"data.crop.shorter_side = {tuple(shorter_side)} must be at least "
-            f"data.image_size = {image_size}, the smaller one first"
+            f"data.crop.shorter_side = {tuple(shorter_side)} must be at least data.image_size = {image_size} "
+            f"and at most {MAX_SIDE}, the smaller one first"
         )
     if name == "area" and not 0 < area[0] <= area[1] <= 1:
         raise ValueError(f"data.crop.area = {tuple(area)} must be two fractions in (0, 1], the smaller first")
-    if name == "area" and not 0 < aspect[0] <= aspect[1]:
+    if name == "area" and not 0 < aspect[0] <= aspect[1] < math.inf:
         raise ValueError(f"data.crop.aspect = {tuple(aspect)} must be two positive ratios, the smaller first")
-    if name != "squeeze" and eval_shorter_side < image_size:
+    if name != "squeeze" and not image_size <= eval_shorter_side <= MAX_SIDE:
         raise ValueError(
             f"data.crop.eval_shorter_side = {eval_shorter_side} must be at least "
-            f"data.image_size = {image_size}"
+            f"data.image_size = {image_size} and at most {MAX_SIDE}"
         )
 
 

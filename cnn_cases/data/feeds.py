@@ -65,6 +65,9 @@ def make_feed(
     """
     if feed not in FEEDS:
         raise ValueError(f"data.feed = {feed!r} is unknown; known: {', '.join(FEEDS)}")
+    for key, pixels in (("image_size", image_size), ("border", border)):
+        if not 0 <= pixels <= decode.MAX_SIDE:
+            raise ValueError(f"data.{key} = {pixels} must be between 0 and {decode.MAX_SIDE} pixels")
     crop, stream, splits = dict(**crop), dict(**stream), dict(**splits)
     decode.check(image_size, **crop)
     pixels = functools.partial(

@@ -141,8 +141,6 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
       ValueError: the set is unknown or not prepared, or has no such split, no images or no labels, or its
         images differ in size.
     """
-    if image_size < 0 or border < 0:
-        raise ValueError(f"data.image_size = {image_size} and data.border = {border} must be 0 or more")
     builder = open_prepared(name, data_dir)
     parts = _parts(builder, split)
     if None in builder.info.features["image"].shape:

@@ -104,8 +104,6 @@ class StreamFeed:
                 f"data.image_size = {image_size} must be 1 or more for data.feed = 'stream': its images "
                 "differ in size, and those of a batch may not"
             )
-        if border < 0:
-            raise ValueError(f"data.border = {border} must be 0 or more")
         if not 1 <= batch_size <= len(records):
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"

@@ -34,6 +34,9 @@ from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.state import init_state
 
+# A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
+MAX_EVAL_BATCH_SIZE = 100_000
+
 RUNNING = ("loss", "error", "grad_norm")
 
 
@@ -492,8 +495,12 @@ def _check_numbers(config, num_devices):
                 f"and loss.name = {config.loss.name!r} knows one only; set the first to 0 or the loss to "
                 "'cross_entropy'"
             )
-    if not config.loss.side_weight >= 0:
-        raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more")
+    if not 0 <= config.loss.side_weight < math.inf:
+        raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more, and finite")
+    if config.evaluation.batch_size > MAX_EVAL_BATCH_SIZE:
+        raise ValueError(
+            f"evaluation.batch_size = {config.evaluation.batch_size} must be at most {MAX_EVAL_BATCH_SIZE:,}"
+        )
     devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 

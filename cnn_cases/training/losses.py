@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ def make_loss(*, name, label_smoothing, map_constant):
         raise ValueError(f"loss.name = {name!r} is unknown; known: {', '.join(LOSSES)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"loss.label_smoothing = {label_smoothing} must be in [0, 1)")
-    if not map_constant > 0:
-        raise ValueError(f"loss.map_constant = {map_constant} must be above 0")
+    if not 0 < map_constant < math.inf:
+        raise ValueError(f"loss.map_constant = {map_constant} must be above 0, and finite")
     if name == "cross_entropy":
         return functools.partial(cross_entropy, smoothing=label_smoothing)
     if name == "rbf_mean_squared":

@@ -1,5 +1,8 @@
 """Optimizers and learning-rate schedules, from plain numbers."""
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,7 +39,7 @@ def make_schedule(
     _one_of("schedule.warmup", warmup, WARMUPS)
     _positive("optimizer.learning_rate", learning_rate)
     numbers = all(isinstance(boundary, float | int) for boundary in boundaries)
-    if not numbers or not all(0 < a < b for a, b in zip(boundaries, (*boundaries[1:], 1), strict=True)):
+    if not numbers or not all(a < b for a, b in itertools.pairwise((0, *boundaries, 1))):
         raise ValueError(f"schedule.boundaries = {boundaries} must be increasing fractions between 0 and 1")
     if len(factors) != len(boundaries):
         raise ValueError(
@@ -109,8 +112,8 @@ def make_optimizer(
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{key} = {value} must be in [0, 1)")
     for key, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
-        if not value >= 0:
-            raise ValueError(f"optimizer.{key} = {value} must be 0 or more")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"optimizer.{key} = {value} must be 0 or more, and finite")
     _positive("optimizer.epsilon", epsilon)
 
     mask = _is_kernel if decayed == "kernels" else None
@@ -145,5 +148,5 @@ def _one_of(key, value, known):
 
 
 def _positive(key, value):
-    if not value > 0:
-        raise ValueError(f"{key} = {value} must be above 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} = {value} must be above 0, and finite")

@@ -33,12 +33,6 @@ def test_a_border_of_zeros_is_added_on_every_side(data_dir):
     assert framed.sum() == small.sum()
 
 
-@pytest.mark.parametrize("sizes", [{"image_size": -1}, {"border": -1}])
-def test_negative_sizes_are_refused(sizes, data_dir):
-    with pytest.raises(ValueError, match="must be 0 or more"):
-        sources.load_split("digits", "test", data_dir, **sizes)
-
-
 def test_an_unknown_set_is_refused():
     with pytest.raises(ValueError, match=r"data.name = 'cifr10' is no TFDS data set; known are digits"):
         sources.load_split("cifr10", "train")
