@@ -9,6 +9,7 @@
 143   SIGTERM came, and all is saved
 """
 
+import os
 import signal
 import sys
 
@@ -37,7 +38,7 @@ def run(main):
         except loop.InterruptedRun as interruption:
             _leave(str(interruption), 128 + interruption.signal_number, _ALL_END)
         except KeyboardInterrupt:
-            _leave("SIGINT: stopped before or after the training; start again to go on", 130)
+            _leave_at_once("SIGINT", 130)
         except Exception as error:
             if devices.is_loss(error):
                 reason = str(error).partition("\n")[0]
@@ -72,7 +73,16 @@ def _parse(arguments):
 
 def _terminated(*_):
     # While a run trains, the loop has a handler of its own, which saves.
-    _leave("SIGTERM: stopped before or after the training; start again to go on", 143)
+    _leave_at_once("SIGTERM", 143)
+
+
+def _leave_at_once(signal_name, code):
+    # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
+    # in a segmentation fault: that is what one of 55 signals at random times led to.
+    print(f"{signal_name}: stopped before or after the training; start again to go on", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
