@@ -221,7 +221,7 @@ def test_nothing_is_drawn_in_evaluation():
             "data.normalization = 'whiten' is unknown; known: none, channel, pixel_mean, pixel_mean_255",
         ),
         ({"augment": {"pad": -1, "flip": False}}, "data.augment.pad = -1 must be 0 or more"),
-        ({"augment": {"cutout": 5}}, "data.augment.cutout = 5 must be at most the 4 pixels"),
+        ({"augment": {"cutout": 5}}, "data.augment.cutout = 5 must be at most 4, the pixels"),
         (
             {"normalization": "imagenet", "image": IMAGE[..., :1]},
             "data.normalization = 'imagenet' is for images of 3 channels; these have 1",
