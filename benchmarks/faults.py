@@ -65,7 +65,7 @@ def disturb(workdir, overrides, signals, rng):
     Args:
       workdir: of the run.
       overrides: {key: value} of the config.
-      signals: an iterator over (signal number, one of MOMENTS).
+      signals: a deque of (signal number, one of MOMENTS); those that were sent are taken from it.
       rng: a `random.Random`.
 
     Returns:
@@ -78,11 +78,12 @@ def disturb(workdir, overrides, signals, rng):
     while True:
         with (workdir.parent / f"{workdir.name}.log").open("a+") as errors:
             process = start(workdir, overrides, errors)
-            began, blow = time.monotonic(), next(signals, None)
+            began, blow = time.monotonic(), signals[0] if signals else None
             rows = workdir / "metrics.jsonl"
             if blow and _wait(process, workdir, blow[1], startup, rng):
                 number, moment = blow
                 process.send_signal(number)
+                signals.popleft()
                 sent = time.monotonic()
                 code = process.wait()
                 steps = [row["step"] for row in logbook.read_rows(rows)]
@@ -200,10 +201,10 @@ def torment(directory, planned, overrides, seed=0):
     """
     directory = pathlib.Path(directory)
     undisturbed = directory / "undisturbed"
-    disturb(undisturbed, overrides, iter(()), None)
-    signals = iter(planned)
+    disturb(undisturbed, overrides, collections.deque(), None)
+    signals = collections.deque(planned)
     blows, found, runs, rng = [], [], 0, random.Random(seed)
-    while len(blows) < len(planned) and not found:
+    while signals and not found:
         runs += 1
         workdir = directory / f"disturbed-{runs}"
         blows += disturb(workdir, overrides, signals, rng)

@@ -1,5 +1,6 @@
 """The short version of `python -m benchmarks.faults`."""
 
+import collections
 import signal
 
 from benchmarks import faults
@@ -26,7 +27,9 @@ def test_a_training_that_was_killed_and_one_that_was_stopped_leave_what_an_undis
 def test_what_differs_is_found(tmp_path):
     for name, seed in (("one", 0), ("other", 1)):
         (tmp_path / name).mkdir()
-        faults.disturb(tmp_path / name, OVERRIDES | {"num_steps": 10, "seed": seed}, iter(()), None)
+        faults.disturb(
+            tmp_path / name, OVERRIDES | {"num_steps": 10, "seed": seed}, collections.deque(), None
+        )
     found = faults.differences(tmp_path / "one", tmp_path / "other", OVERRIDES | {"num_steps": 10})
     assert {"the rows of metrics.jsonl", "the curves of TensorBoard", "the final figures"} <= set(found)
     assert any("params" in line for line in found)
