@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from cnn_cases.studies import figures, records
+from cnn_cases.studies import figures, ledger, records
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
@@ -96,8 +96,8 @@ def test_small_errors_get_room(record):
     assert figures.draw_curves(record).axes[1].get_yscale() == "linear"
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_record_of_results_can_be_drawn(path, tmp_path):
-    figures.save(figures.draw_curves(json.loads(path.read_text())), tmp_path / "curves")
+@pytest.mark.parametrize("name", ledger.read_records(RESULTS)[0])
+def test_every_record_of_a_study_can_be_drawn(name, tmp_path):
+    figures.save(figures.draw_curves(json.loads((RESULTS / name).read_text())), tmp_path / "curves")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "curves.svg").stat().st_size > 10_000
