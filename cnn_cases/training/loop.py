@@ -48,8 +48,11 @@ class DivergedError(ArithmeticError):
         self.step = step
 
 
-class InterruptedRun(Exception):  # noqa: N818 - not an error: all is saved
-    """SIGTERM or SIGINT came and the run was saved; `signal_number` says which."""
+class InterruptedRun(BaseException):
+    """SIGTERM or SIGINT came and the run was saved; `signal_number` says which.
+
+    It is no error, as KeyboardInterrupt is none, and passes by those who handle every Exception.
+    """
 
     def __init__(self, message, signal_number):
         super().__init__(message)
