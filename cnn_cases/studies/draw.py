@@ -4,27 +4,10 @@ python -m cnn_cases.studies.draw results/depth_digits.json --out=runs/depth_digi
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
-from cnn_cases.studies import depth_curves, sweep
-
-
-def read_record(path):
-    """The record in a file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    text = path.read_text()
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
-        raise ValueError(f"{path} is no record of a study: it must have config, environments and runs")
-    return record
+from cnn_cases.studies import depth_curves, records, sweep
 
 
 def main(arguments=None):
@@ -36,7 +19,11 @@ def main(arguments=None):
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a directory for the report")
     options = parser.parse_args(arguments)
     try:
-        record = read_record(options.record)
+        record = records.read(options.record)
+        if record is None:
+            raise ValueError(
+                f"{options.record} is no record of a study: it must have config, environments and runs"
+            )
         options.out.mkdir(parents=True, exist_ok=True)
         keys = {key for key, _ in record["config"]["grid"]}
         (depth_curves if keys == depth_curves.KEYS else sweep).write_report(record, options.out)

@@ -22,6 +22,7 @@ import sys
 from typing import Any, NamedTuple
 
 from cnn_cases import tables
+from cnn_cases.studies import records
 from cnn_cases.training import logbook
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -129,20 +130,14 @@ def read_records(directory):
     studies, others = {}, []
     for path in paths:
         try:
-            record = json.loads(path.read_text())
+            record = records.read(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}; mend or remove it") from error
-        if _is_study(record):
-            studies[path.name] = record
-        else:
+        if record is None:
             others.append(path.name)
+        else:
+            studies[path.name] = record
     return studies, others
-
-
-def _is_study(record):
-    if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
-        return False
-    return isinstance(record["config"], dict) and {"base", "grid", "seeds"} <= record["config"].keys()
 
 
 def collect(studies):
@@ -179,10 +174,7 @@ def collect(studies):
 def config_of(study, point):
     """The config of a point of a study, as `sweep.expand` makes it: the base, the point, its adjustments."""
     config = copy.deepcopy(study["base"])
-    changes = dict(point)
-    for (key, value), pairs in study.get("adjust", ()):
-        changes |= dict(pairs) if point.get(key) == value else {}
-    for key, value in changes.items():
+    for key, value in (*point.items(), *records.adjustments(study, point)):
         *groups, last = key.split(".")
         owner = config
         for group in groups:

@@ -13,6 +13,41 @@ Errors are fractions. Records of before 2026-11-25 lack the losses and the numbe
 """
 
 import collections
+import json
+import pathlib
+
+
+def read(path):
+    """The record in a JSON file; None where the file holds something else.
+
+    Raises:
+      ValueError: the file is no JSON.
+    """
+    try:
+        record = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
+        return None
+    study = record["config"]
+    return record if isinstance(study, dict) and {"base", "grid", "seeds"} <= study.keys() else None
+
+
+def adjustments(study, point):
+    """Yields the pairs of a key and its value that `adjust` of a study has for a point of its grid.
+
+    Args:
+      study: the config of a study, or that of a record.
+      point: {key of the grid: value}.
+
+    Raises:
+      ValueError: `adjust` names a key that is not of the grid.
+    """
+    for (key, value), pairs in study.get("adjust", ()):
+        if key not in point:
+            raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(point)}")
+        if point[key] == value:  # a part of the grid may be run, without it
+            yield from pairs
 
 
 def split_by_code(record):

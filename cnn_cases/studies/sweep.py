@@ -68,7 +68,7 @@ def expand(study):
             settings = point | {"seed": seed}
             for key, value in settings.items():
                 _override(config, "grid", key, value)
-            for key, value in _adjustments(study, point):
+            for key, value in records.adjustments(study, point):
                 _override(config, "adjust", key, value)
             name = "_".join(f"{short[key]}-{value}" for key, value in settings.items()).replace("/", "-")
             runs.append(Run(name, point, config))
@@ -76,15 +76,6 @@ def expand(study):
     if times > 1:
         raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")
     return runs
-
-
-def _adjustments(study, point):
-    """The pairs of a key and its value that `adjust` has for a point of the grid."""
-    for (key, value), pairs in study.adjust if "adjust" in study else ():
-        if key not in point:
-            raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(point)}")
-        if point[key] == value:  # a part of the grid may be run, without it
-            yield from pairs
 
 
 def _is_pair(pair):
