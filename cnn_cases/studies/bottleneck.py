@@ -34,6 +34,7 @@ from cnn_cases import tables
 from cnn_cases.analysis import costs
 from cnn_cases.models.inception import TABLE_1, InceptionModule, NaiveInceptionModule
 from cnn_cases.models.layers import ConvUnit
+from cnn_cases.studies import figures
 from cnn_cases.training import logbook
 
 IMAGE_SHAPE = (28, 28, 192)
@@ -221,9 +222,7 @@ def write_report(record, workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     logbook.write_json(workdir / "record.json", record)
     logbook.write_text(workdir / "table.txt", table(record))
-    figure = draw(record)
-    for form in ("png", "svg"):
-        figure.savefig(workdir / f"bottleneck.{form}", dpi=150)
+    figures.save(draw(record), workdir / "bottleneck")
 
 
 def main(arguments=None):

@@ -187,9 +187,8 @@ class Training(Checkpointable):
         queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's; it does not return
 
         def end(number, _=None):
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # Slurm's answer to being asked to queue the job again
+            # Slurm's answer to being asked to queue the job again is one more.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if number == signal.SIGUSR2 or _is_preempted():
                 queue_again(signal.SIGUSR2, None)
             sys.exit(128 + number)

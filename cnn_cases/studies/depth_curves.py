@@ -135,10 +135,8 @@ def draw_curves(record):
     figure, rows = draw_panels(record, {"running/error": figures.THIN, "test/error": figures.BOLD})
     for axes in rows:
         axes[0].set(ylabel="error (%)", ylim=(0, 100))
-    figure.suptitle(
-        f"thin: training error, bold: test error; {figures.seeds_in_words(record)}",
-        fontsize=10,
-    )
+    words = f"thin: training error, bold: test error; {figures.seeds_in_words(record)}"
+    figure.suptitle(words, fontsize=10)
     return figure
 
 
@@ -174,8 +172,10 @@ def draw_depth(record):
     upper edge stands for runs that diverged.
     """
 
+    all_rows = summarise(record)
+
     def draw_panel(axis, code, name):
-        rows = [row for row in summarise(record) if row["code"] == code]
+        rows = [row for row in all_rows if row["code"] == code]
         for kind, color in COLOURS.items():
             diverged = [row["depth"] for row in rows if row[f"{kind} diverged"]]
             points = [(row["depth"], [100 * value for value in row[f"{kind} {name}"]]) for row in rows]

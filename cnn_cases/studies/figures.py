@@ -145,7 +145,13 @@ def loss_label(record):
 
 def set_loss_axis(axis, record):
     """A logarithmic axis of the training loss, with its unit."""
-    axis.set(ylabel=f"training {loss_label(record)}", yscale="log")
+    axis.set_ylabel(f"training {loss_label(record)}")
+    set_log_scale(axis)
+
+
+def set_log_scale(axis):
+    """A logarithmic axis upward, with plain numbers on it."""
+    axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())

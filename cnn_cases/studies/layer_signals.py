@@ -27,15 +27,15 @@ import re
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from absl import flags
 from flax import linen as nn
 from flax import traverse_util
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cnn_cases import command, evaluate, tables
+from cnn_cases.studies import figures
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
 from cnn_cases.training import checkpoint, devices, logbook, loop, losses, steps
 from cnn_cases.training.state import init_state
@@ -277,12 +277,6 @@ def _draw_layers(axis, seeds, **line):
     )
 
 
-def _shades(values):
-    """{value: colour}, from light to dark, so that they keep their order in grey."""
-    positions = np.linspace(0.1, 1, len(values))
-    return dict(zip(values, matplotlib.colormaps["viridis_r"](positions), strict=True))
-
-
 # Lines that cross or lie upon each other can be told apart by more than their colour.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 2)))
 
@@ -301,9 +295,10 @@ def draw_gradients(record):
         ),
         (f"kernel norm,\n{deepest} layers", "kernel_norms", [(deepest, step) for step in all_steps]),
     )
-    figure, axes = plt.subplots(3, 2, figsize=(9.5, 8.5), sharey="row", layout="constrained")
+    figure = Figure(figsize=(9.5, 8.5), layout="constrained")
+    axes = figure.subplots(3, 2, sharey="row")
     for row, (title, what, lines) in zip(axes, rows, strict=True):
-        shades = _shades(lines)
+        shades = figures.shades(len(lines))
         for axis, (plain, kind) in zip(row, KINDS.items(), strict=True):
             for number, (depth, step) in enumerate(lines):
                 seeds = pick(record, depth, plain, step, what)
@@ -313,7 +308,7 @@ def draw_gradients(record):
                         axis,
                         seeds,
                         label=label,
-                        color=shades[depth, step],
+                        color=shades[number],
                         linestyle=DASHES[number % len(DASHES)],
                         linewidth=1.6,
                     )
@@ -332,7 +327,8 @@ def draw_gradients(record):
 def draw_responses(record):
     """Standard deviations of the last responses: by layer left, sorted right (He et al. 2015, figure 7)."""
     depths = values_of(record, "depth")
-    figure, (original, ranked) = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    original, ranked = figure.subplots(1, 2, sharey=True)
     # Deeper is darker and wider.
     looks = dict(zip(depths, np.linspace((0.35, 1), (1, 2.4), len(depths)), strict=True))
     for (plain, kind), depth in itertools.product(KINDS.items(), depths):
@@ -348,11 +344,9 @@ def draw_responses(record):
     original.set(ylabel="standard deviation of the response", xlabel="3x3 layer, counted from the input")
     ranked.set(xlabel="3x3 layer, from the largest response to the smallest")
     for axis in (original, ranked):
-        axis.set(xlim=(1, depths[-1] - 1), yscale="log")
+        axis.set_xlim(1, depths[-1] - 1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        figures.set_log_scale(axis)
         axis.grid(alpha=0.3)
     figure.legend(*original.get_legend_handles_labels(), loc="outside right center", frameon=False)
     steps_drawn = sorted({last_step(record, depth, plain) for depth in depths for plain in KINDS} - {0})
@@ -376,14 +370,11 @@ def write_report(record, out):
     if values_of(record, "step") != [0]:
         drawn["responses"] = draw_responses(record)
     for name, figure in drawn.items():
-        for form in ("png", "svg"):
-            figure.savefig(out / f"{name}.{form}", dpi=150)
-        plt.close(figure)
+        figures.save(figure, out / name)
 
 
 def main():
     """Measures the layers, prints the table and draws the figures."""
-    matplotlib.use("agg")
     workdir = pathlib.Path(flags.FLAGS.workdir)
     record = measure(workdir, flags.FLAGS.num_batches)
     write_report(record, workdir / "layers")
