@@ -21,8 +21,6 @@ from configs import common
 def get_config():
     """AlexNet on Imagenette."""
     config = common.get_config()
-    config.num_steps = 310
-    config.batch_size = 32
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
     config.model.dense_features = 512
@@ -34,8 +32,5 @@ def get_config():
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 0.0
-    config.schedule.name = "cosine"
-    config.evaluation.every_steps = 62
-    config.checkpoint.every_steps = 62
     config.lock()
     return config

@@ -193,16 +193,22 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
 
 
 def imagenette(config, *, image_size):
-    """Sets the data of a training on Imagenette, ten classes of ImageNet that are easy to tell apart.
+    """Sets the data and the length of a training on Imagenette, ten easy classes of ImageNet.
 
     It has no third split: its validation images are those that are reported on, and choose no checkpoint.
+    The steps are one epoch of the published set.
     """
+    config.num_steps = 310
+    config.batch_size = 32
     config.data.name = "imagenette/320px-v2"
     config.data.feed = "stream"
     config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
     config.data.image_size = image_size
     config.data.augment.flip = True
+    config.schedule.name = "cosine"
     config.evaluation.batch_size = 200
+    config.evaluation.every_steps = 62
     config.evaluation.final_splits = ("validation",)
+    config.checkpoint.every_steps = 62
     config.checkpoint.best_on = ""
     config.log_every_steps = 10

@@ -17,8 +17,6 @@ from configs import common
 def get_config():
     """ResNet-18 on Imagenette."""
     config = common.get_config()
-    config.num_steps = 310
-    config.batch_size = 32
     config.model.name = "resnet"
     config.model.depth = 18
     config.model.plain = False
@@ -27,9 +25,6 @@ def get_config():
     config.data.crop.name = "area"
     config.data.crop.eval_shorter_side = 110
     config.optimizer.learning_rate = 0.01
-    config.schedule.name = "cosine"
     config.schedule.warmup_steps = 30
-    config.evaluation.every_steps = 62
-    config.checkpoint.every_steps = 62
     config.lock()
     return config
