@@ -18,7 +18,6 @@ unless Python itself had not come to its feet; the time that takes is reported.
 
 import argparse
 import collections
-import datetime
 import itertools
 import json
 import pathlib
@@ -34,6 +33,7 @@ import jax
 import numpy as np
 from tensorboardX.proto import event_pb2
 
+from benchmarks import record
 from cnn_cases.training import checkpoint, logbook, loop
 from cnn_cases.training.state import init_state
 from configs import resnet_digits
@@ -220,7 +220,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
     parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
-    parser.add_argument("--out", help="a JSON file")
+    parser.add_argument("--out", help="a JSON file, of which it writes the section 'signals'")
     options = parser.parse_args()
     numbers = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
     planned = list(zip(numbers, itertools.cycle(MOMENTS), strict=False))
@@ -233,10 +233,9 @@ def main():
     for key, value in result.items():
         print(f"{key}: {value}")
     if options.out:
-        head = {"date": datetime.date.today().isoformat(), "environment": logbook.environment()}
-        logbook.write_json(
-            pathlib.Path(options.out), head | {"config": CONFIG, "overrides": OVERRIDES} | result
-        )
+        command = f"python -m benchmarks.faults --kills={options.kills} --terms={options.terms}"
+        figures = {"config": CONFIG, "overrides": OVERRIDES} | result
+        record.write_section(options.out, "signals", command, figures)
     sys.exit(1 if result["differences"] else 0)
 
 
