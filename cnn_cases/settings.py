@@ -11,7 +11,7 @@ import numpy as np
 
 # A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key.
 # Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 KEYS = {
     "seed": int,
     "num_steps": int,
@@ -136,15 +136,17 @@ def _is(value, kind):
             return False
         return all(_is(part, parts[0]) for part in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
-    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return isinstance(value, kind)
 
 
 def _words(kind):
     if isinstance(kind, type(tuple[int, int])):
         count = "" if ... in kind.__args__ else "two "
         return f"a tuple of {count}{kind.__args__[0].__name__}s"
-    return {int: "an int", float: "a float (finite, of 32 bits)"}.get(kind, f"a {kind.__name__}")
+    return {int: "an int (of 64 bits)", float: "a float (finite, of 32 bits)"}.get(kind, f"a {kind.__name__}")
 
 
 def _show(value):

@@ -207,8 +207,8 @@ def check_memory(num_images, shape, keys):
     wanted, memory = num_images * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > memory:
         raise ValueError(
-            f"{num_images:,} images of {'x'.join(map(str, shape))} take {wanted / 1e9:,.1f} GB, and this machine "
-            f"has {memory / 1e9:,.1f} GB of memory; change {keys}"
+            f"{num_images:,} images of {'x'.join(map(str, shape))} take {wanted / 1e9:,.1f} GB, and this "
+            f"machine has {memory / 1e9:,.1f} GB of memory; change {keys}"
         )
 
 
@@ -232,7 +232,8 @@ def _parts(builder, split, whence=""):
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{whence or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has {', '.join(builder.info.splits)} ({error})"
+            f"{whence or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
+            f"{', '.join(builder.info.splits)} ({error})"
         ) from error
     return [
         (part.splitname, part.from_ or 0, part.to or builder.info.splits[part.splitname].num_examples)
