@@ -165,8 +165,6 @@ def in_another_unit(value):
     if isinstance(value, bool):
         return (int(value), str(value), "yes")
     if isinstance(value, int):
-        if abs(value) > 2**1000:
-            return ()  # an earlier mistake's
         return (float(value), value * 1000, f"{value}px", (value, value), str(value))
     if isinstance(value, float):
         return (value * 100, round(value * 100), f"{100 * value} %", str(value), (value,), 1 / (value or 1))
@@ -184,13 +182,14 @@ def paths_of(config, before=()):
             yield from paths_of(value, (*before, key))
 
 
-def mutate(config, kind, rng):
+def mutate(config, kind, rng, but=()):
     """Makes one mistake in a config.
 
     Args:
       config: a nested dict.
       kind: one of KINDS.
       rng: a `random.Random`.
+      but: keys that are wrong already, which are left as they are.
 
     Returns:
       The key, with dots, where it is; None where the config has no key for such a mistake.
@@ -210,7 +209,13 @@ def mutate(config, kind, rng):
         return in_another_unit(old) if kind == "unit" else NUMBERS[kind].get(type(old), ())
 
     # What these name is looked for on the disk and in the network.
-    paths = [path for path in paths_of(config) if path[-1] != "data_dir" and values_for(path)]
+    paths = [
+        path
+        for path in paths_of(config)
+        if path[-1] != "data_dir"
+        and not any(".".join((*path, "")).startswith(f"{key}.") for key in but)
+        and values_for(path)
+    ]
     if not paths:
         return None
     path = rng.choice(paths)
@@ -247,7 +252,7 @@ def try_config(rng, directory, names=TRAINING):
     values = shortened(name)
     kinds, keys = [], []
     for kind in rng.choices(KINDS, k=1 if rng.random() < 0.8 else 2):
-        key = mutate(values, kind, rng)
+        key = mutate(values, kind, rng, keys)
         if key:
             kinds.append(kind)
             keys.append(key)
