@@ -99,7 +99,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     checkpoints = pathlib.Path(workdir) / "checkpoints"
     step = checkpoint.find(checkpoints, which)
 
-    program = loop.make_program(config, _usable_devices(config))
+    program = loop.make_program(config, usable_devices(config))
     feed = program.feed
     views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
     state = init_state(program.model, program.tx, feed.image_shape, 0, with_ema=config.ema_decay > 0)
@@ -130,7 +130,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     return metrics, out
 
 
-def _usable_devices(config):
+def usable_devices(config):
     """As many local devices as the batches of the run can be split over; it may have had others."""
     local = jax.local_devices()
     sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)

@@ -97,6 +97,10 @@ def get_config():
     config.optimizer.weight_decay = 1e-4  # times a parameter, added to its gradient
     config.optimizer.decayed = "all"  # which parameters: "all", or "kernels" without biases and normalisation
     config.optimizer.clip_norm = 0.0  # greatest norm of the gradient; 0: no limit
+    # What to do where the loss, the gradient or the state is no longer finite: "stop" the run; "skip" the
+    # update of such a step, up to ten in a row; or "rewind" to the last checkpoint and go on from there with
+    # other batches, up to three times from each.
+    config.on_nonfinite = "stop"
     config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
     config.ema_decay = 0.0  # share of the average of the parameters that a step keeps; 0: no average
 

@@ -163,6 +163,7 @@ def make_record(study, workdir):
                 environments.append(start)
             numbers.append(environments.index(start))
         result = json.loads((run_dir / "result.json").read_text())
+        result.pop("examples", None)  # of a run that diverged: as many as a batch has
         curves = {}
         for row in logbook.read_rows(run_dir / "metrics.jsonl"):
             for name, value in row.items():

@@ -77,6 +77,7 @@ class Checkpoints:
         Raises:
           ValueError: there are checkpoints and none is whole.
         """
+        self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps(), reverse=True)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.device_get(like)), extra=ocp.args.JsonRestore()
@@ -124,6 +125,12 @@ class Checkpoints:
         self._manager.close()
 
 
+def steps(directory):
+    """The steps that have a checkpoint below the directory of `Checkpoints`, in order; reads only."""
+    names = (path.name for path in pathlib.Path(directory).glob("*"))
+    return sorted(int(name) for name in names if name.isdecimal())  # the others are still being written
+
+
 def find(directory, which):
     """The step of a checkpoint; reads only.
 
@@ -134,11 +141,7 @@ def find(directory, which):
     Raises:
       ValueError: there is no such checkpoint; the message lists those there are.
     """
-    errors = {
-        int(path.name): _error_of(path)
-        for path in pathlib.Path(directory).glob("*")
-        if path.name.isdecimal()  # the others are still being written
-    }
+    errors = {step: _error_of(pathlib.Path(directory) / str(step)) for step in steps(directory)}
     if not errors:
         raise ValueError(f"there is no checkpoint in {directory}")
     there = f"{directory} has {', '.join(map(str, sorted(errors)))}"

@@ -260,6 +260,15 @@ def pmap_train(train_steps, devices):
     )
 
 
+def vmap_train(train_steps):
+    """The same function on one device, which takes the shares of all devices in turn; it donates nothing.
+
+    For `jax.debug_nans`, which loses its way in a pmap (RecursionError, JAX 0.10). What comes back has the
+    leading axis of the shares.
+    """
+    return jax.jit(jax.vmap(train_steps, in_axes=(None, None, 0), axis_name=AXIS))
+
+
 def pmap_eval(eval_step, devices):
     """`steps.make_eval_step`'s function over devices; the batch as `shard(..., axis=0)` gives it."""
     return jax.pmap(

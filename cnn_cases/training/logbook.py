@@ -66,12 +66,13 @@ class Logbook:
         )
 
     def start(self, step):
-        """Goes on after `step`: rows of later steps, left by a run that was killed, are dropped."""
+        """Goes on after `step`, wherever the log ends: rows of later steps are dropped."""
+        self._close_rows()
         rows = [row for row in read_rows(self._rows_path) if row["step"] <= step]
         write_text(self._rows_path, "".join(json.dumps(row) + "\n" for row in rows))
         self._rows = self._rows_path.open("a")
         self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
-        self._bar.update(step)
+        self._bar.update(step - self._bar.n)
         self._bar.unpause()  # the time left is reckoned from here
 
     def write(self, step, values):
@@ -104,10 +105,13 @@ class Logbook:
     def close(self):
         """Ends the log."""
         self._bar.close()
+        self._close_rows()
+        self._lock.close()
+
+    def _close_rows(self):
         if self._rows is not None:
             self._rows.close()
             self._tensorboard.close()
-        self._lock.close()
 
 
 def claim(workdir, config):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.training import checkpoint, logbook, loop, predictions
 from configs import resnet_digits
 from tests.conftest import tiny_config
@@ -303,7 +304,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     ) as caught:
         run(config, tmp_path, diverging(program, 7, value))
     assert caught.value.step == 7
-    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "diverged", "step": 7}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["step"], result["checkpoint"]) == ("diverged", 7, 4)
+    batch = next(program.feed.train_batches(config.seed, 6))
+    assert result["examples"] == (batch["index"] - program.feed._ranges["train"].start).tolist()
     assert last_state(tmp_path, program).step == 4
     with pytest.raises(loop.DivergedError, match="diverged at step 7, and would again"):
         run(config, tmp_path, program)
@@ -323,6 +327,82 @@ def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, t
     with pytest.raises(loop.DivergedError, match=r"diverged at step 1: .*; there is no checkpoint yet"):
         run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
+
+
+def poisoned(config, monkeypatch, example):
+    """A program for which an example of the training split, as the network sees it in training, is NaN."""
+    prepare = ResidentFeed.prepare
+
+    def poisonous(feed, arrays, batch, key):
+        image, label = prepare(feed, arrays, batch, key)
+        bad = (batch["index"] == feed._ranges["train"].start + example) & (key is not None)
+        return jnp.where(bad[:, None, None, None], jnp.nan, image), label
+
+    monkeypatch.setattr(ResidentFeed, "prepare", poisonous)
+    return loop.make_program(config, jax.devices()[:1])
+
+
+def example_of_step(program, seed, steps):
+    """An example that comes at the given steps of the first 12, and at no other."""
+    orders = [set(program.feed.training_examples(seed, step).tolist()) for step in range(12)]
+    chosen = set.intersection(*(orders[step - 1] for step in steps))
+    return min(chosen.difference(*(orders[step] for step in range(12) if step + 1 not in steps)))
+
+
+def test_a_step_whose_numbers_go_wrong_is_skipped_if_the_config_says_so(
+    config, tmp_path, program, monkeypatch
+):
+    config.on_nonfinite = "skip"
+    bad = poisoned(config, monkeypatch, example_of_step(program, config.seed, [7]))
+    result = run(config, tmp_path / "run", bad)
+    assert (result["status"], result["nonfinite"]) == ("finished", [7])
+    skipped = {row["step"]: row["running/skipped"] for row in rows(tmp_path / "run") if "running/loss" in row}
+    assert skipped == {3: 0, 6: 0, 9: 1, 12: 0}
+    assert all(np.isfinite(list(row.values())).all() for row in rows(tmp_path / "run"))
+    for steps in (7, 8, 10):
+        workdir = tmp_path / f"killed-{steps}"
+        with pytest.raises(KilledError):
+            run(config, workdir, stop_after(bad, steps, kill))
+        assert run(config, workdir, bad)["nonfinite"] == [7]
+        assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+
+
+def test_steps_are_not_skipped_for_ever(config, tmp_path):
+    config.on_nonfinite = "skip"
+    config.evaluation.update(every_steps=0, splits=())
+    config.checkpoint.best_on = ""
+    config.optimizer.learning_rate = 1e38
+    config.schedule.warmup_steps = 0
+    with pytest.raises(loop.DivergedError, match=r"at step 1\d: 10 steps in a row had to be skipped"):
+        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_batches_if_the_config_says_so(
+    config, tmp_path, program, unbroken, monkeypatch
+):
+    config.on_nonfinite = "rewind"
+    bad = poisoned(config, monkeypatch, example_of_step(program, config.seed, [7]))
+    result = run(config, tmp_path / "run", bad)
+    assert (result["status"], result["nonfinite"]) == ("finished", [7])
+    ours, theirs = rows(tmp_path / "run"), rows(unbroken)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our == their) == (our["step"] <= 4)
+    for steps in (6, 7, 8, 10):
+        workdir = tmp_path / f"killed-{steps}"
+        with pytest.raises(KilledError):
+            run(config, workdir, stop_after(bad, steps, kill))
+        assert run(config, workdir, bad)["nonfinite"] == [7]
+        assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+
+
+def test_a_run_does_not_go_back_for_ever(config, tmp_path, program):
+    config.on_nonfinite = "rewind"
+    with pytest.raises(loop.DivergedError, match=r"diverged at step 7: .* is of step 4") as caught:
+        run(config, tmp_path, diverging(program, 7, float("nan")))
+    assert caught.value.step == 7
+    seed = json.loads((tmp_path / "result.json").read_text())["seed_of_batches"]
+    assert seed == loop._seed_of_batches(config.seed, loop.MAX_REWINDS)
 
 
 def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp_path):
@@ -389,6 +469,7 @@ def change(config, key, value):
         ("data.feed", "flow", "data.feed = 'flow' is unknown; known: resident, stream"),
         ("data.crop.name", "area", "data.crop.name = 'area' is not for data.feed = 'resident'"),
         ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
+        ("on_nonfinite", "ignore", "on_nonfinite = 'ignore' is unknown; known: stop, skip, rewind"),
         ("num_microbatches", 0, "num_microbatches = 0 must be 1 or more"),
         ("num_microbatches", 5, r"batch_size = 24 .* over 4 devices and num_microbatches = 5; .*: 20 and 40"),
         ("ema_decay", 1.0, r"ema_decay = 1.0 must be in \[0, 1\)"),
