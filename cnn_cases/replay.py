@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cnn_cases import command
 from cnn_cases.evaluate import load_config, usable_devices
-from cnn_cases.training import checkpoint, devices, loop
+from cnn_cases.training import checkpoint, devices, loop, running
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -78,7 +78,7 @@ def replay(workdir, step=None):
     before, batch = jax.device_get(state), _on_devices(next(batches), program)
     batches.close()
     state, metrics = program.train(state, program.arrays, batch)
-    metrics = {name: metrics[name].item() for name in loop.RUNNING}
+    metrics = {name: metrics[name].item() for name in running.NAMES}
     metrics["largest number of the state"] = loop.largest(state)
     culprit = None
     if not all(map(math.isfinite, metrics.values())):

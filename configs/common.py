@@ -130,6 +130,8 @@ def get_config():
     config.checkpoint.best_on = "validation"
 
     config.log_every_steps = 20  # steps between rows of the running metrics
+    # The first and the last step of which a profile is written to the workdir, such as (10, 15); (): none.
+    config.profile_steps = ()
     return config
 
 

@@ -5,6 +5,7 @@
     metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files
     result.json        written once, at the end
+    profile/           where the config asks for one, for TensorBoard and Perfetto
     lock               held by the process that trains; it says which one
 
 Of several processes that do one training, process 0 alone writes; environment.json has the devices of all.
@@ -55,6 +56,7 @@ class Logbook:
         write_json(environments, [*starts, environment()])
         self._rows_path = self._workdir / "metrics.jsonl"
         self._rows = self._tensorboard = None
+        self._is_profiling = False
         self._show_progress = show_progress
         self._bar = tqdm(
             total=num_steps,
@@ -97,6 +99,20 @@ class Logbook:
         if self._show_progress:
             tqdm.write(message, file=sys.stderr)
 
+    def start_profile(self):
+        """Starts to note what the devices and the host do."""
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # thousands of Python's own calls would hide all others
+        directory = self._workdir / "profile"
+        jax.profiler.start_trace(directory, create_perfetto_trace=True, profiler_options=options)
+        self._is_profiling = True
+
+    def stop_profile(self):
+        """Writes what was noted, if anything is."""
+        if self._is_profiling:
+            self._is_profiling = False
+            jax.profiler.stop_trace()
+
     def flush(self):
         """Brings all rows to the disk."""
         os.fsync(self._rows.fileno())
@@ -104,6 +120,7 @@ class Logbook:
 
     def close(self):
         """Ends the log."""
+        self.stop_profile()
         self._bar.close()
         self._close_rows()
         self._lock.close()

@@ -32,24 +32,14 @@ from cnn_cases.training.checkpoint import Checkpoints
 from cnn_cases.training.logbook import Logbook, claim, differences, environment, write_json
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
+from cnn_cases.training.running import DivergedError, Running, check_finite
 from cnn_cases.training.state import init_state
 
 # A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
 MAX_EVAL_BATCH_SIZE = 100_000
 
-RUNNING = ("loss", "error", "grad_norm")
-
 ON_NONFINITE = ("stop", "skip", "rewind")
-MAX_SKIPPED = 10  # steps in a row, of "skip": what is still not finite then does not come of single batches
 MAX_REWINDS = 3  # to one checkpoint
-
-
-class DivergedError(ArithmeticError):
-    """The loss or the gradient is no longer a finite number; `step` says since when."""
-
-    def __init__(self, message, step):
-        super().__init__(message)
-        self.step = step
 
 
 class InterruptedRun(BaseException):
@@ -70,6 +60,7 @@ class Silence:
         return None
 
     write = progress = say = start = flush = close = save = restore = _nothing
+    start_profile = stop_profile = _nothing
 
 
 class Program(NamedTuple):
@@ -313,8 +304,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         step,
                         state.replace(seed=np.int32(seed)),
                         batches,
-                        extra["window"],
-                        nonfinite,
+                        Running(extra["window"], nonfinite),
                         log=log,
                         checkpoints=checkpoints,
                         stop=stop,
@@ -355,13 +345,8 @@ def _seed_of_batches(seed, rewinds):
     return int(np.random.default_rng((seed, rewinds)).integers(2**31)) if rewinds else seed
 
 
-def _train(config, program, first_step, state, batches, window, nonfinite, *, log, checkpoints, stop):
-    """The steps from `first_step` to the last, on `batches`; returns the final evaluation.
-
-    `window` holds the metrics of the steps since the last row, as lists in the order of RUNNING, and
-    `nonfinite` the steps that were skipped. Both are saved with the state, so that the row in which a run was
-    stopped is the row of an unbroken run.
-    """
+def _train(config, program, first_step, state, batches, running, *, log, checkpoints, stop):
+    """The steps from `first_step` to the last, on `batches`; returns the final evaluation."""
     num_devices = len(program.devices)
     ahead = devices_lib.calls_ahead(program.devices)
     state = devices_lib.replicate(state, program.devices)
@@ -376,44 +361,36 @@ def _train(config, program, first_step, state, batches, window, nonfinite, *, lo
         while len(under_way) > at_most:
             step, metrics, number = under_way.popleft()
             metrics, heard = jax.device_get(metrics), int(number)
-            rows = np.stack([metrics[name] for name in RUNNING], axis=1).tolist()
-            for number, row, skipped in zip(
-                range(step - len(rows) + 1, step + 1), rows, metrics["skipped"], strict=True
-            ):
-                values = dict(zip(RUNNING, row, strict=True))
-                if not skipped:
-                    _check_finite(number, values)
-                    window.append(row)
-                    continue
-                nonfinite.append(number)
-                log.say(f"step {number}: skipped, with {_in_words(values)}")
-                if nonfinite[-MAX_SKIPPED:] == list(range(number - MAX_SKIPPED + 1, number + 1)):
-                    reason = f"{MAX_SKIPPED} steps in a row had to be skipped, this one with"
-                    raise DivergedError(f"{reason} {_in_words(values)}", number)
-            timed_steps += len(rows)
+            for line in running.add(step, metrics):
+                log.say(line)
+            timed_steps += len(metrics["loss"])
             if step % config.log_every_steps == 0 or step == config.num_steps:
-                means = {
-                    f"running/{name}": _mean(column)
-                    for name, column in zip(RUNNING, zip(*window, strict=True), strict=False)
-                }
+                means = running.take()
                 values = means | {"learning_rate": float(program.schedule(step - 1))}
                 if config.on_nonfinite == "skip":
                     before = (step - 1) // config.log_every_steps * config.log_every_steps
-                    values["running/skipped"] = sum(number > before for number in nonfinite)
+                    values["running/skipped"] = sum(number > before for number in running.nonfinite)
                 log.write(step, values)
                 if means:
                     seconds = time.monotonic() - clock
                     log.progress(step, means, timed_steps * config.batch_size / seconds)
                 clock, timed_steps = time.monotonic(), 0
-                window.clear()
 
     final = None
     for before in range(first_step, config.num_steps, config.steps_per_call):
         step = before + config.steps_per_call
+        if before + 1 in config.profile_steps[:1]:
+            collect(0)
+            log.start_profile()
         stacked = jax.tree.map(_stack, *itertools.islice(batches, config.steps_per_call))
-        state, metrics = program.train(state, program.arrays, devices_lib.shard(stacked, num_devices, axis=1))
+        stacked = devices_lib.shard(stacked, num_devices, axis=1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = program.train(state, program.arrays, stacked)
         under_way.append((step, metrics, of_all(stop.number) if of_all else 0))
         collect(ahead)
+        if step in config.profile_steps[1:]:
+            collect(0)
+            log.stop_profile()
 
         last = step == config.num_steps
         values = {}
@@ -427,7 +404,7 @@ def _train(config, program, first_step, state, batches, window, nonfinite, *, lo
                     size = config.evaluation.batch_size
                     scores = _scores(*predict(program, state, split, protocol, batch_size=size))
                     values |= {f"{split}/{protocol}/{name}": value for name, value in scores.items()}
-            _check_finite(step, values)
+            check_finite(step, values)
             log.write(step, values)
             log.say(
                 f"step {step}/{config.num_steps}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
@@ -439,10 +416,10 @@ def _train(config, program, first_step, state, batches, window, nonfinite, *, lo
         if last or stopping or _is_due(step, config.checkpoint.every_steps):
             collect(0)
             # The metrics of a step are those before its update, which may have gone wrong itself.
-            _check_finite(step, {"largest number of the state": largest(state)})
+            check_finite(step, {"largest number of the state": largest(state)})
             log.flush()
             error = values.get(f"{config.checkpoint.best_on}/error")
-            extra = {"window": list(window), "nonfinite": list(nonfinite), "final": final}
+            extra = {"window": [*running.window], "nonfinite": [*running.nonfinite], "final": final}
             checkpoints.save(step, state, extra, error)
             clock, timed_steps = time.monotonic(), 0
         if stopping and not last:
@@ -506,15 +483,6 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
     )
 
 
-def _check_finite(step, values):
-    if not all(map(math.isfinite, values.values())):
-        raise DivergedError(_in_words(values), step)
-
-
-def _in_words(values):
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
 def largest(state):
     """The largest absolute value of all numbers of a state but its counters; NaN where there is any."""
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -524,10 +492,6 @@ def largest(state):
 def _stack(*leaves):
     """np.stack, without a copy of a single one: images that stream are large."""
     return np.stack(leaves) if leaves[1:] else leaves[0][None]
-
-
-def _mean(values):
-    return math.fsum(values) / len(values)
 
 
 def _is_due(step, every_steps):
@@ -555,6 +519,11 @@ def _check_numbers(config, num_devices):
                 f"{key} = {value} must be {zero}a positive multiple of "
                 f"steps_per_call = {config.steps_per_call}"
             )
+    if config.profile_steps and not _are_ends(config.profile_steps, config):
+        raise ValueError(
+            f"profile_steps = {config.profile_steps} must be (first, last) step, from 1 to num_steps = "
+            f"{config.num_steps}, of whole calls of steps_per_call = {config.steps_per_call}; or ()"
+        )
     if config.checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
     for key in ("splits", "final_splits"):
@@ -592,6 +561,15 @@ def _check_numbers(config, num_devices):
         )
     devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
+
+
+def _are_ends(steps, config):
+    """Whether `steps` are the first and the last one of some calls of the training."""
+    if len(steps) != 2:
+        return False
+    first, last = steps
+    per_call = config.steps_per_call
+    return 1 <= first <= last <= config.num_steps and (first - 1) % per_call == last % per_call == 0
 
 
 def _earlier_result(workdir, config):

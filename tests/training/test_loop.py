@@ -1,5 +1,6 @@
 """The whole way, on real digits: what a run gives, and that stopping it anywhere changes nothing."""
 
+import gzip
 import json
 import logging
 import os
@@ -367,6 +368,18 @@ def test_a_step_whose_numbers_go_wrong_is_skipped_if_the_config_says_so(
         assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
 
 
+def test_a_profile_of_the_steps_that_were_asked_for_is_written_and_changes_nothing(
+    config, tmp_path, program, unbroken
+):
+    config.profile_steps = (6, 8)
+    run(config, tmp_path, program)
+    (path,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events if "name" in event]
+    assert names.count("train") == 3
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
 def test_steps_are_not_skipped_for_ever(config, tmp_path):
     config.on_nonfinite = "skip"
     config.evaluation.update(every_steps=0, splits=())
@@ -469,6 +482,9 @@ def change(config, key, value):
         ("data.feed", "flow", "data.feed = 'flow' is unknown; known: resident, stream"),
         ("data.crop.name", "area", "data.crop.name = 'area' is not for data.feed = 'resident'"),
         ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
+        ("profile_steps", (3,), r"profile_steps = \(3,\) must be \(first, last\) step, from 1 to num_steps"),
+        ("profile_steps", (5, 13), r"profile_steps = \(5, 13\) must be"),
+        ("profile_steps", (6, 5), r"profile_steps = \(6, 5\) must be"),
         ("on_nonfinite", "ignore", "on_nonfinite = 'ignore' is unknown; known: stop, skip, rewind"),
         ("num_microbatches", 0, "num_microbatches = 0 must be 1 or more"),
         ("num_microbatches", 5, r"batch_size = 24 .* over 4 devices and num_microbatches = 5; .*: 20 and 40"),
