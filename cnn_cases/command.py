@@ -42,7 +42,9 @@ def run(main):
         except Exception as error:
             if devices.is_loss(error):
                 reason = str(error).partition("\n")[0]
-                _leave(f"error: another process died or left ({reason}); start all again to go on", 4)
+                _leave(
+                    f"error: another process died or left ({reason}); start all again to go on", devices.LOST
+                )
             if not isinstance(error, ValueError | OSError):
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1

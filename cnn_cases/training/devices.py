@@ -10,9 +10,12 @@ processes. All of them run the same lines of the loop, so they meet in every col
 alone reads and writes the workdir, and the others get from it what they need to know.
 """
 
+import contextlib
+import faulthandler
 import json
 import os
 import sys
+import threading
 import time
 
 import jax
@@ -23,6 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 AXIS = "batch"
+LOST = 4  # exit code of a process whose training another one has left
+
+# Seconds: between two signs of life; for process 0 to tell that another one gives none; for the others to end
+# before process 0; and by which JAX, which aborts, is more patient than what is here.
+_PAUSE, _TO_TELL, _TO_END, _JAX_LATER = 1, 3, 3, 30
+_left = threading.Event()  # all processes have come to their end
 
 # Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
 # those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
@@ -58,6 +67,7 @@ def join(
     num_processes=None,
     process_id=None,
     heartbeat_timeout_seconds=100,
+    meeting_timeout_seconds=300,
 ):
     """Makes this process one of several that do one training, where it is; to be called before JAX is used.
 
@@ -67,7 +77,9 @@ def join(
         "off", to be one process whatever a launcher says.
       coordinator_address, num_processes, process_id: see `jax.distributed.initialize`; all three, or none
         where a launcher tells.
-      heartbeat_timeout_seconds: after which a process that is not heard of counts as dead, which ends all.
+      heartbeat_timeout_seconds: after which a process that is not heard of counts as dead, which ends all
+        with exit code LOST.
+      meeting_timeout_seconds: after which a process that has waited for the others to come ends likewise.
 
     Raises:
       ValueError: the arguments do not go together, or there is no launcher to ask.
@@ -86,19 +98,70 @@ def join(
         raise ValueError(f"process_id = {process_id} must be in [0, num_processes = {num_processes})")
     if not missing and not coordinator_address.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator_address = {coordinator_address!r} must be host:port")
-    if heartbeat_timeout_seconds < 1:
-        raise ValueError(f"heartbeat_timeout_seconds = {heartbeat_timeout_seconds} must be 1 or more")
+    for name, seconds in (("heartbeat", heartbeat_timeout_seconds), ("meeting", meeting_timeout_seconds)):
+        if seconds < 1:
+            raise ValueError(f"{name}_timeout_seconds = {seconds} must be 1 or more")
     if mode == "off" or (mode == "auto" and missing and launched_processes(os.environ) == 1):
         return
     # Its handler of SIGTERM would take the place of the loop's, which saves.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX says why it aborts, and the stacks of all threads would bury that.
+    faulthandler.disable()
+    # Process 0 ends last: JAX aborts those who lose it. Where a launcher counts, it is not known yet.
+    patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
+    with _alarm(patience, f"not all processes have come within {meeting_timeout_seconds} s"):
+        try:
+            jax.distributed.initialize(
+                **explicit,
+                heartbeat_timeout_seconds=heartbeat_timeout_seconds + _JAX_LATER,
+                initialization_timeout=meeting_timeout_seconds + _JAX_LATER,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes and "
+                "process_id, or use a launcher that JAX knows"
+            ) from error
+    # Here the devices start, and tell each other of themselves.
+    with _alarm(
+        patience, f"the devices of all processes have not started within {meeting_timeout_seconds} s"
+    ):
+        is_several = is_one_of_several()
+    if is_several:
+        threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
+
+
+def _watch(patience_seconds):
+    """Meets the other processes every now and then, as long as this one lives; ends it where one stays away."""
+    meet = multihost.get_barrier_sync_fn()
+    while not _left.wait(_PAUSE):
+        # Where process 0 is silent, nobody tells that the time is over.
+        with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
+            try:
+                meet(key="watch", timeout_ms=1000 * patience_seconds)
+            except jax.errors.JaxRuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                if is_lead():
+                    time.sleep(_TO_END)
+                _end(f"another process died, or is silent for {patience_seconds} s ({reason})")
+
+
+@contextlib.contextmanager
+def _alarm(seconds, message):
+    """What is done within must be done in so many seconds, or this process ends with `message`."""
+    timer = threading.Timer(seconds, _end, [message])
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes and "
-            "process_id, or use a launcher that JAX knows"
-        ) from error
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(message):
+    """Ends this process at once, whatever its main thread waits for."""
+    if not _left.is_set():
+        print(f"error: {message}; start all again to go on", file=sys.stderr)
+        _exit(LOST)
 
 
 def leave(code, patience_seconds):
@@ -116,11 +179,16 @@ def leave(code, patience_seconds):
     try:
         multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * patience_seconds)
     except jax.errors.JaxRuntimeError:
-        sys.stdout.flush()
-        sys.stderr.flush()
         if is_lead():
-            time.sleep(1)  # JAX aborts those who lose their coordinator: let them end before
-        os._exit(code)
+            time.sleep(_TO_END)
+        _exit(code)
+    _left.set()
+
+
+def _exit(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_loss(error):
