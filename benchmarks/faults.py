@@ -52,10 +52,10 @@ OVERRIDES = {
 POLL_SECONDS = 0.001
 
 
-def start(workdir, overrides, errors, more_flags=(), environment=None):
+def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):
     """A process that trains in `workdir`; what it says goes to the open file `errors`."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags, *more_flags]
+    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags, *more_flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=errors, stderr=errors)
 
 

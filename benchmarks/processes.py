@@ -170,7 +170,7 @@ def _strike(processes, workdir, number, moment, struck):
 
 
 def _said(workdir, indices):
-    """What processes said in the end, each once: the line of the error, without numbers that are the day's."""
+    """What processes said in the end, each once: the line of the error, without the day's numbers."""
     lines = set()
     for index in indices:
         text = _log_of(workdir, index).read_text().strip().splitlines()

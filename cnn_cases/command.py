@@ -17,6 +17,12 @@ from absl import app, flags, logging
 
 from cnn_cases.training import devices, loop
 
+_DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic",
+    False,
+    "Leave out what on a GPU gives other bits each time; see devices.make_deterministic.",
+)
+
 # Seconds to wait for the other processes of a training: where all end, for process 0 to have saved; after an
 # error, which may be of one process alone, not long.
 _ALL_END, _MAY_BE_ALONE = 600, 3
@@ -31,6 +37,8 @@ def run(main):
         if arguments[1:]:
             _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
+        if _DETERMINISTIC.value:
+            devices.make_deterministic()
         try:
             main()
         except loop.DivergedError as error:
