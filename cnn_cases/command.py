@@ -49,10 +49,7 @@ def run(main):
             _leave_at_once("SIGINT", 130)
         except Exception as error:
             if devices.is_loss(error):
-                reason = str(error).partition("\n")[0]
-                _leave(
-                    f"error: another process died or left ({reason}); start all again to go on", devices.LOST
-                )
+                devices.lose(f"another process died or left: {error}")
             if not isinstance(error, ValueError | OSError):
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1

@@ -14,6 +14,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -120,7 +121,7 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     # JAX says why it aborts, and the stacks of all threads would bury that.
     faulthandler.disable()
-    # Process 0 ends last: JAX aborts those who lose it. Where a launcher counts, it is not known yet.
+    # Process 0 ends last (see `lose`); where a launcher counts, which one that is is not known yet.
     patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
     with _alarm(patience, f"not all processes have come within {meeting_timeout_seconds} s"):
         try:
@@ -147,15 +148,12 @@ def _watch(patience_seconds):
     """Meets the other processes every now and then; ends this one where another stays away."""
     meet = multihost.get_barrier_sync_fn()
     while not _left.wait(_PAUSE):
-        # Where process 0 is silent, nobody tells that the time is over.
-        with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
-            try:
+        try:
+            # Where process 0 is silent, nobody tells that the time is over.
+            with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
                 meet(key="watch", timeout_ms=1000 * patience_seconds)
-            except jax.errors.JaxRuntimeError as error:
-                reason = str(error).partition("\n")[0]
-                if is_lead():
-                    time.sleep(_TO_END)
-                _end(f"another process died, or is silent for {patience_seconds} s ({reason})")
+        except jax.errors.JaxRuntimeError as error:
+            lose(f"another process died, or is silent for {patience_seconds} s: {error}")
 
 
 @contextlib.contextmanager
@@ -168,6 +166,19 @@ def _alarm(seconds, message):
         yield
     finally:
         timer.cancel()
+
+
+def lose(message):
+    """Ends this process, as another one of its training is lost.
+
+    Process 0 ends last: JAX aborts those who lose it.
+
+    Args:
+      message: of which the first sentence is told.
+    """
+    if is_lead():
+        time.sleep(_TO_END)
+    _end(re.split(r"\. |\n", message)[0])
 
 
 def _end(message):
@@ -357,14 +368,21 @@ def pmap_predict(predict_step, devices):
 
 
 def pmap_largest(devices):
-    """number -> the largest of all processes' numbers, int32 on the devices: it may be read later.
+    """(number, after) -> the largest of all processes' numbers, int32 on the devices: it may be read later.
 
-    So a signal that comes to one process stops all at the same step, and no step waits for it.
+    So a signal that comes to one process stops all at the same step, and no step waits for it. It is computed
+    after the arrays `after`: where those of a step fail, as another process has died, this must not meet what
+    is left of the step in the network, which Gloo aborts at.
     """
+
+    def largest(number, after):
+        number, _ = lax.optimization_barrier((number, after))  # what is not used, jit would leave out
+        return lax.pmax(number, AXIS)
+
     over_devices = jax.pmap(
-        lambda number: lax.pmax(number, AXIS), AXIS, out_axes=None, devices=of_all_processes(devices)
+        largest, AXIS, in_axes=(0, None), out_axes=None, devices=of_all_processes(devices)
     )
-    return lambda number: over_devices(np.full(len(devices), number, np.int32))
+    return lambda number, after: over_devices(np.full(len(devices), number, np.int32), after)
 
 
 def shard(batch, num_devices, axis=0):

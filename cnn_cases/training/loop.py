@@ -335,7 +335,7 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
         step = before + config.steps_per_call
         stacked = jax.tree.map(_stack, *itertools.islice(batches, config.steps_per_call))
         state, metrics = program.train(state, program.arrays, devices_lib.shard(stacked, num_devices, axis=1))
-        under_way.append((step, metrics, largest(stop.number) if largest else 0))
+        under_way.append((step, metrics, largest(stop.number, metrics) if largest else 0))
         collect(ahead)
 
         last = step == config.num_steps
