@@ -52,11 +52,11 @@ OVERRIDES = {
 POLL_SECONDS = 0.001
 
 
-def start(workdir, overrides, errors):
+def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):
     """A process that trains in `workdir`; what it says goes to the open file `errors`."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
+    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags, *more_flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=errors, stderr=errors)
 
 
 def disturb(workdir, overrides, signals, rng):
@@ -80,7 +80,7 @@ def disturb(workdir, overrides, signals, rng):
             process = start(workdir, overrides, errors)
             began, blow = time.monotonic(), signals[0] if signals else None
             rows = workdir / "metrics.jsonl"
-            if blow and _wait(process, workdir, blow[1], startup, rng):
+            if blow and wait_for(process, workdir, blow[1], startup, rng):
                 number, moment = blow
                 process.send_signal(number)
                 signals.popleft()
@@ -115,8 +115,16 @@ def _expected(number, moment):
     return {saved, -signal.SIGTERM} if moment == "start" else {saved}
 
 
-def _wait(process, workdir, moment, startup, rng):
-    """Waits for the moment; False where the process ended before."""
+def wait_for(process, workdir, moment, startup, rng):
+    """Waits for one of MOMENTS; False where the process ended before.
+
+    Args:
+      process: that trains.
+      workdir: of the run.
+      moment: one of MOMENTS.
+      startup: seconds, within which "start" falls.
+      rng: a `random.Random`.
+    """
     rows, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
 
     def size():
@@ -187,14 +195,15 @@ def _events(content):
         place += 12 + length + 4
 
 
-def torment(directory, planned, overrides, seed=0):
+def torment(directory, planned, overrides, seed=0, disturb=disturb):
     """Disturbs runs until all signals are spent, and compares each with an undisturbed one.
 
     Args:
       directory: where the runs lie.
-      planned: [(signal number, one of MOMENTS)], in order.
+      planned: [(signal number, one of MOMENTS)], in order, or what else `disturb` takes.
       overrides: {key: value} of the config.
       seed: of the moments.
+      disturb: as the function of that name.
 
     Returns:
       {"runs": how many were disturbed, "blows": see `disturb`, "differences": see `differences`}.

@@ -387,7 +387,7 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
         stacked = devices_lib.shard(stacked, num_devices, axis=1)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = program.train(state, program.arrays, stacked)
-        under_way.append((step, metrics, of_all(stop.number) if of_all else 0))
+        under_way.append((step, metrics, of_all(stop.number, metrics) if of_all else 0))
         collect(ahead)
         if step in config.profile_steps[1:]:
             collect(0)
