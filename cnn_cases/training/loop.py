@@ -7,7 +7,6 @@ comes from process 0, which alone has a log and checkpoints.
 import collections
 import contextlib
 import itertools
-import json
 import math
 import pathlib
 import signal
@@ -29,7 +28,7 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
-from cnn_cases.training.logbook import Logbook, claim, differences, environment, write_json
+from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_json
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.state import init_state
@@ -65,7 +64,7 @@ class Silence:
     def _nothing(self, *_):
         return None
 
-    write = progress = say = start = flush = close = save = restore = _nothing
+    write = progress = say = start = flush = close = save = wait = restore = _nothing
 
 
 class Program(NamedTuple):
@@ -189,7 +188,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       The content of result.json: {"status": "finished", "step", "metrics", "seconds" since the last start}.
 
     Raises:
-      ValueError: the config is not possible, the workdir belongs to another one, or the processes differ.
+      ValueError: the config is not possible, the workdir belongs to another one, cannot be written or is
+        damaged, or the processes differ.
+      OSError: a checkpoint could not be saved.
       DivergedError: the loss or the gradient became NaN or infinite; the last good checkpoint is kept.
       InterruptedRun: SIGTERM or SIGINT came, to whichever process; the run was saved.
     """
@@ -211,12 +212,15 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
-        step, state, extra = restored or (0, state, {"window": [], "final": None})
+        extra = {"window": [], "final": None, "rows": None}  # older checkpoints know nothing of the rows
+        step, state, extra = (
+            (restored[0], restored[1], extra | restored[2]) if restored else (0, state, extra)
+        )
         step, extra = devices_lib.from_lead(lambda: (step, extra))
         state = devices_lib.broadcast(state)
         if restored:
             log.say(f"{workdir}: resuming after step {step}")
-        log.start(step)
+        devices_lib.lead_first(lambda: log.start(step, extra["rows"]))
         try:
             final = extra["final"]
             if final is None:
@@ -232,7 +236,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                         checkpoints=checkpoints,
                         stop=stop,
                     )
+            devices_lib.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
+            devices_lib.from_lead(checkpoints.wait)
             result = {"status": "diverged", "step": error.step}
             devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
             kept = devices_lib.from_lead(lambda: checkpoints.all_steps())
@@ -363,9 +369,8 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
             collect(0)
             # The metrics of a step are those before its update, which may have gone wrong itself.
             _check_finite(step, {"largest parameter": _largest(state.params)})
-            log.flush()
-            error = values.get(f"{config.checkpoint.best_on}/error")
-            checkpoints.save(step, state, {"window": list(window), "final": final}, error)
+            extra = {"window": list(window), "final": final, "rows": log.flush()}
+            checkpoints.save(step, state, extra, values.get(f"{config.checkpoint.best_on}/error"))
             clock, timed_steps = time.monotonic(), 0
         if stopping and not last:
             name = signal.Signals(stopping).name
@@ -513,7 +518,7 @@ def _earlier_result(workdir, config):
     if not (workdir / "result.json").exists():
         return None
     claim(workdir, config.to_dict())
-    return json.loads((workdir / "result.json").read_text())
+    return read_result(workdir)
 
 
 @contextlib.contextmanager
