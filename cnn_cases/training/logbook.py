@@ -26,10 +26,12 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 import zlib
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -105,7 +107,7 @@ class Logbook:
         with _writing(self._workdir):
             write_text(path, kept.decode())
             self._rows = path.open("a")
-            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
+            self._tensorboard = _Events(self._workdir / "tensorboard", step + 1)
         self._mark = _mark(kept)
         self._bar.update(step)
         self._bar.unpause()  # the time left is reckoned from here
@@ -120,9 +122,9 @@ class Logbook:
         with _writing(self._workdir):
             self._rows.write(row)
             self._rows.flush()
-        self._mark = _mark(row.encode(), self._mark)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._mark = _mark(row.encode(), self._mark)
+            for name, value in values.items():
+                self._tensorboard.write(step, summary=summary.scalar(name, value))
 
     def progress(self, step, values, images_per_second):
         """Shows where the run stands; on a terminal as a bar."""
@@ -171,6 +173,33 @@ class Logbook:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
         self._lock.close()
+
+
+class _Events:
+    """An event file of TensorBoard.
+
+    tensorboardX's SummaryWriter writes from a thread, which on a full disk dies and leaves those who have more
+    to write waiting for ever.
+    """
+
+    def __init__(self, directory, first_step):
+        """Begins a file; of files that are there, TensorBoard then forgets `first_step` and what follows."""
+        directory.mkdir(exist_ok=True)
+        self._file = event_file_writer.EventsWriter(str(directory / "events"))
+        self.write(first_step, file_version="brain.Event:2")
+        self.write(
+            first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.SessionStatus.START)
+        )
+        self.flush()
+
+    def write(self, step, **content):
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
 
 
 def claim(workdir, config):

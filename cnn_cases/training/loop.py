@@ -480,6 +480,9 @@ def _check_numbers(config, num_devices):
             )
     if config.checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
+    for role in config.data.splits:
+        if not role.isidentifier():  # it becomes part of a file's name
+            raise ValueError(f"data.splits names {role!r}; such a name must be a word, as 'test' is")
     for key in ("splits", "final_splits"):
         for split in config.evaluation[key]:
             if split not in config.data.splits:
