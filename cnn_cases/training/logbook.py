@@ -178,8 +178,8 @@ class Logbook:
 class _Events:
     """An event file of TensorBoard.
 
-    tensorboardX's SummaryWriter writes from a thread, which on a full disk dies and leaves those who have more
-    to write waiting for ever.
+    tensorboardX's SummaryWriter writes from a thread, which dies on a full disk and leaves those who have
+    more to write waiting for ever.
     """
 
     def __init__(self, directory, first_step):
