@@ -166,12 +166,11 @@ class Logbook:
     def close(self):
         """Ends the log."""
         self._bar.close()
-        if self._rows is not None:
-            # Something is left to write only where writing has failed before, which has been told.
-            with contextlib.suppress(OSError):
-                self._rows.close()
-            with contextlib.suppress(OSError):
-                self._tensorboard.close()
+        for file in (self._rows, self._tensorboard):
+            if file is not None:
+                # Something is left to write only where writing has failed before, which has been told.
+                with contextlib.suppress(OSError):
+                    file.close()
         self._lock.close()
 
 
