@@ -1,7 +1,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import platform
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def test_a_disk_that_is_full_is_told_with_the_workdir_and_the_log_can_be_closed(
     log = open_log(tmp_path)
     log.start(0)
     log._rows.close()
-    log._rows = pathlib.Path("/dev/full").open("w")  # every write to it fails
+    log._rows = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")  # every write to it fails
     with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: .*No space left"):
         log.write(1, {"running/loss": 0.1})
     log.close()
@@ -119,7 +118,7 @@ def test_an_event_file_that_cannot_be_written_is_told_too(tmp_path):
     log.start(0)
     writer = log._tensorboard._file._py_recordio_writer
     writer.close()
-    writer._writer = pathlib.Path("/dev/full").open("wb")
+    writer._writer = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
     log.write(1, {"running/loss": 0.1})
     with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: .*No space left"):
         log.flush()
