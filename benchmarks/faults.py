@@ -18,6 +18,7 @@ unless Python itself had not come to its feet; the time that takes is reported.
 
 import argparse
 import collections
+import functools
 import itertools
 import json
 import pathlib
@@ -34,9 +35,9 @@ import numpy as np
 from tensorboardX.proto import event_pb2
 
 from benchmarks import record
+from cnn_cases import evaluate
 from cnn_cases.training import checkpoint, logbook, loop
 from cnn_cases.training.state import init_state
-from configs import resnet_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
@@ -150,7 +151,7 @@ def wait_for(process, workdir, moment, startup, rng):
     return False
 
 
-def differences(one, other, overrides):
+def differences(one, other):
     """What two runs of one config left that is not the same, as lines of text."""
     found = []
     if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
@@ -160,14 +161,20 @@ def differences(one, other, overrides):
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (one, other)]
     if results[0]["metrics"] != results[1]["metrics"]:
         found.append("the final figures")
-    config = resnet_digits.get_config()
-    config.update_from_flattened_dict(overrides)
-    program = loop.make_program(config)
-    like = init_state(program.model, program.tx, program.feed.image_shape, config.seed)
-    states = [checkpoint.read(workdir / "checkpoints", config.num_steps, like) for workdir in (one, other)]
+    step, like = _end((one / "config.json").read_text(), one)
+    states = [checkpoint.read(workdir / "checkpoints", step, like) for workdir in (one, other)]
     leaves = zip(*(jax.tree_util.tree_leaves_with_path(state) for state in states), strict=True)
     found += [jax.tree_util.keystr(path) for (path, a), (_, b) in leaves if not np.array_equal(a, b)]
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _end(config_text, workdir):
+    """The last step of a run, and a state like that of its checkpoints."""
+    del config_text  # by which the last answer is known
+    config = evaluate.load_config(workdir)
+    program = loop.make_program(config)
+    return config.num_steps, init_state(program.model, program.tx, program.feed.image_shape, config.seed)
 
 
 def curves(workdir):
@@ -217,7 +224,7 @@ def torment(directory, planned, overrides, seed=0, disturb=disturb):
         runs += 1
         workdir = directory / f"disturbed-{runs}"
         blows += disturb(workdir, overrides, signals, rng)
-        found = differences(undisturbed, workdir, overrides)
+        found = differences(undisturbed, workdir)
         print(
             f"run {runs}: {len(blows)} of {len(planned)} signals; different: {', '.join(found) or 'nothing'}"
         )

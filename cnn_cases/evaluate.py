@@ -15,7 +15,6 @@ The checkpoints are only read. An evaluation that is done again overwrites its f
 
 import csv
 import io
-import json
 import math
 import pathlib
 import time
@@ -48,12 +47,10 @@ def load_config(workdir):
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = logbook.read_json(path, dict, logbook.PUT_BACK)
     except OSError as error:
         raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(saved, dict) or not {"model", "data"} <= set(saved):
+    if not {"model", "data"} <= set(saved):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
     config = common.get_config()
     # These two are whole as they are saved: what they lack they do not have.

@@ -8,7 +8,6 @@ anything went wrong. On the device of the run the figures are the run's to the b
 `steps_per_call` is above 1. Nothing is written.
 """
 
-import json
 import math
 import pathlib
 import sys
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from cnn_cases import command
 from cnn_cases.evaluate import load_config, usable_devices
-from cnn_cases.training import checkpoint, devices, loop, running
+from cnn_cases.training import checkpoint, devices, logbook, loop, running
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -88,8 +87,9 @@ def replay(workdir, step=None):
 
 def _diverged(workdir):
     """The content of result.json where the run diverged; None where it did not."""
-    path = workdir / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {"status": "not finished"}
+    if not (workdir / "result.json").exists():
+        return None
+    result = logbook.read_result(workdir)
     return result if result["status"] == "diverged" else None
 
 

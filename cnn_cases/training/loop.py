@@ -7,7 +7,6 @@ comes from process 0, which alone has a log and checkpoints.
 import collections
 import contextlib
 import itertools
-import json
 import math
 import pathlib
 import signal
@@ -29,7 +28,7 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
-from cnn_cases.training.logbook import Logbook, claim, differences, environment, write_json
+from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_json
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
@@ -59,7 +58,7 @@ class Silence:
     def _nothing(self, *_):
         return None
 
-    write = progress = say = start = flush = close = save = restore = _nothing
+    write = progress = say = start = flush = close = save = wait = restore = _nothing
     start_profile = stop_profile = _nothing
 
 
@@ -189,7 +188,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       skipped, or that led to a rewind, "seconds" since the last start}.
 
     Raises:
-      ValueError: the config is not possible, the workdir belongs to another one, or the processes differ.
+      ValueError: the config is not possible, the workdir belongs to another one, cannot be written or is
+        damaged, or the processes differ.
+      OSError: a checkpoint could not be saved.
       DivergedError: the loss, the gradient or the state became NaN or infinite, and by `on_nonfinite` the run
         is over. The last good checkpoint is kept, and result.json says what `cnn_cases.replay` needs:
         {"status": "diverged", "step", "reason", "checkpoint": step of the last one,
@@ -288,13 +289,12 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     """
     nonfinite = []
     while True:
-        step, state, extra = _restore(state, checkpoints)
+        step, state, extra = _restore(state, log, checkpoints)
         nonfinite = extra["nonfinite"] + [number for number in nonfinite if number > step]
         rewinds = len(nonfinite) if config.on_nonfinite == "rewind" else 0
         seed = _seed_of_batches(config.seed, rewinds)
         if step:
             log.say(f"{workdir}: resuming after step {step}" + f", rewind {rewinds}" * bool(rewinds))
-        log.start(step)
         final = extra["final"]
         try:
             if final is None:
@@ -310,7 +310,9 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         checkpoints=checkpoints,
                         stop=stop,
                     )
+            devices_lib.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
+            devices_lib.from_lead(checkpoints.wait)
             kept = max(devices_lib.from_lead(checkpoints.all_steps), default=0)
             nonfinite.append(error.step)
             if config.on_nonfinite == "rewind" and sum(one > kept for one in nonfinite) <= MAX_REWINDS:
@@ -333,11 +335,15 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         }
 
 
-def _restore(state, checkpoints):
-    """(step, state, what was saved with it) of the last checkpoint, which process 0 reads for all."""
+def _restore(state, log, checkpoints):
+    """(step, state, what was saved with it) of the last checkpoint, where the log begins anew.
+
+    Process 0 reads it for all.
+    """
     restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
-    step, state, extra = restored or (0, state, {"window": [], "nonfinite": [], "final": None})
+    step, state, extra = restored or (0, state, {"window": [], "nonfinite": [], "final": None, "rows": None})
     step, extra = devices_lib.from_lead(lambda: (step, extra))
+    devices_lib.lead_first(lambda: log.start(step, extra["rows"]))
     return step, devices_lib.broadcast(state), extra
 
 
@@ -418,10 +424,13 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
             collect(0)
             # The metrics of a step are those before its update, which may have gone wrong itself.
             check_finite(step, {"largest number of the state": largest(state)})
-            log.flush()
-            error = values.get(f"{config.checkpoint.best_on}/error")
-            extra = {"window": [*running.window], "nonfinite": [*running.nonfinite], "final": final}
-            checkpoints.save(step, state, extra, error)
+            extra = {
+                "window": [*running.window],
+                "nonfinite": [*running.nonfinite],
+                "final": final,
+                "rows": log.flush(),
+            }
+            checkpoints.save(step, state, extra, values.get(f"{config.checkpoint.best_on}/error"))
             clock, timed_steps = time.monotonic(), 0
         if stopping and not last:
             name = signal.Signals(stopping).name
@@ -527,6 +536,9 @@ def _check_numbers(config, num_devices):
         )
     if config.checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
+    for role in config.data.splits:
+        if not role.isidentifier():  # it becomes part of a file's name
+            raise ValueError(f"data.splits names {role!r}; such a name must be a word, as 'test' is")
     for key in ("splits", "final_splits"):
         for split in config.evaluation[key]:
             if split not in config.data.splits:
@@ -578,7 +590,7 @@ def _earlier_result(workdir, config):
     if not (workdir / "result.json").exists():
         return None
     claim(workdir, config.to_dict())
-    return json.loads((workdir / "result.json").read_text())
+    return read_result(workdir)
 
 
 @contextlib.contextmanager

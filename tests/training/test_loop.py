@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import signal
 
 import jax
@@ -149,6 +150,53 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     assert "checkpoint 8 is damaged" in caplog.text
     assert "going on from step 4" in caplog.text
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_whose_last_save_failed_is_not_finished(config, tmp_path, program, unbroken, monkeypatch):
+    before = checkpoint._checksums
+
+    def full(directory):
+        if directory.name.startswith("12."):
+            raise OSError("no space left")
+        return before(directory)
+
+    monkeypatch.setattr(checkpoint, "_checksums", full)
+    with pytest.raises(OSError, match=r"step 12 could not be saved .* the last one there is of step 8"):
+        run(config, tmp_path / "full", program)
+    assert not (tmp_path / "full/result.json").exists()
+    monkeypatch.undo()
+    run(config, tmp_path / "full", program)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    states = [last_state(workdir, program) for workdir in (tmp_path / "full", unbroken)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_deleted_checkpoints_do_not_make_a_run_start_anew(config, tmp_path, program):
+    with pytest.raises(KilledError):
+        run(config, tmp_path, stop_after(program, 6, kill))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is left in .*, though one of step 4 was saved there"
+    ):
+        run(config, tmp_path, program)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_from_before_rows_were_checked_will_do(config, tmp_path, program, unbroken, monkeypatch):
+    flush = logbook.Logbook.flush
+    monkeypatch.setattr(logbook.Logbook, "flush", lambda log: flush(log) and None)
+    with pytest.raises(KilledError):
+        run(config, tmp_path, stop_after(program, 6, kill))
+    monkeypatch.undo()
+    run(config, tmp_path, program)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_names_of_splits_that_would_leave_the_workdir_are_refused(config):
+    config.data.splits["/x"] = "test"
+    with pytest.raises(ValueError, match=r"data.splits names '/x'; such a name must be a word"):
+        loop.make_program(config)
 
 
 def test_an_average_of_the_parameters_survives_a_stop(config, tmp_path):
