@@ -10,9 +10,13 @@
 """
 
 import os
+import pathlib
 import signal
 import sys
+import traceback
 
+import absl
+import ml_collections
 from absl import app, flags, logging
 
 from cnn_cases.training import devices, loop
@@ -61,21 +65,44 @@ def run(main):
 
 def _parse(arguments):
     try:
-        return flags.FLAGS(arguments)
+        rest = flags.FLAGS(arguments)
+        if "config" in flags.FLAGS:
+            hasattr(
+                flags.FLAGS.config, "to_dict"
+            )  # what stands for a missing file raises when it is looked at
+        return rest
     except (flags.Error, OSError) as error:
-        # ml_collections puts the whole traceback of an error in a config file into its own message.
-        head, traceback, tail = str(error).partition("\n\nTraceback")
-        _leave(f"error: {head} {tail.splitlines()[-1]}" if traceback else f"error: {error}", 2)
-    except (AttributeError, KeyError) as error:
-        # ml_collections' word for a key that the config does not have: "'optimiser'\nDid you mean ...?"
-        key, _, hint = str(error.args[0] if error.args else "").partition("\n")
-        key = key.strip("'\"\\")
-        culprit = next((one for one in arguments if f".{key}" in one.partition("=")[0]), None)
-        if culprit is None or not key:
-            raise  # a mistake in the config file itself
-        hint = hint or "configs/common.py lists the keys"
-        _leave(f"error: {culprit}: the config has no key {key!r} there. {hint}", 2)
+        # ml_collections puts the whole traceback of an error in a config file into its own message, and of a
+        # file that is not there each place where it looked.
+        head, *others = str(error).splitlines()
+        _leave(f"error: {head} {others[-1].strip()}" if others else f"error: {head}", 2)
+    except Exception as error:  # whatever a config file may raise, and what ml_collections does not handle
+        _leave(f"error: {_explained(error, arguments)}", 2)
     return None
+
+
+def _explained(error, arguments):
+    """What was wrong with the config file or with an override of a key, as a line."""
+    libraries = [str(pathlib.Path(library.__file__).parent) for library in (absl, ml_collections)]
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename, error.lineno))
+    of_config = [
+        frame for frame in frames if not frame[0].startswith((*libraries, "<")) and frame[0] != __file__
+    ]
+    reason = " ".join(str(error.args[0] if error.args else error).split())
+    if of_config:
+        path, line = of_config[-1]
+        return f"{path}, line {line}: {type(error).__name__}: {reason}"
+    # ml_collections' word for a key that the config does not have: "'optimiser'\nDid you mean ...?"
+    key, _, hint = str(error.args[0] if error.args else "").partition("\n")
+    key = key.strip("'\"\\")
+    culprit = next((one for one in arguments if key and f".{key}" in one.partition("=")[0]), None)
+    if culprit:
+        hint = hint or "configs/common.py lists the keys"
+        return f"{culprit}: the config has no key {key!r} there. {hint}"
+    # Such as a file without get_config, or a key of what is no ConfigDict.
+    return f"{' '.join(one for one in arguments if one.startswith('--config'))}: {reason}"
 
 
 def _terminated(*_):

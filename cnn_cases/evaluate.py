@@ -26,7 +26,7 @@ from absl import flags
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from cnn_cases import command
+from cnn_cases import command, settings
 from cnn_cases.data import feeds, preview
 from cnn_cases.data.views import make_views
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
@@ -57,6 +57,7 @@ def load_config(workdir):
     config.model, config.data.splits = ConfigDict(), ConfigDict()
     with config.ignore_type():
         config.update(ConfigDict(_with_tuples(saved)))
+    settings.check(config)
     return config
 
 

@@ -12,6 +12,7 @@ FILES = [*ROOT.glob("cnn_cases/**/*.py"), *ROOT.glob("configs/**/*.py"), ROOT / 
 MAY_IMPORT = {
     "cnn_cases.data.preview": ("cnn_cases",),  # a command, whose room is that of what it shows
     "cnn_cases.training.loop": (
+        "cnn_cases.settings",
         "cnn_cases.models",
         "cnn_cases.data",
         "cnn_cases.training",
@@ -20,7 +21,12 @@ MAY_IMPORT = {
     "cnn_cases.training": (),
     "cnn_cases.models": ("cnn_cases.models",),
     "cnn_cases.data": ("cnn_cases.data",),
-    "cnn_cases.analysis": ("cnn_cases.models", "cnn_cases.analysis", "cnn_cases.tables"),
+    "cnn_cases.analysis": (
+        "cnn_cases.models",
+        "cnn_cases.analysis",
+        "cnn_cases.settings",
+        "cnn_cases.tables",
+    ),
     "cnn_cases.studies": ("cnn_cases",),
     "cnn_cases.command": ("cnn_cases.training.devices", "cnn_cases.training.loop"),
     # Of the configs the defaults, for runs of which a config.json is all that is left.

@@ -86,6 +86,9 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
         (["num_steps=4"], "error: not understood: num_steps=4"),
         (["--config=configs/lenet5_mnist.py:all"], "protocol 'all' is unknown; known: held_out, full_train"),
         (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
+        (["--config.optimizer=3"], "--config.optimizer=3: Failed to parse '3' as a ConfigDict"),
+        (["--config.num_steps.x=3"], "--config.num_steps.x=3: .*lookup: num_steps.x"),
+        (["--config.schedule.factors=(0.1,'x')"], r"schedule.factors = \(0.1, 'x'\) .*a tuple of floats"),
     ],
 )
 def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
@@ -94,6 +97,30 @@ def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
     assert "Traceback" not in errors
     assert re.search(message, errors), errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "c.py: module .* has no attribute 'get_config'"),
+        ("raise RuntimeError('oh\\nno')", "c.py, line 1: RuntimeError: oh no"),
+        ("def get_config():\n    return 1 / 0", "c.py, line 2: ZeroDivisionError: division by zero"),
+        ("def get_config(:", "c.py, line 1: SyntaxError"),
+        ("from configs import common\nget_config = lambda: common.get_config().nope", "c.py, line 2: .*nope"),
+        (
+            "get_config = lambda: {'num_steps': 1}",
+            r"config = \{'num_steps': 1\} \(dict\) must be a ConfigDict",
+        ),
+        ("get_config = lambda: None", "get_config.. returned None"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_answered_by_one_message(text, message, tmp_path):
+    (tmp_path / "c.py").write_text(text)
+    code, errors = train(tmp_path / "run", f"--config={tmp_path / 'c.py'}")
+    assert code == 2
+    assert "Traceback" not in errors
+    assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
+    assert re.search(message, errors), errors
 
 
 def test_a_diverged_run_has_an_exit_code_of_its_own(tmp_path):

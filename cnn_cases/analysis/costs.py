@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from matplotlib.figure import Figure
 
-from cnn_cases import tables
+from cnn_cases import settings, tables
 from cnn_cases.models import make_model
 
 KINDS = {nn.Conv: "conv", nn.Dense: "dense", nn.BatchNorm: "batch norm"}
@@ -277,8 +277,10 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
         config = runpy.run_path(path)["get_config"]()
     except Exception as error:  # whatever a file that is no config may raise
         raise ValueError(f"{path} cannot be read as a config: {type(error).__name__}: {error}") from error
-    if "model" not in config:
-        raise ValueError(f"{path} is no training config: it has no model")
+    try:
+        settings.check(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     (*size, channels), classes = DATA_SETS.get(config.data.name.split("/")[0], ((None,) * 3, None))
     image_size = image_size or config.data.image_size
     if image_shape is None:

@@ -99,9 +99,15 @@ def check(settings, image_shape):
     for key in ("scale", "squeeze"):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
     demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0")
+    side = min(height, width)
+    # A wider one moves all pixels alike, and takes long to make.
+    demand(
+        settings.elastic_sigma <= side or not settings.elastic,
+        "elastic_sigma",
+        f"at most {side}, the pixels of an image's side (data.image_size)",
+    )
     demand(settings.lighting_basis in BASES, "lighting_basis", f"one of {', '.join(BASES)}")
     for key in ("pad", "shift", "cutout"):
-        side = min(height, width)
         allowed = f"at most {side}, the pixels of an image's side (data.image_size)"
         demand(getattr(settings, key) <= side, key, allowed)
     for key in ("lighting", "saturation"):

@@ -54,10 +54,6 @@ def check(image_size, *, name, shorter_side, area, aspect, eval_shorter_side):
     """Raises ValueError where boxes of `image_size` cannot be as the settings, those of `data.crop`, say."""
     if name not in CROPS:
         raise ValueError(f"data.crop.name = {name!r} is unknown; known: {', '.join(CROPS)}")
-    used = {"shorter_side": {"shorter_side": shorter_side}, "area": {"area": area, "aspect": aspect}}
-    for key, pair in used.get(name, {}).items():
-        if len(pair) != 2 or not all(isinstance(number, int | float) for number in pair):
-            raise ValueError(f"data.crop.{key} = {tuple(pair)} must be two numbers")
     if name == "shorter_side" and not image_size <= shorter_side[0] <= shorter_side[1] <= MAX_SIDE:
         raise ValueError(
             f"data.crop.shorter_side = {tuple(shorter_side)} must be at least data.image_size = {image_size} "
@@ -65,8 +61,11 @@ def check(image_size, *, name, shorter_side, area, aspect, eval_shorter_side):
         )
     if name == "area" and not 0 < area[0] <= area[1] <= 1:
         raise ValueError(f"data.crop.area = {tuple(area)} must be two fractions in (0, 1], the smaller first")
-    if name == "area" and not 0 < aspect[0] <= aspect[1] < math.inf:
-        raise ValueError(f"data.crop.aspect = {tuple(aspect)} must be two positive ratios, the smaller first")
+    if name == "area" and not 1 / MAX_SIDE <= aspect[0] <= aspect[1] <= MAX_SIDE:
+        raise ValueError(
+            f"data.crop.aspect = {tuple(aspect)} must be two ratios between 1/{MAX_SIDE} and {MAX_SIDE}, the "
+            "smaller first"
+        )
     if name != "squeeze" and not image_size <= eval_shorter_side <= MAX_SIDE:
         raise ValueError(
             f"data.crop.eval_shorter_side = {eval_shorter_side} must be at least "
@@ -106,8 +105,8 @@ def training_box(height, width, image_size, rng, *, name, shorter_side, area, as
         box_width = max(round(math.sqrt(share * height * width * ratio)), 1)
         if box_height <= height and box_width <= width:
             return *_place(rng, height, width, box_height, box_width), box_height, box_width
-    box_height = min(height, round(width / aspect[0]))
-    box_width = min(width, round(height * aspect[1]))
+    box_height = max(min(height, round(width / aspect[0])), 1)
+    box_width = max(min(width, round(height * aspect[1])), 1)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 

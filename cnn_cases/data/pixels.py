@@ -26,6 +26,7 @@ IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
 # make_cifar10_gcn_whitened.py): the norm of an image, and what is added to the variances.
 GCN_SCALE = 55.0
 ZCA_BIAS = 0.1
+MAX_WHITENED = 16_384  # values of an image; the matrix that whitens them has as many rows and columns
 
 
 class Pixels(NamedTuple):
@@ -75,6 +76,11 @@ def make_pixels(
     if normalization == "imagenet" and image.shape[-1] != 3:
         raise ValueError(
             f"data.normalization = 'imagenet' is for images of 3 channels; these have {image.shape[-1]}"
+        )
+    if normalization == "gcn_zca" and image[0].size > MAX_WHITENED:
+        raise ValueError(
+            f"data.normalization = 'gcn_zca' is for images of at most {MAX_WHITENED:,} values; these of "
+            f"{'x'.join(map(str, image.shape[1:]))} have {image[0].size:,} (data.image_size, data.border)"
         )
     settings = augmentations.Settings(**augment)
     augmentations.check(settings, image.shape[1:])

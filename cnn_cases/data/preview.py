@@ -16,7 +16,7 @@ from absl import flags
 from matplotlib import pyplot as plt
 from ml_collections import config_flags
 
-from cnn_cases import command
+from cnn_cases import command, settings
 from cnn_cases.data import feeds
 from cnn_cases.training import steps
 
@@ -35,10 +35,9 @@ def training_images(config, step):
     """
     if step < 0:
         raise ValueError(f"step = {step} must be 0 or more")
-    settings = dict(**config.data) | {"normalization": "none"}
-    feed = feeds.make_feed(
-        **settings, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size
-    )
+    settings.check(config)
+    data = dict(**config.data) | {"normalization": "none"}
+    feed = feeds.make_feed(**data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size)
     batches = feed.train_batches(config.seed, step)
     (batch,) = itertools.islice(batches, 1)
     batches.close()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
 import pathlib
 import re
@@ -120,7 +121,7 @@ def check_disjoint(name, splits, data_dir=""):
       ValueError: a split cannot be read, or the training split and another one share examples.
     """
     builder = open_prepared(name, data_dir)
-    parts = {role: _parts(builder, split) for role, split in splits.items()}
+    parts = {role: _parts(builder, split, f"data.splits.{role} = ") for role, split in splits.items()}
     for role in splits.keys() - {"train"}:
         shared = sum(
             max(0, min(end, other_end) - max(start, other_start))
@@ -154,7 +155,12 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
     """
     builder = open_prepared(name, data_dir)
     parts = _parts(builder, split)
-    if None in builder.info.features["image"].shape:
+    *sides, channels = builder.info.features["image"].shape
+    if image_size or None not in sides:
+        shape = (*((image_size or side) + 2 * border for side in sides), channels)
+        count = sum(end - start for _, start, end in parts)
+        check_memory(count, shape, "data.image_size and data.border, or take data.feed = 'stream'")
+    if None in sides:
         images, labels = _decode(builder, split)
     else:
         whole = [_decode_once(builder, base) for base, _, _ in parts]
@@ -207,13 +213,28 @@ def open_split(name, split, data_dir=""):
     return source, features
 
 
+def check_memory(num_images, shape, keys):
+    """Raises ValueError where images uint8 are more than the memory of this machine; `keys` say why."""
+    wanted, memory = num_images * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > memory:
+        raise ValueError(
+            f"{num_images:,} images of {'x'.join(map(str, shape))} take {wanted / 1e9:,.1f} GB, and this "
+            f"machine has {memory / 1e9:,.1f} GB of memory; change {keys}"
+        )
+
+
 def _check_labels(name, split, labels):
     if np.min(labels) < 0:  # how TFDS says it, as of ImageNet's test images
         raise ValueError(f"split {split!r} of {name!r} has no labels")
 
 
-def _parts(builder, split):
+def _parts(builder, split, whence=""):
     """[(name of a whole split, first, end)] of which a split expression is made.
+
+    Args:
+      builder: a TFDS builder.
+      split: a split expression.
+      whence: what the message of an error says before it.
 
     Raises:
       ValueError: the set has no such split.
@@ -225,8 +246,8 @@ def _parts(builder, split):
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"split {split!r} of {builder.info.name!r} cannot be read: "
-            f"it has {', '.join(builder.info.splits)} ({error})"
+            f"{whence or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
+            f"{', '.join(builder.info.splits)} ({error})"
         ) from error
     return [
         (part.splitname, part.from_ or 0, part.to or builder.info.splits[part.splitname].num_examples)

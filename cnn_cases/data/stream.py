@@ -24,9 +24,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from cnn_cases.data import decode
+from cnn_cases.data import decode, sources
 from cnn_cases.data.resident import share_of, training_order
 
+MAX_WORKERS = 1024  # one for each core of a large host, and more
+MAX_BUFFER = 1024  # batches
 MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
 _CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
 _ENDLESS = 2**62  # batches
@@ -108,15 +110,21 @@ class StreamFeed:
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"
             )
-        if workers < 0:
-            raise ValueError(f"data.stream.workers = {workers} must be 0 or more")
-        if buffer < 1:
-            raise ValueError(f"data.stream.buffer = {buffer} must be 1 or more")
+        if not 0 <= workers <= MAX_WORKERS:
+            raise ValueError(f"data.stream.workers = {workers} must be 0 or more, and at most {MAX_WORKERS}")
+        if not 1 <= buffer <= MAX_BUFFER:
+            raise ValueError(f"data.stream.buffer = {buffer} must be 1 or more, and at most {MAX_BUFFER}")
         if not 0 <= max_damaged < 1:
             raise ValueError(f"data.stream.max_damaged = {max_damaged} must be in [0, 1)")
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
         self.num_classes = features["label"].num_classes
+        made_ahead = buffer * max(max(workers, 1) * batch_size, eval_batch_size)
+        sources.check_memory(
+            made_ahead + min(MAX_SAMPLE, len(records)),
+            self.image_shape,
+            "batch_size, evaluation.batch_size, data.stream, data.image_size and data.border",
+        )
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._workers, self._buffer = workers, buffer
         self._share = process_index, process_count

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Dropout, local_response_norm
+from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, local_response_norm
 
 
 class Variant(NamedTuple):
@@ -86,20 +86,22 @@ class AlexNet(nn.Module):
         """image [B, H, W, C] -> logits [B, num_classes].
 
         Raises:
-          ValueError: `variant` is unknown, `dense_features` is not positive, or the image is smaller than
+          ValueError: `variant` is unknown, `dense_features` is impossible, or the image is smaller than
             67x67 (63x63 for one_tower).
         """
         if self.variant not in VARIANTS:
             raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
-        if self.dense_features < 1:
-            raise ValueError(f"model.dense_features = {self.dense_features} must be at least 1")
+        if not 1 <= self.dense_features <= MAX_DENSE_FEATURES:
+            raise ValueError(
+                f"model.dense_features = {self.dense_features} must be between 1 and {MAX_DENSE_FEATURES}"
+            )
         variant = VARIANTS[self.variant]
         # One pixel is left after the three poolings of 3, of 7, of 15 pixels; 15 takes 14 * 4 + 11 = 67.
         smallest = 67 - 2 * variant.padding
         if min(x.shape[1:3]) < smallest:
             raise ValueError(
                 f"AlexNet {self.variant} needs images of at least {smallest}x{smallest} pixels, "
-                f"got {x.shape[1]}x{x.shape[2]}"
+                f"got {x.shape[1]}x{x.shape[2]} (data.image_size, data.border)"
             )
 
         def conv(number, size, stride, padding, bias):

@@ -194,11 +194,15 @@ class GoogLeNet(nn.Module):
         height, width = x.shape[1:3]
         if run_sides and min(height, width) < 79:
             raise ValueError(
-                f"GoogLeNet with side branches needs images of at least 79x79 pixels, got {height}x{width}; "
-                "without them (model.side_branches = False) it needs 31x31"
+                f"GoogLeNet with side branches needs images of at least 79x79 pixels, got "
+                f"{height}x{width} (data.image_size, data.border); without them "
+                "(model.side_branches = False) it needs 31x31"
             )
         if min(height, width) < 31:
-            raise ValueError(f"GoogLeNet needs images of at least 31x31 pixels, got {height}x{width}")
+            raise ValueError(
+                f"GoogLeNet needs images of at least 31x31 pixels, got {height}x{width} "
+                "(data.image_size, data.border)"
+            )
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,

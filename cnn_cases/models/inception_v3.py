@@ -241,10 +241,14 @@ class InceptionV3(nn.Module):
         if run_side and min(height, width) < 299:
             raise ValueError(
                 f"Inception-v3 with its side branch needs images of at least 299x299 pixels, got "
-                f"{height}x{width}; without it (model.side_branches = False) it needs 75x75"
+                f"{height}x{width} (data.image_size, data.border); without it "
+                "(model.side_branches = False) it needs 75x75"
             )
         if min(height, width) < 75:
-            raise ValueError(f"Inception-v3 needs images of at least 75x75 pixels, got {height}x{width}")
+            raise ValueError(
+                f"Inception-v3 needs images of at least 75x75 pixels, got {height}x{width} "
+                "(data.image_size, data.border)"
+            )
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the papers have
+
 
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """`lax.conv_general_dilated`, written as a matrix product where XLA's CPU kernel is slow.

@@ -129,7 +129,10 @@ class LeNet5(nn.Module):
         """
         del train  # no layer behaves differently in training
         if min(x.shape[1:3]) < 16:
-            raise ValueError(f"LeNet-5 needs images of at least 16x16 pixels, got {x.shape[1]}x{x.shape[2]}")
+            raise ValueError(
+                f"LeNet-5 needs images of at least 16x16 pixels, got {x.shape[1]}x{x.shape[2]} "
+                "(data.image_size, data.border)"
+            )
         x = nn.relu(nn.Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
         x = nn.relu(nn.Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
@@ -230,7 +233,7 @@ class LeNet5Original(nn.Module):
         if x.shape[1:3] != (32, 32):
             raise ValueError(
                 f"LeNet-5 of 1998 takes images of 32x32 pixels, which C5 reduces to one, "
-                f"got {x.shape[1]}x{x.shape[2]}; pad or resize them"
+                f"got {x.shape[1]}x{x.shape[2]}; pad or resize them (data.border, data.image_size)"
             )
         if self.num_classes > 10:
             raise ValueError(

@@ -136,7 +136,7 @@ class NIN(nn.Module):
         if min(x.shape[1:3]) < smallest:
             raise ValueError(
                 f"NIN {self.variant} needs images of at least {smallest}x{smallest} pixels, "
-                f"got {x.shape[1]}x{x.shape[2]}"
+                f"got {x.shape[1]}x{x.shape[2]} (data.image_size, data.border)"
             )
         for number, stage in enumerate(VARIANTS[self.variant], start=1):
             if number > 1:

@@ -87,6 +87,8 @@ STRIDE_PLACEMENTS = {
     "v1.5": "in its 3x3 convolution, as in fb.resnet.torch and most public weights",
 }
 
+MAX_DEPTH = 5_000  # of the nets for CIFAR; the papers' deepest has 1202 layers
+
 # He et al. 2015b ("Delving deep into rectifiers"): standard deviation sqrt(2 / fan_in), not truncated.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -325,8 +327,12 @@ def cifar_blocks_per_stage(depth, layers):
     """The n of depth = layers * n + 2.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the depth is above MAX_DEPTH.
     """
+    if depth > MAX_DEPTH:
+        raise ValueError(
+            f"model.depth = {depth} must be at most {MAX_DEPTH}, which already takes minutes to trace"
+        )
     n, rest = divmod(depth - 2, layers)
     if rest or n < 1:
         lower = layers * max(n, 1) + 2

@@ -36,7 +36,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Dropout, conv_general_dilated, local_response_norm
+from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, conv_general_dilated, local_response_norm
 
 FILTERS = (64, 128, 256, 512, 512)  # of the convolutions of each stage
 
@@ -89,7 +89,7 @@ class VGG(nn.Module):
         """image [B, H, W, C] -> logits [B, num_classes], averaged over the score map if there is one.
 
         Raises:
-          ValueError: `variant` is unknown, `image_size` is below 32, `dense_features` is not positive, or
+          ValueError: `variant` is unknown, `image_size` is below 32, `dense_features` is impossible, or
             the image is too small for the first dense layer.
         """
         if self.variant not in VARIANTS:
@@ -98,15 +98,17 @@ class VGG(nn.Module):
             raise ValueError(
                 f"model.image_size = {self.image_size} must be at least 32, which five poolings make 1"
             )
-        if self.dense_features < 1:
-            raise ValueError(f"model.dense_features = {self.dense_features} must be at least 1")
+        if not 1 <= self.dense_features <= MAX_DENSE_FEATURES:
+            raise ValueError(
+                f"model.dense_features = {self.dense_features} must be between 1 and {MAX_DENSE_FEATURES}"
+            )
         last_map = self.image_size // 32
         smallest = last_map * 32
         if min(x.shape[1:3]) < smallest:
             raise ValueError(
                 f"VGG with model.image_size = {self.image_size} needs images of at least "
                 f"{smallest}x{smallest} pixels, got {x.shape[1]}x{x.shape[2]}; "
-                "set model.image_size to the size of the training images"
+                "set model.image_size to the size of the training images (data.image_size, data.border)"
             )
         conv = functools.partial(
             nn.Conv,

@@ -16,9 +16,9 @@ import sys
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from cnn_cases import command, tables
+from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
 from cnn_cases.studies import figures, jobs, page, records
 from cnn_cases.training import logbook, loop
@@ -41,13 +41,24 @@ def expand(study):
         value) and of pairs of a key of `base` and its value there.
 
     Raises:
-      ValueError: the grid names an unknown key or a value of the wrong type, or there is nothing to run.
+      ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
+        or there is nothing to run.
     """
+    if not isinstance(study, ConfigDict):
+        raise ValueError(f"a study must be a ConfigDict, not {study!r}")
     missing = {"base", "grid", "seeds"} - set(study)
     if missing:
         raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
+    for key in set(study) - {"base", "grid", "seeds", "adjust"}:
+        raise ValueError(f"{key} is unknown; a study has base, grid, seeds and adjust")
+    settings.check(study.base, "base.")
     if not (isinstance(study.grid, tuple) and all(map(_is_pair, study.grid))):
         raise ValueError(f"grid = {study.grid} must be pairs of a key and the values it takes")
+    if "adjust" in study and not (isinstance(study.adjust, tuple) and all(map(_is_adjustment, study.adjust))):
+        raise ValueError(
+            f"adjust = {study.adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
+            "its value there"
+        )
     if not isinstance(study.seeds, tuple):
         raise ValueError(f"seeds = {study.seeds} must be a tuple, as in (0, 1, 2)")
     keys = [key for key, _ in study.grid]
@@ -57,7 +68,7 @@ def expand(study):
     if twice:
         raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
     for key, values in (*study.grid, ("seed", study.seeds)):
-        if not values or len(set(values)) < len(values):
+        if not values or any(value in values[:index] for index, value in enumerate(values)):
             raise ValueError(f"grid: {key} = {tuple(values)} must have values, and none of them twice")
     short = records.short_names([*keys, "seed"])
     runs = []
@@ -65,12 +76,12 @@ def expand(study):
         for seed in study.seeds:
             config = copy.deepcopy(study.base)
             point = dict(zip(keys, values, strict=True))
-            settings = point | {"seed": seed}
-            for key, value in settings.items():
+            own = point | {"seed": seed}
+            for key, value in own.items():
                 _override(config, "grid", key, value)
             for key, value in records.adjustments(study, point):
                 _override(config, "adjust", key, value)
-            name = "_".join(f"{short[key]}-{value}" for key, value in settings.items()).replace("/", "-")
+            name = "_".join(f"{short[key]}-{value}" for key, value in own.items()).replace("/", "-")
             runs.append(Run(name, point, config))
     name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
     if times > 1:
@@ -82,6 +93,15 @@ def _is_pair(pair):
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
     return isinstance(pair[0], str) and isinstance(pair[1], tuple)
+
+
+def _is_adjustment(pair):
+    where, pairs = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+    if not isinstance(pairs, tuple):
+        return False
+    return all(
+        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in (where, *pairs)
+    )
 
 
 def _override(config, whence, key, value):
@@ -121,8 +141,9 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     runs = expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
     if not (workdir / "config.json").exists():
-        for group in groups:
-            loop.check(group[0].config)  # now, and not after hours of other runs
+        # Now, and not after hours of other runs; the seeds are the same for all groups.
+        for run in (*groups[0], *(group[0] for group in groups[1:])):
+            loop.check(run.config)
     logbook.claim(workdir, study.to_dict())
     run_dirs = workdir / "runs"
     if cluster:

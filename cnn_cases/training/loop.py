@@ -22,6 +22,7 @@ import numpy as np
 from flax import errors as flax_errors
 from tqdm import tqdm
 
+from cnn_cases import settings
 from cnn_cases.data.feeds import make_feed
 from cnn_cases.data.views import make_views
 from cnn_cases.models import make_model
@@ -90,8 +91,7 @@ def make_program(config, devices=None):
     Raises:
       ValueError: a value of the config is not possible; the message names it and what is.
     """
-    if "model" not in config:
-        raise ValueError(f"this is no training config: it has no model, but {', '.join(config)}")
+    settings.check(config)
     devices = devices or jax.local_devices()
     _check_numbers(config, len(devices_lib.of_all_processes(devices)))
     process_index, process_count = devices_lib.process()
@@ -199,6 +199,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
+    settings.check(config)  # a workdir could not even be compared with what JSON cannot hold
     _check_alike(config)
     earlier = devices_lib.from_lead(lambda: _earlier_result(workdir, config))
     if earlier:
@@ -510,8 +511,8 @@ def _is_due(step, every_steps):
 
 def _check_numbers(config, num_devices):
     """Raises ValueError for steps, batches and splits that cannot be."""
-    if config.num_steps < 1:
-        raise ValueError(f"num_steps = {config.num_steps} must be 1 or more")
+    if not 1 <= config.num_steps < 2**31:
+        raise ValueError(f"num_steps = {config.num_steps} must be 1 or more and below 2**31")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed = {config.seed} must be in [0, 2**31)")
     if config.steps_per_call < 1:

@@ -38,8 +38,7 @@ def make_schedule(
     _one_of("schedule.name", name, SCHEDULES)
     _one_of("schedule.warmup", warmup, WARMUPS)
     _positive("optimizer.learning_rate", learning_rate)
-    numbers = all(isinstance(boundary, float | int) for boundary in boundaries)
-    if not numbers or not all(a < b for a, b in itertools.pairwise((0, *boundaries, 1))):
+    if not all(a < b for a, b in itertools.pairwise((0, *boundaries, 1))):
         raise ValueError(f"schedule.boundaries = {boundaries} must be increasing fractions between 0 and 1")
     if len(factors) != len(boundaries):
         raise ValueError(

@@ -257,7 +257,10 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
         ({"stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
         ({"stream.buffer": 0}, "data.stream.buffer = 0 must be 1 or more"),
         ({"stream.max_damaged": 1.0}, r"data.stream.max_damaged = 1.0 must be in \[0, 1\)"),
-        ({"splits": {"train": "trian"}}, "split 'trian' of 'tiny_photos' cannot be read: it has train, test"),
+        (
+            {"splits": {"train": "trian"}},
+            "data.splits.train = 'trian' of 'tiny_photos' cannot be read: it has train, test",
+        ),
         ({"name": "mnist"}, "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist"),
     ],
 )

@@ -137,7 +137,7 @@ def test_the_smallest_image_leaves_one_pixel_and_one_less_is_an_error(trace, var
     ("fields", "message"),
     [
         (dict(variant="three"), r"model\.variant = 'three' .* known: two_groups, lecture, one_tower"),
-        (dict(dense_features=0), r"model\.dense_features = 0 must be at least 1"),
+        (dict(dense_features=0), r"model\.dense_features = 0 must be between 1 and 16384"),
     ],
 )
 def test_bad_fields_are_errors_that_name_them(trace, fields, message):

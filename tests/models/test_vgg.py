@@ -134,7 +134,7 @@ def test_the_smallest_image_gives_one_score_and_one_less_is_an_error(trace, imag
     [
         (dict(variant="F"), r"model\.variant = 'F' is unknown; known: A, A-LRN, B, C, D, E"),
         (dict(image_size=31), r"model\.image_size = 31 must be at least 32"),
-        (dict(dense_features=0), r"model\.dense_features = 0 must be at least 1"),
+        (dict(dense_features=0), r"model\.dense_features = 0 must be between 1 and 16384"),
     ],
 )
 def test_bad_fields_are_errors_that_name_them(trace, fields, message):

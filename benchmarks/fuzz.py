@@ -1,0 +1,452 @@
+"""What becomes of wrong configs: `python -m benchmarks.fuzz [--inputs=2000] [--minutes=60] [--out=FILE]`.
+
+The configs of `configs/`, shortened, are built by hand with one or two mistakes in each, of these KINDS:
+
+missing    a key is left out
+misnamed   a key has another name
+mistyped   a value is of another type, or of none
+negative   a number is below zero
+zero       a number is zero, a text or a tuple is empty
+huge       a number is larger than anything holds, or infinite, or not a number
+tiny       a number is almost zero
+unit       a value is in another unit or form: percent, thousands, text, pairs
+other      a value is of the right type and means nothing in its place
+
+Two outcomes are right: the config trains, or it is refused before the first step by a ValueError that names a
+key that is wrong. The small networks on digits train two steps and are evaluated and saved, by the loop
+itself; the others, whose compilation takes minutes, are traced with shapes in the place of arrays. Blank
+images stand for the sets that are not digits.
+
+Studies of `configs/studies/` get mistakes of their own and have to expand, or to be refused likewise.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib
+import io
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from benchmarks import record
+from cnn_cases.data import feeds, pixels
+from cnn_cases.studies import sweep
+from cnn_cases.training import loop
+from cnn_cases.training.state import init_state
+
+ROOT = pathlib.Path(__file__).parent.parent / "configs"
+TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "common"))
+REAL = ("lenet5_digits", "lenet5_1998_digits", "resnet_digits", "resnet_preact_digits")  # train two steps
+SMALLEST_DEPTHS = {"resnet": 18, "resnet_cifar": 8, "resnet_preact_cifar": 11}
+SECONDS = 180  # in which an input has to come to its end
+
+# Of the stored images; a config builds without its data set.
+IMAGES = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "imagenette/320px-v2": ((None, None, 3), 10),
+    "imagenet2012": ((None, None, 3), 1000),
+}
+
+
+class Images:
+    """A data set of a few blank images."""
+
+    def __init__(self, name, count=2):
+        self.shape, self.num_classes = IMAGES[name]
+        self.count = count
+
+    def load_split(self, name, split, data_dir, image_size, border):
+        """See `sources.load_split`."""
+        del name, split, data_dir
+        height, width, channels = self.shape
+        if image_size:
+            height = width = image_size
+        image = np.zeros((self.count, height + 2 * border, width + 2 * border, channels), np.uint8)
+        return image, np.zeros(self.count, np.int32), self.num_classes
+
+    def open_split(self, name, split, data_dir):
+        """See `sources.open_split`."""
+        del name, split, data_dir
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30)).save(file, "PNG")
+        label = SimpleNamespace(num_classes=self.num_classes)
+        image = SimpleNamespace(shape=self.shape)
+        return [{"image": file.getvalue(), "label": 0}] * self.count, {"image": image, "label": label}
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Has every feed take these images in the place of its own."""
+        blanks = {
+            "load_split": self.load_split,
+            "open_split": self.open_split,
+            "check_disjoint": lambda *_: None,
+            "computed_once": lambda _name, _data_dir, _key, compute: compute(),
+        }
+
+        def whitening(images):
+            size = images[0].size  # for 32x32x3 it takes half a minute; tests/data/test_pixels.py has smaller
+            return {"zca_mean": np.zeros(images.shape[1:], np.float32), "zca_matrix": np.zeros((size, size))}
+
+        with (
+            mock.patch.multiple(feeds.sources, **blanks),
+            mock.patch.object(pixels, "_whitening", whitening),
+        ):
+            yield
+
+
+def load(name):
+    """A config of `configs/`."""
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def shortened(name):
+    """The nested dict of a config: two steps on batches of four, with the shallowest of its nets."""
+    config = load(name).unlock().to_dict()
+    config |= {"num_steps": 2, "batch_size": 4, "log_every_steps": 1, "num_microbatches": 1}
+    config["evaluation"] |= {"every_steps": 1, "batch_size": 400}
+    config["checkpoint"] |= {"every_steps": 1}
+    config["schedule"] |= {"warmup_steps": min(config["schedule"]["warmup_steps"], 1)}
+    config["data"]["stream"] |= {"workers": 0}
+    if "depth" in config["model"]:
+        config["model"]["depth"] = SMALLEST_DEPTHS[config["model"]["name"]]
+    return config
+
+
+class Object:
+    """Something that no config is made of."""
+
+    def __repr__(self):
+        return "Object()"
+
+
+JUNK = (
+    *(None, True, False, 0, 3, -1, 0.5, "", "0.9", "3", "nonsense", b"x", (), (1, "x"), ("x",), ((1,),)),
+    *([], [1], [0.5, 0.75], {}, {"x": 1}, {1: 2}, {"name": "sgd"}, {1, 2}, 1j, np.int64(3), np.float32(0.5)),
+    *(np.zeros(2), range(3), Object(), int),
+)
+NUMBERS = {
+    "negative": {int: (-1, -4, -(2**40)), float: (-1.0, -1e-9, -1e30)},
+    "zero": {int: (0,), float: (0.0, -0.0), str: ("",), tuple: ((),)},
+    # 18 n + 2 is a depth of both kinds of nets for CIFAR.
+    "huge": {
+        int: (10**6, 2**31 - 1, 2**31, 10**12, 18 * 10**5 + 2, 10**400),
+        float: (1e9, 1e30, 1e300, 10**400, float("inf"), float("nan")),
+        str: ("x" * 5000,),
+        tuple: ((1e300, 1e300), (1, 10**400), tuple(range(1, 1000)), (float("nan"),) * 2, (10**9, 10**9)),
+    },
+    "tiny": {float: (1e-9, 1e-30, 1e-300, 5e-324), tuple: ((1e-300, 1e-300), (5e-324, 0.5), (1e-9,))},
+    "other": {
+        bool: (True, False),
+        int: (1, 2, 3, 5, 17),
+        float: (1.0, 0.5, 2.0, 1, 7.5),
+        str: ("nonsense", "digits", "train", "../x", "adam", "cosine", "\0", "é" * 3),
+        tuple: (("x",), (0.0,), (0.5, 0.25), (-1.0, 2.0), (3, 2, 1), ("train", "train"), (True, False)),
+    },
+}
+KINDS = ("missing", "misnamed", "mistyped", *NUMBERS, "unit")
+
+
+def in_another_unit(value):
+    """What people write for a value who have another unit or form in mind."""
+    if isinstance(value, bool):
+        return (int(value), str(value), "yes")
+    if isinstance(value, int):
+        if abs(value) > 2**1000:
+            return ()  # an earlier mistake's
+        return (float(value), value * 1000, f"{value}px", (value, value), str(value))
+    if isinstance(value, float):
+        return (value * 100, round(value * 100), f"{100 * value} %", str(value), (value,), 1 / (value or 1))
+    if isinstance(value, tuple):
+        return (tuple(100 * one if isinstance(one, float | int) else [one] for one in value), str(value))
+    return (value.upper(), [value], (value,), f" {value}")
+
+
+def paths_of(config, before=()):
+    """The paths of all keys of a nested dict, sections and what is in them."""
+    for key, value in config.items():
+        if isinstance(key, str):  # and not what an earlier mistake put there
+            yield (*before, key)
+        if isinstance(value, dict):
+            yield from paths_of(value, (*before, key))
+
+
+def mutate(config, kind, rng):
+    """Makes one mistake in a config.
+
+    Args:
+      config: a nested dict.
+      kind: one of KINDS.
+      rng: a `random.Random`.
+
+    Returns:
+      The key, with dots, where it is; None where the config has no key for such a mistake.
+    """
+
+    def section_of(path):
+        return functools.reduce(lambda part, key: part[key], path[:-1], config)
+
+    def values_for(path):
+        old = section_of(path)[path[-1]]
+        if kind in ("missing", "misnamed"):
+            return (None,)
+        if kind == "mistyped":
+            return tuple(one for one in JUNK if type(one) is not type(old))
+        if isinstance(old, dict):
+            return ()
+        return in_another_unit(old) if kind == "unit" else NUMBERS[kind].get(type(old), ())
+
+    # What these name is looked for on the disk and in the network.
+    paths = [path for path in paths_of(config) if path[-1] != "data_dir" and values_for(path)]
+    if not paths:
+        return None
+    path = rng.choice(paths)
+    section, key = section_of(path), path[-1]
+    if kind == "missing":
+        del section[key]
+    elif kind == "misnamed":
+        names = (key[:-1], f"{key}s", key.upper(), f"{key}.x", key[::-1], f"_{key}")
+        section[rng.choice(names)] = section.pop(key)
+    else:
+        section[key] = rng.choice(values_for(path))
+    return ".".join(path)
+
+
+class Outcome(SimpleNamespace):
+    """`kinds` and `keys` of the mistakes, the config's `name`, `what` became of it, and the `message`."""
+
+
+RIGHT = ("trained", "refused")
+
+
+def try_config(rng, directory, names=TRAINING):
+    """Makes a config with mistakes, and trains it if it can be.
+
+    Args:
+      rng: a `random.Random`.
+      directory: an empty one, for runs.
+      names: of the configs to choose from.
+
+    Returns:
+      An Outcome. "trained" and "refused" are right; anything else that came is the name of its type.
+    """
+    name = rng.choice(names)
+    values = shortened(name)
+    kinds, keys = [], []
+    for kind in rng.choices(KINDS, k=1 if rng.random() < 0.8 else 2):
+        key = mutate(values, kind, rng)
+        if key:
+            kinds.append(kind)
+            keys.append(key)
+    is_here = name.endswith("_digits")
+    with contextlib.nullcontext() if is_here else Images(load(name).data.name, 4).in_place():
+        what, message = judge(lambda: train(ConfigDict(values), directory, name in REAL), keys)
+    return Outcome(kinds=kinds, keys=keys, name=name, what=what, message=message)
+
+
+def judge(action, keys):
+    """What `action()` returns, or "refused" where it names one of the keys, or another error; the message."""
+    try:
+        with time_limit(SECONDS):
+            return action(), ""
+    except ValueError as error:
+        named = any(key.split(".")[-1] in str(error) for key in keys)
+        return "refused" if named else "refused without a name", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return type(error).__name__, f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError after so many seconds."""
+
+    def stop(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class TwoStepsError(Exception):
+    """Two steps are done."""
+
+
+def train(config, directory, in_earnest):
+    """Trains two steps, or traces a step; "trained" where that went well.
+
+    Raises:
+      ValueError: the config was refused, before the first step.
+    """
+    device = jax.local_devices()[:1]
+    program = loop.make_program(config, device)
+    if in_earnest and max(program.feed.image_shape) <= 64:
+        return _train_two_steps(config, program, directory)
+    state = jax.eval_shape(
+        lambda: init_state(
+            program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
+        )
+    )
+    loop.check_protocol(program, state, config.evaluation.protocol)
+    leading = 1, config.steps_per_call, config.batch_size
+
+    def stacked(dtype, *shape):
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype)
+
+    batch = {"position": stacked(np.int32)}
+    if config.data.feed == "stream":
+        batch |= {"image": stacked(np.uint8, *program.feed.image_shape), "label": stacked(np.int32)}
+    else:
+        batch |= {"index": stacked(np.int32)}
+    _after_the_start(lambda: jax.eval_shape(program.train, state, program.arrays, batch))
+    return "trained"
+
+
+def _train_two_steps(config, program, directory):
+    steps_done = 0
+
+    def train(state, arrays, batches):
+        nonlocal steps_done
+        if steps_done >= 2:
+            raise TwoStepsError
+        steps_done += config.steps_per_call
+        return program.train(state, arrays, batches)
+
+    def run():
+        with contextlib.suppress(loop.DivergedError, TwoStepsError):
+            loop.train_and_evaluate(
+                config, directory, program=program._replace(train=train), show_progress=False
+            )
+
+    try:
+        run()
+    except ValueError as error:
+        if steps_done:
+            raise RuntimeError(f"refused after the first step: {error}") from error
+        raise
+    return "trained"
+
+
+def _after_the_start(action):
+    try:
+        return action()
+    except ValueError as error:
+        raise RuntimeError(f"refused in the first step: {error}") from error
+
+
+GRIDS = (
+    (),
+    (("model.depth", (8, 14)),),
+    (("optimizer.momentum", (0.0, 0.9)), ("data.augment.flip", (True, False))),
+)
+VALUES = (*JUNK, -1, 10**12, float("nan"), 2**31, "a/b")
+
+
+def try_study(rng):
+    """Makes a study with a mistake, and expands it if it can be; an Outcome."""
+    values = {
+        "base": shortened("resnet_digits"),
+        "grid": rng.choice(GRIDS),
+        "seeds": (0, 1),
+        "adjust": (),
+    }
+    kind = rng.choice(("missing", "misnamed", "mistyped", "inside", "base"))
+    part = rng.choice(("base", "grid", "seeds", "adjust"))
+    value = rng.choice(VALUES)
+    keys = [part]
+    if kind == "missing":
+        del values[part]
+    elif kind == "misnamed":
+        values[part + "s"] = values.pop(part)
+    elif kind == "mistyped":
+        values[part] = value
+    elif kind == "base":
+        keys = ["base", mutate(values["base"], rng.choice(KINDS), rng)]
+    else:
+        other = rng.choice(VALUES)
+        inside = {
+            "grid": (
+                value,
+                (value, (other,)),
+                ("optimizer.momentum", (value, other)),
+                ("model.depth", value),
+            ),
+            "seeds": (value, other),
+            "adjust": (
+                *(value, (value, other), ((value, other), (("num_steps", 4),))),
+                (("model.depth", 8), ((value, other),)),
+                (("model.depth", 8), (("num_steps", value),)),
+            ),
+        }
+        part = rng.choice(list(inside))
+        keys, values[part] = [part], (rng.choice(inside[part]),)
+
+    def expand():
+        for run in sweep.expand(ConfigDict(values)):
+            loop.check(run.config)
+        return "trained"
+
+    what, message = judge(expand, [*keys, "seed", *(key for key, _ in GRIDS[1] + GRIDS[2])])
+    return Outcome(kinds=[f"study {kind}"], keys=keys, name="study", what=what, message=message)
+
+
+def main():
+    """Tries, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=2000, help="configs; and a tenth as many studies")
+    parser.add_argument("--minutes", type=float, default=60, help="end after so many, whatever is left")
+    parser.add_argument("--seed", type=int, default=0, help="of the mistakes")
+    parser.add_argument("--out", help="a JSON file, of which it writes the section 'configs'")
+    options = parser.parse_args()
+    rng, end = random.Random(options.seed), time.monotonic() + 60 * options.minutes
+    counts, kinds, wrong, tried = collections.Counter(), collections.defaultdict(collections.Counter), [], 0
+    with tempfile.TemporaryDirectory() as directory:
+        # Most mistakes leave the compiled step as it is.
+        jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        while tried < options.inputs and time.monotonic() < end:
+            tried += 1
+            outcomes = [try_config(rng, pathlib.Path(directory, str(tried)))]
+            if tried % 10 == 0:
+                outcomes.append(try_study(rng))
+            for outcome in outcomes:
+                counts[outcome.what] += 1
+                for kind in outcome.kinds:
+                    kinds[kind][outcome.what] += 1
+                if outcome.what not in RIGHT:
+                    wrong.append(vars(outcome))
+                    print(outcome, flush=True)
+    figures = {
+        "configs_tried": tried,
+        "studies_tried": tried // 10,
+        "outcomes": counts,
+        "by_kind": {kind: dict(kinds[kind]) for kind in sorted(kinds)},
+        "wrong": wrong,
+    }
+    for key, value in figures.items():
+        print(f"{key}: {value}")
+    if options.out:
+        command = f"python -m benchmarks.fuzz --inputs={tried} --seed={options.seed}"
+        record.write_section(options.out, "configs", command, figures)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a training config holds: every key with the type of its value.
+
+`configs/common.py` has the defaults and the units, and a test keeps both lists alike. Here is looked after
+names and types alone, once and before anything is built; what a value may be is checked where it is used.
+"""
+
+import difflib
+import reprlib
+
+import numpy as np
+
+# A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key.
+# Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+KEYS = {
+    "seed": int,
+    "num_steps": int,
+    "batch_size": int,
+    "steps_per_call": int,
+    "dtype": str,
+    "sync_batch_norm": bool,
+    "model": {"name": str, ...: object},  # the architecture's own fields have their types in `models`
+    "data": {
+        "name": str,
+        "data_dir": str,
+        "feed": str,
+        "splits": {"train": str, ...: str},
+        "image_size": int,
+        "border": int,
+        "crop": {
+            "name": str,
+            "shorter_side": tuple[int, int],
+            "area": tuple[float, float],
+            "aspect": tuple[float, float],
+            "eval_shorter_side": int,
+        },
+        "stream": {"workers": int, "buffer": int, "max_damaged": float},
+        "normalization": str,
+        "augment": {
+            "pad": int,
+            "flip": bool,
+            "lighting": float,
+            "lighting_basis": str,
+            "brightness": float,
+            "contrast": float,
+            "saturation": float,
+            "shift": float,
+            "scale": float,
+            "squeeze": float,
+            "shear": float,
+            "elastic": float,
+            "elastic_sigma": float,
+            "cutout": int,
+            "mixup": float,
+            "cutmix": float,
+        },
+    },
+    "loss": {"name": str, "label_smoothing": float, "map_constant": float, "side_weight": float},
+    "optimizer": {
+        "name": str,
+        "learning_rate": float,
+        "momentum": float,
+        "nesterov": bool,
+        "second_moment": float,
+        "epsilon": float,
+        "weight_decay": float,
+        "decayed": str,
+        "clip_norm": float,
+    },
+    "num_microbatches": int,
+    "ema_decay": float,
+    "schedule": {
+        "name": str,
+        "boundaries": tuple[float, ...],
+        "factors": tuple[float, ...],
+        "power": float,
+        "warmup": str,
+        "warmup_steps": int,
+        "warmup_factor": float,
+    },
+    "evaluation": {
+        "batch_size": int,
+        "every_steps": int,
+        "splits": tuple[str, ...],
+        "final_splits": tuple[str, ...],
+        "protocol": str,
+    },
+    "checkpoint": {"every_steps": int, "keep_last": int, "best_on": str},
+    "log_every_steps": int,
+}
+
+
+def check(config, prefix=""):
+    """Raises ValueError unless a config has all the keys of a training, no others, and values of their types.
+
+    Args:
+      config: a ConfigDict, such as those of `configs/`.
+      prefix: of its keys' names in messages, where it is a part of another one.
+    """
+    what = prefix.removesuffix(".") or "config"
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"{what} = {_show(config)} must be a ConfigDict, as configs/common.py makes it")
+    values = config.to_dict()
+    if "model" not in values:
+        raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")
+    _check_section(prefix, values, KEYS)
+
+
+def _check_section(prefix, section, keys):
+    others = keys.get(...)
+    known = [key for key in keys if key is not ...]
+    for key in section:
+        if key not in known and not (others and isinstance(key, str)):
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{prefix}{key} is unknown; {hint}")
+    for key in known:
+        if key not in section:
+            raise ValueError(f"{prefix}{key} is missing")
+    for key, value in section.items():
+        kind = keys.get(key, others)
+        if not isinstance(kind, dict):
+            if not _is(value, kind):
+                raise ValueError(f"{prefix}{key} = {_show(value)} must be {_words(kind)}")
+        elif isinstance(value, dict):
+            _check_section(f"{prefix}{key}.", value, kind)
+        else:
+            names = ", ".join(name for name in kind if name is not ...)
+            raise ValueError(f"{prefix}{key} = {_show(value)} must be a ConfigDict with {names}")
+
+
+def _is(value, kind):
+    if isinstance(kind, type(tuple[int, int])):
+        parts = kind.__args__
+        if not isinstance(value, tuple) or (... not in parts and len(value) != len(parts)):
+            return False
+        return all(_is(part, parts[0]) for part in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return isinstance(value, kind)
+
+
+def _words(kind):
+    if isinstance(kind, type(tuple[int, int])):
+        count = "" if ... in kind.__args__ else "two "
+        return f"a tuple of {count}{kind.__args__[0].__name__}s"
+    return {int: "an int (of 64 bits)", float: "a float (finite, of 32 bits)"}.get(kind, f"a {kind.__name__}")
+
+
+def _show(value):
+    """A value and its type, which the value alone may not tell: '0.9' (str)."""
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
