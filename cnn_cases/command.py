@@ -3,7 +3,7 @@
 0     done
 2     bad input
 3     the training diverged
-4     another process of the same training died, or left it
+4     another process of the same training died, fell silent, left it or never came
 130   SIGINT (Ctrl-C) came, and all is saved
 140   SIGUSR2 (a scheduler's warning) came, and all is saved
 143   SIGTERM came, and all is saved

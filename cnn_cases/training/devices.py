@@ -7,7 +7,8 @@ so a step must reduce over the axis all that depends on its share of the batch.
 Several processes, on one host or on many, can do one training (`join`). Each has its local devices and feeds
 them its share of every batch; the pmap axis goes over the devices of all processes, in the order of the
 processes. All of them run the same lines of the loop, so they meet in every collective. Process 0 leads: it
-alone reads and writes the workdir, and the others get from it what they need to know.
+alone reads and writes the workdir, and the others get from it what they need to know. Where one dies, falls
+silent or never comes, all others end: with exit code LOST, or where JAX or Gloo is quicker, by its abort.
 """
 
 import contextlib
@@ -216,7 +217,7 @@ def _exit(code):
 
 
 def is_loss(error):
-    """Whether an error means that another process has died or left. On GPUs and TPUs, JAX aborts instead."""
+    """Whether an error means that another process has died or left. `_watch` finds out the rest."""
     return is_one_of_several() and "Gloo" in str(error)
 
 
