@@ -153,8 +153,9 @@ def residual_block(channels, filters, stride, *, bottleneck, shortcut, plain):
     """A block with `filters` channels inside, and what comes out: (block, channels)."""
     wide = 4 * filters if bottleneck else filters
     if bottleneck:
-        branch = [*conv_norm(channels, filters, 1, stride), nn.ReLU(inplace=True)]
-        branch += [*conv_norm(filters, filters, 3), nn.ReLU(inplace=True), *conv_norm(filters, wide, 1)]
+        branch = [*conv_norm(channels, filters, 1), nn.ReLU(inplace=True)]
+        branch += [*conv_norm(filters, filters, 3, stride), nn.ReLU(inplace=True)]
+        branch += conv_norm(filters, wide, 1)
     else:
         branch = [
             *conv_norm(channels, filters, 3, stride),
@@ -173,7 +174,7 @@ def residual_block(channels, filters, stride, *, bottleneck, shortcut, plain):
 
 
 def resnet_net(depth, *, plain=False, num_classes=1000):
-    """`resnet.ResNet` with shortcut B, or plain."""
+    """`resnet.ResNet` with shortcut B and stride placement "v1.5", or plain."""
     block_type, sizes = resnet.IMAGENET_DEPTHS[depth]
     bottleneck = block_type is resnet.BottleneckBlock
     layers = [*conv_norm(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
