@@ -28,7 +28,7 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
-from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_json
+from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_result
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.state import init_state
@@ -212,10 +212,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
-        extra = {"window": [], "final": None, "rows": None}  # older checkpoints know nothing of the rows
-        step, state, extra = (
-            (restored[0], restored[1], extra | restored[2]) if restored else (0, state, extra)
-        )
+        step, state, extra = restored or (0, state, {"window": [], "final": None})
+        extra = {"rows": None} | extra  # older checkpoints know nothing of the rows
         step, extra = devices_lib.from_lead(lambda: (step, extra))
         state = devices_lib.broadcast(state)
         if restored:
@@ -240,7 +238,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         except DivergedError as error:
             devices_lib.from_lead(checkpoints.wait)
             result = {"status": "diverged", "step": error.step}
-            devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
+            devices_lib.from_lead(lambda: write_result(workdir, result))
             kept = devices_lib.from_lead(lambda: checkpoints.all_steps())
             where = (
                 f"the last good checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
@@ -252,7 +250,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             "metrics": final,
             "seconds": round(time.monotonic() - started, 2),
         }
-        devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
+        devices_lib.from_lead(lambda: write_result(workdir, result))
         log.say(f"{workdir}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
     number = max(devices_lib.gather(stop.number))
     if number:  # it came too late for this run, but there may be others
