@@ -282,9 +282,10 @@ def of_files():
 
     def half_written(suffix):
         def do(workdir):
-            half = workdir / "checkpoints" / f"{steps_of(workdir)[-1] + 5}{suffix}"
-            shutil.copytree(newest(workdir) / "extra", half / "extra")
-            shutil.copytree(newest(workdir) / "state" / "d", half / "state" / "d")
+            whole = newest(workdir)
+            half = whole.with_name(f"{int(whole.name) + 5}{suffix}")
+            shutil.copytree(whole / "extra", half / "extra")
+            shutil.copytree(whole / "state" / "d", half / "state" / "d")
 
         return do
 

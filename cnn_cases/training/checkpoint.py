@@ -26,9 +26,9 @@ class Checkpoints:
     """The checkpoints below one directory: the last ones, and the best.
 
     A checkpoint holds the state and some JSON of the caller's. It is written to a temporary directory and
-    committed when it is whole, with the checksums of its files, since Orbax keeps none. What lies at the top
-    of a checkpoint has no checksum: `_CHECKPOINT_METADATA` and `commit_success.txt` are Orbax's notes to
-    itself, and no value comes from them; they may be damaged or missing, and the same state is restored.
+    committed when it is whole, with the checksums of its files, since Orbax keeps none. Orbax's notes to
+    itself have no checksum, `_CHECKPOINT_METADATA` and each `commit_success.txt`: no value comes from them.
+    They may be damaged or missing, and the same state is restored.
 
     The step of the newest is noted in a file beside `directory`, so that checkpoints that somebody deleted
     are not taken for checkpoints that never were.

@@ -370,6 +370,12 @@ def read_result(workdir):
     return result
 
 
+def write_result(workdir, result):
+    """Writes a run's result.json; raises ValueError where that is not possible."""
+    with _writing(workdir):
+        write_json(pathlib.Path(workdir) / "result.json", result)
+
+
 def read_json(path, kind, remedy):
     """What a JSON file holds.
 
@@ -398,8 +404,12 @@ def write_json(path, value):
 def write_text(path, text):
     """Writes a file as a whole or not at all."""
     draft = path.with_name(path.name + ".draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

@@ -29,7 +29,7 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
-from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_json
+from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_result
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
@@ -219,7 +219,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
         )
         result["seconds"] = round(time.monotonic() - started, 2)
-        devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
+        devices_lib.from_lead(lambda: write_result(workdir, result))
         if result["status"] == "diverged":
             kept = result["checkpoint"]
             raise DivergedError(

@@ -226,4 +226,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(logbook.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         logbook.write_json(path, {"a": 2})
+    with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: disk full"):
+        logbook.write_result(tmp_path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path], "no half of it is left"
