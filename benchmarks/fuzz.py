@@ -218,7 +218,7 @@ def mutate(config, kind, rng):
     if kind == "missing":
         del section[key]
     elif kind == "misnamed":
-        names = (key[:-1], f"{key}s", key.upper(), f"{key}.x", key[::-1], f"_{key}")
+        names = (key[:-1], f"{key}s", key.upper(), key[::-1], f"_{key}")
         section[rng.choice(names)] = section.pop(key)
     else:
         section[key] = rng.choice(values_for(path))
@@ -263,10 +263,17 @@ def judge(action, keys):
         with time_limit(SECONDS):
             return action(), ""
     except ValueError as error:
-        named = any(key.split(".")[-1] in str(error) for key in keys)
-        return "refused" if named else "refused without a name", f"{type(error).__name__}: {error}"
+        return "refused" if any(
+            is_named(key, str(error)) for key in keys
+        ) else "refused without a name", f"{type(error).__name__}: {error}"
     except Exception as error:
         return type(error).__name__, f"{type(error).__name__}: {error}"
+
+
+def is_named(key, message):
+    """Whether a message names a key with its dots, or its section and it apart."""
+    section, _, last = key.rpartition(".")
+    return section in message and last in message
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def load_config(workdir):
     A key that did not exist yet when the run was made has its default of configs/common.py.
 
     Raises:
-      ValueError: the workdir has no config, or not that of a training.
+      ValueError: the workdir has no config, or not that of a training, or one that was changed.
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
@@ -52,13 +52,19 @@ def load_config(workdir):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
     if not {"model", "data"} <= set(saved):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
-    config = common.get_config()
+    defaults = common.get_config().to_dict()
     # These two are whole as they are saved: what they lack they do not have.
-    config.model, config.data.splits = ConfigDict(), ConfigDict()
-    with config.ignore_type():
-        config.update(ConfigDict(_with_tuples(saved)))
+    defaults["model"], defaults["data"]["splits"] = {}, {}
+    config = ConfigDict(_updated(defaults, _with_tuples(saved)))
     settings.check(config)
     return config
+
+
+def _updated(old, new):
+    """Nested dicts: `old` with all that `new` has."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
 
 
 def _with_tuples(value):

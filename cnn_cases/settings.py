@@ -102,7 +102,10 @@ def check(config, prefix=""):
     what = prefix.removesuffix(".") or "config"
     if not hasattr(config, "to_dict"):
         raise ValueError(f"{what} = {_show(config)} must be a ConfigDict, as configs/common.py makes it")
-    values = config.to_dict()
+    try:
+        values = config.to_dict()
+    except TypeError as error:  # they are sorted
+        raise ValueError(f"{what} has keys that are no text: {error}") from error
     if "model" not in values:
         raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")
     _check_section(prefix, values, KEYS)

@@ -93,6 +93,21 @@ def test_files_lie_in_the_workdir_and_agree_with_each_other(trained, tmp_path):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "4", "8"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", "24", r"batch_size = '24' \(str\) must be an int"),
+        ("optimizer", 3, r"optimizer = 3 \(int\) must be a ConfigDict with name"),
+        ("bacth_size", 24, "bacth_size is unknown; did you mean batch_size"),
+    ],
+)
+def test_a_config_that_was_changed_by_hand_is_refused_by_its_key(key, value, message, trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=message):
+        evaluate.load_config(tmp_path)
+
+
 def test_a_run_of_before_a_key_existed_and_on_other_devices_can_be_evaluated(trained, tmp_path):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     config = json.loads((trained / "config.json").read_text())

@@ -422,6 +422,7 @@ def test_mixing_over_devices_is_that_of_the_whole_batch():
         ({"brightness": 1.5}, r"data.augment.brightness = 1.5 must be in \[0, 1\]"),
         ({"squeeze": 1.0}, r"data.augment.squeeze = 1.0 must be in \[0, 1\)"),
         ({"elastic_sigma": 0.0}, "data.augment.elastic_sigma = 0.0 must be above 0"),
+        ({"elastic": 1.0, "elastic_sigma": 9.0}, "data.augment.elastic_sigma = 9.0 must be at most 8"),
         ({"cutout": 9}, "data.augment.cutout = 9 must be at most 8, the pixels of an image's side"),
         ({"shift": 8.5}, "data.augment.shift = 8.5 must be at most 8, the pixels of an image's side"),
         ({"mixup": -0.1}, "data.augment.mixup = -0.1 must be 0 or more"),

@@ -231,3 +231,10 @@ def test_nothing_is_drawn_in_evaluation():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         everything(**settings)
+
+
+def test_images_of_which_the_whitening_would_take_all_memory_are_refused():
+    with pytest.raises(
+        ValueError, match=r"'gcn_zca' is for images of at most 16,384 values; these of 128x129x1"
+    ):
+        make_pixels(np.zeros((1, 128, 129, 1), np.uint8), **OFF | {"normalization": "gcn_zca"})

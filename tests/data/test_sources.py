@@ -55,6 +55,13 @@ def test_an_unknown_split_is_refused_with_the_known_ones(data_dir):
         sources.load_split("digits", "tset", data_dir)
 
 
+@pytest.mark.parametrize("sizes", [{"image_size": 8192}, {"border": 8192}])
+def test_images_that_no_memory_holds_are_refused(sizes, data_dir, monkeypatch):
+    monkeypatch.setattr(sources.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**21)
+    with pytest.raises(ValueError, match=r"1,257 images .* 8.6 GB of memory; change data.image_size"):
+        sources.load_split("digits", "train", data_dir, **sizes)
+
+
 def test_the_digits_are_prepared_on_first_use(tmp_path):
     images, _, _ = sources.load_split("digits", "test", str(tmp_path))
     assert len(images) == 355

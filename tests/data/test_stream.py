@@ -243,10 +243,6 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
         ({"image_size": 0}, "data.image_size = 0 must be 1 or more for data.feed = 'stream'"),
         ({"border": -1}, "data.border = -1 must be between 0 and 8192 pixels"),
         ({"image_size": 10**6}, "data.image_size = 1000000 must be between 0 and 8192 pixels"),
-        (
-            {"crop.name": "shorter_side", "crop.shorter_side": ()},
-            r"data.crop.shorter_side = \(\) must be two",
-        ),
         ({"batch_size": 25}, "batch_size = 25 must be between 1 and the 24 training examples"),
         ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be a positive multiple of 1"),
         ({"process": (0, 4)}, r"batch_size = 6 must be a positive multiple of 4 \(processes\)"),
@@ -255,7 +251,10 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
             r"batch_size = 6 must be a positive",
         ),
         ({"stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
+        ({"stream.workers": 10**6}, "data.stream.workers = 1000000 must be .* at most 1024"),
         ({"stream.buffer": 0}, "data.stream.buffer = 0 must be 1 or more"),
+        ({"stream.buffer": 10**6}, "data.stream.buffer = 1000000 must be .* at most 1024"),
+        ({"crop.name": "squeeze", "image_size": 8192, "stream.buffer": 1000}, "of memory; change batch_size"),
         ({"stream.max_damaged": 1.0}, r"data.stream.max_damaged = 1.0 must be in \[0, 1\)"),
         (
             {"splits": {"train": "trian"}},

@@ -528,3 +528,8 @@ def test_bad_fields_are_refused(model, message):
 )
 def test_registered(name, knobs, module):
     assert make_model(name, num_classes=10, dtype="float32", axis_name="batch", **knobs) == module
+
+
+def test_a_depth_that_would_be_traced_for_hours_is_refused():
+    with pytest.raises(ValueError, match=r"model\.depth = 1800002 must be at most 5000"):
+        shapes(CifarResNet(depth=1_800_002), 8, 8, 1)

@@ -1,0 +1,86 @@
+"""Every mistake in the keys or the types of a config has one message, which names the key."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cnn_cases import settings
+from configs import common
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("optimizer", "momentum", "0.9", r"optimizer\.momentum = '0\.9' \(str\) must be a float"),
+        (
+            "optimizer",
+            "momentum",
+            float("nan"),
+            r"optimizer\.momentum = nan \(float\) must be a float \(finite",
+        ),
+        ("optimizer", "momentum", 1e39, r"optimizer\.momentum = 1e\+39 \(float\) must be a float \(finite"),
+        ("optimizer", "momentum", True, r"optimizer\.momentum = True \(bool\) must be a float"),
+        ("optimizer", "nesterov", 1, r"optimizer\.nesterov = 1 \(int\) must be a bool"),
+        ("optimizer", "momentun", 0.9, r"optimizer\.momentun is unknown; did you mean optimizer\.momentum\?"),
+        ("checkpoint", "xyz", 0.9, r"checkpoint\.xyz is unknown; known: every_steps, keep_last, best_on"),
+        ("data", "augment", 3, r"data\.augment = 3 \(int\) must be a ConfigDict with pad, flip"),
+        ("data", "border", False, r"data\.border = False \(bool\) must be an int"),
+        ("data", "border", 1e3, r"data\.border = 1000\.0 \(float\) must be an int"),
+        ("data", "border", 2**63, r"data\.border = 9\d* \(int\) must be an int \(of 64 bits\)"),
+        ("data", "border", np.int64(2), r"data\.border = .*2\)? \(int64\) must be an int"),
+        ("data", "splits", {"test": "test"}, r"data\.splits\.train is missing"),
+        ("data", "splits", {3: "test"}, r"data\.splits\.3 is unknown"),
+        ("data", "splits", {"train": "train", 3: "test"}, "config has keys that are no text"),
+        ("evaluation", "splits", "test", r"evaluation\.splits = 'test' \(str\) must be a tuple of strs"),
+        ("evaluation", "splits", (1,), r"evaluation\.splits = \(1,\) \(tuple\) must be a tuple of strs"),
+        ("model", "name", ["lenet5"], r"model\.name = \['lenet5'\] \(list\) must be a str"),
+    ],
+)
+def test_a_mistake_is_named(section, key, value, message):
+    config = common.get_config().to_dict()
+    config[section][key] = value
+    with pytest.raises(ValueError, match=f"^{message}"):
+        settings.check(ConfigDict(config))
+
+
+@pytest.mark.parametrize("value", [(256,), (256, 256, 256), (256.0, 256.0), [256, 256]])
+def test_a_pair_is_a_tuple_of_two(value):
+    config = common.get_config().to_dict()
+    config["data"]["crop"]["shorter_side"] = value
+    with pytest.raises(ValueError, match=r"data\.crop\.shorter_side = .* must be a tuple of two ints"):
+        settings.check(ConfigDict(config))
+
+
+def test_an_int_will_do_for_a_float_and_other_splits_and_settings_of_models_are_let_through():
+    config = common.get_config().to_dict()
+    config["optimizer"]["learning_rate"] = 1
+    config["schedule"]["boundaries"] = (0.5, 1)
+    config["data"]["splits"]["few"] = "train[:10]"
+    config["model"]["depth"] = 20
+    settings.check(ConfigDict(config))
+
+
+def test_every_key_is_asked_for():
+    for path in paths(settings.KEYS):
+        config = common.get_config().to_dict()
+        part = config
+        for name in path[:-1]:
+            part = part[name]
+        del part[path[-1]]
+        expected = "it has no model" if path == ("model",) else f"^{'.'.join(path)} is missing"
+        with pytest.raises(ValueError, match=expected):
+            settings.check(ConfigDict(config))
+
+
+def paths(keys, before=()):
+    for key, kind in keys.items():
+        if key is not ...:
+            yield (*before, key)
+        if isinstance(kind, dict):
+            yield from paths(kind, (*before, key))
+
+
+@pytest.mark.parametrize("config", [None, {"num_steps": 1}, 3])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ValueError, match=r"config = .* must be a ConfigDict"):
+        settings.check(config)
