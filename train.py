@@ -28,6 +28,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one i
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout_seconds", 100, "After which a silent process counts as dead, and all others end."
 )
+_MEETING = flags.DEFINE_integer(
+    "meeting_timeout_seconds", 300, "How long a process waits, at the start, for the others to come."
+)
 
 
 def main():
@@ -38,6 +41,7 @@ def main():
         num_processes=_NUM_PROCESSES.value,
         process_id=_PROCESS_ID.value,
         heartbeat_timeout_seconds=_HEARTBEAT.value,
+        meeting_timeout_seconds=_MEETING.value,
     )
     loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
 

@@ -18,6 +18,7 @@ unless Python itself had not come to its feet; the time that takes is reported.
 
 import argparse
 import collections
+import functools
 import itertools
 import json
 import pathlib
@@ -34,9 +35,9 @@ import numpy as np
 from tensorboardX.proto import event_pb2
 
 from benchmarks import record
+from cnn_cases import evaluate
 from cnn_cases.training import checkpoint, logbook, loop
 from cnn_cases.training.state import init_state
-from configs import resnet_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
@@ -52,11 +53,11 @@ OVERRIDES = {
 POLL_SECONDS = 0.001
 
 
-def start(workdir, overrides, errors):
+def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):
     """A process that trains in `workdir`; what it says goes to the open file `errors`."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
+    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags, *more_flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=errors, stderr=errors)
 
 
 def disturb(workdir, overrides, signals, rng):
@@ -80,7 +81,7 @@ def disturb(workdir, overrides, signals, rng):
             process = start(workdir, overrides, errors)
             began, blow = time.monotonic(), signals[0] if signals else None
             rows = workdir / "metrics.jsonl"
-            if blow and _wait(process, workdir, blow[1], startup, rng):
+            if blow and wait_for(process, workdir, blow[1], startup, rng):
                 number, moment = blow
                 process.send_signal(number)
                 signals.popleft()
@@ -115,8 +116,16 @@ def _expected(number, moment):
     return {saved, -signal.SIGTERM} if moment == "start" else {saved}
 
 
-def _wait(process, workdir, moment, startup, rng):
-    """Waits for the moment; False where the process ended before."""
+def wait_for(process, workdir, moment, startup, rng):
+    """Waits for one of MOMENTS; False where the process ended before.
+
+    Args:
+      process: that trains.
+      workdir: of the run.
+      moment: one of MOMENTS.
+      startup: seconds, within which "start" falls.
+      rng: a `random.Random`.
+    """
     rows, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
 
     def size():
@@ -142,7 +151,7 @@ def _wait(process, workdir, moment, startup, rng):
     return False
 
 
-def differences(one, other, overrides):
+def differences(one, other):
     """What two runs of one config left that is not the same, as lines of text."""
     found = []
     if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
@@ -152,14 +161,20 @@ def differences(one, other, overrides):
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (one, other)]
     if results[0]["metrics"] != results[1]["metrics"]:
         found.append("the final figures")
-    config = resnet_digits.get_config()
-    config.update_from_flattened_dict(overrides)
-    program = loop.make_program(config)
-    like = init_state(program.model, program.tx, program.feed.image_shape, config.seed)
-    states = [checkpoint.read(workdir / "checkpoints", config.num_steps, like) for workdir in (one, other)]
+    step, like = _end((one / "config.json").read_text(), one)
+    states = [checkpoint.read(workdir / "checkpoints", step, like) for workdir in (one, other)]
     leaves = zip(*(jax.tree_util.tree_leaves_with_path(state) for state in states), strict=True)
     found += [jax.tree_util.keystr(path) for (path, a), (_, b) in leaves if not np.array_equal(a, b)]
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _end(config_text, workdir):
+    """The last step of a run, and a state like that of its checkpoints."""
+    del config_text  # by which the last answer is known
+    config = evaluate.load_config(workdir)
+    program = loop.make_program(config)
+    return config.num_steps, init_state(program.model, program.tx, program.feed.image_shape, config.seed)
 
 
 def curves(workdir):
@@ -187,14 +202,15 @@ def _events(content):
         place += 12 + length + 4
 
 
-def torment(directory, planned, overrides, seed=0):
+def torment(directory, planned, overrides, seed=0, disturb=disturb):
     """Disturbs runs until all signals are spent, and compares each with an undisturbed one.
 
     Args:
       directory: where the runs lie.
-      planned: [(signal number, one of MOMENTS)], in order.
+      planned: [(signal number, one of MOMENTS)], in order, or what else `disturb` takes.
       overrides: {key: value} of the config.
       seed: of the moments.
+      disturb: as the function of that name.
 
     Returns:
       {"runs": how many were disturbed, "blows": see `disturb`, "differences": see `differences`}.
@@ -208,7 +224,7 @@ def torment(directory, planned, overrides, seed=0):
         runs += 1
         workdir = directory / f"disturbed-{runs}"
         blows += disturb(workdir, overrides, signals, rng)
-        found = differences(undisturbed, workdir, overrides)
+        found = differences(undisturbed, workdir)
         print(
             f"run {runs}: {len(blows)} of {len(planned)} signals; different: {', '.join(found) or 'nothing'}"
         )

@@ -3,7 +3,7 @@
 0     done
 2     bad input
 3     the training diverged
-4     another process of the same training died, or left it
+4     another process of the same training died, fell silent, left it or never came
 130   SIGINT (Ctrl-C) came, and all is saved
 140   SIGUSR2 (a scheduler's warning) came, and all is saved
 143   SIGTERM came, and all is saved
@@ -21,6 +21,12 @@ from absl import app, flags, logging
 
 from cnn_cases.training import devices, loop
 
+_DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic",
+    False,
+    "Leave out what on a GPU gives other bits each time; see devices.make_deterministic.",
+)
+
 # Seconds to wait for the other processes of a training: where all end, for process 0 to have saved; after an
 # error, which may be of one process alone, not long.
 _ALL_END, _MAY_BE_ALONE = 600, 3
@@ -35,6 +41,8 @@ def run(main):
         if arguments[1:]:
             _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
+        if _DETERMINISTIC.value:
+            devices.make_deterministic()
         try:
             main()
         except loop.DivergedError as error:
@@ -45,8 +53,7 @@ def run(main):
             _leave_at_once("SIGINT", 130)
         except Exception as error:
             if devices.is_loss(error):
-                reason = str(error).partition("\n")[0]
-                _leave(f"error: another process died or left ({reason}); start all again to go on", 4)
+                devices.lose(f"another process died or left: {error}")
             if not isinstance(error, ValueError | OSError):
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1

@@ -15,7 +15,6 @@ The checkpoints are only read. An evaluation that is done again overwrites its f
 
 import csv
 import io
-import json
 import math
 import pathlib
 import time
@@ -48,12 +47,10 @@ def load_config(workdir):
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = logbook.read_json(path, dict, logbook.PUT_BACK)
     except OSError as error:
         raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(saved, dict) or not {"model", "data"} <= set(saved):
+    if not {"model", "data"} <= set(saved):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
     defaults = common.get_config().to_dict()
     # These two are whole as they are saved: what they lack they do not have.
@@ -106,7 +103,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     checkpoints = pathlib.Path(workdir) / "checkpoints"
     step = checkpoint.find(checkpoints, which)
 
-    program = loop.make_program(config, _usable_devices(config))
+    program = loop.make_program(config, usable_devices(config))
     feed = program.feed
     views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
     state = init_state(program.model, program.tx, feed.image_shape, 0, with_ema=config.ema_decay > 0)
@@ -137,7 +134,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     return metrics, out
 
 
-def _usable_devices(config):
+def usable_devices(config):
     """As many local devices as the batches of the run can be split over; it may have had others."""
     local = jax.local_devices()
     sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)

@@ -67,6 +67,7 @@ KEYS = {
         "decayed": str,
         "clip_norm": float,
     },
+    "on_nonfinite": str,
     "num_microbatches": int,
     "ema_decay": float,
     "schedule": {
@@ -87,6 +88,7 @@ KEYS = {
     },
     "checkpoint": {"every_steps": int, "keep_last": int, "best_on": str},
     "log_every_steps": int,
+    "profile_steps": tuple[int, ...],
 }
 
 

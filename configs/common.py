@@ -97,6 +97,10 @@ def get_config():
     config.optimizer.weight_decay = 1e-4  # times a parameter, added to its gradient
     config.optimizer.decayed = "all"  # which parameters: "all", or "kernels" without biases and normalisation
     config.optimizer.clip_norm = 0.0  # greatest norm of the gradient; 0: no limit
+    # What to do where the loss, the gradient or the state is no longer finite: "stop" the run; "skip" the
+    # update of such a step, up to ten in a row; or "rewind" to the last checkpoint and go on from there with
+    # other batches, up to three times from each.
+    config.on_nonfinite = "stop"
     config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
     config.ema_decay = 0.0  # share of the average of the parameters that a step keeps; 0: no average
 
@@ -126,6 +130,8 @@ def get_config():
     config.checkpoint.best_on = "validation"
 
     config.log_every_steps = 20  # steps between rows of the running metrics
+    # The first and the last step of which a profile is written to the workdir, such as (10, 15); (): none.
+    config.profile_steps = ()
     return config
 
 

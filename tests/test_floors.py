@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "cnn_cases.command": ("cnn_cases.training.devices", "cnn_cases.training.loop"),
     # Of the configs the defaults, for runs of which a config.json is all that is left.
     "cnn_cases.evaluate": ("cnn_cases", "configs.common"),
+    "cnn_cases.replay": ("cnn_cases",),
     "cnn_cases": (),
     "configs": ("configs",),
     "train": ("cnn_cases.command", "cnn_cases.training.devices", "cnn_cases.training.loop"),

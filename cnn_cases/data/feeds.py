@@ -6,6 +6,8 @@ A feed has the same calls whatever its kind:
     feed.arrays                           what lives on the devices, an argument of every step
     feed.train_batches(seed, first_step)  an endless iterator over the batches of the training steps from
                                           `first_step` on; a step's batch is a pure function of seed and step
+    feed.training_examples(seed, step)    which examples of the training split the batch of `step` (the first
+                                          is 0) is made of, over all processes
     feed.eval_batches(role)               the batches of a whole split, padded and masked
     feed.examples(role)                   the examples of a split as they are stored, on the host
     feed.view(image)                      such an image as evaluation shows it, on the host

@@ -78,6 +78,10 @@ class ResidentFeed:
             yield {"index": index + np.int32(self._ranges["train"].start), "position": position}
             first_step += 1
 
+    def training_examples(self, seed, step):
+        """Which examples of the training split make up the whole batch of a step: int32 [B]."""
+        return training_order(seed, step * self._batch_size + np.arange(self._batch_size), self._num_train)
+
     def eval_batches(self, role):
         """The batches of a whole split: {"index": int32 [B], "mask": float32 [B]}, as those of training.
 

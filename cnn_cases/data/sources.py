@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import pathlib
+import re
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -17,6 +19,10 @@ from PIL import Image
 from tensorflow_datasets.core.download import downloader
 
 from cnn_cases.data import digits  # registers the builder
+
+# "mnist", "imagenette/320px-v2", "digits:1.0.0". TFDS knows more: settings of a builder, and name spaces, to
+# whose sets belongs code that it downloads.
+_NAME = re.compile(r"[a-zA-Z]\w*(/\w[\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
 # Sets that are prepared on first use: they need neither a download nor TensorFlow.
 BUNDLED = (digits.Digits.name,)
@@ -32,6 +38,11 @@ def make_builder(name, data_dir):
     Raises:
       ValueError: TFDS knows no such set.
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"data.name = {name!r} is no name of a TFDS data set, as 'mnist', 'imagenette/320px-v2' and "
+            "'digits:1.0.0' are"
+        )
     try:
         # array_record files can be read without TensorFlow.
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
@@ -228,6 +239,9 @@ def _parts(builder, split, whence=""):
     Raises:
       ValueError: the set has no such split.
     """
+    strange = [base for base in builder.info.splits if not re.fullmatch(r"\w[\w.-]*", base)]
+    if strange:  # they become names of files
+        raise ValueError(f"{builder.data_path} has a split of the name {strange[0]!r}, which is no word")
     try:
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError) as error:
@@ -302,8 +316,13 @@ def _keep(path, save):
         path.parent.mkdir(exist_ok=True)
         # Renamed when it is whole: another process may be reading, or doing the same.
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-            save(file)
-        os.replace(file.name, path)
+            try:
+                save(file)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         logging.getLogger(__name__).warning("%s is not kept for the next start: %s", path, error)
 
@@ -321,6 +340,19 @@ def _resize(image, size):
     channels = [Image.fromarray(image[..., channel]) for channel in range(image.shape[-1])]
     return np.stack([channel.resize((size, size), Image.Resampling.BILINEAR) for channel in channels], -1)
 
+
+def _class_of_feature(name, of_tfds=tfds.features.FeatureConnector.cls_from_name):
+    # A prepared set names the classes of its features, and TFDS would import whatever module that is. The set
+    # may be a stranger's, and the module lie beside it.
+    module = name.rpartition(".")[0]
+    if module not in sys.modules and not module.startswith("tensorflow_datasets."):
+        raise ValueError(
+            f"features.json names the class {name}, which is not of TFDS; import its module before"
+        )
+    return of_tfds(name)
+
+
+tfds.features.FeatureConnector.cls_from_name = staticmethod(_class_of_feature)
 
 # What TFDS warns of at each start: that OpenCV would decode faster, and that an empty directory is empty.
 _NOISE = ("OpenCV is not installed", "has no dataset_info.json")

@@ -158,6 +158,14 @@ class StreamFeed:
         steps = grain.MapDataset.range(first_step, _ENDLESS)
         yield from self._batches("train", steps.map(make), self._workers)
 
+    def training_examples(self, seed, step):
+        """Which examples of the training split make up the whole batch of a step: int32 [B].
+
+        In the place of a damaged one, another one was taken.
+        """
+        size = len(self._recipes["train"].records)
+        return training_order(seed, step * self._batch_size + np.arange(self._batch_size), size)
+
     def eval_batches(self, role):
         """The batches of a whole split: {"image", "label", "mask": float32}, as those of training.
 

@@ -10,7 +10,6 @@ A job is told the run's directory and reads config.json there; no config is pick
 files, its death by its absence from the queue: sacct, which submitit would ask, is not on every cluster.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -256,8 +255,7 @@ def _ended(waiting, cluster_name, stop):
 
 
 def _result(run_dir):
-    path = run_dir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return logbook.read_result(run_dir) if (run_dir / "result.json").exists() else None
 
 
 def _last_words(paths):

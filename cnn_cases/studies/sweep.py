@@ -179,11 +179,12 @@ def make_record(study, workdir):
             raise ValueError(f"{run_dir} is not finished; start the study again without --figures_only")
         logbook.claim(run_dir, run.config.to_dict())
         numbers = []
-        for start in json.loads((run_dir / "environment.json").read_text()):
+        for start in logbook.read_environments(run_dir):
             if start not in environments:
                 environments.append(start)
             numbers.append(environments.index(start))
-        result = json.loads((run_dir / "result.json").read_text())
+        result = logbook.read_result(run_dir)
+        result.pop("examples", None)  # of a run that diverged: as many as a batch has
         curves = {}
         for row in logbook.read_rows(run_dir / "metrics.jsonl"):
             for name, value in row.items():

@@ -1,14 +1,23 @@
 """Checkpoints of a run, through Orbax: asynchronous, atomic, checked before they are read."""
 
+import concurrent.futures
+import contextlib
 import json
 import logging
+import os
 import pathlib
+import re
+import shutil
+import sys
 import zlib
 
 import jax
 import orbax.checkpoint as ocp
 
 CHECKSUMS = "checksums.json"
+NEWEST = "newest_checkpoint"  # beside the checkpoints; holds the step of the last that was committed
+
+_DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +26,12 @@ class Checkpoints:
     """The checkpoints below one directory: the last ones, and the best.
 
     A checkpoint holds the state and some JSON of the caller's. It is written to a temporary directory and
-    committed when it is whole, with the checksums of its files, since Orbax keeps none.
+    committed when it is whole, with the checksums of its files, since Orbax keeps none. Orbax's notes to
+    itself have no checksum, `_CHECKPOINT_METADATA` and each `commit_success.txt`: no value comes from them.
+    They may be damaged or missing, and the same state is restored.
+
+    The step of the newest is noted in a file beside `directory`, so that checkpoints that somebody deleted
+    are not taken for checkpoints that never were.
     """
 
     def __init__(self, directory, keep_last):
@@ -29,10 +43,12 @@ class Checkpoints:
 
         Raises:
           ValueError: `keep_last` is below 1.
+          OSError: `directory` cannot be made.
         """
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last = {keep_last} must be 1 or more")
         self._directory = pathlib.Path(directory).absolute()
+        self._newest = self._directory.with_name(NEWEST)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._policy = _LastAndBest(keep_last)
         options = ocp.CheckpointManagerOptions(
@@ -46,6 +62,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         for step in self._manager.all_steps():
             self._policy.errors[step] = _error_of(self._directory / str(step))
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving = None  # (step, future) of the save under way
 
     def save(self, step, state, extra, error=None):
         """Starts to save; returns when the state has been copied off the devices.
@@ -55,13 +73,70 @@ class Checkpoints:
           state: a pytree of arrays.
           extra: what JSON can hold.
           error: of the evaluation at this step, by which the best is chosen; None where there was none.
+
+        Raises:
+          OSError: this save, or the one before it, failed; see `wait`.
         """
+        self.wait()
         self._policy.errors[step] = error
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.device_get(state)),
             extra=ocp.args.JsonSave({"error": error, "extra": extra}),
         )
-        self._manager.save(step, args=items)
+        with self._told(step):
+            self._manager.save(step, args=items)
+        self._saving = step, self._thread.submit(self._note_when_committed, step)
+
+    def wait(self):
+        """Waits for the save under way.
+
+        Raises:
+          OSError: it failed, as on a full disk; the checkpoints before it are as they were.
+        """
+        if self._saving is not None:
+            (step, future), self._saving = self._saving, None
+            with self._told(step):
+                future.result()
+
+    def _note_when_committed(self, step):
+        self._manager.wait_until_finished()
+        self._note(step)
+
+    def _note(self, step):
+        draft = self._newest.with_name(f"{NEWEST}.draft")
+        with draft.open("w") as file:
+            file.write(f"{step}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._newest)
+
+    def _noted(self):
+        """The step of the last checkpoint that was committed; None where there never was one."""
+        try:
+            return int(self._newest.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise ValueError(
+                f"{self._newest} is damaged: it should be the step of the newest checkpoint in "
+                f"{self._directory}; write that step into it, and start again"
+            ) from None
+
+    @contextlib.contextmanager
+    def _told(self, step):
+        """Tells in one line what Orbax and TensorStore tell in hundreds."""
+        try:
+            yield
+        except Exception as error:  # whatever a file that cannot be written makes the libraries below raise
+            for draft in self._directory.glob(_DRAFTS):
+                shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
+            whole = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
+            raise OSError(
+                f"the checkpoint of step {step} could not be saved in {self._directory} "
+                f"({_reason(error)}); "
+                + (f"the last one there is of step {whole[-1]}" if whole else "there is none yet")
+                + "; start again to go on"
+            ) from error
 
     def restore(self, like):
         """The newest checkpoint that is whole.
@@ -75,9 +150,11 @@ class Checkpoints:
           (step, state with numpy leaves, extra), or None where there is no checkpoint.
 
         Raises:
-          ValueError: there are checkpoints and none is whole.
+          ValueError: there are checkpoints and none is whole, or there were some and they are gone.
         """
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
+        noted = self._noted()
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.device_get(like)), extra=ocp.args.JsonRestore()
         )
@@ -94,12 +171,21 @@ class Checkpoints:
                     "checkpoint %d is damaged (%s); going on from step %d", bad, _first_line(error), step
                 )
                 self._set_aside(bad)
+            if noted is not None and noted > max([step, *damaged]):
+                logger.warning("checkpoint %d is gone; going on from step %d", noted, step)
+            if noted != step:
+                self._note(step)
             return step, restored.state, restored.extra["extra"]
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self._directory} can be read: "
                 + "; ".join(f"step {step}: {_first_line(error)}" for step, error in damaged.items())
                 + ". Nothing was changed; use another workdir to start anew"
+            )
+        if noted is not None:
+            raise ValueError(
+                f"no checkpoint is left in {self._directory}, though one of step {noted} was saved there; "
+                "put it back, or use another workdir to start anew"
             )
         return None
 
@@ -112,7 +198,7 @@ class Checkpoints:
 
     def _add_checksums(self):
         # Orbax calls this when all values are on disk and before it commits, with no word of where they are.
-        for checkpoint in self._directory.glob("*.orbax-checkpoint-tmp*"):
+        for checkpoint in self._directory.glob(_DRAFTS):
             (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
 
     def all_steps(self):
@@ -120,8 +206,23 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def close(self):
-        """Waits for the saves under way."""
-        self._manager.close()
+        """Waits for the save under way.
+
+        Raises:
+          OSError: it failed; see `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            with contextlib.suppress(Exception):  # of a save that failed, which has been told
+                self._manager.close()
+
+
+def steps(directory):
+    """The steps that have a checkpoint below the directory of `Checkpoints`, in order; reads only."""
+    names = (path.name for path in pathlib.Path(directory).glob("*"))
+    return sorted(int(name) for name in names if name.isdecimal())  # the others are still being written
 
 
 def find(directory, which):
@@ -134,11 +235,7 @@ def find(directory, which):
     Raises:
       ValueError: there is no such checkpoint; the message lists those there are.
     """
-    errors = {
-        int(path.name): _error_of(path)
-        for path in pathlib.Path(directory).glob("*")
-        if path.name.isdecimal()  # the others are still being written
-    }
+    errors = {step: _error_of(pathlib.Path(directory) / str(step)) for step in steps(directory)}
     if not errors:
         raise ValueError(f"there is no checkpoint in {directory}")
     there = f"{directory} has {', '.join(map(str, sorted(errors)))}"
@@ -197,7 +294,7 @@ def _error_of(checkpoint):
     """The error that was saved with a checkpoint; None where there was none, or where it cannot be read."""
     try:
         return json.loads((checkpoint / "extra" / "metadata").read_text())["error"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -221,3 +318,29 @@ def _verify(checkpoint):
 
 def _first_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _reason(error):
+    """Why a save failed. TensorStore's own words name all but the kitchen sink before they come to it."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else _first_line(error)
+
+
+# A save that fails is told by `Checkpoints` in one line. What the libraries below it print of each file
+# that they could not write, from threads of their own, is a thousand lines.
+def _is_told(record):
+    by_orbax = record.name == "absl" and f"{os.sep}orbax{os.sep}" in record.pathname
+    return (by_orbax and record.levelno == logging.ERROR) or (
+        record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
+    )
+
+
+def _unraisable(unraisable, before=sys.unraisablehook):
+    # TensorStore reports to an event loop that Orbax has closed after the first error.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        before(unraisable)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(lambda record: not _is_told(record))
+sys.unraisablehook = _unraisable

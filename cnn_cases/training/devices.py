@@ -7,12 +7,17 @@ so a step must reduce over the axis all that depends on its share of the batch.
 Several processes, on one host or on many, can do one training (`join`). Each has its local devices and feeds
 them its share of every batch; the pmap axis goes over the devices of all processes, in the order of the
 processes. All of them run the same lines of the loop, so they meet in every collective. Process 0 leads: it
-alone reads and writes the workdir, and the others get from it what they need to know.
+alone reads and writes the workdir, and the others get from it what they need to know. Where one dies, falls
+silent or never comes, all others end: with exit code LOST, or where JAX or Gloo is quicker, by its abort.
 """
 
+import contextlib
+import faulthandler
 import json
 import os
+import re
 import sys
+import threading
 import time
 
 import jax
@@ -23,6 +28,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 AXIS = "batch"
+LOST = 4  # exit code of a process whose training another one has left
+
+# Seconds: between two signs of life; for process 0 to tell that another one gives none; for the others to end
+# before process 0; and by which JAX, which aborts, is more patient than what is here.
+_PAUSE, _TO_TELL, _TO_END, _JAX_LATER = 1, 3, 3, 30
+_left = threading.Event()  # all processes have come to their end
 
 # Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
 # those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
@@ -31,6 +42,19 @@ _LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
 }
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU pod: names, with commas between
+
+
+def make_deterministic():
+    """Makes runs on GPUs the same to the bit, in this process and in those that it starts.
+
+    To be called before JAX is used. XLA then takes no kernel whose result depends on which thread is done
+    first, and chooses kernels without timing them, so that each start takes the same. That costs speed,
+    most, as far as is known, where a gradient is scattered, as is max pooling's. Another kind of GPU, number
+    of devices or version of a package still gives other bits. CPUs and TPUs need no such switch, and
+    for them nothing changes. Neither effect nor cost has been measured on a GPU yet.
+    """
+    # Behind what the user says, XLA takes the last of two.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
 def launched_processes(environment):
@@ -58,6 +82,7 @@ def join(
     num_processes=None,
     process_id=None,
     heartbeat_timeout_seconds=100,
+    meeting_timeout_seconds=300,
 ):
     """Makes this process one of several that do one training, where it is; to be called before JAX is used.
 
@@ -67,7 +92,9 @@ def join(
         "off", to be one process whatever a launcher says.
       coordinator_address, num_processes, process_id: see `jax.distributed.initialize`; all three, or none
         where a launcher tells.
-      heartbeat_timeout_seconds: after which a process that is not heard of counts as dead, which ends all.
+      heartbeat_timeout_seconds: after which a process that is not heard of counts as dead, which ends all
+        with exit code LOST.
+      meeting_timeout_seconds: after which a process that has waited for the others to come ends likewise.
 
     Raises:
       ValueError: the arguments do not go together, or there is no launcher to ask.
@@ -86,19 +113,80 @@ def join(
         raise ValueError(f"process_id = {process_id} must be in [0, num_processes = {num_processes})")
     if not missing and not coordinator_address.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator_address = {coordinator_address!r} must be host:port")
-    if heartbeat_timeout_seconds < 1:
-        raise ValueError(f"heartbeat_timeout_seconds = {heartbeat_timeout_seconds} must be 1 or more")
+    for name, seconds in (("heartbeat", heartbeat_timeout_seconds), ("meeting", meeting_timeout_seconds)):
+        if seconds < 1:
+            raise ValueError(f"{name}_timeout_seconds = {seconds} must be 1 or more")
     if mode == "off" or (mode == "auto" and missing and launched_processes(os.environ) == 1):
         return
     # Its handler of SIGTERM would take the place of the loop's, which saves.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX says why it aborts, and the stacks of all threads would bury that.
+    faulthandler.disable()
+    # Process 0 ends last (see `lose`); where a launcher counts, which one that is is not known yet.
+    patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
+    with _alarm(patience, f"not all processes have come within {meeting_timeout_seconds} s"):
+        try:
+            jax.distributed.initialize(
+                **explicit,
+                heartbeat_timeout_seconds=heartbeat_timeout_seconds + _JAX_LATER,
+                initialization_timeout=meeting_timeout_seconds + _JAX_LATER,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes "
+                "and process_id, or use a launcher that JAX knows"
+            ) from error
+    # Here the devices start, and tell each other of themselves.
+    with _alarm(
+        patience, f"the devices of all processes have not started within {meeting_timeout_seconds} s"
+    ):
+        is_several = is_one_of_several()
+    if is_several:
+        threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
+
+
+def _watch(patience_seconds):
+    """Meets the other processes every now and then; ends this one where another stays away."""
+    meet = multihost.get_barrier_sync_fn()
+    while not _left.wait(_PAUSE):
+        try:
+            # Where process 0 is silent, nobody tells that the time is over.
+            with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
+                meet(key="watch", timeout_ms=1000 * patience_seconds)
+        except jax.errors.JaxRuntimeError as error:
+            lose(f"another process died, or is silent for {patience_seconds} s: {error}")
+
+
+@contextlib.contextmanager
+def _alarm(seconds, message):
+    """What is done within must be done in so many seconds, or this process ends with `message`."""
+    timer = threading.Timer(seconds, _end, [message])
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout_seconds)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes and "
-            "process_id, or use a launcher that JAX knows"
-        ) from error
+        yield
+    finally:
+        timer.cancel()
+
+
+def lose(message):
+    """Ends this process, as another one of its training is lost.
+
+    Process 0 ends last: JAX aborts those who lose it.
+
+    Args:
+      message: of which the first sentence is told.
+    """
+    if is_lead():
+        time.sleep(_TO_END)
+    _end(re.split(r"\. |\n", message)[0])
+
+
+def _end(message):
+    """Ends this process at once, whatever its main thread waits for."""
+    if not _left.is_set():
+        print(f"error: {message}; start all again to go on", file=sys.stderr)
+        _exit(LOST)
 
 
 def leave(code, patience_seconds):
@@ -116,15 +204,20 @@ def leave(code, patience_seconds):
     try:
         multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * patience_seconds)
     except jax.errors.JaxRuntimeError:
-        sys.stdout.flush()
-        sys.stderr.flush()
         if is_lead():
-            time.sleep(1)  # JAX aborts those who lose their coordinator: let them end before
-        os._exit(code)
+            time.sleep(_TO_END)
+        _exit(code)
+    _left.set()
+
+
+def _exit(code):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_loss(error):
-    """Whether an error means that another process has died or left. On GPUs and TPUs, JAX aborts instead."""
+    """Whether an error means that another process has died or left. `_watch` finds out the rest."""
     return is_one_of_several() and "Gloo" in str(error)
 
 
@@ -260,6 +353,15 @@ def pmap_train(train_steps, devices):
     )
 
 
+def vmap_train(train_steps):
+    """The same function on one device, which takes the shares of all devices in turn; it donates nothing.
+
+    For `jax.debug_nans`, which loses its way in a pmap (RecursionError, JAX 0.10). What comes back has the
+    leading axis of the shares.
+    """
+    return jax.jit(jax.vmap(train_steps, in_axes=(None, None, 0), axis_name=AXIS))
+
+
 def pmap_eval(eval_step, devices):
     """`steps.make_eval_step`'s function over devices; the batch as `shard(..., axis=0)` gives it."""
     return jax.pmap(
@@ -276,14 +378,21 @@ def pmap_predict(predict_step, devices):
 
 
 def pmap_largest(devices):
-    """number -> the largest of all processes' numbers, int32 on the devices: it may be read later.
+    """(number, after) -> the largest of all processes' numbers, int32 on the devices: it may be read later.
 
-    So a signal that comes to one process stops all at the same step, and no step waits for it.
+    So a signal that comes to one process stops all at the same step, and no step waits for it. It is computed
+    after the arrays `after`: where those of a step fail, as another process has died, this must not meet what
+    is left of the step in the network, which Gloo aborts at.
     """
+
+    def largest(number, after):
+        number, _ = lax.optimization_barrier((number, after))  # what is not used, jit would leave out
+        return lax.pmax(number, AXIS)
+
     over_devices = jax.pmap(
-        lambda number: lax.pmax(number, AXIS), AXIS, out_axes=None, devices=of_all_processes(devices)
+        largest, AXIS, in_axes=(0, None), out_axes=None, devices=of_all_processes(devices)
     )
-    return lambda number: over_devices(np.full(len(devices), number, np.int32))
+    return lambda number, after: over_devices(np.full(len(devices), number, np.int32), after)
 
 
 def shard(batch, num_devices, axis=0):

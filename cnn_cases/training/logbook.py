@@ -5,7 +5,10 @@
     metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files
     result.json        written once, at the end
+    profile/           where the config asks for one, for TensorBoard and Perfetto
     lock               held by the process that trains; it says which one
+
+A file that is damaged is an error that names it; what to do about it depends on the file.
 
 Of several processes that do one training, process 0 alone writes; environment.json has the devices of all.
 
@@ -14,6 +17,7 @@ figures of a split are an evaluation of the whole of it. Rows hold nothing that 
 two runs of one config leave equal files.
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -23,12 +27,17 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
+import zlib
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+ANEW = "delete it, and start the run again: it is written anew"
+PUT_BACK = "put a whole copy of it back, or use another workdir"
 
 
 class Logbook:
@@ -48,13 +57,24 @@ class Logbook:
           ValueError: the workdir belongs to another config, is in use, or cannot be written.
         """
         self._workdir = pathlib.Path(workdir)
-        claim(self._workdir, config)
-        self._lock = _lock(self._workdir)
-        environments = self._workdir / "environment.json"
-        starts = json.loads(environments.read_text()) if environments.exists() else []
-        write_json(environments, [*starts, environment()])
         self._rows_path = self._workdir / "metrics.jsonl"
+        if self._rows_path.exists() and not (self._workdir / "config.json").exists():
+            raise ValueError(
+                f"workdir = {workdir} holds a run, but no config.json, so nobody knows which; "
+                "put it back, or use another workdir"
+            )
+        claim(self._workdir, config)
+        with _writing(self._workdir):
+            self._lock = _lock(self._workdir)
+        try:
+            with _writing(self._workdir):
+                starts = read_environments(self._workdir)
+                write_json(self._workdir / "environment.json", [*starts, environment()])
+        except ValueError:
+            self._lock.close()
+            raise
         self._rows = self._tensorboard = None
+        self._is_profiling = False
         self._show_progress = show_progress
         self._bar = tqdm(
             total=num_steps,
@@ -65,21 +85,51 @@ class Logbook:
             dynamic_ncols=True,
         )
 
-    def start(self, step):
-        """Goes on after `step`: rows of later steps, left by a run that was killed, are dropped."""
-        rows = [row for row in read_rows(self._rows_path) if row["step"] <= step]
-        write_text(self._rows_path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._rows = self._rows_path.open("a")
-        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
-        self._bar.update(step)
+    def start(self, step, rows=None):
+        """Goes on after `step`, wherever the log ends: rows of later steps are dropped.
+
+        Args:
+          step: number of steps done.
+          rows: what `flush` returned at that step; None where that is not known.
+
+        Raises:
+          ValueError: the rows up to `step` are not what they were, or no row can be written.
+        """
+        path = self._rows_path
+        if rows is None:
+            kept = [row for row in read_rows(path) if row["step"] <= step]
+            kept = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        else:
+            kept = path.read_bytes()[: rows["bytes"]] if path.exists() else b""
+            if _mark(kept) != rows:
+                raise ValueError(
+                    f"{path} is damaged: its rows up to step {step} are not those that were there when step "
+                    f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
+                )
+        with _writing(self._workdir):
+            if self._rows is not None:
+                self._rows.close()
+            write_text(path, kept.decode())
+            self._rows = path.open("a")
+            self._tensorboard = self._tensorboard or _Events(self._workdir / "tensorboard")
+            self._tensorboard.begin(step + 1)
+        self._mark = _mark(kept)
+        self._bar.update(step - self._bar.n)
         self._bar.unpause()  # the time left is reckoned from here
 
     def write(self, step, values):
-        """Adds a row: {name: number}."""
-        self._rows.write(json.dumps({"step": step} | values) + "\n")
-        self._rows.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        """Adds a row: {name: number}.
+
+        Raises:
+          ValueError: it cannot be written.
+        """
+        row = json.dumps({"step": step} | values) + "\n"
+        with _writing(self._workdir):
+            self._rows.write(row)
+            self._rows.flush()
+            self._mark = _mark(row.encode(), self._mark)
+            for name, value in values.items():
+                self._tensorboard.write(step, summary=summary.scalar(name, value))
 
     def progress(self, step, values, images_per_second):
         """Shows where the run stands; on a terminal as a bar."""
@@ -96,30 +146,94 @@ class Logbook:
         if self._show_progress:
             tqdm.write(message, file=sys.stderr)
 
+    def start_profile(self):
+        """Starts to note what the devices and the host do."""
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # thousands of Python's own calls would hide all others
+        directory = self._workdir / "profile"
+        jax.profiler.start_trace(directory, create_perfetto_trace=True, profiler_options=options)
+        self._is_profiling = True
+
+    def stop_profile(self):
+        """Writes what was noted, if anything is."""
+        if self._is_profiling:
+            self._is_profiling = False
+            jax.profiler.stop_trace()
+
     def flush(self):
-        """Brings all rows to the disk."""
-        os.fsync(self._rows.fileno())
-        self._tensorboard.flush()
+        """Brings all rows to the disk.
+
+        Returns:
+          What `start` needs to know that it finds the same rows again: how many bytes, and their CRC-32.
+
+        Raises:
+          ValueError: they cannot be written, or are not in the workdir any more.
+        """
+        with _writing(self._workdir):
+            os.fsync(self._rows.fileno())
+            self._tensorboard.flush()
+            # An open file lives on when it is deleted, and all that is written goes nowhere.
+            if not self._rows_path.exists() or not os.path.samestat(
+                self._rows_path.stat(), os.fstat(self._rows.fileno())
+            ):
+                raise ValueError(
+                    f"{self._rows_path} was deleted or replaced by somebody else while this run wrote to it; "
+                    "what it did since its last checkpoint is lost"
+                )
+        return self._mark
 
     def close(self):
         """Ends the log."""
+        self.stop_profile()
         self._bar.close()
-        if self._rows is not None:
-            self._rows.close()
-            self._tensorboard.close()
+        # Something is left to write only where writing has failed before, which has been told.
+        for file in (self._rows, self._tensorboard):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
         self._lock.close()
+
+
+class _Events:
+    """An event file of TensorBoard.
+
+    tensorboardX's SummaryWriter writes from a thread, which dies on a full disk and leaves those who have
+    more to write waiting for ever.
+    """
+
+    def __init__(self, directory):
+        """Makes a file of a name of its own, after the second and the host."""
+        directory.mkdir(exist_ok=True)
+        self._file = event_file_writer.EventsWriter(str(directory / "events"))
+        self.write(0, file_version="brain.Event:2")
+
+    def begin(self, first_step):
+        """Has TensorBoard forget `first_step` and what follows, of all that was written before."""
+        status = event_pb2.SessionLog.SessionStatus.START
+        self.write(first_step, session_log=event_pb2.SessionLog(status=status))
+        self.flush()
+
+    def write(self, step, **content):
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
 
 
 def claim(workdir, config):
     """Makes `workdir` belong to `config`.
 
     Raises:
-      ValueError: it belongs to another config (the message shows what differs), or it cannot be written.
+      ValueError: it belongs to another config (the message shows what differs), its config.json is damaged,
+        or it cannot be written.
     """
     path = pathlib.Path(workdir) / "config.json"
-    config = json.loads(json.dumps(config))
+    config = json.loads(json.dumps(config))  # tuples are lists there
     if path.exists():
-        lines = differences(json.loads(path.read_text()), config)
+        lines = differences(read_json(path, dict, PUT_BACK), config)
         if lines:
             raise ValueError(
                 f"workdir = {workdir} belongs to another config:\n  "
@@ -127,9 +241,16 @@ def claim(workdir, config):
                 + "\nUse another workdir, or the config that this one was started with"
             )
         return
-    try:
+    with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+    """Raises ValueError, naming the workdir, where the disk says no: its own words may name no file."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"workdir = {workdir} cannot be written: {error}") from error
 
@@ -200,10 +321,79 @@ def _commit():
 
 
 def read_rows(path):
-    """The rows of a metrics file; a last line that a kill cut short is left out."""
+    """The rows of a metrics file; a last line that a kill cut short is left out.
+
+    Raises:
+      ValueError: another line is no row; the message has its number.
+    """
     path = pathlib.Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise ValueError(f"{path} is damaged in line {number}: {error}") from error
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{path} is damaged in line {number}: it has no step")
+        rows.append(row)
+    return rows
+
+
+def _mark(data, before=None):
+    """Number of bytes and CRC-32 of `data`, behind data of which `before` is the mark."""
+    before = before or {"bytes": 0, "crc32": 0}
+    return {"bytes": before["bytes"] + len(data), "crc32": zlib.crc32(data, before["crc32"])}
+
+
+def read_environments(workdir):
+    """What `environment` said at each start of a run.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = pathlib.Path(workdir) / "environment.json"
+    return read_json(path, list, ANEW) if path.exists() else []
+
+
+def read_result(workdir):
+    """The content of a run's result.json.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = pathlib.Path(workdir) / "result.json"
+    result = read_json(path, dict, ANEW)
+    needed = {"finished": {"step", "metrics", "seconds"}, "diverged": {"step", "checkpoint"}}
+    status = str(result.get("status"))
+    if status not in needed or not needed[status] <= result.keys():
+        raise ValueError(f"{path} is damaged (it is no result of a run); {ANEW}")
+    return result
+
+
+def write_result(workdir, result):
+    """Writes a run's result.json; raises ValueError where that is not possible."""
+    with _writing(workdir):
+        write_json(pathlib.Path(workdir) / "result.json", result)
+
+
+def read_json(path, kind, remedy):
+    """What a JSON file holds.
+
+    Args:
+      path: of the file.
+      kind: the type that it should hold, dict or list.
+      remedy: what to do about a damaged one, for the message.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged (it holds no {kind.__name__}); {remedy}")
+    return value
 
 
 def write_json(path, value):
@@ -214,8 +404,12 @@ def write_json(path, value):
 def write_text(path, text):
     """Writes a file as a whole or not at all."""
     draft = path.with_name(path.name + ".draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

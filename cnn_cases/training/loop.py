@@ -7,7 +7,6 @@ comes from process 0, which alone has a log and checkpoints.
 import collections
 import contextlib
 import itertools
-import json
 import math
 import pathlib
 import signal
@@ -30,23 +29,17 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints
-from cnn_cases.training.logbook import Logbook, claim, differences, environment, write_json
+from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_result
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
+from cnn_cases.training.running import DivergedError, Running, check_finite
 from cnn_cases.training.state import init_state
 
 # A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
 MAX_EVAL_BATCH_SIZE = 100_000
 
-RUNNING = ("loss", "error", "grad_norm")
-
-
-class DivergedError(ArithmeticError):
-    """The loss or the gradient is no longer a finite number; `step` says since when."""
-
-    def __init__(self, message, step):
-        super().__init__(message)
-        self.step = step
+ON_NONFINITE = ("stop", "skip", "rewind")
+MAX_REWINDS = 3  # to one checkpoint
 
 
 class InterruptedRun(BaseException):
@@ -66,13 +59,14 @@ class Silence:
     def _nothing(self, *_):
         return None
 
-    write = progress = say = start = flush = close = save = restore = _nothing
+    write = progress = say = start = flush = close = save = wait = restore = _nothing
+    start_profile = stop_profile = _nothing
 
 
 class Program(NamedTuple):
     """All of a run that does not depend on its seed; runs that share it share the compiled steps.
 
-    `devices` are those of this process.
+    `devices` are those of this process; `train_steps` is the function that `train` is made of.
     """
 
     model: Any
@@ -80,6 +74,7 @@ class Program(NamedTuple):
     schedule: Any
     feed: Any
     arrays: Any
+    train_steps: Any
     train: Any
     evaluate: Any
     predict: Any
@@ -115,7 +110,8 @@ def make_program(config, devices=None):
         axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
     )
     optimizer = dict(**config.optimizer)
-    schedule = make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule)
+    # Compiled: the first row of the log would wait for five small compilations else, a third of a second.
+    schedule = jax.jit(make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule))
     tx = make_optimizer(schedule, **optimizer)
     loss_settings = dict(**config.loss)
     side_weight = loss_settings.pop("side_weight")
@@ -130,6 +126,7 @@ def make_program(config, devices=None):
         num_microbatches=config.num_microbatches,
         ema_decay=config.ema_decay,
         own_dropout=not config.sync_batch_norm,
+        skip_nonfinite=config.on_nonfinite == "skip",
     )
     eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
     return Program(
@@ -138,6 +135,7 @@ def make_program(config, devices=None):
         schedule=schedule,
         feed=feed,
         arrays=devices_lib.replicate(feed.arrays, devices),
+        train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),
         evaluate=devices_lib.pmap_eval(eval_step, devices),
         predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
@@ -186,11 +184,17 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       show_progress: tell on the standard error output how the run goes.
 
     Returns:
-      The content of result.json: {"status": "finished", "step", "metrics", "seconds" since the last start}.
+      The content of result.json: {"status": "finished", "step", "metrics", "nonfinite": the steps that were
+      skipped, or that led to a rewind, "seconds" since the last start}.
 
     Raises:
-      ValueError: the config is not possible, the workdir belongs to another one, or the processes differ.
-      DivergedError: the loss or the gradient became NaN or infinite; the last good checkpoint is kept.
+      ValueError: the config is not possible, the workdir belongs to another one, cannot be written or is
+        damaged, or the processes differ.
+      OSError: a checkpoint could not be saved.
+      DivergedError: the loss, the gradient or the state became NaN or infinite, and by `on_nonfinite` the run
+        is over. The last good checkpoint is kept, and result.json says what `cnn_cases.replay` needs:
+        {"status": "diverged", "step", "reason", "checkpoint": step of the last one,
+        "seed_of_batches", "examples": places in the training split of those in the step's batch, "seconds"}.
       InterruptedRun: SIGTERM or SIGINT came, to whichever process; the run was saved.
     """
     started = time.monotonic()
@@ -211,43 +215,20 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     program, state = devices_lib.lead_first(lambda: _make_start(config, program))
     log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
-        restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
-        step, state, extra = restored or (0, state, {"window": [], "final": None})
-        step, extra = devices_lib.from_lead(lambda: (step, extra))
-        state = devices_lib.broadcast(state)
-        if restored:
-            log.say(f"{workdir}: resuming after step {step}")
-        log.start(step)
-        try:
-            final = extra["final"]
-            if final is None:
-                with contextlib.closing(program.feed.train_batches(config.seed, step)) as batches:
-                    final = _train(
-                        config,
-                        program,
-                        step,
-                        state,
-                        batches,
-                        extra["window"],
-                        log=log,
-                        checkpoints=checkpoints,
-                        stop=stop,
-                    )
-        except DivergedError as error:
-            result = {"status": "diverged", "step": error.step}
-            devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
-            kept = devices_lib.from_lead(lambda: checkpoints.all_steps())
-            where = (
-                f"the last good checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
+        result = _train_to_the_end(
+            config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
+        )
+        result["seconds"] = round(time.monotonic() - started, 2)
+        devices_lib.from_lead(lambda: write_result(workdir, result))
+        if result["status"] == "diverged":
+            kept = result["checkpoint"]
+            raise DivergedError(
+                f"{workdir}: the training diverged at step {result['step']}: {result['reason']}; "
+                + (f"the last good checkpoint is of step {kept}" if kept else "there is no checkpoint yet")
+                + f"; see where: python -m cnn_cases.replay --workdir={workdir} --step={result['step']}",
+                result["step"],
             )
-            raise DivergedError(f"{workdir}: {error}; {where}", error.step) from None
-        result = {
-            "status": "finished",
-            "step": config.num_steps,
-            "metrics": final,
-            "seconds": round(time.monotonic() - started, 2),
-        }
-        devices_lib.from_lead(lambda: write_json(workdir / "result.json", result))
+        final = result["metrics"]
         log.say(f"{workdir}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
     number = max(devices_lib.gather(stop.number))
     if number:  # it came too late for this run, but there may be others
@@ -274,11 +255,16 @@ def _check_alike(config):
 def _make_start(config, program):
     """The program, made where it is None, and the state before the first step."""
     program = program or make_program(config)
-    state = init_state(
-        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
-    )
+    state = first_state(config, program)
     check_protocol(program, state, config.evaluation.protocol)
     return program, state
+
+
+def first_state(config, program):
+    """The state before the first step."""
+    return init_state(
+        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
+    )
 
 
 def _open(workdir, config, show_progress):
@@ -295,18 +281,86 @@ def _open(workdir, config, show_progress):
     return log, Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
 
 
-def _train(config, program, first_step, state, batches, window, *, log, checkpoints, stop):
-    """The steps from `first_step` to the last, on `batches`; returns the final evaluation.
+def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop):
+    """Trains from the last checkpoint, or from `state`, to the end; returns what result.json is to hold.
 
-    `window` holds the metrics of the steps since the last row, as lists in the order of RUNNING. It is saved
-    with the state, so that the row in which a run was stopped is the row of an unbroken run.
+    A training that rewinds comes by its checkpoint more than once, each time with other batches. How often,
+    and so with which, does not depend on whether it was stopped in between: a checkpoint holds the steps
+    that had gone wrong before it, and those after it go wrong again.
     """
+    nonfinite = []
+    while True:
+        step, state, extra = _restore(state, log, checkpoints)
+        nonfinite = extra["nonfinite"] + [number for number in nonfinite if number > step]
+        rewinds = len(nonfinite) if config.on_nonfinite == "rewind" else 0
+        seed = _seed_of_batches(config.seed, rewinds)
+        if step:
+            log.say(f"{workdir}: resuming after step {step}" + f", rewind {rewinds}" * bool(rewinds))
+        final = extra["final"]
+        try:
+            if final is None:
+                with contextlib.closing(program.feed.train_batches(seed, step)) as batches:
+                    final = _train(
+                        config,
+                        program,
+                        step,
+                        state.replace(seed=np.int32(seed)),
+                        batches,
+                        Running(extra["window"], nonfinite),
+                        log=log,
+                        checkpoints=checkpoints,
+                        stop=stop,
+                    )
+            devices_lib.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
+        except DivergedError as error:
+            devices_lib.from_lead(checkpoints.wait)
+            kept = max(devices_lib.from_lead(checkpoints.all_steps), default=0)
+            nonfinite.append(error.step)
+            if config.on_nonfinite == "rewind" and sum(one > kept for one in nonfinite) <= MAX_REWINDS:
+                log.say(f"step {error.step}: {error}; going back to step {kept}")
+                state = first_state(config, program)  # the one before has been given away
+                continue
+            return {
+                "status": "diverged",
+                "step": error.step,
+                "reason": str(error),
+                "checkpoint": kept,
+                "seed_of_batches": seed,
+                "examples": program.feed.training_examples(seed, error.step - 1).tolist(),
+            }
+        return {
+            "status": "finished",
+            "step": config.num_steps,
+            "metrics": final,
+            "nonfinite": nonfinite,
+        }
+
+
+def _restore(state, log, checkpoints):
+    """(step, state, what was saved with it) of the last checkpoint, where the log begins anew.
+
+    Process 0 reads it for all.
+    """
+    restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
+    step, state, extra = restored or (0, state, {"window": [], "nonfinite": [], "final": None, "rows": None})
+    step, extra = devices_lib.from_lead(lambda: (step, extra))
+    devices_lib.lead_first(lambda: log.start(step, extra["rows"]))
+    return step, devices_lib.broadcast(state), extra
+
+
+def _seed_of_batches(seed, rewinds):
+    """The seed of data order, augmentation and dropout after so many rewinds."""
+    return int(np.random.default_rng((seed, rewinds)).integers(2**31)) if rewinds else seed
+
+
+def _train(config, program, first_step, state, batches, running, *, log, checkpoints, stop):
+    """The steps from `first_step` to the last, on `batches`; returns the final evaluation."""
     num_devices = len(program.devices)
     ahead = devices_lib.calls_ahead(program.devices)
     state = devices_lib.replicate(state, program.devices)
     under_way = collections.deque()  # (steps done, metrics still on the devices, signal likewise)
     clock, timed_steps = time.monotonic(), 0  # since the last row, evaluation or checkpoint
-    largest = devices_lib.pmap_largest(program.devices) if devices_lib.is_one_of_several() else None
+    of_all = devices_lib.pmap_largest(program.devices) if devices_lib.is_one_of_several() else None
     heard = 0  # the signal that came to any process, as of the last call that was collected
 
     def collect(at_most):
@@ -315,29 +369,36 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
         while len(under_way) > at_most:
             step, metrics, number = under_way.popleft()
             metrics, heard = jax.device_get(metrics), int(number)
-            rows = np.stack([metrics[name] for name in RUNNING], axis=1).tolist()
-            for number, row in enumerate(rows, start=step - len(rows) + 1):
-                _check_finite(number, dict(zip(RUNNING, row, strict=True)))
-            window.extend(rows)
-            timed_steps += len(rows)
+            for line in running.add(step, metrics):
+                log.say(line)
+            timed_steps += len(metrics["loss"])
             if step % config.log_every_steps == 0 or step == config.num_steps:
-                means = {
-                    f"running/{name}": _mean(column)
-                    for name, column in zip(RUNNING, zip(*window, strict=True), strict=True)
-                }
-                log.write(step, means | {"learning_rate": float(program.schedule(step - 1))})
-                seconds = time.monotonic() - clock
-                log.progress(step, means, timed_steps * config.batch_size / seconds)
+                means = running.take()
+                values = means | {"learning_rate": float(program.schedule(step - 1))}
+                if config.on_nonfinite == "skip":
+                    before = (step - 1) // config.log_every_steps * config.log_every_steps
+                    values["running/skipped"] = sum(number > before for number in running.nonfinite)
+                log.write(step, values)
+                if means:
+                    seconds = time.monotonic() - clock
+                    log.progress(step, means, timed_steps * config.batch_size / seconds)
                 clock, timed_steps = time.monotonic(), 0
-                window.clear()
 
     final = None
     for before in range(first_step, config.num_steps, config.steps_per_call):
         step = before + config.steps_per_call
+        if before + 1 in config.profile_steps[:1]:
+            collect(0)
+            log.start_profile()
         stacked = jax.tree.map(_stack, *itertools.islice(batches, config.steps_per_call))
-        state, metrics = program.train(state, program.arrays, devices_lib.shard(stacked, num_devices, axis=1))
-        under_way.append((step, metrics, largest(stop.number) if largest else 0))
+        stacked = devices_lib.shard(stacked, num_devices, axis=1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = program.train(state, program.arrays, stacked)
+        under_way.append((step, metrics, of_all(stop.number, metrics) if of_all else 0))
         collect(ahead)
+        if step in config.profile_steps[1:]:
+            collect(0)
+            log.stop_profile()
 
         last = step == config.num_steps
         values = {}
@@ -351,7 +412,7 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
                     size = config.evaluation.batch_size
                     scores = _scores(*predict(program, state, split, protocol, batch_size=size))
                     values |= {f"{split}/{protocol}/{name}": value for name, value in scores.items()}
-            _check_finite(step, values)
+            check_finite(step, values)
             log.write(step, values)
             log.say(
                 f"step {step}/{config.num_steps}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
@@ -359,14 +420,18 @@ def _train(config, program, first_step, state, batches, window, *, log, checkpoi
             final = values if last else None
             clock, timed_steps = time.monotonic(), 0
         # Read once: it can come at any moment. Several processes go by what all have heard at the same step.
-        stopping = heard if largest else stop.number
+        stopping = heard if of_all else stop.number
         if last or stopping or _is_due(step, config.checkpoint.every_steps):
             collect(0)
             # The metrics of a step are those before its update, which may have gone wrong itself.
-            _check_finite(step, {"largest parameter": _largest(state.params)})
-            log.flush()
-            error = values.get(f"{config.checkpoint.best_on}/error")
-            checkpoints.save(step, state, {"window": list(window), "final": final}, error)
+            check_finite(step, {"largest number of the state": largest(state)})
+            extra = {
+                "window": [*running.window],
+                "nonfinite": [*running.nonfinite],
+                "final": final,
+                "rows": log.flush(),
+            }
+            checkpoints.save(step, state, extra, values.get(f"{config.checkpoint.best_on}/error"))
             clock, timed_steps = time.monotonic(), 0
         if stopping and not last:
             name = signal.Signals(stopping).name
@@ -429,24 +494,15 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
     )
 
 
-def _check_finite(step, values):
-    if not all(map(math.isfinite, values.values())):
-        named = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise DivergedError(f"the training diverged at step {step}: {named}", step)
-
-
-def _largest(params):
-    """The largest absolute value of all parameters; NaN where there is any."""
-    return float(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(params)]).max())
+def largest(state):
+    """The largest absolute value of all numbers of a state but its counters; NaN where there is any."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return float(jnp.stack([jnp.abs(leaf).max() for leaf in leaves]).max())
 
 
 def _stack(*leaves):
     """np.stack, without a copy of a single one: images that stream are large."""
     return np.stack(leaves) if leaves[1:] else leaves[0][None]
-
-
-def _mean(values):
-    return math.fsum(values) / len(values)
 
 
 def _is_due(step, every_steps):
@@ -474,8 +530,16 @@ def _check_numbers(config, num_devices):
                 f"{key} = {value} must be {zero}a positive multiple of "
                 f"steps_per_call = {config.steps_per_call}"
             )
+    if config.profile_steps and not _are_ends(config.profile_steps, config):
+        raise ValueError(
+            f"profile_steps = {config.profile_steps} must be (first, last) step, from 1 to num_steps = "
+            f"{config.num_steps}, of whole calls of steps_per_call = {config.steps_per_call}; or ()"
+        )
     if config.checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
+    for role in config.data.splits:
+        if not role.isidentifier():  # it becomes part of a file's name
+            raise ValueError(f"data.splits names {role!r}; such a name must be a word, as 'test' is")
     for key in ("splits", "final_splits"):
         for split in config.evaluation[key]:
             if split not in config.data.splits:
@@ -487,6 +551,10 @@ def _check_numbers(config, num_devices):
         raise ValueError(
             f"checkpoint.best_on = {best_on!r} is not evaluated on the way; "
             f"set it to '' or to one of evaluation.splits = {splits}"
+        )
+    if config.on_nonfinite not in ON_NONFINITE:
+        raise ValueError(
+            f"on_nonfinite = {config.on_nonfinite!r} is unknown; known: {', '.join(ON_NONFINITE)}"
         )
     if config.num_microbatches < 1:
         raise ValueError(f"num_microbatches = {config.num_microbatches} must be 1 or more")
@@ -509,12 +577,21 @@ def _check_numbers(config, num_devices):
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 
 
+def _are_ends(steps, config):
+    """Whether `steps` are the first and the last one of some calls of the training."""
+    if len(steps) != 2:
+        return False
+    first, last = steps
+    per_call = config.steps_per_call
+    return 1 <= first <= last <= config.num_steps and (first - 1) % per_call == last % per_call == 0
+
+
 def _earlier_result(workdir, config):
     """The content of result.json; None where this run has not ended before."""
     if not (workdir / "result.json").exists():
         return None
     claim(workdir, config.to_dict())
-    return json.loads((workdir / "result.json").read_text())
+    return read_result(workdir)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ def make_train_steps(
     num_microbatches=1,
     ema_decay=0.0,
     own_dropout=False,
+    skip_nonfinite=False,
 ):
     """A function that does several training steps in one call.
 
@@ -33,12 +34,14 @@ def make_train_steps(
         depend on the number of devices.
       ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average.
       own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
+      skip_nonfinite: leave the state as it is, but for its counters, where the loss, the gradient or any
+        number of the new state is NaN or infinite.
 
     Returns:
       (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...];
       those of `metrics` [steps]: "loss" (mean over the examples, without the weight decay and the side
       branches), "error" (fraction; of a mixed example, the class with the larger share is the right one) and
-      "grad_norm", of the global batch and before the step's update.
+      "grad_norm", of the global batch and before the step's update; and "skipped", whether the update was.
     """
 
     def gradient(state, arrays, batch, batch_stats, augment_key, dropout_key):
@@ -92,14 +95,19 @@ def make_train_steps(
             ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
         else:
             ema_params = state.ema_params
-        state = state.replace(
+        updated = state.replace(
             step=state.step + 1,
             params=params,
             ema_params=ema_params,
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
+        skipped = jnp.bool_(False)
+        if skip_nonfinite:
+            skipped = ~_all_finite((updated, metrics))
+            updated = jax.tree.map(lambda new, old: _unless(skipped, new, old), updated, state)
+        return updated, metrics | {"skipped": skipped}
 
     def train_steps(state, arrays, batches):
         if jax.tree.leaves(batches)[0].shape[0] == 1:
@@ -109,6 +117,15 @@ def make_train_steps(
         return lax.scan(lambda state, batch: train_step(state, arrays, batch), state, batches)
 
     return train_steps
+
+
+def _all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _unless(skipped, new, old):
+    """The new leaf, or the old one where the step was skipped. Counters go on: schedules are read by them."""
+    return jnp.where(skipped, old, new) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
 
 def step_keys(seed, step):

@@ -6,17 +6,26 @@ import pytest
 
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
+from cnn_cases.training import devices
 
 AUGMENT = {"pad": 0, "flip": False}
 
 
-def make_feed(num_train=23, num_test=11, batch_size=5, eval_batch_size=4, process=(0, 1), **augment):
+def make_feed(
+    num_train=23, num_test=11, batch_size=5, eval_batch_size=4, process=(0, 1), axis_name=None, **augment
+):
     def split(size, seed):
         rng = np.random.default_rng(seed)
         return rng.integers(0, 256, (size, 4, 4, 3), np.uint8), rng.integers(0, 10, size).astype(np.int32)
 
     splits = {"train": split(num_train, 0), "test": split(num_test, 1)}
-    pixels = make_pixels(splits["train"][0], normalization="none", augment=AUGMENT | augment, num_classes=10)
+    pixels = make_pixels(
+        splits["train"][0],
+        normalization="none",
+        augment=AUGMENT | augment,
+        num_classes=10,
+        axis_name=axis_name,
+    )
     return ResidentFeed(
         splits,
         num_classes=10,
@@ -92,6 +101,37 @@ def test_a_batch_holds_the_images_and_labels_of_its_indices():
     image, label = prepared(feed, batch)
     np.testing.assert_allclose(image, feed.arrays["image"][batch["index"]] / 255, atol=1e-6)
     np.testing.assert_array_equal(label, feed.arrays["label"][batch["index"]])
+
+
+EXACT = {
+    "pad": 1, "flip": True, "lighting": 0.1, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3,
+    "shift": 1.0, "scale": 0.1, "squeeze": 0.1, "shear": 0.1, "cutout": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("augment", "atol"),
+    [
+        ({}, 0),
+        (EXACT, 0),
+        (EXACT | {"cutmix": 1.0}, 0),
+        ({"elastic": 5.0, "mixup": 0.4}, 1e-6),  # jax 0.11 rounds their sums by the shape of the batch
+    ],
+    ids=["none", "alone", "cutmix", "sums"],
+)
+def test_order_and_augmentation_are_the_same_on_any_number_of_devices(augment, atol):
+    feed = make_feed(num_train=29, batch_size=24, axis_name=devices.AXIS, **augment)
+    (batch,) = first_batches(feed, 0, 1, first_step=3)
+    seen = []
+    for count in (1, 2, 4):
+        prepare = jax.pmap(feed.prepare, devices.AXIS, in_axes=(None, 0, None), devices=jax.devices()[:count])
+        parts = prepare(feed.arrays, devices.shard(batch, count), jax.random.key(0))
+        seen.append([np.concatenate(np.asarray(leaf)) for leaf in parts])
+    for image, label in seen[1:]:
+        np.testing.assert_allclose(image, seen[0][0], rtol=0, atol=atol)
+        np.testing.assert_array_equal(label, seen[0][1])
+    plain = feed.arrays["image"][batch["index"]] / 255
+    assert np.allclose(seen[0][0], plain, atol=1e-6) == (not augment)
 
 
 def test_augmentation_happens_in_training_alone():

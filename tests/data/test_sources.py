@@ -1,4 +1,8 @@
+import errno
 import importlib.util
+import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -171,6 +175,109 @@ def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog
     images, _, _ = sources.load_split("digits", "test", str(prepared))
     assert len(images) == 355
     assert "decoded/test-image.npy is not kept for the next start" in caplog.text
+
+
+def test_a_full_disk_costs_only_the_copy_and_leaves_no_part_of_it(prepared, monkeypatch, caplog):
+    shutil.rmtree(next(prepared.rglob("decoded")))
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    images, _, _ = sources.load_split("digits", "test", str(prepared))
+    assert len(images) == 355
+    assert "decoded/test-image.npy is not kept for the next start: " in caplog.text
+    assert list(next(prepared.rglob("decoded")).iterdir()) == []
+
+
+class Bomb:
+    """What leaves a file where it is unpickled."""
+
+    def __init__(self, trace):
+        self._trace = str(trace)
+
+    def __reduce__(self):
+        return (open, (self._trace, "w"))
+
+
+def test_a_pickle_among_the_decoded_images_is_not_read(prepared, tmp_path):
+    whole, _, _ = sources.load_split("digits", "train", str(prepared))
+    trace = tmp_path / "trace"
+    planted = np.array([Bomb(trace)], dtype=object)
+    (copy,) = prepared.rglob("train-image.npy")
+    for plant in (
+        lambda: np.save(copy, planted, allow_pickle=True),
+        lambda: copy.write_bytes(pickle.dumps(Bomb(trace))),
+    ):
+        plant()
+        sources.load_split.cache_clear()
+        again, _, _ = sources.load_split("digits", "train", str(prepared))
+        np.testing.assert_array_equal(again, whole)
+        np.savez(copy.with_name("statistics.npz"), allow_pickle=True, mean=planted)
+        mended = sources.computed_once("digits", str(prepared), "statistics", lambda: {"mean": np.ones(1)})
+        assert mended["mean"] == np.ones(1)
+        assert not trace.exists()
+    np.save(copy, planted, allow_pickle=True)
+    np.load(copy, allow_pickle=True)[0].close()
+    assert trace.exists(), "the bomb works"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "/etc/x",
+        "digits/..",
+        "digits/../x",
+        "huggingface:mnist",
+        "name_space:set",
+        "digits/data_dir=x",
+        "",
+    ],
+)
+def test_a_name_that_leads_elsewhere_is_refused_before_tfds_sees_it(name, monkeypatch):
+    monkeypatch.setattr(tfds, "builder", pytest.fail)
+    with pytest.raises(ValueError, match=rf"data.name = '{re.escape(name)}' is no name of a TFDS data set"):
+        sources.load_split(name, "train")
+
+
+@pytest.fixture
+def strange(prepared):
+    """A prepared set of a stranger's: the digits under a name that no code knows. Their directory."""
+    directory = prepared / "strange" / "1.0.0"
+    shutil.copytree(prepared / "digits" / "1.0.0", directory)
+    shutil.rmtree(directory / "decoded")
+    for file in directory.glob("digits-*"):
+        file.rename(file.with_name(file.name.replace("digits-", "strange-")))
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps(info | {"name": "strange"}))
+    return directory
+
+
+def test_a_set_without_code_of_its_own_can_be_read(strange, prepared):
+    images, _, _ = sources.load_split("strange", "test", str(prepared))
+    assert len(images) == 355
+    assert (strange / "decoded").exists()
+
+
+def test_no_module_is_imported_that_a_set_names(strange, prepared, monkeypatch):
+    (prepared / "stranger.py").write_text("raise SystemExit('the module was imported')")
+    monkeypatch.syspath_prepend(str(prepared))
+    features = strange / "features.json"
+    ours = "tensorflow_datasets.core.features.class_label_feature"
+    assert ours in features.read_text()
+    features.write_text(features.read_text().replace(ours, "stranger"))
+    with pytest.raises(ValueError, match=r"data\.name = 'strange' .* names the class stranger.ClassLabel"):
+        sources.load_split("strange", "test", str(prepared))
+
+
+def test_no_split_of_a_set_leads_out_of_its_directory(strange, prepared):
+    info = json.loads((strange / "dataset_info.json").read_text())
+    info["splits"][0]["name"] = "../../x"
+    (strange / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"has a split of the name '\.\./\.\./x', which is no word"):
+        sources.load_split("strange", "all", str(prepared))
 
 
 def test_what_was_computed_of_a_set_is_kept_with_it(prepared):

@@ -222,6 +222,16 @@ def test_a_record_of_another_study_is_refused(finished, data_dir):
         sweep.make_record(tiny_study(data_dir, seeds=(0,)), finished)
 
 
+def test_no_value_of_a_grid_takes_a_run_out_of_its_study(data_dir):
+    names = ("imagenette/320px-v2", "../../x", "/etc/x")
+    runs = sweep.expand(tiny_study(data_dir, grid=(("data.name", names),), seeds=(0,)))
+    assert [run.name for run in runs] == [
+        "name-imagenette-320px-v2_seed-0",
+        "name-..-..-x_seed-0",
+        "name--etc-x_seed-0",
+    ]
+
+
 def test_a_training_config_is_no_study(config):
     with pytest.raises(ValueError, match="this is no study: it has no base and no grid and no seeds"):
         sweep.expand(config)

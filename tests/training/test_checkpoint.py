@@ -1,5 +1,9 @@
+import errno
+import json
 import logging
+import os
 import pathlib
+import pickle
 import random
 import shutil
 
@@ -7,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_cases.training import checkpoint
 from cnn_cases.training.checkpoint import Checkpoints
 
 
@@ -54,22 +59,25 @@ def test_nothing_saved_is_nothing_restored(tmp_path):
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    save(tmp_path, [1, 2, 3, 4, 5, 6], errors={1: 0.5, 2: 0.1, 3: 0.3, 5: 0.4})
-    assert names(tmp_path) == ["2", "5", "6"]
+    save(tmp_path / "run", [1, 2, 3, 4, 5, 6], errors={1: 0.5, 2: 0.1, 3: 0.3, 5: 0.4})
+    assert names(tmp_path / "run") == ["2", "5", "6"]
 
 
 def test_the_best_is_kept_by_those_who_come_later(tmp_path):
-    save(tmp_path, [1, 2, 3], keep_last=1, errors={1: 0.1, 2: 0.5, 3: 0.5})
-    save(tmp_path, [4, 5], keep_last=1, errors={4: 0.3})
-    assert names(tmp_path) == ["1", "5"]
-    save(tmp_path, [6], keep_last=1, errors={6: 0.05})
-    assert names(tmp_path) == ["6"]
+    directory = tmp_path / "checkpoints"
+    save(directory, [1, 2, 3], keep_last=1, errors={1: 0.1, 2: 0.5, 3: 0.5})
+    save(directory, [4, 5], keep_last=1, errors={4: 0.3})
+    assert names(directory) == ["1", "5"]
+    save(directory, [6], keep_last=1, errors={6: 0.05})
+    assert names(directory) == ["6"]
 
 
 def test_what_else_lies_there_does_no_harm(tmp_path):
-    tmp_path.joinpath(".DS_Store").write_text("a file of somebody else's")
-    save(tmp_path, [1])
-    assert_is(restore(tmp_path), 1)
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    (directory / ".DS_Store").write_text("a file of somebody else's")
+    save(directory, [1])
+    assert_is(restore(directory), 1)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +136,106 @@ def test_when_all_are_damaged_nothing_starts_anew(two_checkpoints, tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: step 8: .*; step 4: "):
         restore(tmp_path / "checkpoints")
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage", [truncate, pathlib.Path.unlink, flip_a_bit])
+def test_notes_that_have_no_checksum_hold_no_values(damage, two_checkpoints, tmp_path):
+    newest = two_checkpoints / "checkpoints" / "8"
+    notes = [
+        path for path in newest.rglob("*") if path.name in ("_CHECKPOINT_METADATA", "commit_success.txt")
+    ]
+    assert len(notes) == 4
+    for number, note in enumerate(notes):
+        copy = tmp_path / str(number)
+        shutil.copytree(two_checkpoints, copy)
+        damage(copy / note.relative_to(two_checkpoints))
+        assert_is(restore(copy / "checkpoints"), 8)
+
+
+def test_checkpoints_that_were_deleted_are_missed(two_checkpoints, tmp_path, caplog):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    directory = tmp_path / "checkpoints"
+    shutil.rmtree(directory / "8")
+    with caplog.at_level(logging.WARNING, "cnn_cases"):
+        assert_is(restore(directory), 4)
+    assert "checkpoint 8 is gone; going on from step 4" in caplog.text
+    caplog.clear()
+    assert_is(restore(directory), 4)
+    assert not caplog.text, "told once"
+    for gone in (directory / "4", directory):
+        shutil.rmtree(gone)
+        with pytest.raises(ValueError, match=r"no checkpoint is left in .*, though one of step 4 was saved"):
+            restore(directory)
+
+
+def test_a_note_of_the_newest_that_is_no_number_is_an_error(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "newest_checkpoint").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"newest_checkpoint is damaged: .* write that step into it"):
+        restore(tmp_path / "checkpoints")
+    (tmp_path / "newest_checkpoint").unlink()  # as of a run from before there was one
+    assert_is(restore(tmp_path / "checkpoints"), 8)
+    assert (tmp_path / "newest_checkpoint").read_text() == "8\n"
+
+
+@pytest.mark.parametrize("is_closing", [True, False])
+def test_a_save_that_failed_is_told_in_one_line_at_the_next_chance(is_closing, tmp_path, monkeypatch):
+    directory = tmp_path / "checkpoints"
+    save(directory, [1])
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    checkpoints = Checkpoints(directory, 2)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_checksums", full)  # which is called in the thread that saves
+    checkpoints.save(2, state_of(2), {})
+    message = (
+        r"step 2 could not be saved in .* \(.*No space left on device\); the last one there is of step 1; "
+    )
+    with pytest.raises(OSError, match=message) as caught:
+        checkpoints.close() if is_closing else checkpoints.save(3, state_of(3), {})
+    assert "\n" not in str(caught.value)
+    checkpoints.close()
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    assert_is(restore(directory), 1)
+
+
+def test_of_tensorstores_words_the_systems_are_told():
+    error = ValueError("RESOURCE_EXHAUSTED: Error writing [spec={...}] [os_error_code='28']")
+    assert checkpoint._reason(error) == "No space left on device"
+    assert checkpoint._reason(ValueError("else\nmore")) == "ValueError: else"
+
+
+class Bomb:
+    """What leaves a file where it is unpickled."""
+
+    def __init__(self, trace):
+        self._trace = str(trace)
+
+    def __reduce__(self):
+        return (open, (self._trace, "w"))
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(two_checkpoints, tmp_path):
+    trace = tmp_path / "trace"
+    bomb = pickle.dumps(Bomb(trace))
+    pickle.loads(bomb).close()
+    assert trace.exists(), "the bomb works"
+    trace.unlink()
+    files = [path for path in (two_checkpoints / "checkpoints" / "8").rglob("*") if path.is_file()]
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(two_checkpoints, copy)
+        planted, newest = copy / file.relative_to(two_checkpoints), copy / "checkpoints" / "8"
+        planted.write_bytes(bomb)
+        if planted.name != "checksums.json":  # a stranger's checksums are right
+            sums = checkpoint._checksums(newest)
+            sums.pop("checksums.json", None)
+            (newest / "checksums.json").write_text(json.dumps(sums))
+        restore(copy / "checkpoints")
+        assert not trace.exists(), file
 
 
 def test_keeping_none_is_refused(tmp_path):

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,12 +61,24 @@ def test_a_launchers_count_that_is_no_number_is_refused():
         ({"coordinator_address": "here"}, "coordinator_address = 'here' must be host:port"),
         ({"mode": "off"}, "distributed = 'off' is for one process"),
         ({"heartbeat_timeout_seconds": 0}, "heartbeat_timeout_seconds = 0 must be 1 or more"),
+        ({"meeting_timeout_seconds": 0}, "meeting_timeout_seconds = 0 must be 1 or more"),
     ],
 )
 def test_processes_that_cannot_meet_are_refused(settings, message):
     whole = {"coordinator_address": "localhost:1234", "num_processes": 2, "process_id": 0}
     with pytest.raises(ValueError, match=message):
         devices.join(**(settings if "num_processes" in settings else whole | settings))
+
+
+@pytest.mark.parametrize("flags", [None, "--xla_gpu_deterministic_ops=false --xla_cpu_use_onednn=true"])
+def test_the_switch_for_reproducible_bits_is_xlas_and_keeps_what_the_user_says(flags, monkeypatch):
+    if flags is None:
+        monkeypatch.delenv("XLA_FLAGS")
+    else:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    devices.make_deterministic()
+    words = os.environ["XLA_FLAGS"].split()
+    assert words == [*(flags or "").split(), "--xla_gpu_deterministic_ops=true"]
 
 
 def test_a_process_alone_leads_and_asks_nobody():

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -70,17 +71,19 @@ def free_port():
         return one.getsockname()[1]
 
 
-def job(count, workdir, arguments, *, send=None, own=None, slurm=False):
+def job(count, workdir, arguments, *, send=None, own=None, own_environment=None, slurm=False):
     """Runs a job; returns [(exit code, error output)] of its processes.
 
     Args:
       send: {process: (signal, the number of steps after which it sends it to itself)}.
       own: {process: arguments of its own}.
+      own_environment: {process: variables of its own}.
       slurm: let the processes find each other as Slurm's do, and not by flags.
     """
     port, processes = free_port(), []
     for index in range(count):
         environment = os.environ | {"XLA_FLAGS": XLA_FLAGS, "PJRT_NPROC": "16", "JAX_PLATFORMS": "cpu"}
+        environment |= (own_environment or {}).get(index, {})
         command = [f"--workdir={workdir}", *arguments, *(own or {}).get(index, [])]
         if slurm:
             environment |= {
@@ -105,7 +108,11 @@ def job(count, workdir, arguments, *, send=None, own=None, slurm=False):
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=300)[1] for process in processes]
+    outputs = []
+    for index, process in enumerate(processes):
+        if (send or {}).get(index, (0, 0))[0] == signal.SIGSTOP:  # the others, which come first, have ended
+            process.kill()
+        outputs.append(process.communicate(timeout=300)[1])
     return [(process.returncode, errors) for process, errors in zip(processes, outputs, strict=True)]
 
 
@@ -164,6 +171,25 @@ def test_a_dead_process_ends_the_others_and_a_signal_to_one_saves_for_all(digits
     assert (unbroken / "metrics.jsonl").read_text().startswith(text)
 
 
+def test_a_silent_process_ends_the_others(digits, tmp_path):
+    arguments = [*digits[1], "--heartbeat_timeout_seconds=2"]
+    outcome = job(2, tmp_path, arguments, send={1: (signal.SIGSTOP, 3)})
+    assert [code for code, _ in outcome] == [4, -signal.SIGKILL], outcome
+    assert "error: another process died, or is silent for 2 s" in outcome[0][1]
+    assert "Traceback" not in outcome[0][1]
+
+
+def test_a_process_that_waits_in_vain_for_the_others_ends(digits, tmp_path):
+    arguments = [*digits[1], "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1"]
+    command = [sys.executable, "train.py", f"--workdir={tmp_path}/run", *arguments]
+    ended = subprocess.run(
+        [*command, "--meeting_timeout_seconds=1"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 4, ended.stderr
+    assert "error: not all processes have come within 1 s; start all again" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_four_processes_share_a_stream(config, tmp_path):
     config.num_steps, config.batch_size, config.log_every_steps = 3, 16, 1
     config.data.feed = "stream"
@@ -179,11 +205,22 @@ def test_four_processes_share_a_stream(config, tmp_path):
     assert_alike(rows(tmp_path / "four"), rows(tmp_path / "one"))
 
 
-def test_processes_of_different_configs_are_refused(digits, tmp_path):
-    outcome = job(2, tmp_path / "run", digits[1], own={1: ["--config.optimizer.momentum=0.5"]})
+def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_path):
+    # What is installed is what its metadata say.
+    metadata = tmp_path / "packages/optax-0.0.1.dist-info/METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n")
+    outcome = job(
+        2,
+        tmp_path / "run",
+        digits[1],
+        own={1: ["--config.optimizer.momentum=0.5"]},
+        own_environment={1: {"PYTHONPATH": str(tmp_path / "packages")}},
+    )
     for code, errors in outcome:
         assert code == 2, errors
         assert "error: process 1 (here) is not like process 0 (there):" in errors
         assert "config.optimizer.momentum: 0.9 there, 0.5 here" in errors
+        assert re.search(r"versions.optax: '[^']+' there, '0.0.1' here", errors)
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()

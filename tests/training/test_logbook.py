@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import platform
@@ -41,6 +42,126 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path):
     path.write_text(path.read_text()[:-5])
     write_rows(tmp_path, 2, [3])
     assert [row["step"] for row in logbook.read_rows(path)] == [1, 3]
+
+
+def test_a_line_in_the_middle_that_is_no_row_is_an_error_with_its_number(tmp_path):
+    write_rows(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    for spoiled in (b"#####\n", b"\xff\xfe\n", b"3\n", b"{}\n"):
+        path.write_bytes(whole[0] + spoiled + whole[2])
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2: "):
+            logbook.read_rows(path)
+
+
+def marked_rows(workdir):
+    """Rows of the steps 1 to 4; returns the mark after the second."""
+    log = open_log(workdir)
+    log.start(0)
+    log.write(1, {"running/loss": 0.1})
+    log.write(2, {"running/loss": 0.2})
+    mark = log.flush()
+    log.write(3, {"running/loss": 0.3})
+    log.close()
+    return mark
+
+
+def test_rows_are_those_of_the_mark_or_refused(tmp_path):
+    mark = marked_rows(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:40], b"#" + whole[1:], whole.replace(b"0.2", b"0.1"), None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        log = open_log(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"metrics\.jsonl is damaged: its rows up to step 2 are not those"
+        ):
+            log.start(2, mark)
+        log.close()
+        assert damaged is None or path.read_bytes() == damaged
+    path.write_bytes(whole[:-5])  # cut short behind the mark
+    log = open_log(tmp_path)
+    log.start(2, mark)
+    log.write(3, {"running/loss": 0.3})
+    assert log.flush()["bytes"] == len(whole)
+    log.close()
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_rows_that_are_written_to_a_file_that_is_gone_are_missed(is_replaced, tmp_path):
+    log = open_log(tmp_path)
+    log.start(0)
+    log.flush()
+    (tmp_path / "metrics.jsonl").unlink()
+    if is_replaced:
+        (tmp_path / "metrics.jsonl").touch()
+    log.write(1, {"running/loss": 0.1})
+    with pytest.raises(ValueError, match=r"metrics\.jsonl was deleted or replaced by somebody else"):
+        log.flush()
+    log.close()
+
+
+def test_a_disk_that_is_full_is_told_with_the_workdir_and_the_log_can_be_closed(tmp_path):
+    log = open_log(tmp_path)
+    log.start(0)
+    log._rows.close()
+    log._rows = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")  # every write to it fails
+    with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: .*No space left"):
+        log.write(1, {"running/loss": 0.1})
+    log.close()
+    open_log(tmp_path).close()
+
+
+def test_an_event_file_that_cannot_be_written_is_told_too(tmp_path):
+    log = open_log(tmp_path)
+    log.start(0)
+    writer = log._tensorboard._file._py_recordio_writer
+    writer.close()
+    writer._writer = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+    log.write(1, {"running/loss": 0.1})
+    with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: .*No space left"):
+        log.flush()
+    log.close()
+    with contextlib.suppress(OSError):
+        writer.close()
+
+
+def test_a_log_that_never_started_can_be_closed(tmp_path):
+    log = open_log(tmp_path)
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot be written: .*tensorboard"):
+        log.start(0)
+    log.close()
+    open_log(tmp_path).close()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": ', b"\xff\xfe", b"3"])
+@pytest.mark.parametrize("file", ["config.json", "environment.json"])
+def test_a_damaged_file_is_named(file, content, tmp_path):
+    open_log(tmp_path).close()
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} is damaged \(.*\); (put a whole copy|delete it)"):
+        open_log(tmp_path)
+    assert (tmp_path / file).read_bytes() == content
+    (tmp_path / file).write_bytes(whole)
+    open_log(tmp_path).close()  # nor is it still locked
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"status": "finished"}', '{"status": []}'])
+def test_a_damaged_result_is_named(content, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(.*\); delete it"):
+        logbook.read_result(tmp_path)
+
+
+def test_a_run_without_its_config_is_nobodys(tmp_path):
+    write_rows(tmp_path, 0, [1])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a run, but no config\.json"):
+        open_log(tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
@@ -105,4 +226,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(logbook.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         logbook.write_json(path, {"a": 2})
+    with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: disk full"):
+        logbook.write_result(tmp_path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path], "no half of it is left"

@@ -1,8 +1,10 @@
 """The whole way, on real digits: what a run gives, and that stopping it anywhere changes nothing."""
 
+import gzip
 import json
 import logging
 import os
+import shutil
 import signal
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.training import checkpoint, logbook, loop, predictions
 from configs import resnet_digits
 from tests.conftest import tiny_config
@@ -147,6 +150,54 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     assert "checkpoint 8 is damaged" in caplog.text
     assert "going on from step 4" in caplog.text
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_whose_last_save_failed_is_not_finished(config, tmp_path, program, unbroken, monkeypatch):
+    before = checkpoint._checksums
+
+    def full(directory):
+        if directory.name.startswith("12."):
+            raise OSError("no space left")
+        return before(directory)
+
+    monkeypatch.setattr(checkpoint, "_checksums", full)
+    with pytest.raises(OSError, match=r"step 12 could not be saved .* the last one there is of step 8"):
+        run(config, tmp_path / "full", program)
+    assert not (tmp_path / "full/result.json").exists()
+    monkeypatch.undo()
+    run(config, tmp_path / "full", program)
+    assert (tmp_path / "full/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    states = [last_state(workdir, program) for workdir in (tmp_path / "full", unbroken)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_deleted_checkpoints_do_not_make_a_run_start_anew(config, tmp_path, program):
+    with pytest.raises(KilledError):
+        run(config, tmp_path, stop_after(program, 6, kill))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is left in .*, though one of step 4 was saved there"
+    ):
+        run(config, tmp_path, program)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_from_before_rows_were_checked_will_do(config, tmp_path, program, unbroken, monkeypatch):
+    flush = logbook.Logbook.flush
+    monkeypatch.setattr(logbook.Logbook, "flush", lambda log: flush(log) and None)
+    with pytest.raises(KilledError):
+        run(config, tmp_path, stop_after(program, 6, kill))
+    monkeypatch.undo()
+    run(config, tmp_path, program)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_names_of_splits_that_would_leave_the_workdir_are_refused(config):
+    with config.unlocked():
+        config.data.splits["/x"] = "test"
+    with pytest.raises(ValueError, match=r"data.splits names '/x'; such a name must be a word"):
+        loop.make_program(config)
 
 
 def test_an_average_of_the_parameters_survives_a_stop(config, tmp_path):
@@ -303,7 +354,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     ) as caught:
         run(config, tmp_path, diverging(program, 7, value))
     assert caught.value.step == 7
-    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "diverged", "step": 7}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["step"], result["checkpoint"]) == ("diverged", 7, 4)
+    batch = next(program.feed.train_batches(config.seed, 6))
+    assert result["examples"] == (batch["index"] - program.feed._ranges["train"].start).tolist()
     assert last_state(tmp_path, program).step == 4
     with pytest.raises(loop.DivergedError, match="diverged at step 7, and would again"):
         run(config, tmp_path, program)
@@ -323,6 +377,94 @@ def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, t
     with pytest.raises(loop.DivergedError, match=r"diverged at step 1: .*; there is no checkpoint yet"):
         run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
+
+
+def poisoned(config, monkeypatch, example):
+    """A program for which an example of the training split, as the network sees it in training, is NaN."""
+    prepare = ResidentFeed.prepare
+
+    def poisonous(feed, arrays, batch, key):
+        image, label = prepare(feed, arrays, batch, key)
+        bad = (batch["index"] == feed._ranges["train"].start + example) & (key is not None)
+        return jnp.where(bad[:, None, None, None], jnp.nan, image), label
+
+    monkeypatch.setattr(ResidentFeed, "prepare", poisonous)
+    return loop.make_program(config, jax.devices()[:1])
+
+
+def example_of_step(program, seed, steps):
+    """An example that comes at the given steps of the first 12, and at no other."""
+    orders = [set(program.feed.training_examples(seed, step).tolist()) for step in range(12)]
+    chosen = set.intersection(*(orders[step - 1] for step in steps))
+    return min(chosen.difference(*(orders[step] for step in range(12) if step + 1 not in steps)))
+
+
+def test_a_step_whose_numbers_go_wrong_is_skipped_if_the_config_says_so(
+    config, tmp_path, program, monkeypatch
+):
+    config.on_nonfinite = "skip"
+    bad = poisoned(config, monkeypatch, example_of_step(program, config.seed, [7]))
+    result = run(config, tmp_path / "run", bad)
+    assert (result["status"], result["nonfinite"]) == ("finished", [7])
+    skipped = {row["step"]: row["running/skipped"] for row in rows(tmp_path / "run") if "running/loss" in row}
+    assert skipped == {3: 0, 6: 0, 9: 1, 12: 0}
+    assert all(np.isfinite(list(row.values())).all() for row in rows(tmp_path / "run"))
+    for steps in (7, 8, 10):
+        workdir = tmp_path / f"killed-{steps}"
+        with pytest.raises(KilledError):
+            run(config, workdir, stop_after(bad, steps, kill))
+        assert run(config, workdir, bad)["nonfinite"] == [7]
+        assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+
+
+def test_a_profile_of_the_steps_that_were_asked_for_is_written_and_changes_nothing(
+    config, tmp_path, program, unbroken
+):
+    config.profile_steps = (6, 8)
+    run(config, tmp_path, program)
+    (path,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events if "name" in event]
+    assert names.count("train") == 3
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_steps_are_not_skipped_for_ever(config, tmp_path):
+    config.on_nonfinite = "skip"
+    config.evaluation.update(every_steps=0, splits=())
+    config.checkpoint.best_on = ""
+    config.optimizer.learning_rate = 1e38
+    config.schedule.warmup_steps = 0
+    with pytest.raises(loop.DivergedError, match=r"at step 1\d: 10 steps in a row had to be skipped"):
+        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_batches_if_the_config_says_so(
+    config, tmp_path, program, unbroken, monkeypatch
+):
+    config.on_nonfinite = "rewind"
+    bad = poisoned(config, monkeypatch, example_of_step(program, config.seed, [7]))
+    result = run(config, tmp_path / "run", bad)
+    assert (result["status"], result["nonfinite"]) == ("finished", [7])
+    ours, theirs = rows(tmp_path / "run"), rows(unbroken)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our == their) == (our["step"] <= 4)
+    for steps in (6, 7, 8, 10):
+        workdir = tmp_path / f"killed-{steps}"
+        with pytest.raises(KilledError):
+            run(config, workdir, stop_after(bad, steps, kill))
+        assert run(config, workdir, bad)["nonfinite"] == [7]
+        assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+
+
+def test_a_run_does_not_go_back_for_ever(config, tmp_path, program):
+    config.on_nonfinite = "rewind"
+    with pytest.raises(loop.DivergedError, match=r"diverged at step 7: .* is of step 4") as caught:
+        run(config, tmp_path, diverging(program, 7, float("nan")))
+    assert caught.value.step == 7
+    seed = json.loads((tmp_path / "result.json").read_text())["seed_of_batches"]
+    assert seed == loop._seed_of_batches(config.seed, loop.MAX_REWINDS)
 
 
 def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp_path):
@@ -389,6 +531,10 @@ def change(config, key, value):
         ("data.feed", "flow", "data.feed = 'flow' is unknown; known: resident, stream"),
         ("data.crop.name", "area", "data.crop.name = 'area' is not for data.feed = 'resident'"),
         ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
+        ("profile_steps", (3,), r"profile_steps = \(3,\) must be \(first, last\) step, from 1 to num_steps"),
+        ("profile_steps", (5, 13), r"profile_steps = \(5, 13\) must be"),
+        ("profile_steps", (6, 5), r"profile_steps = \(6, 5\) must be"),
+        ("on_nonfinite", "ignore", "on_nonfinite = 'ignore' is unknown; known: stop, skip, rewind"),
         ("num_microbatches", 0, "num_microbatches = 0 must be 1 or more"),
         ("num_microbatches", 5, r"batch_size = 24 .* over 4 devices and num_microbatches = 5; .*: 20 and 40"),
         ("ema_decay", 1.0, r"ema_decay = 1.0 must be in \[0, 1\)"),

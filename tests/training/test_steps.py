@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from cnn_cases.training import steps
 from cnn_cases.training.losses import cross_entropy
@@ -63,6 +64,45 @@ def test_several_steps_in_one_call_are_the_same_steps():
     np.testing.assert_allclose(at_once.params["w"], state.params["w"], rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)
     assert int(at_once.step) == 4
+
+
+def adam_problem():
+    """The problem with an optimizer that keeps counters, floats and a schedule."""
+    arrays, _, state = problem()
+    tx = optax.adam(optax.linear_schedule(0.1, 0.0, 10))
+    return arrays, tx, state.replace(opt_state=tx.init(state.params), ema_params=state.params)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])  # the last is finite itself, but not its square
+def test_a_step_whose_numbers_go_wrong_changes_nothing_but_the_counters(value):
+    arrays, tx, before = adam_problem()
+    arrays["image"][1] = value
+    train = on_one_device(
+        steps.make_train_steps(linear, tx, prepare, cross_entropy, AXIS, ema_decay=0.9, skip_nonfinite=True)
+    )
+    after, metrics = train(before, arrays, {"index": np.array([[0, 1, 2]])})
+    assert metrics["skipped"].tolist() == [True]
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            np.testing.assert_array_equal(new, old)
+    assert int(after.step) == 1
+    assert after.opt_state[1].count == 1  # the schedule's
+
+
+def test_a_sound_step_is_the_same_where_others_would_be_skipped():
+    arrays, tx, before = adam_problem()
+    batch = {"index": np.array([[0, 1, 2]])}
+    states = []
+    for skip in (False, True):
+        train = on_one_device(
+            steps.make_train_steps(
+                linear, tx, prepare, cross_entropy, AXIS, ema_decay=0.9, skip_nonfinite=skip
+            )
+        )
+        after, metrics = train(before, arrays, batch)
+        assert metrics["skipped"].tolist() == [False]
+        states.append(after)
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_masked_examples_do_not_count_not_even_as_nan():

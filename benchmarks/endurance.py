@@ -1,0 +1,118 @@
+"""Whether a long training's memory stays flat: `python -m benchmarks.endurance [--steps=10000] [--out=FILE]`.
+
+A real `train.py` does many short steps of LeNet-5 on digits, with a row of metrics every 10 steps, an
+evaluation and a checkpoint every 50, once with each feed. Meanwhile its resident memory, its open files and
+its threads are sampled from outside, with those of its worker processes. The first steps, `WARM_UP` of all,
+are left out of the figures: there everything is compiled, and the allocators' pools fill. So is the end.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import psutil
+
+from benchmarks import faults, record
+from cnn_cases.training import logbook
+
+CONFIG = "configs/lenet5_digits.py"
+OVERRIDES = {
+    "data.image_size": 16,
+    "batch_size": 16,
+    "log_every_steps": 10,
+    "evaluation.every_steps": 50,
+    "evaluation.batch_size": 200,
+    "checkpoint.every_steps": 50,
+}
+FEEDS = {
+    "resident": {"data.feed": "resident"},
+    "stream": {"data.feed": "stream", "data.crop.name": "area", "data.crop.eval_shorter_side": 18},
+}
+WARM_UP = 0.2
+SECONDS = 0.5  # between two samples
+KEPT = 50  # samples in the record
+NAMES = ("mebibytes", "files", "threads")
+
+
+def measure(workdir, overrides):
+    """Trains in `workdir`; returns samples [(step of the last row, *NAMES)] of the process and its children.
+
+    Raises:
+      RuntimeError: the training failed.
+    """
+    samples = []
+    with (workdir.parent / f"{workdir.name}.log").open("w+") as errors:
+        process = faults.start(workdir, overrides, errors, config=CONFIG)
+        family = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                step = max((row["step"] for row in logbook.read_rows(workdir / "metrics.jsonl")), default=0)
+                samples.append((step, *_sizes([family, *family.children(recursive=True)])))
+            except psutil.Error:
+                pass  # one of them has just ended
+            time.sleep(SECONDS)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"exit code {process.returncode}: {errors.read()[-2000:]}")
+    return samples
+
+
+def _sizes(processes):
+    """What processes have in all, in the order of NAMES."""
+    sizes = [(one.memory_info().rss / 2**20, one.num_fds(), one.num_threads()) for one in processes]
+    return tuple(sum(column) for column in zip(*sizes, strict=True))
+
+
+def summary(samples, num_steps):
+    """What samples of `measure` show after the warm-up.
+
+    Returns:
+      For each of NAMES {"first", "last", "largest", "per_1000_steps": the slope of a line through all}.
+
+    Raises:
+      ValueError: there are too few samples for a line.
+    """
+    steps, *columns = np.array([one for one in samples if WARM_UP * num_steps <= one[0] < num_steps]).T
+    if len(np.unique(steps)) < 3:
+        raise ValueError(f"steps = {num_steps} are over too soon for samples every {SECONDS} s")
+    return {
+        name: {
+            "first": round(values[0].item(), 1),
+            "last": round(values[-1].item(), 1),
+            "largest": round(values.max().item(), 1),
+            "per_1000_steps": round(1000 * np.polyfit(steps, values, 1)[0].item(), 3),
+        }
+        for name, values in zip(NAMES, columns, strict=True)
+    }
+
+
+def main():
+    """Trains, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.endurance", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--out", help="a JSON file, of which it writes the section 'memory'")
+    options = parser.parse_args()
+    figures = {"config": CONFIG, "overrides": OVERRIDES, "steps": options.steps, "feeds": {}}
+    for name, feed in FEEDS.items():
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            overrides = OVERRIDES | feed | {"num_steps": options.steps}
+            samples = measure(pathlib.Path(directory) / "run", overrides)
+        seconds = round(time.monotonic() - began, 1)
+        found = summary(samples, options.steps)
+        print(f"{name}, {seconds} s:", *(f"{key} {value}" for key, value in found.items()), sep="\n  ")
+        kept = [samples[place] for place in np.linspace(0, len(samples) - 1, KEPT).astype(int)]
+        kept = [dict(zip(("step", *NAMES), map(round, one), strict=True)) for one in kept]
+        figures["feeds"][name] = {"overrides": feed, "seconds": seconds} | found | {"samples": kept}
+    if options.out:
+        command = f"python -m benchmarks.endurance --steps={options.steps}"
+        record.write_section(options.out, "memory", command, figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

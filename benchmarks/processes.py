@@ -1,0 +1,259 @@
+"""What a training of several processes survives: `python -m benchmarks.processes [--out=FILE.json]`.
+
+Four real `train.py` processes with one CPU device each do one training. One of them is killed (SIGKILL), or
+falls silent as a machine does that hangs (SIGSTOP), at these moments:
+
+import       before it has met the others
+start        any time within 3 s after all have met: compilation and the first steps
+step         any time within 0.2 s after a row of metrics
+save         while process 0 writes a checkpoint
+
+Measured is how long it takes until all others have ended, and with which exit code and message. Then all four
+are started again, until the run ends; what it left is compared, as `benchmarks.faults` does, with a run of
+four processes that nobody disturbed. Besides, a process of another config and one of another package version
+are refused.
+"""
+
+import argparse
+import collections
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+
+from benchmarks import faults, record
+from cnn_cases.training import devices, logbook
+
+COUNT = 4
+STARTUP_SECONDS = 3.0
+OVERRIDES = {
+    "model.depth": 8,
+    "batch_size": 16,
+    "num_steps": 150,
+    "log_every_steps": 5,
+    "evaluation.every_steps": 0,
+    "evaluation.splits": (),
+    "checkpoint.best_on": "",
+    "checkpoint.every_steps": 15,
+}
+HEARTBEAT_SECONDS, MEETING_SECONDS = 10, 20
+# Within so many seconds of the signal, before or after they have met, all others must have ended: the time
+# that one is given who does not come or is silent, and what it takes to end, process 0 last.
+BOUNDS = {"before": MEETING_SECONDS + 10, "after": HEARTBEAT_SECONDS + 10}
+ABORT = -signal.SIGABRT
+PLANNED = [
+    *((signal.SIGKILL, "import", process) for process in (0, 3)),
+    *((signal.SIGKILL, moment, process) for moment in ("start", "step", "save") for process in range(COUNT)),
+    *((signal.SIGSTOP, "step", process) for process in range(COUNT)),
+]
+
+
+def start_all(workdir, overrides, own_flags=None, own_environment=None):
+    """Starts the processes of a job; what process i says goes to `<workdir>.<i>.log`, from the start.
+
+    Args:
+      workdir: of the run.
+      overrides: {key: value} of the config.
+      own_flags: {process: [flags of its own]}.
+      own_environment: {process: {variables of its own}}.
+    """
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        port = one.getsockname()[1]
+    # The quicker it is compiled, the more of the time goes into what is tried here.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PJRT_NPROC": "16",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
+    processes = []
+    for index in range(COUNT):
+        flags = [
+            f"--coordinator_address=localhost:{port}",
+            f"--num_processes={COUNT}",
+            f"--process_id={index}",
+            f"--heartbeat_timeout_seconds={HEARTBEAT_SECONDS}",
+            f"--meeting_timeout_seconds={MEETING_SECONDS}",
+            *(own_flags or {}).get(index, []),
+        ]
+        with _log_of(workdir, index).open("w") as log:
+            own = environment | (own_environment or {}).get(index, {})
+            processes.append(faults.start(workdir, overrides, log, flags, own))
+    return processes
+
+
+def disturb(workdir, overrides, blows, rng):
+    """Trains in `workdir` until the run ends, disturbed for as long as there are blows.
+
+    Args:
+      workdir: of the run.
+      overrides: {key: value} of the config.
+      blows: a deque of (signal number, moment, process); those that were struck are taken from it.
+      rng: a `random.Random`.
+
+    Returns:
+      [{"signal", "moment", "process", "step" of the last row when it came, "seconds" until the others had
+      ended, "exit_codes" and "messages" of the others}].
+
+    Raises:
+      RuntimeError: a process did not end within its bound, or in another way than it should.
+    """
+    done = []
+    while True:
+        with _started(workdir, overrides) as processes:
+            if blows and _wait_for(processes[blows[0][2]], workdir, blows[0][1], rng):
+                done.append(_strike(processes, workdir, *blows.popleft()))
+                continue
+            codes = [process.wait() for process in processes]
+            if codes != [0] * COUNT:
+                raise RuntimeError(f"exit codes {codes}: {_said(workdir, range(COUNT))}")
+            return done
+
+
+@contextlib.contextmanager
+def _started(*arguments):
+    """The processes of `start_all`, which do not outlive the block."""
+    processes = start_all(*arguments)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(process, workdir, moment, rng):
+    """Waits for the moment; False where the process ended before."""
+    if moment == "import":
+        time.sleep(rng.uniform(0, 0.5))
+        return True
+    # Process 0 writes there when all have met, and then they compile.
+    starts, before = workdir / "environment.json", time.time()
+    while not (starts.exists() and starts.stat().st_mtime > before):
+        if process.poll() is not None:
+            return False
+        time.sleep(faults.POLL_SECONDS)
+    return faults.wait_for(process, workdir, moment, STARTUP_SECONDS, rng)
+
+
+def _strike(processes, workdir, number, moment, struck):
+    """Sends the signal, waits for the others to end, and tells of it."""
+    name = signal.Signals(number).name
+    bound = BOUNDS["before" if moment == "import" else "after"]
+    others = [index for index in range(COUNT) if index != struck]
+    step = max((row["step"] for row in logbook.read_rows(workdir / "metrics.jsonl")), default=0)
+    processes[struck].send_signal(number)
+    sent = time.monotonic()
+    while any(processes[index].poll() is None for index in others) and time.monotonic() < sent + bound:
+        time.sleep(faults.POLL_SECONDS)
+    blow = {
+        "signal": name,
+        "moment": moment,
+        "process": struck,
+        "step": step,
+        "seconds": round(time.monotonic() - sent, 2),
+        "exit_codes": [processes[index].poll() for index in others],
+        "messages": _said(workdir, others),
+    }
+    print(blow, flush=True)
+    # JAX aborts all at once when process 0, on which they count, is gone; Gloo, at times, when any is.
+    clear = all(re.match("error: |Terminating process|terminate called", said) for said in blow["messages"])
+    if not (clear and {devices.LOST, ABORT}.issuperset(blow["exit_codes"])):
+        raise RuntimeError(f"not as it should be: {blow}")
+    return blow
+
+
+def _said(workdir, indices):
+    """What processes said in the end, each once: the line of the error, without the day's numbers."""
+    lines = set()
+    for index in indices:
+        text = _log_of(workdir, index).read_text().strip().splitlines()
+        telling = [line for line in text if re.match("error: |F[0-9]{4} |terminate called", line)]
+        line = (telling or text or ["nothing"])[0]
+        line = re.sub(r"^F[0-9]{4} [0-9:.]+ +[0-9]+ [^ ]+ ", "", line)
+        lines.add(re.sub(r"127.0.0.1:?\]?:[0-9]+", "127.0.0.1", line)[:200])
+    return sorted(lines)
+
+
+def refused(directory):
+    """What is said where one process differs: {what differs: {"exit_codes", "seconds", "message"}}.
+
+    Args:
+      directory: where the runs would lie.
+
+    Raises:
+      RuntimeError: they were not refused, or the workdir was touched.
+    """
+    # Another version of a package, as far as the metadata of the installation tell.
+    (directory / "optax-0.0.1.dist-info").mkdir()
+    (directory / "optax-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n"
+    )
+    ways = {
+        "config": ({2: ["--config.optimizer.momentum=0.5"]}, None),
+        "package": (None, {2: {"PYTHONPATH": str(directory)}}),
+    }
+    outcomes = {}
+    for name, (own_flags, own_environment) in ways.items():
+        workdir = directory / name
+        began = time.monotonic()
+        with _started(workdir, OVERRIDES, own_flags, own_environment) as processes:
+            codes = [process.wait() for process in processes]
+        texts = {
+            _log_of(workdir, index).read_text().partition("error: ")[2].strip() for index in range(COUNT)
+        }
+        outcomes[name] = {
+            "exit_codes": codes,
+            "seconds": round(time.monotonic() - began, 2),
+            "message": " | ".join(sorted(texts)),
+        }
+        print(outcomes[name])
+        if codes != [2] * COUNT or len(texts) > 1 or workdir.exists():
+            raise RuntimeError(f"not refused as it should be: {outcomes[name]}")
+    return outcomes
+
+
+def _log_of(workdir, index):
+    return workdir.parent / f"{workdir.name}.{index}.log"
+
+
+def main():
+    """Disturbs, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.processes", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--out", help="a JSON file, of which it writes the section 'processes'")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        outcomes = refused(directory)
+        result = faults.torment(directory, PLANNED, OVERRIDES, disturb=disturb)
+    kinds = collections.defaultdict(list)
+    for blow in result["blows"]:
+        kinds[f"{blow['signal']} {blow['moment']}"].append(blow["seconds"])
+    longest = {kind: max(seconds) for kind, seconds in kinds.items()}
+    codes = collections.Counter(str(code) for blow in result["blows"] for code in blow["exit_codes"])
+    print(f"longest: {longest}\nexit codes: {dict(codes)}\ndifferent: {result['differences'] or 'nothing'}")
+    if options.out:
+        figures = {
+            "config": faults.CONFIG,
+            "overrides": OVERRIDES,
+            "processes": COUNT,
+            "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+            "meeting_timeout_seconds": MEETING_SECONDS,
+            "bounds_seconds": BOUNDS,
+            "longest_seconds": longest,
+            "exit_codes": codes,
+            "refused": outcomes,
+        }
+        record.write_section(options.out, "processes", "python -m benchmarks.processes", figures | result)
+    sys.exit(1 if result["differences"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Does one step of a training again and says which line made the first number that is not finite.
+
+    python -m cnn_cases.replay --workdir=runs/x [--step=37]
+
+Without --step it is the one at which the run diverged. The last checkpoint before it is read, the steps in
+between are done again, and then the step itself: as the run did it, and once more with JAX's `debug_nans` if
+anything went wrong. On the device of the run the figures are the run's to the bit, but where its
+`steps_per_call` is above 1. Nothing is written.
+"""
+
+import math
+import pathlib
+import sys
+import traceback
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from cnn_cases import command
+from cnn_cases.evaluate import load_config, usable_devices
+from cnn_cases.training import checkpoint, devices, logbook, loop, running
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Replay(NamedTuple):
+    """What a step did.
+
+    Attributes:
+      step: number of the step; the first is 1.
+      first: number of steps done before the replay began, by the checkpoint.
+      examples: places in the training split of those in the batch, int32 [B].
+      metrics: {"loss", "error", "grad_norm", "largest number of the state" after the step}.
+      culprit: where the first NaN came from, or, without any, the first infinite number; None where all is
+        finite, or where a computation in other pieces makes neither.
+    """
+
+    step: int
+    first: int
+    examples: list
+    metrics: dict
+    culprit: str | None
+
+
+def replay(workdir, step=None):
+    """Does one step of a run again; returns a `Replay`.
+
+    Args:
+      workdir: of a run of train.py.
+      step: which; None for the one at which the run diverged.
+
+    Raises:
+      ValueError: there is no such run or step, or the checkpoint is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    config = load_config(workdir)
+    diverged = _diverged(workdir)
+    if step is None and not diverged:
+        raise ValueError(f"{workdir} did not diverge: name a step")
+    step = step or diverged["step"]
+    if not 1 <= step <= config.num_steps:
+        raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
+    first = max((one for one in checkpoint.steps(workdir / "checkpoints") if one < step), default=0)
+    program = loop.make_program(config, usable_devices(config))
+    state = loop.first_state(config, program)
+    if first:
+        state = checkpoint.read(workdir / "checkpoints", first, state)
+    # After a rewind there may be no checkpoint yet that knows of the other batches.
+    seed = diverged["seed_of_batches"] if diverged and step > diverged["checkpoint"] else int(state.seed)
+    state = devices.replicate(state.replace(seed=jax.numpy.int32(seed)), program.devices)
+
+    batches = program.feed.train_batches(seed, first)
+    for _ in tqdm(range(first + 1, step), unit=" steps", disable=not sys.stderr.isatty(), leave=False):
+        state, _ = program.train(state, program.arrays, _on_devices(next(batches), program))
+    before, batch = jax.device_get(state), _on_devices(next(batches), program)
+    batches.close()
+    state, metrics = program.train(state, program.arrays, batch)
+    metrics = {name: metrics[name].item() for name in running.NAMES}
+    metrics["largest number of the state"] = loop.largest(state)
+    culprit = None
+    if not all(map(math.isfinite, metrics.values())):
+        culprit = _culprit(program, before, batch, infs=False) or _culprit(program, before, batch, infs=True)
+    return Replay(step, first, program.feed.training_examples(seed, step - 1).tolist(), metrics, culprit)
+
+
+def _diverged(workdir):
+    """The content of result.json where the run diverged; None where it did not."""
+    if not (workdir / "result.json").exists():
+        return None
+    result = logbook.read_result(workdir)
+    return result if result["status"] == "diverged" else None
+
+
+def _on_devices(batch, program):
+    stacked = jax.tree.map(lambda leaf: leaf[None], batch)
+    return devices.shard(stacked, len(program.devices), axis=1)
+
+
+def _culprit(program, state, batch, *, infs):
+    """Our lines that led to the first NaN, or infinite number too; None where there is none."""
+    try:
+        with jax.debug_nans(not infs), jax.debug_infs(infs):
+            devices.vmap_train(program.train_steps)(state, program.arrays, batch)
+    except FloatingPointError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if pathlib.Path(frame.filename).is_relative_to(ROOT / "cnn_cases")]
+        lines = [  # the innermost last
+            f"{pathlib.Path(frame.filename).relative_to(ROOT)}:{frame.lineno} in {frame.name}: {frame.line}"
+            for frame in ours
+            if frame.filename != __file__
+        ]
+        what = "infinite number" if infs else "NaN"
+        return "\n".join([f"the first {what} came from", *lines])
+    return None
+
+
+def main():
+    """Replays the step that the flags name, and prints what it did."""
+    done = replay(flags.FLAGS.workdir, flags.FLAGS.step)
+    start = f"the checkpoint of step {done.first}" if done.first else "the beginning"
+    print(f"step {done.step}, reached from {start}")
+    for name, value in done.metrics.items():
+        print(f"  {name}: {value:.6g}")
+    print(f"  examples of the training split: {', '.join(map(str, done.examples))}")
+    if done.culprit:
+        print(f"  {done.culprit}".replace("\n", "\n    "))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The directory of a run.", required=True)
+    flags.DEFINE_integer("step", None, "Which step, from 1; by default the one at which the run diverged.")
+    command.run(main)

@@ -1,0 +1,77 @@
+"""The metrics of the training steps on their way to the log, and what is said where they are no numbers."""
+
+import math
+
+import numpy as np
+
+NAMES = ("loss", "error", "grad_norm")
+MAX_SKIPPED = 10  # steps in a row: what is still not finite then does not come of single batches
+
+
+class DivergedError(ArithmeticError):
+    """The loss, the gradient or the state is no longer finite; `step` says since when."""
+
+    def __init__(self, message, step):
+        super().__init__(message)
+        self.step = step
+
+
+class Running:
+    """The metrics of the steps since the last row of the log.
+
+    Attributes:
+      window: of each step that was not skipped, a list in the order of NAMES.
+      nonfinite: the numbers of the steps that were skipped, or that led to a rewind, of the whole run.
+
+    Both are saved with the state, so that the row in which a run was stopped is that of an unbroken run.
+    """
+
+    def __init__(self, window, nonfinite):
+        """Goes on with what was saved."""
+        self.window, self.nonfinite = window, nonfinite
+
+    def add(self, last_step, metrics):
+        """Notes the metrics of the steps of one call.
+
+        Args:
+          last_step: number of the last of them.
+          metrics: {name: array [steps]}, of `steps.make_train_steps`.
+
+        Returns:
+          For each step that was skipped, what to say of it.
+
+        Raises:
+          DivergedError: a metric is not finite and the step was not skipped, or too many in a row were.
+        """
+        rows = np.stack([metrics[name] for name in NAMES], axis=1).tolist()
+        said = []
+        for step, row, skipped in zip(
+            range(last_step - len(rows) + 1, last_step + 1), rows, metrics["skipped"], strict=True
+        ):
+            values = dict(zip(NAMES, row, strict=True))
+            if not skipped:
+                check_finite(step, values)
+                self.window.append(row)
+                continue
+            self.nonfinite.append(step)
+            said.append(f"step {step}: skipped, with {_in_words(values)}")
+            if self.nonfinite[-MAX_SKIPPED:] == list(range(step - MAX_SKIPPED + 1, step + 1)):
+                reason = f"{MAX_SKIPPED} steps in a row had to be skipped, this one with"
+                raise DivergedError(f"{reason} {_in_words(values)}", step)
+        return said
+
+    def take(self):
+        """{"running/<name>": mean since the last call of this}; {} where all steps were skipped."""
+        columns = list(zip(*self.window, strict=True))
+        self.window.clear()
+        return {f"running/{name}": math.fsum(c) / len(c) for name, c in zip(NAMES, columns, strict=False)}
+
+
+def check_finite(step, values):
+    """Raises DivergedError unless all values of {name: number} are finite."""
+    if not all(map(math.isfinite, values.values())):
+        raise DivergedError(_in_words(values), step)
+
+
+def _in_words(values):
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -1,0 +1,65 @@
+"""A step that went wrong is done again, and the line that made it wrong is named."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnn_cases import replay
+from cnn_cases.models import lenet
+from cnn_cases.training import logbook, loop
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As a machine with a single one; the tests' have four."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture
+def diverged(config, tmp_path):
+    """A workdir whose run diverged for real, at step 3, with a checkpoint of each step."""
+    config.optimizer.learning_rate = 1e3
+    config.schedule.warmup_steps = 0
+    config.log_every_steps = config.checkpoint.every_steps = 1
+    with pytest.raises(loop.DivergedError) as caught:
+        loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    return tmp_path, caught.value
+
+
+def test_the_step_is_done_again_and_the_line_is_named(diverged):
+    workdir, error = diverged
+    again = replay.replay(workdir)
+    assert (again.step, again.first) == (error.step, error.step - 1)
+    assert f"loss {again.metrics['loss']}, error" in str(error)
+    assert len(again.examples) == 24
+    head, *_, last = again.culprit.splitlines()
+    assert head in ("the first infinite number came from", "the first NaN came from")
+    assert last.startswith("cnn_cases/")
+
+
+def test_a_step_before_it_has_the_figures_of_the_run(diverged):
+    workdir, _ = diverged
+    again = replay.replay(workdir, 2)
+    row = next(row for row in logbook.read_rows(workdir / "metrics.jsonl") if row["step"] == 2)
+    assert again.metrics["loss"] == row["running/loss"]
+    assert again.culprit is None
+
+
+def test_a_nan_of_the_network_itself_is_traced_to_its_line(config, tmp_path, monkeypatch):
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    monkeypatch.setattr(lenet.nn, "relu", lambda x: jnp.log(-1 - jnp.square(x)))
+    again = replay.replay(tmp_path, 10)
+    assert again.first == 8
+    head, *_, last = again.culprit.splitlines()
+    assert head == "the first NaN came from"
+    assert last.startswith("cnn_cases/models/lenet.py:")
+    assert "nn.relu(" in last
+
+
+@pytest.mark.parametrize(
+    ("step", "message"), [(None, "did not diverge: name a step"), (13, "step = 13 must be between 1 and")]
+)
+def test_a_step_that_is_none_is_refused(step, message, config, tmp_path):
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    with pytest.raises(ValueError, match=message):
+        replay.replay(tmp_path, step)
