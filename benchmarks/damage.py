@@ -29,6 +29,7 @@ import tempfile
 import time
 
 from benchmarks import faults, record
+from cnn_cases.training import checkpoint
 
 ROOT = faults.ROOT
 CONFIG = "configs/lenet5_digits.py"
@@ -107,6 +108,12 @@ def steps_of(workdir):
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def noted(workdir):
+    """The step that the run has noted as that of its newest checkpoint; 0 where there is none."""
+    note = workdir / checkpoint.NEWEST
+    return int(note.read_text()) if note.exists() else 0
+
+
 def newest(workdir):
     """The directory of the newest checkpoint."""
     return workdir / "checkpoints" / str(steps_of(workdir)[-1])
@@ -140,7 +147,8 @@ class Workshop:
         while steps_of(self.stopped)[-1:] in ([], [OVERRIDES["num_steps"]]):  # where the kill came too late
             shutil.rmtree(self.stopped, ignore_errors=True)
             process = self.start(self.stopped)
-            _until(lambda: steps_of(self.stopped)[-1:] >= [30], process)
+            # A kill in the moment between a checkpoint's commit and its note would leave the note one behind.
+            _until(lambda: noted(self.stopped) >= 30, process)
             process.kill()
             process.communicate()
 

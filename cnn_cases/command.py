@@ -9,13 +9,16 @@
 143   SIGTERM came, and all is saved
 """
 
+import hashlib
 import os
 import pathlib
+import platform
 import signal
 import sys
 import traceback
 
 import absl
+import jax
 import ml_collections
 from absl import app, flags, logging
 
@@ -43,6 +46,7 @@ def run(main):
         signal.signal(signal.SIGTERM, _terminated)
         if _DETERMINISTIC.value:
             devices.make_deterministic()
+        _keep_compiled()
         try:
             main()
         except loop.DivergedError as error:
@@ -61,6 +65,28 @@ def run(main):
         devices.leave(0, _ALL_END)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _keep_compiled():
+    """Has JAX keep what it compiles for later starts, unless JAX_COMPILATION_CACHE_DIR names a place for it.
+
+    The place is ~/.cache/cnn_cases, with a directory for each kind of CPU: what XLA compiles for one may not
+    run on another, and homes are shared. JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    flags_of_cpu = [line for line in _cpu_info().splitlines() if line.startswith(("model name", "flags"))]
+    kind = hashlib.sha256("\n".join(sorted(set(flags_of_cpu))).encode()).hexdigest()[:16]
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "cnn_cases" / f"{platform.machine()}-{kind}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _cpu_info():
+    try:
+        return pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
 
 
 def _parse(arguments):

@@ -31,7 +31,8 @@ class Checkpoints:
     They may be damaged or missing, and the same state is restored.
 
     The step of the newest is noted in a file beside `directory`, so that checkpoints that somebody deleted
-    are not taken for checkpoints that never were.
+    are not taken for checkpoints that never were. It is noted after the commit: a kill in between leaves the
+    note one behind.
     """
 
     def __init__(self, directory, keep_last):
