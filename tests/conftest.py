@@ -8,10 +8,19 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
 os.environ["PJRT_NPROC"] = "16"
 
+import jax
 import pytest
 
 from cnn_cases.data import sources
 from configs import lenet5_digits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """The processes that tests start keep what they compile for each other, and not in anybody's home."""
+    directory = tmp_path_factory.mktemp("compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    jax.config.update("jax_enable_compilation_cache", False)  # of this one
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -157,7 +157,7 @@ def test_a_diverged_run_is_no_failed_job(data_dir, tmp_path, monkeypatch):
     def diverge(*_):
         raise loop.DivergedError("no finite number", 3)
 
-    monkeypatch.setattr(loop, "_check_finite", diverge)
+    monkeypatch.setattr(loop, "check_finite", diverge)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     cluster.Training()(str(tmp_path))
     assert jobs.in_words(json.loads((tmp_path / "result.json").read_text())) == "diverged at step 3"
