@@ -78,8 +78,13 @@ def _keep_compiled():
     flags_of_cpu = [line for line in _cpu_info().splitlines() if line.startswith(("model name", "flags"))]
     kind = hashlib.sha256("\n".join(sorted(set(flags_of_cpu))).encode()).hexdigest()[:16]
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "cnn_cases" / f"{platform.machine()}-{kind}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(home / "cnn_cases" / f"{platform.machine()}-{kind}"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.3,
+    }
+    for name, value in settings.items():
+        os.environ[name] = str(value)  # for the processes that this one starts
+        jax.config.update(name.lower(), value)
 
 
 def _cpu_info():
