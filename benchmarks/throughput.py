@@ -16,6 +16,7 @@ has a process of its own.
 import argparse
 import concurrent.futures
 import importlib
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -170,8 +171,7 @@ def theirs(case, batch_size, dtype, *, compiled):
     batch = _batch(case, batch_size)
     image = torch.tensor(np.moveaxis(batch["image"], -1, 1)).to(device, memory_format=torch.channels_last)
     label = torch.tensor(batch["label"], dtype=torch.long, device=device)
-    if case.model["name"] != "alexnet":
-        torch.backends.cudnn.benchmark = True  # PyTorch's own choice of kernels
+    torch.backends.cudnn.benchmark = True  # PyTorch's own choice of kernels
     sgd = torch.optim.SGD(
         network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
@@ -296,6 +296,8 @@ def measure(name, dtype, turns, peers_wanted):
         row[work] = _race(contenders, work, batch_size, turns)
     row["first_step_seconds"] = {one: round(c.first_step_seconds, 2) for one, c in contenders.items()}
     row["peak_bytes"] = {one: c.peak_bytes for one, c in contenders.items()}
+    if peers_wanted:
+        row["torch"] = importlib.metadata.version("torch")
     matrix, copy = ceilings(dtype)
     row["ceilings"] = {"flops_a_second": matrix, "bytes_a_second": copy}
     rate = row["train"]["cnn_cases"]["images_a_second"]["median"]
