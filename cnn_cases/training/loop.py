@@ -59,7 +59,7 @@ class Silence:
     def _nothing(self, *_):
         return None
 
-    write = progress = say = start = flush = close = save = wait = restore = _nothing
+    write = progress = say = start = flush = close = save = wait = restore = all_steps = _nothing
     start_profile = stop_profile = _nothing
 
 

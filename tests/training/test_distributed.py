@@ -224,3 +224,16 @@ def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_pat
         assert re.search(r"versions.optax: '[^']+' there, '0.0.1' here", errors)
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_all_processes_go_back_together_and_end_together_where_a_training_diverges(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.on_nonfinite = "rewind"
+    config.optimizer.learning_rate = 1e3
+    config.schedule.warmup_steps = 0
+    config.checkpoint.every_steps = 1
+    arguments = ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
+    for code, errors in job(2, tmp_path, arguments):
+        assert (code, "the training diverged at step" in errors) == (3, True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["seed_of_batches"] == loop._seed_of_batches(config.seed, loop.MAX_REWINDS)
