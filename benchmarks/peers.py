@@ -2,7 +2,8 @@
 
 They take and give what PyTorch's own do: image [B, C, H, W] -> logits [B, num_classes], in training mode a
 tuple with the side branches' logits behind it where the net has any. Weights start as PyTorch starts them.
-`benchmarks.throughput` checks that parameters and multiply-adds are as many as ours.
+`benchmarks.throughput` checks that parameters and multiply-adds are as many as ours. What a function needs of
+our tables it imports itself, so that a process that only trains a peer imports no JAX.
 """
 
 import itertools
@@ -10,8 +11,6 @@ import itertools
 import torch
 from torch import nn
 from torch.nn import functional
-
-from cnn_cases.models import alexnet, inception, inception_v3, nin, resnet, vgg
 
 
 class Pad(nn.Module):
@@ -59,6 +58,8 @@ def lenet5(channels, image_size):
 
 def alexnet_two_groups(num_classes=1000):
     """`alexnet.AlexNet`, the paper's, for 227x227 pixels; PyTorch's alpha is five times the paper's."""
+    from cnn_cases.models import alexnet
+
     variant = alexnet.VARIANTS["two_groups"]
     filters, groups = variant.filters, variant.groups
 
@@ -89,6 +90,8 @@ def alexnet_two_groups(num_classes=1000):
 
 def vgg_net(variant="D", num_classes=1000):
     """`vgg.VGG` without batch normalisation, for 224x224 pixels."""
+    from cnn_cases.models import vgg
+
     layers, channels = [], 3
     for filters, sizes in zip(vgg.FILTERS, vgg.VARIANTS[variant], strict=True):
         for size in sizes:
@@ -102,6 +105,8 @@ def vgg_net(variant="D", num_classes=1000):
 
 def nin_net(variant="cifar", num_classes=10):
     """`nin.NIN`."""
+    from cnn_cases.models import nin
+
     layers, channels = [], 3
     for number, stage in enumerate(nin.VARIANTS[variant]):
         if number:
@@ -175,6 +180,8 @@ def residual_block(channels, filters, stride, *, bottleneck, shortcut, plain):
 
 def resnet_net(depth, *, plain=False, num_classes=1000):
     """`resnet.ResNet` with shortcut B and stride placement "v1.5", or plain."""
+    from cnn_cases.models import resnet
+
     block_type, sizes = resnet.IMAGENET_DEPTHS[depth]
     bottleneck = block_type is resnet.BottleneckBlock
     layers = [*conv_norm(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
@@ -233,6 +240,7 @@ class SideBranched(nn.Module):
 
 def googlenet(num_classes=1000):
     """`inception.GoogLeNet` as published, with side branches, for 224x224 pixels."""
+    from cnn_cases.models import inception
 
     def norm():
         return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
@@ -268,6 +276,7 @@ def googlenet(num_classes=1000):
 
 def inception_v3_net(num_classes=1000):
     """`inception_v3.InceptionV3` with its side branch, for 299x299 pixels."""
+    from cnn_cases.models import inception_v3
 
     def unit(channels, filters, window, stride=1, padding=None):
         padding = tuple(size // 2 for size in window) if padding is None else padding

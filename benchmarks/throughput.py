@@ -277,6 +277,7 @@ def _batch(case, batch_size):
 
 def measure(name, dtype, turns, peers_wanted):
     """One case: a dict that JSON can hold."""
+    devices_lib.choose_cpu_kernels()
     case = CASES[name]
     on_gpu = jax.local_devices()[0].platform == "gpu"
     batch_size = case.gpu_batch if on_gpu else case.cpu_batch
@@ -316,21 +317,21 @@ def _race(contenders, work, batch_size, turns):
     rates = {name: [] for name in contenders}
     for _ in range(turns):
         for name, one in contenders.items():
-            seconds = _seconds(one, work, count[name])
-            rates[name].append(count[name] * batch_size / seconds)
+            rates[name].append(count[name] * batch_size / seconds_of(one, work, count[name]))
     result = {}
     for name, values in rates.items():
         ratios = [mine / their for mine, their in zip(rates["cnn_cases"], values, strict=True)]
-        result[name] = {"images_a_second": _summary(values), "ratio": _summary(ratios)}
+        result[name] = {"images_a_second": summary(values), "ratio": summary(ratios)}
     return result
 
 
 def _steps_a_turn(contender, work):
-    _seconds(contender, work, 2)  # what is slow the first time
-    return max(1, round(SECONDS_A_TURN / (_seconds(contender, work, 2) / 2)))
+    seconds_of(contender, work, 2)  # what is slow the first time
+    return max(1, round(SECONDS_A_TURN / (seconds_of(contender, work, 2) / 2)))
 
 
-def _seconds(contender, work, count):
+def seconds_of(contender, work, count):
+    """Of so many steps or passes, `work` being "train" or "infer"."""
     began = time.perf_counter()
     for _ in range(count):
         getattr(contender, work)()
@@ -338,7 +339,8 @@ def _seconds(contender, work, count):
     return time.perf_counter() - began
 
 
-def _summary(values):
+def summary(values):
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 

@@ -13,6 +13,7 @@ silent or never comes, all others end: with exit code LOST, or where JAX or Gloo
 
 import contextlib
 import faulthandler
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import threading
 import time
 
 import jax
+import jaxlib
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
@@ -35,6 +37,9 @@ LOST = 4  # exit code of a process whose training another one has left
 _PAUSE, _TO_TELL, _TO_END, _JAX_LATER = 1, 3, 3, 30
 _left = threading.Event()  # all processes have come to their end
 
+# The flag that says what XLA gives to YNNPACK on CPUs, and the versions of jaxlib that have it.
+YNNPACK_FLAG, _YNNPACK_VERSIONS = "xla_cpu_experimental_ynn_fusion_type", ("0.10.", "0.11.")
+
 # Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
 # those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
 _LAUNCHERS = {
@@ -42,6 +47,19 @@ _LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
 }
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU pod: names, with commas between
+
+
+def choose_cpu_kernels():
+    """On CPUs, gives sums to YNNPACK and convolutions to Eigen, in this process and in those that it starts.
+
+    To be called before JAX is used. XLA has both libraries and, left alone, does it the other way round: what
+    that costs, `python -m benchmarks.flags` measures. Nothing changes where XLA_FLAGS already says
+    which, and where the flag may not be known, at which XLA would abort: in other versions of jaxlib, and in
+    libtpu, which has an XLA of its own.
+    """
+    known = jaxlib.__version__.startswith(_YNNPACK_VERSIONS) and not importlib.util.find_spec("libtpu")
+    if known and YNNPACK_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        _add_xla_flag(f"--{YNNPACK_FLAG}=REDUCE")
 
 
 def make_deterministic():
@@ -53,8 +71,12 @@ def make_deterministic():
     of devices or version of a package still gives other bits. CPUs and TPUs need no such switch, and
     for them nothing changes. Neither effect nor cost has been measured on a GPU yet.
     """
-    # Behind what the user says, XLA takes the last of two.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    _add_xla_flag("--xla_gpu_deterministic_ops=true")
+
+
+def _add_xla_flag(flag):
+    # Behind what the user says: XLA takes the last of two.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def launched_processes(environment):

@@ -81,6 +81,32 @@ def test_the_switch_for_reproducible_bits_is_xlas_and_keeps_what_the_user_says(f
     assert words == [*(flags or "").split(), "--xla_gpu_deterministic_ops=true"]
 
 
+@pytest.mark.parametrize(
+    ("version", "flags", "added"),
+    [
+        ("0.10.2", "", ["--xla_cpu_experimental_ynn_fusion_type=REDUCE"]),
+        ("0.11.2", "--xla_cpu_use_onednn=true", ["--xla_cpu_experimental_ynn_fusion_type=REDUCE"]),
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", []),
+        ("0.12.0", "", []),
+        ("0.9.1", "", []),
+    ],
+)
+def test_kernels_are_chosen_where_xla_knows_the_flag_and_the_user_says_nothing(
+    version, flags, added, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr("jaxlib.__version__", version)
+    devices.choose_cpu_kernels()
+    assert os.environ["XLA_FLAGS"].split() == [*flags.split(), *added]
+
+
+def test_the_xla_of_libtpu_gets_no_flag_for_cpus(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu")
+    devices.choose_cpu_kernels()
+    assert os.environ["XLA_FLAGS"] == ""
+
+
 def test_a_process_alone_leads_and_asks_nobody():
     assert devices.is_lead()
     assert devices.process() == (0, 1)

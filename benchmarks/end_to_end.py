@@ -1,0 +1,207 @@
+"""Whole processes, from start to trained: `python -m benchmarks.end_to_end [--cases CASE ...]`.
+
+Beside `train.py`, and beside the depth study on digits, a script in plain PyTorch does the same
+(`benchmarks.torch_training`): the same networks, batches, learning rates, steps and evaluations, on the same
+images, which it reads from one .npz. Imports and compilation count. Ours also writes checkpoints, metrics and
+reports, as it always does. "First start" begins with nothing compiled, "later start" finds what the one
+before it compiled.
+
+The contenders take turns. Figures are medians over the turns, a ratio is the median of theirs by ours of a
+turn: above 1, ours is ahead. PyTorch is no requirement of this project: pip install torch. MNIST has to be
+prepared: python -m cnn_cases.data.prepare mnist
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import record, throughput
+from cnn_cases import tables
+from cnn_cases.data import sources
+from cnn_cases.studies import sweep
+from cnn_cases.training import logbook, optimizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Case(NamedTuple):
+    """A training of ours, or a study, and what the peer calls the network.
+
+    Attributes:
+      config: a module of `configs`.
+      overrides: keys of the config and their values.
+      peer: a training config -> a function of `benchmarks.peers` and its arguments.
+    """
+
+    config: str
+    overrides: dict
+    peer: Any
+
+
+def _resnet(config):
+    model = config.model
+    return ("cifar_resnet", dict(depth=model.depth, plain=model.plain, channels=1))
+
+
+CASES = {
+    "ResNet-20, digits": Case("resnet_digits", {}, _resnet),
+    "LeNet-5, MNIST": Case(
+        "lenet5_mnist",
+        {"num_steps": 860, "checkpoint.every_steps": 430},  # two epochs
+        lambda _: ("lenet5", dict(channels=1, image_size=32)),
+    ),
+    "depth study, digits": Case("studies.depth_digits", {}, _resnet),
+}
+OURS = ("first start", "later start")
+PEERS = ("torch", "torch.compile, first start", "torch.compile, later start")
+
+
+def settings_of(case, data):
+    """What `benchmarks.torch_training` is told, but for `compiled`; the images go to the file `data`."""
+    config = importlib.import_module(f"configs.{case.config}").get_config()
+    configs = [run.config for run in sweep.expand(config)] if "grid" in config else [config]
+    config = configs[0]
+    for key, value in case.overrides.items():
+        config.update_from_flattened_dict({key: value})
+    arrays = {}
+    for split, expression in config.data.splits.items():
+        image, label, _ = sources.load_split(config.data.name, expression, border=config.data.border)
+        arrays |= {f"{split}_image": image, f"{split}_label": label}
+    np.savez(data, **arrays)
+    schedule = optimizer.make_schedule(
+        config.optimizer.learning_rate, config.num_steps, **config.schedule.to_dict()
+    )
+    return {
+        "data": str(data),
+        "batch_size": config.batch_size,
+        "rates": [float(schedule(step)) for step in range(config.num_steps)],
+        "momentum": config.optimizer.momentum,
+        "weight_decay": config.optimizer.weight_decay,
+        "splits": config.evaluation.splits,
+        "every_steps": config.evaluation.every_steps,
+        "final_splits": config.evaluation.final_splits,
+        "eval_batch_size": config.evaluation.batch_size,
+        "networks": [(*case.peer(one), one.seed) for one in configs],
+    }
+
+
+def _run_ours(case, workdir, cache):
+    """Seconds, CPU seconds, and the median test error of the networks."""
+    study = case.config.startswith("studies.")
+    command = ["-m", "cnn_cases.studies.depth_curves"] if study else ["train.py"]
+    command += [f"--config=configs/{case.config.replace('.', '/')}.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in case.overrides.items()]
+    cost, _ = _timed(command, {"JAX_COMPILATION_CACHE_DIR": str(cache)})
+    runs = sorted(workdir.glob("runs/*")) if study else [workdir]
+    errors = [logbook.read_result(run)["metrics"]["test/error"] for run in runs]
+    return *cost, statistics.median(errors)
+
+
+def _run_theirs(settings, cache):
+    command = ["-m", "benchmarks.torch_training", settings]
+    cost, output = _timed(command, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    return *cost, statistics.median(json.loads(output.splitlines()[-1])["test"])
+
+
+def _timed(command, environment):
+    """((seconds, CPU seconds of the process and of those it started), what it printed)."""
+    before = os.times()
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(f"{command}: exit code {done.returncode}: {done.stderr[-2000:]}")
+    after = os.times()
+    cpu = sum(getattr(after, one) - getattr(before, one) for one in ("children_user", "children_system"))
+    return (seconds, cpu), done.stdout
+
+
+def measure(name, turns, peers):
+    """One case: a dict that JSON can hold."""
+    case = CASES[name]
+    found = {one: [] for one in (*OURS, *peers)}
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        settings = settings_of(case, directory / "data.npz")
+        for compiled in (False, True):
+            path = directory / f"settings_{compiled}.json"
+            path.write_text(json.dumps(settings | {"compiled": compiled}))
+        for turn in range(turns):
+            for one, costs in found.items():
+                compiled = one.startswith("torch.compile")
+                cache = directory / f"{'torch' if compiled else 'jax'}_{turn}"  # new in each turn
+                if one in OURS:
+                    costs.append(_run_ours(case, directory / f"{one}_{turn}", cache))
+                else:
+                    costs.append(_run_theirs(directory / f"settings_{compiled}.json", cache))
+                print(f"{name}, {one}: {costs[-1][0]:.1f} s, test error {costs[-1][2]:.4f}", flush=True)
+    rows = {}
+    for one, costs in found.items():
+        seconds, cpu_seconds, errors = zip(*costs, strict=True)
+        rows[one] = {
+            "seconds": throughput.summary(seconds),
+            "cpu_seconds": throughput.summary(cpu_seconds),
+            "test_error": statistics.median(errors),
+            "ratio": {our: _ratio(costs, found[our]) for our in OURS},
+        }
+    networks = len(settings["networks"])
+    return {"networks": networks, "steps": len(settings["rates"]), "turns": turns, "contenders": rows}
+
+
+def _ratio(theirs, ours):
+    return statistics.median(their[0] / our[0] for their, our in zip(theirs, ours, strict=True))
+
+
+def cells(rows):
+    """The table of {case: row}: lists of cells, the head first."""
+    lines = [["training", "process", "s", "CPU s", "test error", "beside first start", "beside later start"]]
+    for name, row in rows.items():
+        for one, found in row["contenders"].items():
+            line = [name, one if one not in OURS else f"cnn_cases, {one}"]
+            for unit in ("seconds", "cpu_seconds"):
+                line.append("{median:.1f} ({lowest:.1f} to {highest:.1f})".format(**found[unit]))
+            line += [f"{found['test_error']:.2%}", *(f"{found['ratio'][our]:.2f}" for our in OURS)]
+            lines.append(line)
+    return lines
+
+
+def main():
+    """Measures, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", help="a JSON file, of which each case is a section")
+    options = parser.parse_args()
+    rows = {}
+    for name in options.cases:
+        rows[name] = measure(name, options.turns, options.peers)
+        print(tables.markdown(cells({name: rows[name]}), words=(0, 1)), flush=True)
+        if options.out:
+            peers = " ".join(map(repr, options.peers))
+            command = f"python -m benchmarks.end_to_end --cases {name!r} --peers {peers}"
+            record.write_section(options.out, name, command, rows[name])
+    print(tables.markdown(cells(rows), words=(0, 1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""XLA's flags on this CPU: `python -m benchmarks.flags [--cases CASE ...] [--out=FILE.json]`.
+
+Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_kernels` sets, and under
+what else might help. Each set of flags has a process of its own, which compiles once; then the processes take
+turns. Figures are medians over the turns with the lowest and the highest, a ratio the median of the ratios of
+a turn to that of the defaults. Flags that this version of XLA does not know end their process and are told.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import statistics
+
+from benchmarks import record, throughput
+from cnn_cases import tables
+from cnn_cases.training import devices
+
+DEFAULTS = "defaults"
+_YNNPACK = f"--{devices.YNNPACK_FLAG}="
+FLAGS = {
+    DEFAULTS: "",
+    "chosen": None,  # by `devices.choose_cpu_kernels`
+    "nothing by YNNPACK": _YNNPACK,
+    "sums and elementwise by YNNPACK": f"{_YNNPACK}REDUCE,ELTWISE",
+    "chosen, wide vectors": f"{_YNNPACK}REDUCE --xla_cpu_prefer_vector_width=512",
+    "chosen, fast math": f"{_YNNPACK}REDUCE --xla_cpu_enable_fast_math=true",
+    "chosen, oneDNN": f"{_YNNPACK}REDUCE --xla_cpu_use_onednn=true",
+    "chosen, fast to compile": f"{_YNNPACK}REDUCE --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+}
+
+
+def _digits(depth):
+    return throughput.Case(dict(name="resnet_cifar", depth=depth), (), "", (8, 8, 1), 10, 64, 64)
+
+
+CASES = throughput.CASES | {f"ResNet-{depth}, digits": _digits(depth) for depth in (20, 56)}
+DEFAULT_CASES = ("LeNet-5", "NIN", "ResNet-20", "ResNet-18", "AlexNet", "GoogLeNet")
+DEFAULT_CASES += ("ResNet-20, digits", "ResNet-56, digits")
+_contender = None  # of a process that was started by `measure`
+
+
+def _start(name, flags):
+    global _contender
+    os.environ["XLA_FLAGS"] = flags or ""
+    if flags is None:
+        devices.choose_cpu_kernels()
+    _contender, _ = throughput.ours(CASES[name], CASES[name].cpu_batch, "float32")
+    return _contender.first_step_seconds
+
+
+def _turn(count):
+    return throughput.seconds_of(_contender, "train", count) / count
+
+
+def measure(name, turns):
+    """One case: {"batch_size": ..., "flags": {set of flags: dict, or what became of its process}}."""
+    context = multiprocessing.get_context("spawn")
+    pools = {one: concurrent.futures.ProcessPoolExecutor(1, mp_context=context) for one in FLAGS}
+    seconds, first, rows = {}, {}, {}
+    for one, pool in pools.items():
+        try:
+            first[one] = pool.submit(_start, name, FLAGS[one]).result()
+            pool.submit(_turn, 2).result()  # what is slow the first time
+            seconds[one] = []
+        except concurrent.futures.process.BrokenProcessPool:
+            rows[one] = "not known to this version of XLA"
+    count = max(1, round(throughput.SECONDS_A_TURN / pools[DEFAULTS].submit(_turn, 2).result()))
+    for _ in range(turns):
+        for one, values in seconds.items():
+            values.append(pools[one].submit(_turn, count).result())
+    for pool in pools.values():
+        pool.shutdown()
+    for one, values in seconds.items():
+        ratios = [value / default for value, default in zip(values, seconds[DEFAULTS], strict=True)]
+        rows[one] = {
+            "flags": FLAGS[one],
+            "step_seconds": throughput.summary(values),
+            "ratio": statistics.median(ratios),
+            "first_step_seconds": first[one],
+        }
+    return {"batch_size": CASES[name].cpu_batch, "flags": rows}
+
+
+def cells(rows):
+    """The table of {case: row}: lists of cells, the head first; ms, and the ratio to the defaults."""
+    lines = [["network", "batch", *FLAGS]]
+    for name, row in rows.items():
+        line = [name, str(row["batch_size"])]
+        for one in FLAGS:
+            found = row["flags"][one]
+            if isinstance(found, dict):
+                line.append(f"{found['step_seconds']['median'] * 1e3:,.1f} ({found['ratio']:.2f})")
+            else:
+                line.append(found)
+        lines.append(line)
+    return lines
+
+
+def main():
+    """Measures, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.flags", description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=DEFAULT_CASES)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--out", help="a JSON file, of which each case is a section")
+    options = parser.parse_args()
+    rows = {}
+    for name in options.cases:
+        rows[name] = measure(name, options.turns)
+        print(tables.markdown(cells({name: rows[name]}), words=(0,)), flush=True)
+        if options.out:
+            record.write_section(
+                options.out, name, f"python -m benchmarks.flags --cases {name!r}", rows[name]
+            )
+    print(tables.markdown(cells(rows), words=(0,)))
+
+
+if __name__ == "__main__":
+    main()

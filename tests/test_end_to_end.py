@@ -1,0 +1,55 @@
+"""The peer in PyTorch is told to do what the config says, and does it."""
+
+import json
+
+import pytest
+
+from benchmarks import end_to_end
+from cnn_cases.studies import sweep
+from configs import resnet_digits
+from configs.studies import depth_digits
+
+
+def test_the_peer_is_told_what_the_config_says(tmp_path):
+    settings = end_to_end.settings_of(end_to_end.CASES["ResNet-20, digits"], tmp_path / "data.npz")
+    config = resnet_digits.get_config()
+    assert settings["networks"] == [("cifar_resnet", dict(depth=20, plain=False, channels=1), 0)]
+    assert settings["batch_size"] == config.batch_size
+    assert settings["every_steps"] == config.evaluation.every_steps
+    rate = config.optimizer.learning_rate
+    assert len(settings["rates"]) == config.num_steps
+    assert settings["rates"][0] == pytest.approx(rate)
+    assert settings["rates"][-1] == pytest.approx(rate / 100)
+
+
+def test_the_peer_of_a_study_trains_each_of_its_networks(tmp_path):
+    settings = end_to_end.settings_of(end_to_end.CASES["depth study, digits"], tmp_path / "data.npz")
+    runs = sweep.expand(depth_digits.get_config())
+    told = [(arguments["depth"], arguments["plain"], seed) for _, arguments, seed in settings["networks"]]
+    assert told == [(run.config.model.depth, run.config.model.plain, run.config.seed) for run in runs]
+
+
+def test_the_peer_learns(tmp_path, capsys):
+    pytest.importorskip("torch", reason="PyTorch is a requirement of the benchmarks alone")
+    from benchmarks import torch_training
+
+    settings = end_to_end.settings_of(end_to_end.CASES["ResNet-20, digits"], tmp_path / "data.npz")
+    settings["networks"] = [("cifar_resnet", dict(depth=8, channels=1), 0)]
+    settings["rates"] = settings["rates"][:60]
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings | {"compiled": False}))
+    torch_training.main(path)
+    errors = json.loads(capsys.readouterr().out)
+    assert errors.keys() == {"train", "validation", "test"}
+    assert errors["test"][0] < 0.3  # chance is 0.9
+
+
+def test_a_process_that_fails_is_told_with_its_words():
+    with pytest.raises(RuntimeError, match=r"exit code 1: (.|\n)*No such file"):
+        end_to_end._timed(["-c", "open('nowhere')"], {})
+
+
+def test_seconds_and_cpu_seconds_are_those_of_the_process():
+    (seconds, cpu), output = end_to_end._timed(["-c", "import time; time.sleep(0.5); print(2)"], {})
+    assert seconds > 0.5 > cpu
+    assert output == "2\n"
