@@ -81,7 +81,7 @@ def _keep_compiled():
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(home / "cnn_cases" / f"{platform.machine()}-{kind}"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.3,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,  # a network starts with a hundred small programs
     }
     for name, value in settings.items():
         os.environ[name] = str(value)  # for the processes that this one starts

@@ -74,6 +74,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnn_cases.models.layers import conv_general_dilated
+
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",
     "B": "1x1 projection where the shape changes, identity elsewhere",
@@ -93,7 +95,13 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 def make_layers(train, dtype, axis_name):
     """`nn.Conv` and `nn.BatchNorm` with the settings that every network of this file shares."""
-    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal, dtype=dtype)
+    conv = functools.partial(
+        nn.Conv,
+        use_bias=False,
+        kernel_init=he_normal,
+        dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
+    )
     norm = functools.partial(
         nn.BatchNorm,
         use_running_average=not train,

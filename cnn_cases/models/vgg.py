@@ -36,7 +36,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, local_response_norm
+from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, conv_general_dilated, local_response_norm
 
 FILTERS = (64, 128, 256, 512, 512)  # of the convolutions of each stage
 
@@ -110,7 +110,13 @@ class VGG(nn.Module):
                 f"{smallest}x{smallest} pixels, got {x.shape[1]}x{x.shape[2]}; "
                 "set model.image_size to the size of the training images (data.image_size, data.border)"
             )
-        conv = functools.partial(nn.Conv, padding=0, kernel_init=glorot, dtype=self.dtype)
+        conv = functools.partial(
+            nn.Conv,
+            padding=0,
+            kernel_init=glorot,
+            dtype=self.dtype,
+            conv_general_dilated=conv_general_dilated,
+        )
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,

@@ -5,8 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax import lax
 
-from cnn_cases.models.layers import ConvUnit, Dropout, local_response_norm
+from cnn_cases.models.layers import ConvUnit, Dropout, conv_general_dilated, local_response_norm
+
+PLAIN = dict(
+    lhs_dilation=(1, 1),
+    rhs_dilation=(1, 1),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=1,
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
+def test_the_matrix_product_is_the_convolution(size, stride, padding):
+    x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
+    ours = conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN)
+    reference = lax.conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN)
+    np.testing.assert_allclose(ours, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}])
+def test_groups_and_dilation_are_left_to_xla(options):
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4 // options.get("feature_group_count", 1), 6))
+    padding = ((2, 2), (2, 2))
+    ours = conv_general_dilated(x, kernel, (2, 2), padding, **PLAIN | options)
+    np.testing.assert_array_equal(
+        ours, lax.conv_general_dilated(x, kernel, (2, 2), padding, **PLAIN | options)
+    )
 
 
 def drop(x, rate=0.5, train=True, axis_name=None, seed=0):
