@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import record, throughput
+from benchmarks import contenders, record
 from cnn_cases import tables
 from cnn_cases.data import sources
 from cnn_cases.studies import sweep
@@ -156,17 +156,17 @@ def measure(name, turns, peers):
     for one, costs in found.items():
         seconds, cpu_seconds, errors = zip(*costs, strict=True)
         rows[one] = {
-            "seconds": throughput.summary(seconds),
-            "cpu_seconds": throughput.summary(cpu_seconds),
+            "seconds": contenders.summary(seconds),
+            "cpu_seconds": contenders.summary(cpu_seconds),
             "test_error": statistics.median(errors),
-            "ratio": {our: _ratio(costs, found[our]) for our in OURS},
+            "ratio": {our: contenders.ratios(seconds, _seconds(found[our]))["median"] for our in OURS},
         }
     networks = len(settings["networks"])
     return {"networks": networks, "steps": len(settings["rates"]), "turns": turns, "contenders": rows}
 
 
-def _ratio(theirs, ours):
-    return statistics.median(their[0] / our[0] for their, our in zip(theirs, ours, strict=True))
+def _seconds(costs):
+    return [seconds for seconds, _, _ in costs]
 
 
 def cells(rows):

@@ -8,11 +8,9 @@ a turn to that of the defaults. Flags that this version of XLA does not know end
 
 import argparse
 import concurrent.futures
-import multiprocessing
-import os
-import statistics
+import contextlib
 
-from benchmarks import record, throughput
+from benchmarks import contenders, record, throughput
 from cnn_cases import tables
 from cnn_cases.training import devices
 
@@ -37,49 +35,36 @@ def _digits(depth):
 CASES = throughput.CASES | {f"ResNet-{depth}, digits": _digits(depth) for depth in (20, 56)}
 DEFAULT_CASES = ("LeNet-5", "NIN", "ResNet-20", "ResNet-18", "AlexNet", "GoogLeNet")
 DEFAULT_CASES += ("ResNet-20, digits", "ResNet-56, digits")
-_contender = None  # of a process that was started by `measure`
 
 
-def _start(name, flags):
-    global _contender
-    os.environ["XLA_FLAGS"] = flags or ""
+def _make(case, flags):
     if flags is None:
         devices.choose_cpu_kernels()
-    _contender, _ = throughput.ours(CASES[name], CASES[name].cpu_batch, "float32")
-    return _contender.first_step_seconds
-
-
-def _turn(count):
-    return throughput.seconds_of(_contender, "train", count) / count
+    return throughput.ours(case, "float32")
 
 
 def measure(name, turns):
     """One case: {"batch_size": ..., "flags": {set of flags: dict, or what became of its process}}."""
-    context = multiprocessing.get_context("spawn")
-    pools = {one: concurrent.futures.ProcessPoolExecutor(1, mp_context=context) for one in FLAGS}
-    seconds, first, rows = {}, {}, {}
-    for one, pool in pools.items():
-        try:
-            first[one] = pool.submit(_start, name, FLAGS[one]).result()
-            pool.submit(_turn, 2).result()  # what is slow the first time
-            seconds[one] = []
-        except concurrent.futures.process.BrokenProcessPool:
-            rows[one] = "not known to this version of XLA"
-    count = max(1, round(throughput.SECONDS_A_TURN / pools[DEFAULTS].submit(_turn, 2).result()))
-    for _ in range(turns):
-        for one, values in seconds.items():
-            values.append(pools[one].submit(_turn, count).result())
-    for pool in pools.values():
-        pool.shutdown()
+    facts, groups, rows = {}, {}, {}
+    with contextlib.ExitStack() as stack:
+        for one, flags in FLAGS.items():
+            environment = {"XLA_FLAGS": flags or ""}
+            process = contenders.Contender(_make, CASES[name], flags, environment=environment)
+            stack.enter_context(process)
+            try:
+                facts[one] = process.made.result()
+                groups[one] = [process]
+            except concurrent.futures.process.BrokenProcessPool:
+                rows[one] = "not known to this version of XLA"
+        seconds = contenders.race(groups, "train", turns)
     for one, values in seconds.items():
-        ratios = [value / default for value, default in zip(values, seconds[DEFAULTS], strict=True)]
         rows[one] = {
             "flags": FLAGS[one],
-            "step_seconds": throughput.summary(values),
-            "ratio": statistics.median(ratios),
-            "first_step_seconds": first[one],
+            "step_seconds": contenders.summary(values),
+            "ratio": contenders.ratios(values, seconds[DEFAULTS])["median"],
+            "first_step_seconds": facts[one]["first_step_seconds"],
         }
-    return {"batch_size": CASES[name].cpu_batch, "flags": rows}
+    return {"batch_size": facts[DEFAULTS]["batch_size"], "flags": rows}
 
 
 def cells(rows):

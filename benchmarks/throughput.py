@@ -6,29 +6,27 @@ torch.compile, channels last, under autocast where the type is bfloat16: torchvi
 and has the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be as
 many. PyTorch is no requirement of this project: pip install torch.
 
-The contenders take turns. Figures are medians over the turns, with the lowest and the highest; a ratio is the
-median of the ratios of a turn. `share` is that of the device's ceiling, a large matrix product of the same
-type measured in the same run; `bound` is the number of images a second at which either the arithmetic or the
-memory traffic that XLA counts for its program would take all of what was measured of the device. Each case
-has a process of its own.
+Each contender has a process of its own, and they take turns. Figures are medians over the turns, with the
+lowest and the highest; a ratio is the median of the ratios of a turn. `share_of_ceiling` is that of the
+device's ceiling, a large matrix product of the same type measured in the same run; `bound` is the number
+of images a second at which either the arithmetic or the memory traffic that XLA counts for its program would
+take all of what was measured of the device. `peak_bytes` is the memory of training at its fullest, parameters
+included: on a GPU as the framework counts it, on a CPU by what the process has grown.
 """
 
 import argparse
-import concurrent.futures
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import multiprocessing
-import os
-import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import record
+from benchmarks import contenders, record
 from cnn_cases import tables
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
@@ -38,7 +36,6 @@ from cnn_cases.training.state import init_state
 
 SIDE_WEIGHT = 0.3
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
-SECONDS_A_TURN = 1.0
 
 
 class Case(NamedTuple):
@@ -61,7 +58,8 @@ def _cifar(model, peer, gpu_batch, cpu_batch):
     return Case(model, peer, "", (32, 32, 3), 10, gpu_batch, cpu_batch)
 
 
-def _cifar_resnet(depth):
+def cifar_resnet(depth):
+    """The Case of a ResNet of `depth` layers at 32x32."""
     return _cifar(dict(name="resnet_cifar", depth=depth), ("cifar_resnet", dict(depth=depth)), 1024, 64)
 
 
@@ -87,31 +85,36 @@ CASES = {
     "Inception-v3": _imagenet(
         dict(name="inception_v3"), ("inception_v3_net", {}), "inception_v3", 64, 4, side=299
     ),
-    "ResNet-20": _cifar_resnet(20),
-    "ResNet-56": _cifar_resnet(56),
-    "ResNet-110": _cifar_resnet(110),
+    "ResNet-20": cifar_resnet(20),
+    "ResNet-56": cifar_resnet(56),
+    "ResNet-110": cifar_resnet(110),
     "ResNet-18": _resnet(18, 256, 8),
     "plain-34": _resnet(34, 128, 8, plain=True),
     "ResNet-50": _resnet(50, 128, 4),
     "ResNet-152": _resnet(152, 64, 2),
 }
+OURS = "cnn_cases"
 PEERS = ("torch", "torch.compile")
 QUICK = ("LeNet-5", "NIN", "ResNet-20")
 
 
-class Contender(NamedTuple):
-    """Functions that start a step or a pass, and one that waits for what was started."""
+def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
+    """This project's training step and inference: a `contenders.Network`.
 
-    train: Any
-    infer: Any
-    wait: Any
-    first_step_seconds: float  # of the first training step: with all that is compiled for it
-    peak_bytes: int | None  # on the device, of training; None where it is not counted
+    Args:
+      case: a Case.
+      dtype: "float32" or "bfloat16".
+      num_devices: how many of this process's devices share the work, with those of other processes.
+      over_devices: (train_steps, devices) -> the jitted function.
 
-
-def ours(case, batch_size, dtype):
-    """This project's training step and inference; and what XLA counts of the first: (Contender, dict)."""
-    device = jax.local_devices()[0]
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    devices = jax.local_devices()[:num_devices]
+    if len(devices) < num_devices:
+        raise ValueError(f"num_devices = {num_devices}, and there are {len(devices)}")
+    batch_size = _batch_size(case, devices[0].platform)
+    facts = {"batch_size": batch_size, "resident_bytes": contenders.resident_bytes()}
     model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
     tx = optimizer.make_optimizer(
         lambda _: LEARNING_RATE,
@@ -133,40 +136,51 @@ def ours(case, batch_size, dtype):
         side_weight=SIDE_WEIGHT,
     )
     predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
-    arrays = devices_lib.replicate(_batch(case, batch_size), [device])
-    state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), [device])
-    infer_state = jax.tree.map(jnp.copy, state)  # training gives its own away
-    nothing = np.zeros((1, 1, 1), np.int32)  # devices, steps, and no batch: the images are in `arrays`
+    share = batch_size // len(devices_lib.of_all_processes(devices))
+    arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
+    state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)
+    nothing = np.zeros((len(devices), 1, 1), np.int32)  # of each device, one step: its images are in `arrays`
     began = time.perf_counter()
-    train = devices_lib.pmap_train(train_steps, [device]).lower(state, arrays, nothing).compile()
-    predict = devices_lib.pmap_predict(predict_step, [device])
+    train = over_devices(train_steps, devices)
+    if not devices_lib.is_one_of_several():  # with others, pmap can only be compiled by a call (JAX 0.10)
+        train = train.lower(state, arrays, nothing).compile()
+        counted = train.cost_analysis()
+        counted = counted[0] if isinstance(counted, list) else counted
+        facts |= {"xla_flops_a_step": counted["flops"], "xla_bytes_a_step": counted["bytes accessed"]}
+    predict = devices_lib.pmap_predict(predict_step, devices)
     last = [train(state, arrays, nothing)]
     jax.block_until_ready(last)
-    seconds = time.perf_counter() - began
-    images = arrays["image"][None]
+    facts["first_step_seconds"] = time.perf_counter() - began
+    images = jnp.repeat(arrays["image"][None], len(devices), axis=0)
+    wait_each = devices_lib.calls_ahead(devices) == 0
+
+    def wait():
+        jax.block_until_ready(last)
 
     def train_once():
         last[0] = train(last[0][0], arrays, nothing)
+        if wait_each:
+            wait()
 
     def infer_once():
-        last[1:] = [predict(infer_state, {}, images)]
+        last[1:] = [predict(last[0][0], {}, images)]
 
-    stats = device.memory_stats() or {"peak_bytes_in_use": None}
-    counted = train.cost_analysis()
-    counted = counted[0] if isinstance(counted, list) else counted
-    contender = Contender(
-        train_once, infer_once, lambda: jax.block_until_ready(last), seconds, stats["peak_bytes_in_use"]
-    )
-    return contender, {"flops": counted["flops"], "bytes": counted["bytes accessed"]}
+    def peak_bytes():
+        return (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    return contenders.Network(train_once, infer_once, wait, peak_bytes, facts)
 
 
-def theirs(case, batch_size, dtype, *, compiled):
-    """PyTorch's, by torch.compile or eager: (Contender, where the network is from)."""
+def theirs(case, dtype, *, compiled):
+    """PyTorch's, by torch.compile or eager: a `contenders.Network`."""
     import torch
     from torch.nn import functional
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, origin = peer(case)
+    facts = {"peer": origin, "torch": importlib.metadata.version("torch")}
+    facts["resident_bytes"] = contenders.resident_bytes()
+    batch_size = _batch_size(case, device.type)
     network = network.to(device, memory_format=torch.channels_last)
     batch = _batch(case, batch_size)
     image = torch.tensor(np.moveaxis(batch["image"], -1, 1)).to(device, memory_format=torch.channels_last)
@@ -207,14 +221,14 @@ def theirs(case, batch_size, dtype, *, compiled):
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    def peak_bytes():
+        return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
     began = time.perf_counter()
     train_once()
     wait()
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return Contender(train_once, infer_once, wait, seconds, peak), origin
+    facts["first_step_seconds"] = time.perf_counter() - began
+    return contenders.Network(train_once, infer_once, wait, peak_bytes, facts)
 
 
 def peer(case):
@@ -269,79 +283,65 @@ def _multiply_adds(network, case):
     return counter.get_total_flops() // 4  # of two images, each product and each sum counted
 
 
+def _batch_size(case, platform):
+    return case.cpu_batch if platform == "cpu" else case.gpu_batch
+
+
 def _batch(case, batch_size):
     rng = np.random.default_rng(0)
     image = rng.standard_normal((batch_size, *case.image_shape), np.float32)
     return {"image": image, "label": rng.integers(0, case.num_classes, batch_size).astype(np.int32)}
 
 
+def make(case, dtype, kind):
+    """OURS or one of PEERS, a `contenders.Network`."""
+    if kind == OURS:
+        devices_lib.choose_cpu_kernels()
+        return ours(case, dtype)
+    return theirs(case, dtype, compiled=kind == "torch.compile")
+
+
 def measure(name, dtype, turns, peers_wanted):
     """One case: a dict that JSON can hold."""
-    devices_lib.choose_cpu_kernels()
     case = CASES[name]
-    on_gpu = jax.local_devices()[0].platform == "gpu"
-    batch_size = case.gpu_batch if on_gpu else case.cpu_batch
-    our, counted = ours(case, batch_size, dtype)
-    contenders = {"cnn_cases": our}
-    row = {
-        "batch_size": batch_size,
-        "image_shape": case.image_shape,
-        "dtype": dtype,
-        **counts(case),
-        "xla_flops_a_step": counted["flops"],
-        "xla_bytes_a_step": counted["bytes"],
-    }
+    row = {"image_shape": case.image_shape, "dtype": dtype}
+    facts, processes = {}, {}
+    with contextlib.ExitStack() as stack:
+        for kind in (OURS, *peers_wanted):
+            one = contenders.Contender(make, case, dtype, kind)
+            processes[kind] = stack.enter_context(one)
+            facts[kind] = one.made.result()  # before the next one starts to compile
+        peaks = {kind: one.peak().result() for kind, one in processes.items()}
+        groups = {kind: [one] for kind, one in processes.items()}
+        for work in ("train", "infer"):
+            row[work] = _rates(contenders.race(groups, work, turns), facts[OURS]["batch_size"])
+        row |= processes[OURS].also(counts, case).result()
+        matrix, copy = processes[OURS].also(ceilings, dtype).result()
+    row |= {key: facts[OURS][key] for key in ("batch_size", "xla_flops_a_step", "xla_bytes_a_step")}
     for kind in peers_wanted:
-        contenders[kind], row["peer"] = theirs(case, batch_size, dtype, compiled=kind == "torch.compile")
-    for work in ("train", "infer"):
-        row[work] = _race(contenders, work, batch_size, turns)
-    row["first_step_seconds"] = {one: round(c.first_step_seconds, 2) for one, c in contenders.items()}
-    row["peak_bytes"] = {one: c.peak_bytes for one, c in contenders.items()}
-    if peers_wanted:
-        row["torch"] = importlib.metadata.version("torch")
-    matrix, copy = ceilings(dtype)
+        row |= {key: facts[kind][key] for key in ("peer", "torch")}
+    row["first_step_seconds"] = {kind: round(found["first_step_seconds"], 2) for kind, found in facts.items()}
+    row["peak_bytes"] = peaks
     row["ceilings"] = {"flops_a_second": matrix, "bytes_a_second": copy}
-    rate = row["train"]["cnn_cases"]["images_a_second"]["median"]
+    rate = row["train"][OURS]["images_a_second"]["median"]
     # The backward pass does each product of the forward pass twice: for the input and for the weights.
     achieved = 3 * 2 * row["multiply_adds"] * rate
     row["flops_a_second"] = achieved
     row["share_of_ceiling"] = achieved / matrix
-    bound = batch_size / max(counted["flops"] / matrix, counted["bytes"] / copy)
+    bound = row["batch_size"] / max(row["xla_flops_a_step"] / matrix, row["xla_bytes_a_step"] / copy)
     row["bound_images_a_second"], row["share_of_bound"] = bound, rate / bound
     return row
 
 
-def _race(contenders, work, batch_size, turns):
+def _rates(seconds, batch_size):
     """{contender: {"images_a_second": median, lowest, highest, "ratio": ours / its}}."""
-    count = {name: _steps_a_turn(one, work) for name, one in contenders.items()}
-    rates = {name: [] for name in contenders}
-    for _ in range(turns):
-        for name, one in contenders.items():
-            rates[name].append(count[name] * batch_size / seconds_of(one, work, count[name]))
-    result = {}
-    for name, values in rates.items():
-        ratios = [mine / their for mine, their in zip(rates["cnn_cases"], values, strict=True)]
-        result[name] = {"images_a_second": summary(values), "ratio": summary(ratios)}
-    return result
-
-
-def _steps_a_turn(contender, work):
-    seconds_of(contender, work, 2)  # what is slow the first time
-    return max(1, round(SECONDS_A_TURN / (seconds_of(contender, work, 2) / 2)))
-
-
-def seconds_of(contender, work, count):
-    """Of so many steps or passes, `work` being "train" or "infer"."""
-    began = time.perf_counter()
-    for _ in range(count):
-        getattr(contender, work)()
-    contender.wait()
-    return time.perf_counter() - began
-
-
-def summary(values):
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {
+        name: {
+            "images_a_second": contenders.summary([batch_size / value for value in values]),
+            "ratio": contenders.ratios(values, seconds[OURS]),
+        }
+        for name, values in seconds.items()
+    }
 
 
 def ceilings(dtype):
@@ -368,28 +368,36 @@ def _best(function, repeats=10):
 
 def cells(rows):
     """The table of {case: row}: lists of cells, the head first. Ratios are ours by theirs."""
-    peers_seen = [name for row in rows.values() for name in row["train"] if name != "cnn_cases"]
-    peers_seen = list(dict.fromkeys(peers_seen))
+    peers_seen = _peers_of(rows)
     head = ["network", "batch", "pixels"]
     for work in ("training", "inference"):
-        head += [f"{work}, images/s", *(f"beside {name}" for name in peers_seen)]
-    lines = [[*head, "first step, s", *(f"{name}, s" for name in peers_seen), "share of ceiling"]]
+        head += [f"{work}, images/s", *(f"by {name}'s" for name in peers_seen)]
+    lines = [head]
     for name, row in rows.items():
         line = [name, str(row["batch_size"]), "x".join(map(str, row["image_shape"][:2]))]
         for work in ("train", "infer"):
-            figures = row[work]["cnn_cases"]["images_a_second"]
-            line.append("{median:,.0f} ({lowest:,.0f} to {highest:,.0f})".format(**figures))
+            figures = row[work][OURS]["images_a_second"]
+            line.append("{median:,.4g} ({lowest:,.4g} to {highest:,.4g})".format(**figures))
             line += ["{median:.2f}".format(**row[work][peer]["ratio"]) for peer in peers_seen]
-        line += [f"{row['first_step_seconds'][one]:.1f}" for one in ("cnn_cases", *peers_seen)]
-        lines.append([*line, f"{row['share_of_ceiling']:.0%}"])
+        lines.append(line)
     return lines
 
 
-def _apart(function, *arguments):
-    """What `function(*arguments)` gives in a process of its own, whose memory goes with it."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+def cost_cells(rows):
+    """What else is known of {case: row}: lists of cells, the head first."""
+    seen = [OURS, *_peers_of(rows)]
+    head = ["network", *(f"first step, s: {one}" for one in seen), *(f"memory, MB: {one}" for one in seen)]
+    lines = [[*head, "GFLOP/s", "share of ceiling", "share of bound"]]
+    for name, row in rows.items():
+        line = [name, *(f"{row['first_step_seconds'][one]:.1f}" for one in seen)]
+        line += [f"{row['peak_bytes'][one] / 1e6:,.0f}" for one in seen]
+        line += [f"{row['flops_a_second'] / 1e9:,.4g}"]
+        lines.append([*line, *(f"{row[key]:.0%}" for key in ("share_of_ceiling", "share_of_bound"))])
+    return lines
+
+
+def _peers_of(rows):
+    return list(dict.fromkeys(name for row in rows.values() for name in row["train"] if name != OURS))
 
 
 def main():
@@ -406,15 +414,20 @@ def main():
     options = parser.parse_args()
     if options.quick:
         options.cases, options.peers, options.turns = QUICK, ["torch"], 3
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # there has to be room for PyTorch
     rows = {}
     for name in options.cases:
-        rows[name] = _apart(measure, name, options.dtype, options.turns, options.peers)
-        print(tables.markdown(cells({name: rows[name]}), words=(0,)), flush=True)
+        rows[name] = measure(name, options.dtype, options.turns, options.peers)
+        _print({name: rows[name]})
         if options.out:
             command = f"python -m benchmarks.throughput --cases {name} --dtype={options.dtype}"
             record.write_section(options.out, name, command, rows[name])
-    print(tables.markdown(cells(rows), words=(0,)))
+    if len(rows) > 1:
+        _print(rows)
+
+
+def _print(rows):
+    for table in (cells(rows), cost_cells(rows)):
+        print(tables.markdown(table, words=(0,)), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def test_a_peer_has_as_many_parameters_and_multiply_adds(name):
     assert origin in ("torchvision", "benchmarks.peers")
 
 
-def test_the_table_has_a_ratio_for_each_peer():
+def test_the_tables_have_a_ratio_and_the_costs_of_each_peer():
     def figures(rate, ratio):
         spread = {"median": rate, "lowest": rate - 1, "highest": rate + 1}
         return {"images_a_second": spread, "ratio": {"median": ratio, "lowest": ratio, "highest": ratio}}
@@ -21,18 +21,33 @@ def test_the_table_has_a_ratio_for_each_peer():
         "batch_size": 8,
         "image_shape": (32, 32, 3),
         "train": {"cnn_cases": figures(1000, 1), "torch": figures(500, 2)},
-        "infer": {"cnn_cases": figures(3000, 1), "torch": figures(6000, 0.5)},
+        "infer": {"cnn_cases": figures(30.5, 1), "torch": figures(6000, 0.5)},
         "first_step_seconds": {"cnn_cases": 2.5, "torch": 0.1},
+        "peak_bytes": {"cnn_cases": 2_000_000_000, "torch": 3_000_000},
+        "flops_a_second": 12.3e9,
         "share_of_ceiling": 0.25,
+        "share_of_bound": 0.5,
     }
-    head, line = throughput.cells({"ResNet-20": row})
-    assert dict(zip(head[3:], line[3:], strict=False)) == {
-        "training, images/s": "1,000 (999 to 1,001)",
-        "beside torch": "0.50",  # of the inference, which has the same title
-        "inference, images/s": "3,000 (2,999 to 3,001)",
-        "first step, s": "2.5",
-        "torch, s": "0.1",
+    assert throughput.cells({"ResNet-20": row}) == [
+        [
+            "network",
+            "batch",
+            "pixels",
+            "training, images/s",
+            "by torch's",
+            "inference, images/s",
+            "by torch's",
+        ],
+        ["ResNet-20", "8", "32x32", "1,000 (999 to 1,001)", "2.00", "30.5 (29.5 to 31.5)", "0.50"],
+    ]
+    head, line = throughput.cost_cells({"ResNet-20": row})
+    assert dict(zip(head, line, strict=True)) == {
+        "network": "ResNet-20",
+        "first step, s: cnn_cases": "2.5",
+        "first step, s: torch": "0.1",
+        "memory, MB: cnn_cases": "2,000",
+        "memory, MB: torch": "3",
+        "GFLOP/s": "12.3",
         "share of ceiling": "25%",
+        "share of bound": "50%",
     }
-    assert line[:3] == ["ResNet-20", "8", "32x32"]
-    assert line[4] == "2.00"

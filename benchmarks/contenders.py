@@ -1,0 +1,142 @@
+"""Who is compared: processes that do the same work in turns, for `throughput`, `flags` and `scaling`."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+from typing import Any, NamedTuple
+from unittest import mock
+
+SECONDS_A_TURN = 1.0
+_ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the others need room on the GPU, too
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+}
+_made = None  # by `make`, in a process of a Contender
+
+
+class Network(NamedTuple):
+    """What a Contender's process has made: functions that start a step or a pass, and one that waits for it.
+
+    Attributes:
+      train: () -> None, starts a training step.
+      infer: () -> None, starts an inference pass.
+      wait: () -> None, returns when all that was started is done.
+      peak_bytes: () -> memory of the device at its fullest; None where it is not counted.
+      facts: a dict that JSON can hold: "first_step_seconds", with all that is compiled for it, and more.
+    """
+
+    train: Any
+    infer: Any
+    wait: Any
+    peak_bytes: Any
+    facts: dict
+
+    def seconds(self, work, count):
+        """Of so many steps or passes, `work` being "train" or "infer"."""
+        began = time.perf_counter()
+        for _ in range(count):
+            getattr(self, work)()
+        self.wait()
+        return time.perf_counter() - began
+
+    def peak(self):
+        """Bytes at the fullest: of the device, or where it does not count, of this process in some steps.
+
+        From the latter, less `facts["resident_bytes"]`, which was there before the network.
+        """
+        bytes_of_device = self.peak_bytes()
+        if bytes_of_device is not None:
+            return bytes_of_device
+        # Linux: the largest resident size, VmHWM, begins anew, so that what compiling took is left out.
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        self.seconds("train", 3)
+        return _status("VmHWM") - self.facts["resident_bytes"]
+
+
+def resident_bytes():
+    """Resident memory of this process (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+class Contender:
+    """A process of its own, in which `make(*arguments)` makes a Network; ends with the block that it heads.
+
+    What is compiled is compiled anew. `made` is the future of the Network's facts; it fails with
+    BrokenProcessPool where the process died.
+    """
+
+    def __init__(self, make, *arguments, environment=None):
+        context = multiprocessing.get_context("spawn")
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+        with mock.patch.dict(os.environ, _ENVIRONMENT | (environment or {})):  # as the process starts
+            self.made = self._pool.submit(_make, make, arguments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._pool.shutdown()
+
+    def seconds(self, work, count):
+        """Of so many steps or passes, `work` being "train" or "infer": a future."""
+        return self._pool.submit(_call, "seconds", work, count)
+
+    def peak(self):
+        """See `Network.peak`; a future."""
+        return self._pool.submit(_call, "peak")
+
+    def also(self, function, *arguments):
+        """What a function gives in that process; a future."""
+        return self._pool.submit(function, *arguments)
+
+
+def _make(make, arguments):
+    global _made
+    _made = make(*arguments)
+    return _made.facts
+
+
+def _call(method, *arguments):
+    return getattr(_made, method)(*arguments)
+
+
+def race(groups, work, turns):
+    """Seconds of a step or a pass, {name: [one for each turn]}.
+
+    Args:
+      groups: {name: Contenders}. Those of a group work at the same time, and the last to be done counts.
+      work: "train" or "infer".
+      turns: how many each group has, of SECONDS_A_TURN or one step.
+    """
+
+    def seconds(group, count):
+        return max(future.result() for future in [one.seconds(work, count) for one in group])
+
+    counts = {}
+    for name, group in groups.items():
+        seconds(group, 2)  # what is slow the first time
+        counts[name] = max(1, round(2 * SECONDS_A_TURN / seconds(group, 2)))
+    found = {name: [] for name in groups}
+    for _ in range(turns):
+        for name, group in groups.items():
+            found[name].append(seconds(group, counts[name]) / counts[name])
+    return found
+
+
+def ratios(values, others):
+    """Summary of a turn's value by the other's of the same turn."""
+    return summary([value / other for value, other in zip(values, others, strict=True)])
+
+
+def summary(values):
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}

@@ -1,0 +1,172 @@
+"""What it costs to share the work, and to go deeper: `python -m benchmarks.scaling [--only=sharing|depth]`.
+
+sharing   Milliseconds of a training step of one batch, which is split over 1, 2 and 4 virtual CPU devices of
+          one process, and over 2 and 4 processes with a CPU device each; beside the step by plain `jax.jit`
+          on one device. They share the cores, so that nothing becomes faster, and what a step takes more is
+          what sharing costs: each device waits for the others at every batch normalisation, whose statistics
+          are those of the whole batch, and for the mean of the gradients.
+depth     Seconds until the first training step of CIFAR-10's ResNets is done, with tracing and compilation,
+          and milliseconds of the steps after it; beside PyTorch's, eager and by torch.compile, where it is
+          installed (pip install torch).
+
+Every contender has a process of its own, and they take turns. Figures are medians over the turns with the
+lowest and the highest, a ratio the median of the ratios of a turn.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import socket
+
+import jax
+
+from benchmarks import contenders, flags, record, throughput
+from cnn_cases import tables
+from cnn_cases.training import devices as devices_lib
+
+JIT, ONE = "jax.jit", "1 device"
+DEVICES, PROCESSES = (2, 4), (2, 4)
+DEFAULT_CASES = ("ResNet-20", "ResNet-20, digits")
+DEPTHS = (8, 20, 32, 44, 56, 110)
+DTYPE = "float32"
+
+
+def teams():
+    """{who: [(what makes a `contenders.Network` of a case, environment) of each process]}."""
+    found = {
+        JIT: [(functools.partial(_make, over_devices=_jit_train), _on_cpu(1))],
+        ONE: [(_make, _on_cpu(1))],
+    }
+    for count in DEVICES:
+        # They wait for each other, each in a thread: without enough of those it would be for ever (JAX 0.10).
+        environment = _on_cpu(count) | {"PJRT_NPROC": "16"}
+        found[f"{count} devices"] = [(functools.partial(_make, num_devices=count), environment)]
+    for count in PROCESSES:
+        with socket.socket() as one:
+            one.bind(("localhost", 0))
+            address = f"localhost:{one.getsockname()[1]}"
+        jobs = [dict(coordinator_address=address, num_processes=count, process_id=i) for i in range(count)]
+        found[f"{count} processes"] = [(functools.partial(_make, job=job), _on_cpu(1)) for job in jobs]
+    return found
+
+
+def _on_cpu(num_devices):
+    flag = f"--xla_force_host_platform_device_count={num_devices}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
+
+
+def _make(case, num_devices=1, over_devices=devices_lib.pmap_train, job=None):
+    devices_lib.choose_cpu_kernels()
+    if job:
+        devices_lib.join(**job)
+    return throughput.ours(case, DTYPE, num_devices=num_devices, over_devices=over_devices)
+
+
+def _jit_train(train_steps, _):
+    """As `devices.pmap_train`, for one device and without pmap."""
+    train_steps = jax.vmap(train_steps, in_axes=(None, None, 0), out_axes=None, axis_name=devices_lib.AXIS)
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def _leave(group):
+    """Ends the job of several processes; all at once, since they wait for each other."""
+    for left in [one.also(devices_lib.leave, 0, 30) for one in group]:
+        left.result()
+    for left in [one.also(jax.distributed.shutdown) for one in group]:
+        left.result()
+
+
+def sharing(case, turns):
+    """One case: {"batch_size": ..., "teams": {who: {"step_seconds", "ratio" to one device's, ...}}}."""
+    groups, facts, rows = {}, {}, {}
+    with contextlib.ExitStack() as stack:
+        for who, processes in teams().items():
+            groups[who] = [
+                stack.enter_context(contenders.Contender(make, case, environment=environment))
+                for make, environment in processes
+            ]
+            if len(processes) > 1:
+                stack.callback(_leave, groups[who])
+            facts[who] = [one.made.result() for one in groups[who]]
+        seconds = contenders.race(groups, "train", turns)
+    for who, values in seconds.items():
+        rows[who] = {
+            "step_seconds": contenders.summary(values),
+            "ratio": contenders.ratios(values, seconds[ONE]),
+            "first_step_seconds": max(one["first_step_seconds"] for one in facts[who]),
+        }
+    return {"batch_size": case.cpu_batch, "dtype": DTYPE, "teams": rows}
+
+
+def depth_costs(depth, turns, kinds):
+    """One depth: {"batch_size": ..., "contenders": {kind: {"first_step_seconds", "step_seconds"}}}."""
+    with contextlib.ExitStack() as stack:
+        groups, facts = {}, {}
+        for kind in kinds:
+            one = contenders.Contender(throughput.make, throughput.cifar_resnet(depth), DTYPE, kind)
+            groups[kind] = [stack.enter_context(one)]
+            facts[kind] = one.made.result()
+        seconds = contenders.race(groups, "train", turns)
+    rows = {
+        kind: {
+            "first_step_seconds": round(facts[kind]["first_step_seconds"], 2),
+            "step_seconds": contenders.summary(values),
+        }
+        for kind, values in seconds.items()
+    }
+    return {"batch_size": facts[throughput.OURS]["batch_size"], "dtype": DTYPE, "contenders": rows}
+
+
+def sharing_cells(rows):
+    """The table of {case: row of `sharing`}: lists of cells, the head first; ms, ratio to one device."""
+    lines = [["network", "batch", *next(iter(rows.values()))["teams"]]]
+    for name, row in rows.items():
+        line = [name, str(row["batch_size"])]
+        for found in row["teams"].values():
+            line.append(f"{found['step_seconds']['median'] * 1e3:,.1f} ({found['ratio']['median']:.2f})")
+        lines.append(line)
+    return lines
+
+
+def depth_cells(rows):
+    """The table of {depth: row of `depth_costs`}: lists of cells, the head first."""
+    kinds = list(next(iter(rows.values()))["contenders"])
+    head = ["depth", *(f"{kind}, first step, s" for kind in kinds), *(f"{kind}, later, ms" for kind in kinds)]
+    lines = [head]
+    for depth, row in rows.items():
+        found = [row["contenders"][kind] for kind in kinds]
+        line = [str(depth), *(f"{one['first_step_seconds']:.1f}" for one in found)]
+        lines.append([*line, *(f"{one['step_seconds']['median'] * 1e3:,.0f}" for one in found)])
+    return lines
+
+
+def main():
+    """Measures, prints, and writes what --out names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("sharing", "depth"), help="one of the two")
+    parser.add_argument("--cases", nargs="+", choices=flags.CASES, metavar="CASE", default=DEFAULT_CASES)
+    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", help="a JSON file, of which each case and each depth is a section")
+    options = parser.parse_args()
+    rows = {}
+    for name in () if options.only == "depth" else options.cases:
+        rows[name] = sharing(flags.CASES[name], options.turns)
+        if options.out:
+            command = f"python -m benchmarks.scaling --only=sharing --cases {name!r}"
+            record.write_section(options.out, name, command, rows[name])
+    if rows:
+        print(tables.markdown(sharing_cells(rows), words=(0,)), flush=True)
+    rows, kinds = {}, [throughput.OURS, *(throughput.PEERS if importlib.util.find_spec("torch") else ())]
+    for depth in () if options.only == "sharing" else options.depths:
+        rows[depth] = depth_costs(depth, options.turns, kinds)
+        if options.out:
+            command = f"python -m benchmarks.scaling --only=depth --depths {depth}"
+            record.write_section(options.out, f"depth {depth}", command, rows[depth])
+    if rows:
+        print(tables.markdown(depth_cells(rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

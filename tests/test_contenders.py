@@ -1,0 +1,80 @@
+"""Contenders work in processes of their own and take turns."""
+
+import concurrent.futures
+import os
+
+import pytest
+
+from benchmarks import contenders
+
+
+def _make(log):
+    """A "network" that writes down who does what."""
+
+    def note(work):
+        with open(log, "a") as file:
+            file.write(f"{work} {os.environ['PART']}\n")
+
+    held = []
+    facts = {"process": os.getpid(), "resident_bytes": contenders.resident_bytes()}
+    return contenders.Network(
+        lambda: note("train"), lambda: note("infer"), lambda: held.append(b"x" * 2**24), lambda: None, facts
+    )
+
+
+def _refuse():
+    raise ValueError("no such network")
+
+
+def test_each_has_a_process_and_an_environment_of_its_own(tmp_path):
+    log = tmp_path / "log"
+    with contenders.Contender(_make, log, environment={"PART": "first"}) as one:
+        assert one.made.result()["process"] not in (os.getpid(), None)
+        assert "PART" not in os.environ
+        assert one.seconds("infer", 2).result() > 0
+        assert log.read_text() == "infer first\n" * 2
+        # No device counts here: the process does three steps and one wait, which keeps 16 MiB.
+        assert 2**24 <= one.peak().result() < 2**26
+        assert one.also(os.getpid).result() == one.made.result()["process"]
+
+
+def test_what_goes_wrong_in_the_process_is_told():
+    with contenders.Contender(_refuse) as one, pytest.raises(ValueError, match="no such network"):
+        one.made.result()
+    with (
+        contenders.Contender(os._exit, 3) as one,
+        pytest.raises(concurrent.futures.process.BrokenProcessPool),
+    ):
+        one.made.result()
+
+
+class Fake:
+    """A contender whose steps take `seconds` each, and which writes its name down."""
+
+    def __init__(self, name, seconds, log):
+        self._name, self._seconds, self._log = name, seconds, log
+
+    def seconds(self, work, count):
+        self._log.append((self._name, work, count))
+        future = concurrent.futures.Future()
+        future.set_result(self._seconds * count)
+        return future
+
+
+def test_they_take_turns_and_the_slowest_of_a_group_counts():
+    log = []
+    groups = {
+        "alone": [Fake("alone", 0.25, log)],
+        "both": [Fake("one", 0.1, log), Fake("other", 0.5, log)],
+    }
+    assert contenders.race(groups, "train", 2) == {"alone": [0.25, 0.25], "both": [0.5, 0.5]}
+    turn = [("alone", "train", 4), ("one", "train", 2), ("other", "train", 2)]  # a second each
+    assert log[-6:] == turn * 2
+
+
+def test_a_ratio_is_that_of_a_turn():
+    assert contenders.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {
+        "median": 2.0,
+        "lowest": 1.0,
+        "highest": 3.0,
+    }

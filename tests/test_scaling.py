@@ -1,0 +1,36 @@
+"""Those who share a step are measured, and end together."""
+
+from benchmarks import contenders, scaling, throughput
+
+
+def test_a_step_is_timed_by_jit_on_one_device_and_over_two_processes(monkeypatch):
+    teams = scaling.teams()
+    wanted = (scaling.JIT, scaling.ONE, "2 processes")
+    monkeypatch.setattr(scaling, "teams", lambda: {who: teams[who] for who in wanted})
+    monkeypatch.setattr(contenders, "SECONDS_A_TURN", 0.1)
+    case = throughput.CASES["LeNet-5"]._replace(cpu_batch=8)
+    row = scaling.sharing(case, turns=2)
+    assert tuple(row["teams"]) == wanted
+    assert row["teams"][scaling.ONE]["ratio"] == {"median": 1.0, "lowest": 1.0, "highest": 1.0}
+    head, line = scaling.sharing_cells({"LeNet-5": row})
+    assert head == ["network", "batch", *wanted]
+    assert line[1] == "8"
+    assert line[3].endswith(" (1.00)")
+
+
+def test_the_table_of_depths_has_all_contenders():
+    def found(seconds):
+        spread = {"median": seconds, "lowest": seconds, "highest": seconds}
+        return {"first_step_seconds": 10 * seconds, "step_seconds": spread}
+
+    rows = {20: {"contenders": {"cnn_cases": found(0.25), "torch": found(0.125)}}}
+    assert scaling.depth_cells(rows) == [
+        [
+            "depth",
+            "cnn_cases, first step, s",
+            "torch, first step, s",
+            "cnn_cases, later, ms",
+            "torch, later, ms",
+        ],
+        ["20", "2.5", "1.2", "250", "125"],
+    ]
