@@ -1,6 +1,6 @@
 """XLA's flags on this CPU: `python -m benchmarks.flags [--cases CASE ...] [--out=FILE.json]`.
 
-Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_kernels` sets, and under
+Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` sets, and under
 what else might help. Each set of flags has a process of its own, which compiles once; then the processes take
 turns. Figures are medians over the turns with the lowest and the highest, a ratio the median of the ratios of
 a turn to that of the defaults. Flags that this version of XLA does not know end their process and are told.
@@ -15,16 +15,17 @@ from cnn_cases import tables
 from cnn_cases.training import devices
 
 DEFAULTS = "defaults"
-_YNNPACK = f"--{devices.YNNPACK_FLAG}="
+YNNPACK, BARRIERS = devices.CPU_FLAGS
+_CHOSEN = " ".join(f"--{name}={value}" for name, value in devices.CPU_FLAGS.items())
 FLAGS = {
     DEFAULTS: "",
-    "chosen": None,  # by `devices.choose_cpu_kernels`
-    "nothing by YNNPACK": _YNNPACK,
-    "sums and elementwise by YNNPACK": f"{_YNNPACK}REDUCE,ELTWISE",
-    "chosen, wide vectors": f"{_YNNPACK}REDUCE --xla_cpu_prefer_vector_width=512",
-    "chosen, fast math": f"{_YNNPACK}REDUCE --xla_cpu_enable_fast_math=true",
-    "chosen, oneDNN": f"{_YNNPACK}REDUCE --xla_cpu_use_onednn=true",
-    "chosen, fast to compile": f"{_YNNPACK}REDUCE --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+    "chosen": _CHOSEN,
+    "no barriers": f"--{YNNPACK}={devices.CPU_FLAGS[YNNPACK]}",
+    "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={devices.CPU_FLAGS[BARRIERS]}",
+    "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
+    "chosen, fast math": f"{_CHOSEN} --xla_cpu_enable_fast_math=true",
+    "chosen, oneDNN": f"{_CHOSEN} --xla_cpu_use_onednn=true",
+    "chosen, fast to compile": f"{_CHOSEN} --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
 }
 
 
@@ -33,14 +34,8 @@ def _digits(depth):
 
 
 CASES = throughput.CASES | {f"ResNet-{depth}, digits": _digits(depth) for depth in (20, 56)}
-DEFAULT_CASES = ("LeNet-5", "NIN", "ResNet-20", "ResNet-18", "AlexNet", "GoogLeNet")
-DEFAULT_CASES += ("ResNet-20, digits", "ResNet-56, digits")
-
-
-def _make(case, flags):
-    if flags is None:
-        devices.choose_cpu_kernels()
-    return throughput.ours(case, "float32")
+DEFAULT_CASES = ("LeNet-5", "NIN", "GoogLeNet", "ResNet-20", "ResNet-50", "ResNet-56, digits")
+DTYPE = "float32"
 
 
 def measure(name, turns):
@@ -48,8 +43,8 @@ def measure(name, turns):
     facts, groups, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for one, flags in FLAGS.items():
-            environment = {"XLA_FLAGS": flags or ""}
-            process = contenders.Contender(_make, CASES[name], flags, environment=environment)
+            environment = {"XLA_FLAGS": flags}
+            process = contenders.Contender(throughput.ours, CASES[name], DTYPE, environment=environment)
             stack.enter_context(process)
             try:
                 facts[one] = process.made.result()

@@ -57,7 +57,7 @@ def _on_cpu(num_devices):
 
 
 def _make(case, num_devices=1, over_devices=devices_lib.pmap_train, job=None):
-    devices_lib.choose_cpu_kernels()
+    devices_lib.choose_cpu_flags()
     if job:
         devices_lib.join(**job)
     return throughput.ours(case, DTYPE, num_devices=num_devices, over_devices=over_devices)

@@ -296,7 +296,7 @@ def _batch(case, batch_size):
 def make(case, dtype, kind):
     """OURS or one of PEERS, a `contenders.Network`."""
     if kind == OURS:
-        devices_lib.choose_cpu_kernels()
+        devices_lib.choose_cpu_flags()
         return ours(case, dtype)
     return theirs(case, dtype, compiled=kind == "torch.compile")
 

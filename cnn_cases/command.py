@@ -44,7 +44,7 @@ def run(main):
         if arguments[1:]:
             _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
-        devices.choose_cpu_kernels()
+        devices.choose_cpu_flags()
         if _DETERMINISTIC.value:
             devices.make_deterministic()
         _keep_compiled()

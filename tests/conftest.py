@@ -15,7 +15,7 @@ from cnn_cases.data import sources
 from cnn_cases.training import devices
 from configs import lenet5_digits
 
-devices.choose_cpu_kernels()  # as the command line does
+devices.choose_cpu_flags()  # as the command line does
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,8 +37,13 @@ LOST = 4  # exit code of a process whose training another one has left
 _PAUSE, _TO_TELL, _TO_END, _JAX_LATER = 1, 3, 3, 30
 _left = threading.Event()  # all processes have come to their end
 
-# The flag that says what XLA gives to YNNPACK on CPUs, and the versions of jaxlib that have it.
-YNNPACK_FLAG, _YNNPACK_VERSIONS = "xla_cpu_experimental_ynn_fusion_type", ("0.10.", "0.11.")
+# What XLA is told for CPUs, and the versions of jaxlib that know it: to give sums to YNNPACK, and to leave
+# the barriers in its program that say what is computed once.
+CPU_FLAGS = {
+    "xla_cpu_experimental_ynn_fusion_type": "REDUCE",
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
+_KNOWN_BY = ("0.10.", "0.11.")
 
 # Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
 # those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
@@ -49,17 +54,24 @@ _LAUNCHERS = {
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU pod: names, with commas between
 
 
-def choose_cpu_kernels():
-    """On CPUs, gives sums to YNNPACK and convolutions to Eigen, in this process and in those that it starts.
+def choose_cpu_flags():
+    """Sets CPU_FLAGS for XLA, in this process and in those that it starts; to be called before JAX is used.
 
-    To be called before JAX is used. XLA has both libraries and, left alone, does it the other way round: what
-    that costs, `python -m benchmarks.flags` measures. Nothing changes where XLA_FLAGS already says
-    which, and where the flag may not be known, at which XLA would abort: in other versions of jaxlib, and in
-    libtpu, which has an XLA of its own.
+    XLA has two libraries for CPUs, YNNPACK and Eigen. Left alone it gives convolutions to the one and sums to
+    neither; with the flag, Eigen has the convolutions and YNNPACK the sums. And it computes activations again
+    wherever they are used, which costs more than to keep them; `models.layers.conv_general_dilated` marks
+    those to be kept by barriers, which it would remove too early. What all that brings, `python -m
+    benchmarks.flags` measures.
+
+    A flag that XLA_FLAGS has already stays as it is. Nothing is set in other versions of jaxlib, which
+    may not know it and abort; nor where JAX is installed for accelerators, whose compilers need no barriers
+    to be left, or are those of another XLA.
     """
-    known = jaxlib.__version__.startswith(_YNNPACK_VERSIONS) and not importlib.util.find_spec("libtpu")
-    if known and YNNPACK_FLAG not in os.environ.get("XLA_FLAGS", ""):
-        _add_xla_flag(f"--{YNNPACK_FLAG}=REDUCE")
+    for_cpus = not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+    if for_cpus and jaxlib.__version__.startswith(_KNOWN_BY):
+        for name, value in CPU_FLAGS.items():
+            if name not in os.environ.get("XLA_FLAGS", ""):
+                _add_xla_flag(f"--{name}={value}")
 
 
 def make_deterministic():

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,16 @@ def test_groups_and_dilation_are_left_to_xla(options):
     np.testing.assert_array_equal(
         ours, lax.conv_general_dilated(x, kernel, (2, 2), padding, **PLAIN | options)
     )
+
+
+def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
+    def loss(kernel, x):
+        y = conv_general_dilated(jnp.maximum(x, 0), kernel, (1, 1), ((1, 1), (1, 1)), **PLAIN)
+        return (y**2).sum()
+
+    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    program = jax.jit(jax.grad(loss)).lower(kernel, x).compile().as_text()
+    assert len(re.findall(r" maximum\(", program)) == 1
 
 
 def drop(x, rate=0.5, train=True, axis_name=None, seed=0):

@@ -1,4 +1,5 @@
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,30 +82,45 @@ def test_the_switch_for_reproducible_bits_is_xlas_and_keeps_what_the_user_says(f
     assert words == [*(flags or "").split(), "--xla_gpu_deterministic_ops=true"]
 
 
+YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=REDUCE"
+BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
+
+
 @pytest.mark.parametrize(
     ("version", "flags", "added"),
     [
-        ("0.10.2", "", ["--xla_cpu_experimental_ynn_fusion_type=REDUCE"]),
-        ("0.11.2", "--xla_cpu_use_onednn=true", ["--xla_cpu_experimental_ynn_fusion_type=REDUCE"]),
-        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", []),
+        ("0.10.2", "", [YNNPACK, BARRIERS]),
+        ("0.11.2", "--xla_cpu_use_onednn=true", [YNNPACK, BARRIERS]),
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", [BARRIERS]),
+        ("0.10.2", "--xla_disable_hlo_passes=dce", [YNNPACK]),
         ("0.12.0", "", []),
         ("0.9.1", "", []),
     ],
 )
-def test_kernels_are_chosen_where_xla_knows_the_flag_and_the_user_says_nothing(
+def test_flags_for_cpus_are_set_where_xla_knows_them_and_the_user_says_nothing(
     version, flags, added, monkeypatch
 ):
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setattr("jaxlib.__version__", version)
-    devices.choose_cpu_kernels()
+    devices.choose_cpu_flags()
     assert os.environ["XLA_FLAGS"].split() == [*flags.split(), *added]
 
 
-def test_the_xla_of_libtpu_gets_no_flag_for_cpus(monkeypatch):
+@pytest.mark.parametrize("package", ["libtpu", "jax_plugins"])
+def test_there_are_none_where_jax_is_installed_for_accelerators(package, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu")
-    devices.choose_cpu_kernels()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == package)
+    devices.choose_cpu_flags()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_a_barrier_is_kept_until_xla_has_chosen_what_to_compute_twice():
+    def twice(x):
+        kept = lax.optimization_barrier(jnp.maximum(x * x + 1, 3))
+        return kept.T, kept * 2
+
+    program = jax.jit(twice).lower(jnp.ones((64, 64))).compile().as_text()
+    assert len(re.findall(r" maximum\(", program)) == 1
 
 
 def test_a_process_alone_leads_and_asks_nobody():
