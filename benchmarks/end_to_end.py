@@ -198,8 +198,8 @@ def main():
         print(tables.markdown(cells({name: rows[name]}), words=(0, 1)), flush=True)
         if options.out:
             peers = " ".join(map(repr, options.peers))
-            command = f"python -m benchmarks.end_to_end --cases {name!r} --peers {peers}"
-            record.write_section(options.out, name, command, rows[name])
+            given = f"--cases {name!r} --peers {peers} --turns={options.turns}"
+            record.write_section(options.out, name, f"python -m benchmarks.end_to_end {given}", rows[name])
     print(tables.markdown(cells(rows), words=(0, 1)))
 
 

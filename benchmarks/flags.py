@@ -89,9 +89,8 @@ def main():
         rows[name] = measure(name, options.turns)
         print(tables.markdown(cells({name: rows[name]}), words=(0,)), flush=True)
         if options.out:
-            record.write_section(
-                options.out, name, f"python -m benchmarks.flags --cases {name!r}", rows[name]
-            )
+            command = f"python -m benchmarks.flags --cases {name!r} --turns={options.turns}"
+            record.write_section(options.out, name, command, rows[name])
     print(tables.markdown(cells(rows), words=(0,)))
 
 

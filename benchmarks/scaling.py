@@ -154,7 +154,7 @@ def main():
     for name in () if options.only == "depth" else options.cases:
         rows[name] = sharing(flags.CASES[name], options.turns)
         if options.out:
-            command = f"python -m benchmarks.scaling --only=sharing --cases {name!r}"
+            command = f"python -m benchmarks.scaling --only=sharing --cases {name!r} --turns={options.turns}"
             record.write_section(options.out, name, command, rows[name])
     if rows:
         print(tables.markdown(sharing_cells(rows), words=(0,)), flush=True)
@@ -162,7 +162,7 @@ def main():
     for depth in () if options.only == "sharing" else options.depths:
         rows[depth] = depth_costs(depth, options.turns, kinds)
         if options.out:
-            command = f"python -m benchmarks.scaling --only=depth --depths {depth}"
+            command = f"python -m benchmarks.scaling --only=depth --depths {depth} --turns={options.turns}"
             record.write_section(options.out, f"depth {depth}", command, rows[depth])
     if rows:
         print(tables.markdown(depth_cells(rows)), flush=True)

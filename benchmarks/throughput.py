@@ -237,6 +237,8 @@ def peer(case):
     Raises:
       ValueError: it is not the same network as ours.
     """
+    import torch
+
     from benchmarks import peers
 
     ours_counted = counts(case)
@@ -248,11 +250,12 @@ def peer(case):
         if _parameters(network) == ours_counted["parameters"]:
             return network, "torchvision"
     name, arguments = case.peer
-    network = getattr(peers, name)(**arguments)
-    found = {"parameters": _parameters(network), "multiply_adds": _multiply_adds(network, case)}
+    with torch.device("meta"):
+        counted = getattr(peers, name)(**arguments)
+    found = {"parameters": _parameters(counted), "multiply_adds": _multiply_adds(counted, case)}
     if found != ours_counted:
         raise ValueError(f"{name} of benchmarks.peers has {found}, ours {ours_counted}")
-    return network, "benchmarks.peers"
+    return getattr(peers, name)(**arguments), "benchmarks.peers"
 
 
 def counts(case):
@@ -278,8 +281,7 @@ def _multiply_adds(network, case):
     with torch.device("meta"):
         image = torch.zeros(2, channels, height, width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.to("meta").train()(image)
-    network.to_empty(device="cpu")
+        network.train()(image)
     return counter.get_total_flops() // 4  # of two images, each product and each sum counted
 
 
@@ -376,8 +378,8 @@ def cells(rows):
     for name, row in rows.items():
         line = [name, str(row["batch_size"]), "x".join(map(str, row["image_shape"][:2]))]
         for work in ("train", "infer"):
-            figures = row[work][OURS]["images_a_second"]
-            line.append("{median:,.4g} ({lowest:,.4g} to {highest:,.4g})".format(**figures))
+            median, lowest, highest = map(_three_digits, row[work][OURS]["images_a_second"].values())
+            line.append(f"{median} ({lowest} to {highest})")
             line += ["{median:.2f}".format(**row[work][peer]["ratio"]) for peer in peers_seen]
         lines.append(line)
     return lines
@@ -391,9 +393,13 @@ def cost_cells(rows):
     for name, row in rows.items():
         line = [name, *(f"{row['first_step_seconds'][one]:.1f}" for one in seen)]
         line += [f"{row['peak_bytes'][one] / 1e6:,.0f}" for one in seen]
-        line += [f"{row['flops_a_second'] / 1e9:,.4g}"]
+        line.append(_three_digits(row["flops_a_second"] / 1e9))
         lines.append([*line, *(f"{row[key]:.0%}" for key in ("share_of_ceiling", "share_of_bound"))])
     return lines
+
+
+def _three_digits(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _peers_of(rows):
@@ -419,8 +425,8 @@ def main():
         rows[name] = measure(name, options.dtype, options.turns, options.peers)
         _print({name: rows[name]})
         if options.out:
-            command = f"python -m benchmarks.throughput --cases {name} --dtype={options.dtype}"
-            record.write_section(options.out, name, command, rows[name])
+            flags = f"--cases {name} --dtype={options.dtype} --turns={options.turns}"
+            record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", rows[name])
     if len(rows) > 1:
         _print(rows)
 
