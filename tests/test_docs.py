@@ -19,6 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 from ml_collections import config_flags
 
+from benchmarks import report
 from cnn_cases import models
 from cnn_cases.studies import depth_curves, ledger
 
@@ -341,6 +342,11 @@ def test_the_table_of_the_depth_study_is_that_of_its_record(path):
 def test_the_comparison_of_the_depth_study_is_that_of_its_record(path):
     table = depth_curves.comparison_table(json.loads(path.read_text()), "markdown")
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_the_tables_of_speed_are_those_of_the_records():
+    text = report.DOCUMENT.read_text()
+    assert text == report.fill(text), "run `python -m benchmarks.report`"
 
 
 def test_the_ledger_is_that_of_the_records():

@@ -1,0 +1,54 @@
+"""Puts the tables of the records into docs/speed.md: `python -m benchmarks.report`.
+
+A table stands between two lines, `<!-- NAME, written by python -m benchmarks.report -->` and `<!-- End. -->`.
+"""
+
+import json
+import pathlib
+import re
+
+from benchmarks import end_to_end, flags, scaling, throughput
+from cnn_cases import tables
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs/speed.md"
+
+
+def _sharing(rows):
+    return scaling.sharing_cells({name: row for name, row in rows.items() if "teams" in row})
+
+
+def _depths(rows):
+    depths = {name.removeprefix("depth "): row for name, row in rows.items() if "contenders" in row}
+    return scaling.depth_cells(depths)
+
+
+# Name of the table: (record, what makes cells of it, columns of words).
+TABLES = {
+    "Images a second": ("throughput_cpu", throughput.cells, (0,)),
+    "Costs": ("throughput_cpu", throughput.cost_cells, (0,)),
+    "Flags": ("xla_flags_cpu", flags.cells, (0,)),
+    "Whole processes": ("end_to_end_cpu", end_to_end.cells, (0, 1)),
+    "Sharing": ("scaling_cpu", _sharing, (0,)),
+    "Depth": ("scaling_cpu", _depths, ()),
+}
+
+
+def fill(text):
+    """A document with each of TABLES between its lines, in place of what is there.
+
+    Raises:
+      ValueError: a table has no place, or several.
+    """
+    for name, (record, cells, words) in TABLES.items():
+        rows = json.loads((ROOT / f"results/{record}.json").read_text())
+        table = tables.markdown(cells(rows), words=words)
+        place = rf"(<!-- {name}, written by [^\n]* -->\n).*?(<!-- End\. -->)"
+        text, count = re.subn(place, lambda found, t=table: f"{found[1]}\n{t}\n{found[2]}", text, flags=re.S)
+        if count != 1:
+            raise ValueError(f"there are {count} places for the table {name!r}")
+    return text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(fill(DOCUMENT.read_text()))
