@@ -46,6 +46,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from cnn_cases import settings, tables
+from cnn_cases.models import layers as model_layers
 from cnn_cases.models import make_model
 
 KINDS = {nn.Conv: "conv", nn.Dense: "dense", nn.BatchNorm: "batch norm"}
@@ -204,13 +205,17 @@ def _trace(run, *inputs):
 
         return pool
 
-    poolings = {"max_pool": "max pool", "avg_pool": "average pool"}
-    # Flax tells of its modules' methods; its poolings are plain functions.
+    poolings = (
+        (nn, "max_pool", "max pool"),
+        (nn, "avg_pool", "average pool"),
+        (model_layers, "max_pool_by_shifts", "max pool"),
+    )
+    # Flax tells of its modules' methods; poolings are plain functions.
     with contextlib.ExitStack() as stack:
-        for function, kind in poolings.items():
-            original = getattr(nn, function)
-            setattr(nn, function, watch_pooling(original, kind))
-            stack.callback(setattr, nn, function, original)
+        for home, function, kind in poolings:
+            original = getattr(home, function)
+            setattr(home, function, watch_pooling(original, kind))
+            stack.callback(setattr, home, function, original)
         stack.enter_context(nn.intercept_methods(watch_module))
         shapes = jax.eval_shape(run, *inputs)
     return shapes, calls, entered

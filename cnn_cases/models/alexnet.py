@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, local_response_norm
+from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, local_response_norm, max_pool
 
 
 class Variant(NamedTuple):
@@ -125,7 +125,7 @@ class AlexNet(nn.Module):
             return local_response_norm(x) if variant.response_norm else x
 
         def pool(x):
-            return nn.max_pool(x, (3, 3), (2, 2))
+            return max_pool(x, (3, 3), (2, 2))
 
         x = nn.relu(conv(1, 11, stride=4, padding=variant.padding, bias=0)(x))
         x = pool(norm(x))

@@ -46,7 +46,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import ConvUnit, Dropout, local_response_norm
+from cnn_cases.models.layers import ConvUnit, Dropout, local_response_norm, max_pool
 
 # Filters of each module, by the columns of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -71,12 +71,12 @@ def halve(x, window=3):
     [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window. On an even map the last window reaches one
     pixel over the lower and the right edge; that pixel is padding and never the maximum.
     """
-    return nn.max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
+    return max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
 
 
 def pool_in_place(x):
     """3x3 max pooling with stride 1, the fourth branch of a module. [B, H, W, C] -> [B, H, W, C]."""
-    return nn.max_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
+    return max_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
 
 
 class NaiveInceptionModule(nn.Module):

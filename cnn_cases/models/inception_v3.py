@@ -49,7 +49,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import ConvUnit, Dropout
+from cnn_cases.models.layers import ConvUnit, Dropout, max_pool
 
 # Filters of the pool projection in the modules of figure 5, and of the 7-pixel windows in those of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}
@@ -107,7 +107,7 @@ class Figure10Module(nn.Module):
         double = self.unit(96, (3, 3), name="double1_3x3")(double)
         double = self.unit(96, (3, 3), 2, (0, 0), name="double2_3x3")(double)
 
-        return jnp.concatenate([three, double, nn.max_pool(x, (3, 3), (2, 2))], axis=-1)
+        return jnp.concatenate([three, double, max_pool(x, (3, 3), (2, 2))], axis=-1)
 
 
 class Figure6Module(nn.Module):
@@ -160,7 +160,7 @@ class SecondReduction(nn.Module):
         seven = self.unit(192, (7, 1), name="conv_7x1")(seven)
         seven = self.unit(192, (3, 3), 2, (0, 0), name="conv_3x3_after_7x7")(seven)
 
-        return jnp.concatenate([three, seven, nn.max_pool(x, (3, 3), (2, 2))], axis=-1)
+        return jnp.concatenate([three, seven, max_pool(x, (3, 3), (2, 2))], axis=-1)
 
 
 class Figure7Module(nn.Module):
@@ -263,10 +263,10 @@ class InceptionV3(nn.Module):
         x = unit(32, (3, 3), 2, (0, 0), name="conv1a")(x)
         x = unit(32, (3, 3), 1, (0, 0), name="conv2a")(x)
         x = unit(64, (3, 3), name="conv2b")(x)
-        x = nn.max_pool(x, (3, 3), (2, 2))
+        x = max_pool(x, (3, 3), (2, 2))
         x = unit(80, (1, 1), name="conv3b")(x)
         x = unit(192, (3, 3), 1, (0, 0), name="conv4a")(x)
-        x = nn.max_pool(x, (3, 3), (2, 2))
+        x = max_pool(x, (3, 3), (2, 2))
         for module, filters_pool in FIGURE_5.items():
             x = Figure5Module(filters_pool, unit, name=f"inception_{module}")(x)
         x = Figure10Module(unit, name="inception_6a")(x)

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Dropout
+from cnn_cases.models.layers import Dropout, max_pool
 
 
 class MLPConv(nn.Module):
@@ -105,7 +105,7 @@ def halve(x):
     Windows begin at the top left pixel. On a map of even side the last ones reach a pixel over the lower and
     the right edge, where there is nothing to take: the way Caffe and cuda-convnet round, 32 -> 16 -> 8.
     """
-    return nn.max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
+    return max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
 
 
 class NIN(nn.Module):

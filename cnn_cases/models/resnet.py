@@ -74,7 +74,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import conv_general_dilated
+from cnn_cases.models.layers import conv_general_dilated, max_pool
 
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",
@@ -275,7 +275,7 @@ class ResNet(nn.Module):
             block_type = functools.partial(BottleneckBlock, stride_placement=self.stride_placement)
         x = conv(64, (7, 7), 2, padding=3, name="conv1")(x)
         x = nn.relu(norm(name="norm1")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, num_blocks in enumerate(stage_sizes, start=1):
             for block in range(1, num_blocks + 1):
                 x = block_type(

@@ -36,7 +36,13 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, conv_general_dilated, local_response_norm
+from cnn_cases.models.layers import (
+    MAX_DENSE_FEATURES,
+    Dropout,
+    conv_general_dilated,
+    local_response_norm,
+    max_pool,
+)
 
 FILTERS = (64, 128, 256, 512, 512)  # of the convolutions of each stage
 
@@ -133,7 +139,7 @@ class VGG(nn.Module):
                 x = nn.relu(x)
             if self.variant == "A-LRN" and stage == 1:
                 x = local_response_norm(x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = max_pool(x, (2, 2), (2, 2))
         x = conv(self.dense_features, (last_map, last_map), kernel_init=glorot_dense, name="dense1")(x)
         x = Dropout(0.5, self.axis_name, name="dropout1")(nn.relu(x), train)
         x = conv(self.dense_features, (1, 1), name="dense2")(x)

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from cnn_cases.models.layers import ConvUnit, Dropout, conv_general_dilated, local_response_norm
+from cnn_cases.models.layers import ConvUnit, Dropout, conv_general_dilated, local_response_norm, max_pool
 
 PLAIN = dict(
     lhs_dilation=(1, 1),
@@ -48,6 +48,35 @@ def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
     x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     program = jax.jit(jax.grad(loss)).lower(kernel, x).compile().as_text()
     assert len(re.findall(r" maximum\(", program)) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("window", [(2, 2), (3, 3), (2, 3)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("padding", ["VALID", "SAME", ((0, 1), (0, 1)), ((1, 1), (1, 0))])
+def test_max_pool_is_flax_s_in_value_and_gradient(window, strides, padding, dtype):
+    # ReLU's zeros and small integers, so that many cells of a window are equal; and gradients that add up
+    # without rounding.
+    x = jax.nn.relu(jax.random.randint(jax.random.key(0), (2, 8, 9, 4), -4, 3).astype(dtype))
+    ours, pull_ours = jax.vjp(lambda x: max_pool(x, window, strides, padding), x)
+    flax, pull_flax = jax.vjp(lambda x: nn.max_pool(x, window, strides, padding), x)
+    np.testing.assert_array_equal(ours, flax)
+    assert ours.dtype == dtype
+    cotangent = jax.random.randint(jax.random.key(1), flax.shape, 1, 5).astype(dtype)
+    np.testing.assert_array_equal(*pull_ours(cotangent), *pull_flax(cotangent))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_max_pool_hides_no_nan(place):
+    x = jnp.ones((1, 4, 4, 1)).at[0, *place, 0].set(jnp.nan)
+    assert np.isnan(max_pool(x, (2, 2), (2, 2))).ravel().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("backend", "scatters"), [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_max_pool_has_no_scatter_on_a_cpu_and_is_flax_s_elsewhere(backend, scatters, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((0, 1), (0, 1))).sum())
+    assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
 
 
 def drop(x, rate=0.5, train=True, axis_name=None, seed=0):
