@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import MAX_DENSE_FEATURES, Dropout, local_response_norm, max_pool
+from cnn_cases.models.layers import MAX_DENSE_FEATURES, Conv, Dropout, local_response_norm, max_pool
 
 
 class Variant(NamedTuple):
@@ -105,7 +105,7 @@ class AlexNet(nn.Module):
             )
 
         def conv(number, size, stride, padding, bias):
-            return nn.Conv(
+            return Conv(
                 variant.filters[number - 1],
                 (size, size),
                 stride,

@@ -12,47 +12,59 @@ MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the pape
 
 
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
-    """`lax.conv_general_dilated`, written so that XLA is quick with it on a CPU.
+    """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients on a CPU.
 
-    Goes into `nn.Conv(conv_general_dilated=...)`. On the CPU, XLA's backward convolution of maps of
-    2x2 pixels and less takes eight times as long as the matrix product of the same patches (measured
-    with 64 channels, batch 64, two cores); from 4x4 pixels on XLA's own kernel is the faster one.
+    What is different there (times of two cores, `docs/speed.md` has those of whole networks):
 
-    There XLA would compute what goes into the convolution once more for the gradient of the kernel, back to
-    the convolution before, or through all shortcuts of a stage, while it transposes it: a ResNet-50's step
-    takes a third longer. Likewise the gradient of what comes out. Barriers make it keep both.
+    - A convolution in groups becomes one for each group. XLA takes fifteen times as long for the gradient of
+      a kernel in two groups as for those of two kernels.
+    - One of 1x1, or whose maps have 2x2 pixels and less, becomes the matrix product of its patches: the
+      gradient of a 1x1 kernel takes half the time, a convolution of the tiniest maps an eighth. With larger
+      windows and maps XLA's own is the faster one.
+    - Barriers make XLA keep what goes in and what comes out. Without them it computes the one again for the
+      gradient of the kernel, while it transposes it, back to the convolution before or through all shortcuts
+      of a stage, and likewise the gradient of the other: a ResNet-50's step takes a third longer.
 
     On GPU and TPU nothing is replaced.
 
-    Shapes: x [B, H, W, C], kernel [h, w, C, F] -> [B, H', W', F].
+    Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
     """
-    height, width, _, filters = kernel.shape
-    padded = [sum(edges) + size for edges, size in zip(padding, x.shape[1:3], strict=True)]
+    if jax.default_backend() != "cpu":
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+    groups = options["feature_group_count"]
+    if groups > 1:
+        options |= {"feature_group_count": 1}
+        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+        parts = [conv_general_dilated(*part, window_strides, padding, **options) for part in parts]
+        return jnp.concatenate(parts, axis=-1)
+
+    keep = lax.optimization_barrier
+    x = keep(x)
+    height, width, channels, filters = kernel.shape
+    pads = _pads(x, (height, width), window_strides, padding)
+    padded = [sum(edges) + size for edges, size in zip(pads, x.shape[1:3], strict=True)]
     out_height, out_width = (
         (size - window) // stride + 1
         for size, window, stride in zip(padded, (height, width), window_strides, strict=True)
     )
-    ordinary = options["feature_group_count"] == 1 and all(
-        d == 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"])
-    )
-    tiny = max(out_height, out_width) <= 2 and height * width > 1
-    if jax.default_backend() != "cpu":
-        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
-    if not (ordinary and tiny):
-        x = lax.optimization_barrier(x)
-        return lax.optimization_barrier(
-            lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
-        )
+    dilated = any(d > 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"]))
+    if dilated or (max(out_height, out_width) > 2 and height * width > 1):
+        return keep(lax.conv_general_dilated(x, kernel, window_strides, padding, **options))
 
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     row_stride, column_stride = window_strides
     patches = [
         x[:, i::row_stride, j::column_stride][:, :out_height, :out_width]
         for i in range(height)
         for j in range(width)
     ]
-    product = jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, filters)
+    patches = keep(jnp.concatenate(patches, axis=-1).reshape(-1, height * width * channels))
+    product = keep(patches @ kernel.reshape(-1, filters))
     return product.reshape(-1, out_height, out_width, filters)
+
+
+# `nn.Conv` that is quick on a CPU too.
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 def max_pool(x, window_shape, strides, padding="VALID"):
@@ -80,14 +92,19 @@ def max_pool_by_shifts(x, window_shape, strides, padding):
     XLA from computing it again for its gradient.
     """
     x = lax.optimization_barrier(x)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], window_shape, strides, padding)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
+    pads = _pads(x, window_shape, strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     for axis, window, stride in ((2, window_shape[1], strides[1]), (1, window_shape[0], strides[0])):
         last = x.shape[axis] - window
         shifts = [lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(window)]
         x = functools.reduce(_larger, shifts)
     return lax.optimization_barrier(x)
+
+
+def _pads(x, window_shape, strides, padding):
+    if isinstance(padding, str):
+        return lax.padtype_to_pads(x.shape[1:3], window_shape, strides, padding)
+    return padding
 
 
 def _larger(a, b):
@@ -171,7 +188,7 @@ class ConvUnit(nn.Module):
     def __call__(self, x):
         """[B, H, W, C] -> [B, H', W', filters]."""
         height, width = self.window
-        x = nn.Conv(
+        x = Conv(
             self.filters,
             self.window,
             self.stride,
@@ -179,7 +196,6 @@ class ConvUnit(nn.Module):
             use_bias=self.norm is None,
             kernel_init=nn.initializers.he_normal(),
             dtype=self.dtype,
-            conv_general_dilated=conv_general_dilated,
             name="conv",
         )(x)
         if self.norm is not None:

@@ -49,6 +49,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from cnn_cases.models.layers import Conv
+
 # Table I: the maps of S2 that feed each of C3's sixteen maps.
 C3_INPUTS = (
     (0, 1, 2),
@@ -133,9 +135,9 @@ class LeNet5(nn.Module):
                 f"LeNet-5 needs images of at least 16x16 pixels, got {x.shape[1]}x{x.shape[2]} "
                 "(data.image_size, data.border)"
             )
-        x = nn.relu(nn.Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
+        x = nn.relu(Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
-        x = nn.relu(nn.Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
+        x = nn.relu(Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(120, dtype=self.dtype, name="dense1")(x))
@@ -244,8 +246,8 @@ class LeNet5Original(nn.Module):
             init = uniform_by_fan_in(fan_in)
             return dict(kernel_init=init, bias_init=init, dtype=self.dtype)
 
-        c1 = nn.Conv(6, (5, 5), padding="VALID", **paper_init(5 * 5 * x.shape[-1]), name="c1")
-        c5 = nn.Conv(120, (5, 5), padding="VALID", **paper_init(5 * 5 * 16), name="c5")
+        c1 = Conv(6, (5, 5), padding="VALID", **paper_init(5 * 5 * x.shape[-1]), name="c1")
+        c5 = Conv(120, (5, 5), padding="VALID", **paper_init(5 * 5 * 16), name="c5")
         f6 = nn.Dense(84, **paper_init(120), name="f6")
         x = squash(c1(x))
         x = squash(Subsampling(self.dtype, name="s2")(x))

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Dropout, max_pool
+from cnn_cases.models.layers import Conv, Dropout, max_pool
 
 
 class MLPConv(nn.Module):
@@ -61,11 +61,11 @@ class MLPConv(nn.Module):
         """[B, H, W, C] -> [B, H', W', filters[2]]."""
         normals = [nn.initializers.normal(std) for std in self.stds]
         spatial = dict(kernel_size=(self.size, self.size), strides=self.stride, padding=self.padding)
-        x = nn.Conv(self.filters[0], **spatial, kernel_init=normals[0], dtype=self.dtype, name="conv")(x)
+        x = Conv(self.filters[0], **spatial, kernel_init=normals[0], dtype=self.dtype, name="conv")(x)
         x = nn.relu(x)
-        x = nn.Conv(self.filters[1], (1, 1), kernel_init=normals[1], dtype=self.dtype, name="mlp1")(x)
+        x = Conv(self.filters[1], (1, 1), kernel_init=normals[1], dtype=self.dtype, name="mlp1")(x)
         x = nn.relu(x)
-        x = nn.Conv(self.filters[2], (1, 1), kernel_init=normals[2], dtype=self.dtype, name="mlp2")(x)
+        x = Conv(self.filters[2], (1, 1), kernel_init=normals[2], dtype=self.dtype, name="mlp2")(x)
         return nn.relu(x)
 
 

@@ -74,7 +74,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import conv_general_dilated, max_pool
+from cnn_cases.models.layers import Conv, max_pool
 
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",
@@ -96,11 +96,10 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 def make_layers(train, dtype, axis_name):
     """`nn.Conv` and `nn.BatchNorm` with the settings that every network of this file shares."""
     conv = functools.partial(
-        nn.Conv,
+        Conv,
         use_bias=False,
         kernel_init=he_normal,
         dtype=dtype,
-        conv_general_dilated=conv_general_dilated,
     )
     norm = functools.partial(
         nn.BatchNorm,

@@ -38,8 +38,8 @@ from flax import linen as nn
 
 from cnn_cases.models.layers import (
     MAX_DENSE_FEATURES,
+    Conv,
     Dropout,
-    conv_general_dilated,
     local_response_norm,
     max_pool,
 )
@@ -117,11 +117,10 @@ class VGG(nn.Module):
                 "set model.image_size to the size of the training images (data.image_size, data.border)"
             )
         conv = functools.partial(
-            nn.Conv,
+            Conv,
             padding=0,
             kernel_init=glorot,
             dtype=self.dtype,
-            conv_general_dilated=conv_general_dilated,
         )
         norm = functools.partial(
             nn.BatchNorm,

@@ -88,7 +88,8 @@ def make_train_steps(
     def train_step(state, arrays, batch):
         grads, batch_stats, metrics = accumulated_gradient(state, arrays, batch)
         # Statistics of the global batch are equal on all devices already; those of each device's own are not.
-        grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
+        if lax.axis_size(axis_name) > 1:  # else XLA would copy all on a CPU, which is long for VGG's
+            grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if ema_decay:

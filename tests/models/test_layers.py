@@ -18,26 +18,37 @@ PLAIN = dict(
 )
 
 
+def assert_same_convolution(x, kernel, strides, padding, options):
+    """Ours against XLA's, in value and in both gradients."""
+    found = [
+        jax.vjp(lambda x, kernel, conv=conv: conv(x, kernel, strides, padding, **PLAIN | options), x, kernel)
+        for conv in (conv_general_dilated, lax.conv_general_dilated)
+    ]
+    (ours, pull_ours), (xla, pull_xla) = found
+    np.testing.assert_allclose(ours, xla, atol=1e-5)
+    cotangent = jax.random.normal(jax.random.key(2), xla.shape)
+    for one, other in zip(pull_ours(cotangent), pull_xla(cotangent), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0))])
-def test_the_matrix_product_is_the_convolution(size, stride, padding):
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), "SAME"])
+def test_the_matrix_product_is_the_convolution(size, window, stride, padding):
     x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
-    ours = conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN)
-    reference = lax.conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN)
-    np.testing.assert_allclose(ours, reference, atol=1e-5)
+    kernel = jax.random.normal(jax.random.key(1), (window, window, 5, 4))
+    assert_same_convolution(x, kernel, (stride, stride), padding, {})
 
 
-@pytest.mark.parametrize("options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}])
-def test_groups_and_dilation_are_left_to_xla(options):
-    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
+@pytest.mark.parametrize(
+    "options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}]
+)
+@pytest.mark.parametrize("size", [2, 8])
+def test_groups_and_dilation_are_xla_s(options, size):
+    x = jax.random.normal(jax.random.key(0), (3, size, size, 4))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 4 // options.get("feature_group_count", 1), 6))
-    padding = ((2, 2), (2, 2))
-    ours = conv_general_dilated(x, kernel, (2, 2), padding, **PLAIN | options)
-    np.testing.assert_array_equal(
-        ours, lax.conv_general_dilated(x, kernel, (2, 2), padding, **PLAIN | options)
-    )
+    assert_same_convolution(x, kernel, (2, 2), ((2, 2), (2, 2)), options)
 
 
 def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
