@@ -1,25 +1,29 @@
 """XLA's flags on this CPU: `python -m benchmarks.flags [--cases CASE ...] [--out=FILE.json]`.
 
 Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` sets, and under
-what else might help. Each set of flags has a process of its own, which compiles once; then the processes take
-turns. Figures are medians over the turns with the lowest and the highest, a ratio the median of the ratios of
-a turn to that of the defaults. Flags that this version of XLA does not know end their process and are told.
+what else might help; and with Flax's own layers in place of those of `cnn_cases.models.layers`. Each has a
+process of its own, which compiles once; then the processes take turns. Figures are medians over the turns
+with the lowest and the highest, a ratio the median of the ratios of a turn to that of the defaults. Flags
+that this version of XLA does not know end their process and are told.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+from unittest import mock
 
 from benchmarks import contenders, record, throughput
 from cnn_cases import tables
+from cnn_cases.models import layers
 from cnn_cases.training import devices
 
-DEFAULTS = "defaults"
+DEFAULTS, FLAX = "defaults", "chosen, Flax's layers"
 YNNPACK, BARRIERS = devices.CPU_FLAGS
 _CHOSEN = " ".join(f"--{name}={value}" for name, value in devices.CPU_FLAGS.items())
 FLAGS = {
     DEFAULTS: "",
     "chosen": _CHOSEN,
+    FLAX: _CHOSEN,
     "no barriers": f"--{YNNPACK}={devices.CPU_FLAGS[YNNPACK]}",
     "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={devices.CPU_FLAGS[BARRIERS]}",
     "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
@@ -34,8 +38,15 @@ def _digits(depth):
 
 
 CASES = throughput.CASES | {f"ResNet-{depth}, digits": _digits(depth) for depth in (20, 56)}
-DEFAULT_CASES = ("LeNet-5", "NIN", "GoogLeNet", "ResNet-20", "ResNet-50", "ResNet-56, digits")
+DEFAULT_CASES = ("LeNet-5", "NIN", "AlexNet", "GoogLeNet", "ResNet-20", "ResNet-50", "ResNet-56, digits")
 DTYPE = "float32"
+
+
+def ours(case, dtype, layers_of_flax):
+    """`throughput.ours`, with Flax's own layers where wanted."""
+    for_cpu = layers.is_for_cpu() and not layers_of_flax
+    with mock.patch.object(layers, "is_for_cpu", return_value=for_cpu):
+        return throughput.ours(case, dtype)
 
 
 def measure(name, turns):
@@ -44,7 +55,7 @@ def measure(name, turns):
     with contextlib.ExitStack() as stack:
         for one, flags in FLAGS.items():
             environment = {"XLA_FLAGS": flags}
-            process = contenders.Contender(throughput.ours, CASES[name], DTYPE, environment=environment)
+            process = contenders.Contender(ours, CASES[name], DTYPE, one == FLAX, environment=environment)
             stack.enter_context(process)
             try:
                 facts[one] = process.made.result()

@@ -11,6 +11,11 @@ from jax import lax
 MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the papers have
 
 
+def is_for_cpu():
+    """Whether layers are written for XLA's CPU compiler here."""
+    return jax.default_backend() == "cpu"
+
+
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients on a CPU.
 
@@ -29,7 +34,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
     """
-    if jax.default_backend() != "cpu":
+    if not is_for_cpu():
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     groups = options["feature_group_count"]
     if groups > 1:
@@ -81,7 +86,7 @@ def max_pool(x, window_shape, strides, padding="VALID"):
     Returns:
       [B, H', W', C].
     """
-    pool = max_pool_by_shifts if jax.default_backend() == "cpu" else nn.max_pool
+    pool = max_pool_by_shifts if is_for_cpu() else nn.max_pool
     return pool(x, window_shape, strides, padding=padding)
 
 
