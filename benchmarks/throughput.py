@@ -63,15 +63,14 @@ def cifar_resnet(depth):
     return _cifar(dict(name="resnet_cifar", depth=depth), ("cifar_resnet", dict(depth=depth)), 1024, 64)
 
 
-def _resnet(depth, gpu_batch, cpu_batch, *, plain=False):
+def _resnet(depth, gpu_batch, cpu_batch, *, plain=False, side=224):
     shortcut = "A" if plain else "B"
     model = dict(name="resnet", depth=depth, plain=plain, shortcut=shortcut)
     # torchvision's bottleneck blocks have their stride in the 3x3 convolution.
     public = "" if plain else f"resnet{depth}"
     placement = {} if depth < 50 else dict(stride_placement="v1.5")
-    return _imagenet(
-        model | placement, ("resnet_net", dict(depth=depth, plain=plain)), public, gpu_batch, cpu_batch
-    )
+    peer = ("resnet_net", dict(depth=depth, plain=plain))
+    return _imagenet(model | placement, peer, public, gpu_batch, cpu_batch, side)
 
 
 CASES = {
@@ -88,6 +87,7 @@ CASES = {
     "ResNet-20": cifar_resnet(20),
     "ResNet-56": cifar_resnet(56),
     "ResNet-110": cifar_resnet(110),
+    "ResNet-18, 32x32": _resnet(18, 2048, 64, side=32),
     "ResNet-18": _resnet(18, 256, 8),
     "plain-34": _resnet(34, 128, 8, plain=True),
     "ResNet-50": _resnet(50, 128, 4),
