@@ -79,7 +79,7 @@ def cells(rows):
     for name, row in rows.items():
         line = [name, str(row["batch_size"])]
         for one in FLAGS:
-            found = row["flags"].get(one, "not measured")
+            found = row["flags"][one]
             if isinstance(found, dict):
                 line.append(f"{found['step_seconds']['median'] * 1e3:,.1f} ({found['ratio']:.2f})")
             else:

@@ -13,14 +13,6 @@ from torch import nn
 from torch.nn import functional
 
 
-class Pad(nn.Module):
-    """Padding of nothing on the lower and the right edge, before a max pooling that rounds sizes up."""
-
-    def forward(self, x):
-        """[B, C, H, W] -> [B, C, H + 1, W + 1]."""
-        return functional.pad(x, (0, 1, 0, 1), value=-torch.inf)
-
-
 class Mean(nn.Module):
     """The mean of each map."""
 
@@ -31,7 +23,7 @@ class Mean(nn.Module):
 
 def halve(window=3):
     """`inception.halve`."""
-    return nn.Sequential(Pad(), nn.MaxPool2d(window, 2))
+    return nn.MaxPool2d(window, 2, ceil_mode=True)
 
 
 def conv_relu(channels, filters, size, stride=1, padding=0, groups=1):

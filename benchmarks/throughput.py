@@ -16,6 +16,7 @@ included: on a GPU as the framework counts it, on a CPU by what the process has 
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -177,11 +178,11 @@ def theirs(case, dtype, *, compiled):
     from torch.nn import functional
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, origin = peer(case)
+    make_network, origin = peer(case)
     facts = {"peer": origin, "torch": importlib.metadata.version("torch")}
     facts["resident_bytes"] = contenders.resident_bytes()
     batch_size = _batch_size(case, device.type)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = make_network().to(device, memory_format=torch.channels_last)
     batch = _batch(case, batch_size)
     image = torch.tensor(np.moveaxis(batch["image"], -1, 1)).to(device, memory_format=torch.channels_last)
     label = torch.tensor(batch["label"], dtype=torch.long, device=device)
@@ -232,7 +233,7 @@ def theirs(case, dtype, *, compiled):
 
 
 def peer(case):
-    """The network in PyTorch, and where it is from: (module, "torchvision" or "benchmarks.peers").
+    """What makes the network in PyTorch, and where it is from, "torchvision" or "benchmarks.peers".
 
     Raises:
       ValueError: it is not the same network as ours.
@@ -246,16 +247,20 @@ def peer(case):
         name = case.public
         # Inception-v3 starts its weights by scipy, which takes a minute.
         options = dict(aux_logits=True, init_weights=False) if name == "inception_v3" else {}
-        network = getattr(importlib.import_module("torchvision.models"), name)(**options)
-        if _parameters(network) == ours_counted["parameters"]:
-            return network, "torchvision"
+        make_network = functools.partial(
+            getattr(importlib.import_module("torchvision.models"), name), **options
+        )
+        with torch.device("meta"):
+            if _parameters(make_network()) == ours_counted["parameters"]:
+                return make_network, "torchvision"
     name, arguments = case.peer
+    make_network = functools.partial(getattr(peers, name), **arguments)
     with torch.device("meta"):
-        counted = getattr(peers, name)(**arguments)
+        counted = make_network()
     found = {"parameters": _parameters(counted), "multiply_adds": _multiply_adds(counted, case)}
     if found != ours_counted:
         raise ValueError(f"{name} of benchmarks.peers has {found}, ours {ours_counted}")
-    return getattr(peers, name)(**arguments), "benchmarks.peers"
+    return make_network, "benchmarks.peers"
 
 
 def counts(case):
@@ -352,10 +357,15 @@ def ceilings(dtype):
     side, size = (8192, 2**29) if on_gpu else (2048, 2**26)
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
-    array = jnp.ones(size // 4, jnp.float32)
-    copy = jax.jit(lambda a: a + 1)
-    flops = 2 * side**3 / _best(lambda: product(matrix))
-    return flops, 2 * size / _best(lambda: copy(array))
+    # In place: fresh memory would have to be got from the system, which takes longer than to fill it.
+    arrays = [jnp.ones(size // 4, jnp.float32)]
+    change = jax.jit(lambda a: a + 1, donate_argnums=0)
+
+    def copy():
+        arrays.append(change(arrays.pop()))
+        return arrays
+
+    return 2 * side**3 / _best(lambda: product(matrix)), 2 * size / _best(copy)
 
 
 def _best(function, repeats=10):
@@ -425,7 +435,8 @@ def main():
         rows[name] = measure(name, options.dtype, options.turns, options.peers)
         _print({name: rows[name]})
         if options.out:
-            flags = f"--cases {name} --dtype={options.dtype} --turns={options.turns}"
+            flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
+            flags += f" --dtype={options.dtype} --turns={options.turns}"
             record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", rows[name])
     if len(rows) > 1:
         _print(rows)
