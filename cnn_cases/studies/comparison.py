@@ -3,8 +3,8 @@
 Partners of a pair see the same batches, and start from the same values where their parameters are the same,
 so what a seed does to both is not in their difference. A mean difference has a 95 % confidence interval of
 Student's t, which takes the differences for independent draws of one normal distribution; with three seeds it
-is wide, and of one pair there is none. Where a partner diverged there is no difference: such pairs are left
-out and counted.
+is wide, and of one pair there is none. Where a partner diverged, or is of another code, there is no
+difference: such pairs are left out and counted.
 """
 
 import math
@@ -39,7 +39,7 @@ def compare(record, key, first, second, names):
 
     Returns:
       A dict for each code and each point of the other keys: {"code", **point, "pairs": number of those in
-      which both finished, "left_out": number of those in which one diverged, <name>: {"differences", "mean",
+      which both finished, "left_out": number of the other seeds, <name>: {"differences", "mean",
       "interval"}}. With no pair the mean is None, and with fewer than two the interval.
     """
     rows = []
@@ -50,8 +50,8 @@ def compare(record, key, first, second, names):
             point = tuple(run[one] for one in others)
             partners.setdefault(point, {}).setdefault(run["seed"], {})[run[key]] = run
         for point, seeds in partners.items():
-            pairs = [(one[first], one[second]) for one in seeds.values() if first in one and second in one]
-            good = [pair for pair in pairs if all(run["status"] == "finished" for run in pair)]
+            pairs = [(one.get(first), one.get(second)) for one in seeds.values()]
+            good = [pair for pair in pairs if all(run and run["status"] == "finished" for run in pair)]
             row = {"code": code, **dict(zip(others, point, strict=True))}
             row |= {"pairs": len(good), "left_out": len(pairs) - len(good)}
             for name in names:

@@ -30,7 +30,19 @@ def read(path):
     if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
         return None
     study = record["config"]
-    return record if isinstance(study, dict) and {"base", "grid", "seeds"} <= study.keys() else None
+    if not (isinstance(study, dict) and {"base", "grid", "seeds"} <= study.keys()):
+        return None
+    # The values of a grid can be tuples, of which JSON made lists, and points are looked up by their values.
+    study = _tuples(study)
+    runs = [run | {key: _tuples(run[key]) for key, _ in study["grid"]} for run in record["runs"]]
+    return record | {"config": study, "runs": runs}
+
+
+def _tuples(value):
+    """The same with tuples in the place of lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(one) for key, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def adjustments(study, point):
@@ -65,9 +77,10 @@ def split_by_code(record):
     changed = [name for name in packages if len({one.get(name) for one in versions}) > 1]
 
     def words(environment):
-        commit, dirty, _ = (environment["commit"] or "no commit").partition("-dirty")
+        commit, dirty, which = (environment["commit"] or "no commit").partition("-dirty")
         short = commit[:7] if environment["commit"] else commit
-        return " ".join([short + dirty, *(f"{name} {environment['versions'].get(name)}" for name in changed)])
+        versions = (f"{name} {environment['versions'].get(name)}" for name in changed)
+        return " ".join([short + dirty + which, *versions])
 
     parts = collections.defaultdict(list)
     for run in record["runs"]:

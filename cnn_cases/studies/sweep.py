@@ -67,9 +67,9 @@ def expand(study):
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
         raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
-    for key, values in (*study.grid, ("seed", study.seeds)):
+    for key, values in (*((f"grid: {key}", values) for key, values in study.grid), ("seeds", study.seeds)):
         if not values or any(value in values[:index] for index, value in enumerate(values)):
-            raise ValueError(f"grid: {key} = {tuple(values)} must have values, and none of them twice")
+            raise ValueError(f"{key} = {values} must have values, and none of them twice")
     short = records.short_names([*keys, "seed"])
     runs = []
     for values in itertools.product(*(values for _, values in study.grid)):

@@ -35,7 +35,19 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+# On which a result may depend: what computes, and what makes pixels of files.
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorflow-datasets",
+    "numpy",
+    "grain",
+    "opencv-python-headless",
+    "simplejpeg",
+)
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
 
@@ -306,18 +318,36 @@ def environment():
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in PACKAGES},
     }
 
 
-def _commit():
-    """The commit of this code, with "-dirty" after local changes; None outside a git checkout."""
-    here = pathlib.Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def _version(package):
+    """Of a package; None where it is not there, as one that another package stands in for."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """The commit of this code; None outside a git checkout.
+
+    Where Python files differ from it or are new, with "-dirty-" and a checksum of them behind it.
+    """
+    root = pathlib.Path(__file__).parents[2]
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "HEAD", "--no-ext-diff", "--binary", "--", "*.py")
+        for name in git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py").split(b"\0")[:-1]:
+            changes += name + (root / os.fsdecode(name)).read_bytes()
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty-{zlib.crc32(changes):08x}" if changes else commit
 
 
 def read_rows(path):

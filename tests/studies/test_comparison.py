@@ -51,10 +51,10 @@ def test_a_pair_with_a_diverged_partner_is_left_out_and_counted(record):
     assert row["test/error"]["interval"] is None
 
 
-def test_a_run_without_a_partner_makes_no_pair(record):
+def test_a_run_without_a_partner_makes_no_pair_and_is_counted(record):
     del record["runs"][0]
     row = compare(record)[0]
-    assert (row["pairs"], row["left_out"]) == (1, 0)
+    assert (row["pairs"], row["left_out"]) == (1, 1)
 
 
 def test_runs_of_two_commits_are_no_pair(mixed):

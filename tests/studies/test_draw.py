@@ -25,6 +25,17 @@ def test_another_study_has_its_curves_and_its_table(tmp_path):
     }
 
 
+def test_values_of_a_grid_can_be_tuples(record, tmp_path):
+    record["config"]["grid"] = [["schedule.boundaries", [[0.5, 0.75], [0.3, 0.6]]]]
+    for one in record["runs"]:
+        one["schedule.boundaries"] = [0.5, 0.75] if one.pop("model.plain") else [0.3, 0.6]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path / "record.json"), f"--out={tmp_path}"])
+    table = (tmp_path / "table.md").read_text()
+    assert "| (0.5, 0.75) | 4 |" in table
+    assert "| (0.3, 0.6) | 4 |" in table
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", None])
 def test_what_is_no_record_is_one_error(text, tmp_path, capsys):
     if text is not None:

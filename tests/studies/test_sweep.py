@@ -83,8 +83,8 @@ def test_a_study_can_give_some_points_other_keys_besides(data_dir):
         ({"seeds": (0, -1)}, "seed = -1 must be in"),
         ({"seeds": 3}, "seeds = 3 must be a tuple"),
         ({"seeds": ("a",)}, "grid: seed = 'a' does not fit the base config"),
-        ({"seeds": ()}, r"grid: seed = \(\) must have values"),
-        ({"seeds": (1, 1)}, r"grid: seed = \(1, 1\) must have values, and none of them twice"),
+        ({"seeds": ()}, r"^seeds = \(\) must have values"),
+        ({"seeds": (1, 1)}, r"^seeds = \(1, 1\) must have values, and none of them twice"),
     ],
 )
 def test_an_impossible_study_is_refused(changes, message, data_dir, tmp_path):

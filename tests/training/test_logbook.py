@@ -203,6 +203,37 @@ def test_the_config_and_every_start_are_noted(tmp_path):
     assert starts[0]["versions"].keys() == set(logbook.PACKAGES)
 
 
+def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(logbook, "__file__", str(tmp_path / "cnn_cases/training/logbook.py"))
+    assert logbook.environment()["commit"] is None  # no checkout
+    (tmp_path / "model.py").write_text("LAYERS = 3")
+    who = ("-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "--message=x")
+    for arguments in (("init", "--quiet"), ("add", "."), who):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
+    commit = logbook.environment()["commit"]
+    assert len(commit) == 40
+    (tmp_path / "notes.txt").write_text("no code")
+    assert logbook.environment()["commit"] == commit
+    seen = {commit}
+    for name, text in (
+        ("model.py", "LAYERS = 4"),
+        ("model.py", "LAYERS = 5"),
+        ("new.py", ""),
+        ("new.py", "A = 1"),
+    ):
+        (tmp_path / name).write_text(text)
+        seen.add(logbook.environment()["commit"])
+    assert len(seen) == 5
+    assert all(one.startswith(f"{commit}-dirty-") for one in seen - {commit})
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(logbook, "PACKAGES", ("numpy", "no-such-package"))
+    versions = logbook.environment()["versions"]
+    assert versions["numpy"]
+    assert versions["no-such-package"] is None
+
+
 def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
     logbook.claim(tmp_path, CONFIG)
     other = {"seed": 0, "optimizer": {"momentum": 0.5, "name": "sgd"}, "splits": ("test",), "extra": 1}
