@@ -60,6 +60,9 @@ def run(main):
             if devices.is_loss(error):
                 devices.lose(f"another process died or left: {error}")
             if not isinstance(error, ValueError | OSError):
+                if devices.is_one_of_several():  # else they and Python's way out would wait for each other
+                    traceback.print_exc()
+                    _leave("error: see above", 1)
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
             _leave(f"error: {error}", 2)
@@ -102,6 +105,8 @@ def _parse(arguments):
             hasattr(
                 flags.FLAGS.config, "to_dict"
             )  # what stands for a missing file raises when it is looked at
+        if "workdir" in flags.FLAGS and flags.FLAGS.workdir == "":
+            _leave("error: --workdir= names no directory", 2)  # it would be the current one
         return rest
     except (flags.Error, OSError) as error:
         # ml_collections puts the whole traceback of an error in a config file into its own message, and of a

@@ -59,16 +59,28 @@ def replay(workdir, step=None):
     diverged = _diverged(workdir)
     if step is None and not diverged:
         raise ValueError(f"{workdir} did not diverge: name a step")
-    step = step or diverged["step"]
+    if step is None:
+        step = diverged["step"]
     if not 1 <= step <= config.num_steps:
         raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
-    first = max((one for one in checkpoint.steps(workdir / "checkpoints") if one < step), default=0)
+    saved = checkpoint.steps(workdir / "checkpoints")
+    first = max((one for one in saved if one < step), default=0)
     program = loop.make_program(config, usable_devices(config))
     state = loop.first_state(config, program)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
-    # After a rewind there may be no checkpoint yet that knows of the other batches.
-    seed = diverged["seed_of_batches"] if diverged and step > diverged["checkpoint"] else int(state.seed)
+    # A checkpoint has the seed of the steps before it; those after it may have been done with another one.
+    seed = int(state.seed)
+    after = min((one for one in saved if one >= step), default=None)
+    if diverged and step > diverged["checkpoint"]:
+        seed = diverged["seed_of_batches"]
+    elif after:
+        seed = int(checkpoint.read(workdir / "checkpoints", after, state).seed)
+        if seed != int(state.seed) and after - first > config.checkpoint.every_steps > 0:
+            raise ValueError(
+                f"step = {step}: between its checkpoints of steps {first} and {after} the run went back, and "
+                "the checkpoints that tell to which step are deleted; name a step after the latter"
+            )
     state = devices.replicate(state.replace(seed=jax.numpy.int32(seed)), program.devices)
 
     batches = program.feed.train_batches(seed, first)

@@ -5,11 +5,13 @@ names and types alone, once and before anything is built; what a value may be is
 """
 
 import difflib
+import json
 import reprlib
 
 import numpy as np
 
-# A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key.
+# A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key, and
+# `object` for any value that JSON, in which configs are kept, can hold.
 # Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 KEYS = {
@@ -144,6 +146,11 @@ def _is(value, kind):
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if kind is object:
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return False
     return isinstance(value, kind)
 
 
@@ -151,7 +158,12 @@ def _words(kind):
     if isinstance(kind, type(tuple[int, int])):
         count = "" if ... in kind.__args__ else "two "
         return f"a tuple of {count}{kind.__args__[0].__name__}s"
-    return {int: "an int (of 64 bits)", float: "a float (finite, of 32 bits)"}.get(kind, f"a {kind.__name__}")
+    words = {
+        int: "an int (of 64 bits)",
+        float: "a float (finite, of 32 bits)",
+        object: "a value that JSON can hold",
+    }
+    return words.get(kind, f"a {kind.__name__}")
 
 
 def _show(value):

@@ -9,10 +9,12 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backen
 os.environ["PJRT_NPROC"] = "16"
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from cnn_cases.data import sources
-from cnn_cases.training import devices
+from cnn_cases.data.resident import ResidentFeed
+from cnn_cases.training import devices, loop
 from configs import lenet5_digits
 
 devices.choose_cpu_flags()  # as the command line does
@@ -61,3 +63,23 @@ def tiny_config(data_dir):
 def config(data_dir):
     """A tiny config of the test's own, to change as it likes."""
     return tiny_config(data_dir)
+
+
+def poisoned(config, monkeypatch, example):
+    """A program for which an example of the training split, as the network sees it in training, is NaN."""
+    prepare = ResidentFeed.prepare
+
+    def poisonous(feed, arrays, batch, key):
+        image, label = prepare(feed, arrays, batch, key)
+        bad = (batch["index"] == feed._ranges["train"].start + example) & (key is not None)
+        return jnp.where(bad[:, None, None, None], jnp.nan, image), label
+
+    monkeypatch.setattr(ResidentFeed, "prepare", poisonous)
+    return loop.make_program(config, jax.devices()[:1])
+
+
+def example_of_step(program, seed, steps):
+    """An example that comes at the given steps of the first 12, and at no other."""
+    orders = [set(program.feed.training_examples(seed, step).tolist()) for step in range(12)]
+    chosen = set.intersection(*(orders[step - 1] for step in steps))
+    return min(chosen.difference(*(orders[step] for step in range(12) if step + 1 not in steps)))

@@ -1,5 +1,7 @@
 """A step that went wrong is done again, and the line that made it wrong is named."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from cnn_cases import replay
 from cnn_cases.models import lenet
 from cnn_cases.training import logbook, loop
+from tests.conftest import example_of_step, poisoned
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +59,27 @@ def test_a_nan_of_the_network_itself_is_traced_to_its_line(config, tmp_path, mon
     assert "nn.relu(" in last
 
 
+def test_a_step_after_a_rewind_has_the_batches_that_the_run_went_on_with(config, tmp_path, monkeypatch):
+    config.on_nonfinite, config.log_every_steps, config.checkpoint.keep_last = "rewind", 1, 3
+    example = example_of_step(loop.make_program(config), config.seed, [7])
+    program = poisoned(config, monkeypatch, example)
+    assert loop.train_and_evaluate(config, tmp_path, program=program, show_progress=False)["nonfinite"] == [7]
+    rows = {row["step"]: row for row in logbook.read_rows(tmp_path / "metrics.jsonl")}
+    for step in (6, 10):
+        assert replay.replay(tmp_path, step).metrics["loss"] == rows[step]["running/loss"]
+    shutil.rmtree(tmp_path / "checkpoints/4")
+    shutil.rmtree(tmp_path / "checkpoints/8")
+    with pytest.raises(ValueError, match=r"step = 6: between .* 0 and 12 the run went back"):
+        replay.replay(tmp_path, 6)
+
+
 @pytest.mark.parametrize(
-    ("step", "message"), [(None, "did not diverge: name a step"), (13, "step = 13 must be between 1 and")]
+    ("step", "message"),
+    [
+        (None, "did not diverge: name a step"),
+        (0, "step = 0 must be between 1 and"),
+        (13, "step = 13 must be between 1 and"),
+    ],
 )
 def test_a_step_that_is_none_is_refused(step, message, config, tmp_path):
     loop.train_and_evaluate(config, tmp_path, show_progress=False)

@@ -33,6 +33,7 @@ from configs import common
         ("data", "splits", {"train": "train", 3: "test"}, "config has keys that are no text"),
         ("evaluation", "splits", "test", r"evaluation\.splits = 'test' \(str\) must be a tuple of strs"),
         ("evaluation", "splits", (1,), r"evaluation\.splits = \(1,\) \(tuple\) must be a tuple of strs"),
+        ("model", "depth", {20}, r"model\.depth = \{20\} \(set\) must be a value that JSON can hold"),
         ("model", "name", ["lenet5"], r"model\.name = \['lenet5'\] \(list\) must be a str"),
     ],
 )

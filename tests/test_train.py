@@ -84,6 +84,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
             "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist",
         ),
         (["num_steps=4"], "error: not understood: num_steps=4"),
+        (["--workdir="], "error: --workdir= names no directory"),
         (["--config=configs/lenet5_mnist.py:all"], "protocol 'all' is unknown; known: held_out, full_train"),
         (["--config=configs/nope.py"], "No such file or directory: 'configs/nope.py'"),
         (["--config.optimizer=3"], "--config.optimizer=3: Failed to parse '3' as a ConfigDict"),

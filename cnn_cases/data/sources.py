@@ -82,6 +82,8 @@ def prepare(name, data_dir=""):
     except AssertionError as error:  # TFDS's word for a manual download that is not there
         raise ValueError(f"{name!r} cannot be prepared in {builder.data_path}: {error}") from error
     except (ConnectionError, OSError) as error:
+        if (other := make_builder(name, data_dir)).is_prepared():  # another process was quicker
+            return other
         raise ConnectionError(
             f"{name!r} could not be prepared in {builder.data_path}: {type(error).__name__}: {error}"
         ) from error

@@ -351,7 +351,7 @@ def _first(iterator):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain hands its flags to its workers, be absl's flags in use or not
     resource_tracker.ensure_running()  # else a worker's start would, and unblock the signals on its way
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2})
     try:
         return next(iterator)
     finally:

@@ -101,6 +101,7 @@ class Checkpoints:
 
     def _note_when_committed(self, step):
         self._manager.wait_until_finished()
+        _sync(self._directory)
         self._note(step)
 
     def _note(self, step):
@@ -201,6 +202,9 @@ class Checkpoints:
         # Orbax calls this when all values are on disk and before it commits, with no word of where they are.
         for checkpoint in self._directory.glob(_DRAFTS):
             (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
+            # Orbax leaves it to the system when to write them, and older checkpoints are deleted before that.
+            for path in (*checkpoint.rglob("*"), checkpoint):
+                _sync(path)
 
     def all_steps(self):
         """The steps that have a checkpoint."""
@@ -315,6 +319,15 @@ def _verify(checkpoint):
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(f"{name} is {'not as it was written' if name in found else 'missing'}")
+
+
+def _sync(path):
+    """Brings a file, or the names in a directory, to the disk, where they outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _first_line(error):

@@ -145,7 +145,7 @@ def join(
         raise ValueError("distributed = 'off' is for one process: name no coordinator_address with it")
     if not missing and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id = {process_id} must be in [0, num_processes = {num_processes})")
-    if not missing and not coordinator_address.rpartition(":")[2].isdecimal():
+    if not missing and not re.fullmatch(r".+:\d+", coordinator_address):
         raise ValueError(f"coordinator_address = {coordinator_address!r} must be host:port")
     for name, seconds in (("heartbeat", heartbeat_timeout_seconds), ("meeting", meeting_timeout_seconds)):
         if seconds < 1:

@@ -50,6 +50,7 @@ PACKAGES = (
 )
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
+_LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
 
 
 class Logbook:
@@ -70,15 +71,11 @@ class Logbook:
         """
         self._workdir = pathlib.Path(workdir)
         self._rows_path = self._workdir / "metrics.jsonl"
-        if self._rows_path.exists() and not (self._workdir / "config.json").exists():
-            raise ValueError(
-                f"workdir = {workdir} holds a run, but no config.json, so nobody knows which; "
-                "put it back, or use another workdir"
-            )
-        claim(self._workdir, config)
         with _writing(self._workdir):
-            self._lock = _lock(self._workdir)
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._workdir)  # before `claim`: two that start at once must not both claim it
         try:
+            claim(self._workdir, config)
             with _writing(self._workdir):
                 starts = read_environments(self._workdir)
                 write_json(self._workdir / "environment.json", [*starts, environment()])
@@ -107,6 +104,7 @@ class Logbook:
         Raises:
           ValueError: the rows up to `step` are not what they were, or no row can be written.
         """
+        self.stop_profile()  # one that was under way where the run went back
         path = self._rows_path
         if rows is None:
             kept = [row for row in read_rows(path) if row["step"] <= step]
@@ -236,11 +234,11 @@ class _Events:
 
 
 def claim(workdir, config):
-    """Makes `workdir` belong to `config`.
+    """Makes `workdir`, of a run or of a study, belong to `config`.
 
     Raises:
-      ValueError: it belongs to another config (the message shows what differs), its config.json is damaged,
-        or it cannot be written.
+      ValueError: it belongs to another config (the message shows what differs), its config.json is damaged
+        or gone, or it cannot be written.
     """
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))  # tuples are lists there
@@ -253,6 +251,12 @@ def claim(workdir, config):
                 + "\nUse another workdir, or the config that this one was started with"
             )
         return
+    left = [name for name in _LEFT_BEHIND if (path.parent / name).exists()]
+    if left:
+        raise ValueError(
+            f"workdir = {workdir} holds {left[0]}, but no config.json, so nobody knows what it is of; "
+            "put it back, or use another workdir"
+        )
     with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, config)

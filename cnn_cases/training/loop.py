@@ -285,8 +285,9 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     """Trains from the last checkpoint, or from `state`, to the end; returns what result.json is to hold.
 
     A training that rewinds comes by its checkpoint more than once, each time with other batches. How often,
-    and so with which, does not depend on whether it was stopped in between: a checkpoint holds the steps
-    that had gone wrong before it, and those after it go wrong again.
+    and so with which, does not depend on whether it was killed in between: a checkpoint holds the steps
+    that had gone wrong before it, and those after it go wrong again. A signal makes a checkpoint more, to
+    which it may then go back.
     """
     nonfinite = []
     while True:
@@ -434,6 +435,7 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
             checkpoints.save(step, state, extra, values.get(f"{config.checkpoint.best_on}/error"))
             clock, timed_steps = time.monotonic(), 0
         if stopping and not last:
+            devices_lib.from_lead(checkpoints.wait)  # or it would not be true
             name = signal.Signals(stopping).name
             raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stopping)
     return final

@@ -125,6 +125,17 @@ def test_a_failed_preparation_names_the_set_and_the_directory(
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_set_that_another_process_prepares_meanwhile_will_do(tmp_path, monkeypatch):
+    prepare_it = tfds.core.DatasetBuilder.download_and_prepare
+
+    def come_second(builder):
+        prepare_it(builder)
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", come_second)
+    assert sources.prepare("digits", str(tmp_path)).is_prepared()
+
+
 def test_a_missing_tensorflow_is_told_before_anything_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
     with pytest.raises(ValueError, match=r"make data DATASET=mnist.*pip install tensorflow-cpu"):

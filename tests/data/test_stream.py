@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -296,6 +297,12 @@ def test_a_set_without_labels_or_with_other_images_is_refused(features, message,
     monkeypatch.setattr(sources, "make_builder", lambda *_: builder)
     with pytest.raises(ValueError, match=message):
         sources.open_split("photos", "test")
+
+
+def test_signals_that_save_a_run_do_not_end_its_workers():
+    blocked = stream._first(signal.pthread_sigmask(signal.SIG_BLOCK, ()) for _ in range(1))
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2} <= blocked
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_training_is_the_same_with_worker_processes(photos_dir, tmp_path):

@@ -54,6 +54,23 @@ def test_the_newest_comes_back_as_it_was(tmp_path):
     assert_is(restore(tmp_path / "checkpoints"), 2)
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_when_it_is_committed(tmp_path, monkeypatch):
+    synced = set()
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.add(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", note)
+    save(tmp_path / "checkpoints", [1])
+    assert tmp_path / "checkpoints" in synced
+    (draft,) = {path for path in synced if path.match("1.orbax-checkpoint-tmp*")}
+    files = {path.relative_to(draft) for path in synced if path.is_relative_to(draft)}
+    whole = json.loads((tmp_path / "checkpoints/1" / checkpoint.CHECKSUMS).read_text())
+    assert {*map(pathlib.Path, whole), pathlib.Path(checkpoint.CHECKSUMS)} <= files
+
+
 def test_nothing_saved_is_nothing_restored(tmp_path):
     assert restore(tmp_path / "checkpoints") is None
 

@@ -60,6 +60,8 @@ def test_a_launchers_count_that_is_no_number_is_refused():
         ({"num_processes": 2}, "go together; coordinator_address and process_id missing"),
         ({"process_id": 2}, r"process_id = 2 must be in \[0, num_processes = 2\)"),
         ({"coordinator_address": "here"}, "coordinator_address = 'here' must be host:port"),
+        ({"coordinator_address": "12345"}, "coordinator_address = '12345' must be host:port"),
+        ({"coordinator_address": ":12345"}, "coordinator_address = ':12345' must be host:port"),
         ({"mode": "off"}, "distributed = 'off' is for one process"),
         ({"heartbeat_timeout_seconds": 0}, "heartbeat_timeout_seconds = 0 must be 1 or more"),
         ({"meeting_timeout_seconds": 0}, "meeting_timeout_seconds = 0 must be 1 or more"),

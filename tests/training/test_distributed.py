@@ -20,7 +20,7 @@ from tests.conftest import tiny_config
 # Compiling takes longer than computing here.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = pathlib.Path(__file__).parent.parent.parent
-# train.py, with a signal to itself after a step.
+# train.py, with a signal to itself after a step; or an error, where the number is 0.
 TRAIN = """
 import os, sys
 from absl import flags
@@ -39,6 +39,8 @@ def make(*arguments):
     def train(state, arrays, batches):
         state, metrics = program.train(state, arrays, batches)
         if int(state.step) == steps:
+            if not number:
+                raise RuntimeError("of one process alone")
             os.kill(os.getpid(), number)
         return state, metrics
 
@@ -177,6 +179,13 @@ def test_a_silent_process_ends_the_others(digits, tmp_path):
     assert [code for code, _ in outcome] == [4, -signal.SIGKILL], outcome
     assert "error: another process died, or is silent for 2 s" in outcome[0][1]
     assert "Traceback" not in outcome[0][1]
+
+
+def test_an_error_of_one_process_ends_the_others(digits, tmp_path):
+    outcome = job(2, tmp_path, digits[1], send={1: (0, 3)})
+    assert [code for code, _ in outcome] == [4, 1], outcome
+    assert "another process died or left" in outcome[0][1]
+    assert "RuntimeError: of one process alone" in outcome[1][1]
 
 
 def test_a_process_that_waits_in_vain_for_the_others_ends(digits, tmp_path):

@@ -159,7 +159,7 @@ def test_a_damaged_result_is_named(content, tmp_path):
 def test_a_run_without_its_config_is_nobodys(tmp_path):
     write_rows(tmp_path, 0, [1])
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"holds a run, but no config\.json"):
+    with pytest.raises(ValueError, match=r"holds metrics\.jsonl, but no config\.json"):
         open_log(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -167,8 +167,9 @@ def test_a_run_without_its_config_is_nobodys(tmp_path):
 def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
     log = open_log(tmp_path)
     holder = f"process {os.getpid()} on {platform.node()}"
-    with pytest.raises(ValueError, match=f"is in use by {holder}; wait for its end"):
-        open_log(tmp_path)
+    for config in (CONFIG, CONFIG | {"seed": 1}):
+        with pytest.raises(ValueError, match=f"is in use by {holder}; wait for its end"):
+            open_log(tmp_path, config)
     log.close()
     open_log(tmp_path).close()
 

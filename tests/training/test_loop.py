@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.training import checkpoint, logbook, loop, predictions
 from configs import resnet_digits
-from tests.conftest import tiny_config
+from tests.conftest import example_of_step, poisoned, tiny_config
 
 
 def run(config, workdir, program=None):
@@ -54,6 +53,15 @@ def test_a_run_learns_and_leaves_its_figures(config, tmp_path, program):
     evaluated = [row["step"] for row in rows(tmp_path) if "validation/error" in row]
     assert evaluated == [4, 8, 12]
     assert {**rows(tmp_path)[-1], "step": None} == {**result["metrics"], "step": None}
+
+
+def test_a_finished_run_without_its_config_is_nobodys(config, tmp_path, program):
+    run(config, tmp_path, program)
+    (tmp_path / "config.json").unlink()
+    config.optimizer.momentum = 0.5
+    with pytest.raises(ValueError, match=r"holds metrics\.jsonl, but no config\.json"):
+        run(config, tmp_path, program)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_finished_run_is_not_run_again(config, tmp_path, program):
@@ -379,26 +387,6 @@ def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, t
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
 
 
-def poisoned(config, monkeypatch, example):
-    """A program for which an example of the training split, as the network sees it in training, is NaN."""
-    prepare = ResidentFeed.prepare
-
-    def poisonous(feed, arrays, batch, key):
-        image, label = prepare(feed, arrays, batch, key)
-        bad = (batch["index"] == feed._ranges["train"].start + example) & (key is not None)
-        return jnp.where(bad[:, None, None, None], jnp.nan, image), label
-
-    monkeypatch.setattr(ResidentFeed, "prepare", poisonous)
-    return loop.make_program(config, jax.devices()[:1])
-
-
-def example_of_step(program, seed, steps):
-    """An example that comes at the given steps of the first 12, and at no other."""
-    orders = [set(program.feed.training_examples(seed, step).tolist()) for step in range(12)]
-    chosen = set.intersection(*(orders[step - 1] for step in steps))
-    return min(chosen.difference(*(orders[step] for step in range(12) if step + 1 not in steps)))
-
-
 def test_a_step_whose_numbers_go_wrong_is_skipped_if_the_config_says_so(
     config, tmp_path, program, monkeypatch
 ):
@@ -443,8 +431,10 @@ def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_batches_if_the_conf
     config, tmp_path, program, unbroken, monkeypatch
 ):
     config.on_nonfinite = "rewind"
+    config.profile_steps = (6, 8)  # which is begun twice
     bad = poisoned(config, monkeypatch, example_of_step(program, config.seed, [7]))
     result = run(config, tmp_path / "run", bad)
+    config.profile_steps = ()
     assert (result["status"], result["nonfinite"]) == ("finished", [7])
     ours, theirs = rows(tmp_path / "run"), rows(unbroken)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
