@@ -1,5 +1,6 @@
 """All that changes from one step to the next."""
 
+import functools
 from typing import Any
 
 import jax
@@ -41,15 +42,28 @@ def init_state(model, tx, image_shape, seed, *, with_ema=False):
     Raises:
       ValueError: the model refuses its settings or the image size.
     """
+    return _maker(model, tx, tuple(image_shape), with_ema)(seed)
+
+
+@functools.lru_cache(maxsize=8)  # seeds that share a network share what is compiled
+def _maker(model, tx, image_shape, with_ema):
+    """The jitted function from a seed to the state before the first step."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    # `lazy_init` draws the parameters without running the network, which takes seconds off a start.
-    variables = model.lazy_init(jax.random.key(seed), image, train=False)
-    return TrainState(
-        step=jnp.int32(0),
-        seed=jnp.int32(seed),
-        params=variables["params"],
-        # A copy: the step donates every leaf of the state, and none can be donated twice.
-        ema_params=jax.tree.map(jnp.copy, variables["params"]) if with_ema else {},
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(variables["params"]),
-    )
+
+    def make(seed):
+        # `lazy_init` draws the parameters without running the network.
+        variables = model.lazy_init(jax.random.key(seed), image, train=False)
+        return TrainState(
+            step=jnp.int32(0),
+            seed=jnp.int32(seed),
+            params=variables["params"],
+            # A copy: the step donates every leaf of the state, and none can be donated twice.
+            ema_params=jax.tree.map(jnp.copy, variables["params"]) if with_ema else {},
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(variables["params"]),
+        )
+
+    # All is drawn in one program, since many small ones take longer to compile and to load; and in one that
+    # is quick to compile, since it runs once.
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(make, compiler_options=quickly if jax.default_backend() == "cpu" else None)
