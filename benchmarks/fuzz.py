@@ -44,7 +44,7 @@ from benchmarks import record
 from cnn_cases.data import feeds, pixels
 from cnn_cases.studies import sweep
 from cnn_cases.training import loop
-from cnn_cases.training.state import init_state
+from cnn_cases.training.state import shapes_of_state
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -311,10 +311,8 @@ def train(config, directory, in_earnest):
     program = loop.make_program(config, device)
     if in_earnest and max(program.feed.image_shape) <= 64:
         return _train_two_steps(config, program, directory)
-    state = jax.eval_shape(
-        lambda: init_state(
-            program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
-        )
+    state = shapes_of_state(
+        program.model, program.tx, program.feed.image_shape, with_ema=config.ema_decay > 0
     )
     loop.check_protocol(program, state, config.evaluation.protocol)
     leading = 1, config.steps_per_call, config.batch_size

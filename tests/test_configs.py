@@ -12,7 +12,7 @@ from benchmarks.fuzz import TRAINING, Images, load
 from cnn_cases import settings
 from cnn_cases.studies import sweep
 from cnn_cases.training import loop
-from cnn_cases.training.state import init_state
+from cnn_cases.training.state import shapes_of_state
 from configs import common
 
 STUDIES_DIR = pathlib.Path(__file__).parent.parent / "configs" / "studies"
@@ -25,8 +25,7 @@ def test_a_config_builds_a_state(name):
     config.batch_size, config.num_microbatches = 2, 1
     with Images(config.data.name).in_place():
         program = loop.make_program(config, jax.devices()[:1])
-    state = jax.eval_shape(lambda: init_state(program.model, program.tx, program.feed.image_shape, 0))
-    assert state.params
+    assert shapes_of_state(program.model, program.tx, program.feed.image_shape).params
 
 
 PARTED = ["lenet5_mnist", "nin_cifar10", "resnet_cifar10", "resnet_preact_cifar10"]

@@ -105,12 +105,8 @@ def test_the_loss_falls_and_every_parameter_moves(case, data_dir):
     train_steps = steps.make_train_steps(model.apply, tx, feed.prepare, loss, devices.AXIS, side_weight=0.3)
     device = jax.devices()[:1]
     train = devices.pmap_train(train_steps, device)
-    # As one program, and not optimised: drawing GoogLeNet's parameters so takes 8 s of a core, op by op 25 s.
-    init = jax.jit(
-        lambda: init_state(model, tx, feed.image_shape, seed=0),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    state, arrays = devices.replicate((init(), feed.arrays), device)
+    state = init_state(model, tx, feed.image_shape, seed=0)
+    state, arrays = devices.replicate((state, feed.arrays), device)
     before = jax.device_get(state.params)
     losses, errors = [], []
     for batch in itertools.islice(feed.train_batches(0, 0), case.num_steps):

@@ -136,7 +136,7 @@ def draw_curves(record):
     for axes in rows:
         axes[0].set(ylabel="error (%)", ylim=(0, 100))
     words = f"thin: training error, bold: test error; {figures.seeds_in_words(record)}"
-    figure.suptitle(words, fontsize=10)
+    figure.suptitle(f"{figures.data_in_words(record)}; {words}", fontsize=10)
     return figure
 
 
@@ -145,7 +145,8 @@ def draw_loss(record):
     figure, rows = draw_panels(record, {"running/loss": 1.5})
     for axes in rows:
         figures.set_loss_axis(axes[0], record)
-    figure.suptitle(f"training loss; {figures.seeds_in_words(record)}", fontsize=10)
+    words = f"training loss; {figures.seeds_in_words(record)}"
+    figure.suptitle(f"{figures.data_in_words(record)}; {words}", fontsize=10)
     return figure
 
 
@@ -183,11 +184,12 @@ def draw_depth(record):
             depths = [depth for depth, _ in points]
             style = {"plain": "--", "residual": "-"}[kind]
             means = [statistics.mean(values) for _, values in points]
-            axis.plot(depths, means, color=color, linestyle=style, label=kind)
+            marker = "s" if kind == "plain" else "o"
+            axis.plot(depths, means, color=color, linestyle=style)
+            axis.plot([], [], color=color, linestyle=style, marker=marker, markersize=4, label=kind)
             low, high = ([pick(values) for _, values in points] for pick in (min, max))
             axis.fill_between(depths, low, high, color=color, alpha=0.15, linewidth=0)
             for depth, values in points:
-                marker = "s" if kind == "plain" else "o"
                 axis.plot([depth] * len(values), values, marker, color=color, markersize=4, alpha=0.7)
             if diverged:
                 edge = {"transform": axis.get_xaxis_transform(), "clip_on": False, "markeredgewidth": 2}
@@ -201,7 +203,7 @@ def draw_depth(record):
         axis.set_ylim(-2, 100)  # dots at zero stay whole
         axis.legend(frameon=False)
     seeds = figures.seeds_in_words(record)
-    figure.suptitle(f"dot: a seed, line: {seeds}", fontsize=10)
+    figure.suptitle(f"{figures.data_in_words(record)}; dot: a seed, line: {seeds}", fontsize=10)
     return figure
 
 
@@ -226,8 +228,8 @@ def draw_difference(record):
     figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain less residual (percentage points)")
     left_out = sum(row["left_out"] for row in rows)
     figure.suptitle(
-        "errors after the last step; circle: pair of runs with one seed, diamond: mean, bar: 95 % interval"
-        + (f"; {left_out} pairs with a diverged run left out" if left_out else ""),
+        f"{figures.data_in_words(record)}; errors after the last step; circle: pair of runs with one seed, "
+        "diamond: mean, bar: 95 % interval" + (f"; {left_out} pairs left out" if left_out else ""),
         fontsize=9,
     )
     return figure

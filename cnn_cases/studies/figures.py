@@ -137,6 +137,12 @@ def seeds_in_words(record):
     return f"mean over {up_to}{seeds} seeds, band: least to greatest"
 
 
+def data_in_words(record):
+    """On what the networks of a study were trained."""
+    base = record["config"]["base"]
+    return f"{base['data']['name']}, batches of {base['batch_size']}"
+
+
 def loss_label(record):
     """The title of an axis of losses, with its unit."""
     name = record["config"]["base"]["loss"]["name"]
@@ -180,7 +186,7 @@ def draw_curves(record):
                     "running/loss",
                     color=color,
                     linewidth=1.5,
-                    marker=marker,
+                    marker=marker if len(points) > 1 else None,
                     first=number,
                     band=not crowded,
                 )
@@ -208,10 +214,8 @@ def draw_curves(record):
     if len(points) > 1:
         _add_legend_of_points(figure, record)
     _add_legend_of_lines(figure, record)
-    base = record["config"]["base"]
     figure.suptitle(
-        f"{base['model']['name']} on {base['data']['name']}, batches of {base['batch_size']}: "
-        + seeds_in_words(record),
+        f"{record['config']['base']['model']['name']} on {data_in_words(record)}: {seeds_in_words(record)}",
         fontsize=10,
     )
     return figure

@@ -33,7 +33,7 @@ from cnn_cases.training.logbook import Logbook, claim, differences, environment,
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
-from cnn_cases.training.state import init_state
+from cnn_cases.training.state import init_state, shapes_of_state
 
 # A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
 MAX_EVAL_BATCH_SIZE = 100_000
@@ -146,9 +146,7 @@ def make_program(config, devices=None):
 def check(config):
     """Raises ValueError unless a run of this config could begin; computes nothing."""
     program = make_program(config)
-    state = jax.eval_shape(
-        lambda: init_state(program.model, program.tx, program.feed.image_shape, config.seed)
-    )
+    state = shapes_of_state(program.model, program.tx, program.feed.image_shape)
     check_protocol(program, state, config.evaluation.protocol)
 
 

@@ -42,12 +42,25 @@ def init_state(model, tx, image_shape, seed, *, with_ema=False):
     Raises:
       ValueError: the model refuses its settings or the image size.
     """
-    return _maker(model, tx, tuple(image_shape), with_ema)(seed)
+    # All is drawn in one program, since many small ones take longer to compile and to load; and in one that
+    # is quick to compile, since it runs once.
+    return _jitted(model, tx, tuple(image_shape), with_ema)(seed)
+
+
+def shapes_of_state(model, tx, image_shape, *, with_ema=False):
+    """The shapes and types of `init_state`; computes nothing."""
+    return jax.eval_shape(_maker(model, tx, image_shape, with_ema), 0)
 
 
 @functools.lru_cache(maxsize=8)  # seeds that share a network share what is compiled
+def _jitted(*arguments):
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = quickly if jax.default_backend() == "cpu" else None
+    return jax.jit(_maker(*arguments), compiler_options=options)
+
+
 def _maker(model, tx, image_shape, with_ema):
-    """The jitted function from a seed to the state before the first step."""
+    """The function from a seed to the state before the first step."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def make(seed):
@@ -63,7 +76,4 @@ def _maker(model, tx, image_shape, with_ema):
             opt_state=tx.init(variables["params"]),
         )
 
-    # All is drawn in one program, since many small ones take longer to compile and to load; and in one that
-    # is quick to compile, since it runs once.
-    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(make, compiler_options=quickly if jax.default_backend() == "cpu" else None)
+    return make
