@@ -14,7 +14,7 @@ Where the paper is silent: how strong they are. Here up to 2 pixels, 15 %, 15 % 
 Departures: besides those of `lenet5_1998_mnist`, every image is distorted anew each time it is seen, where
 the paper made ten times as many images once and kept the originals among them.
 Result: 0.80, 0.80 and 0.90 % test error after the last pass with seeds 0, 1 and 2 (the paper's: 0.8 %, as
-recalled); 15 to 25 minutes a run on two busy CPU cores, 2026-11-25
+recalled); 14 to 25 minutes a run on two busy CPU cores, 2026-11-25
 (results/lenet5_1998_distorted_mnist.json).
 """
 

@@ -21,7 +21,7 @@ SGD has one rate for all weights, in batches of 16, so that only the table's pro
 starts from 0.005, taken from `lenet5_1998_digits`. The ten codes are drawn for this project (see the
 model).
 Result: 0.97, 1.06 and 1.03 % test error after the last pass with seeds 0, 1 and 2 (the paper's:
-0.95 %); 213 s a run on two shared CPU cores, 2026-11-24 (results/lenet5_1998_mnist.json).
+0.95 %); 213 to 511 s a run on two shared CPU cores, 2026-11-24 (results/lenet5_1998_mnist.json).
 """
 
 from ml_collections import ConfigDict
