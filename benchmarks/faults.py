@@ -37,7 +37,7 @@ from tensorboardX.proto import event_pb2
 from benchmarks import record
 from cnn_cases import evaluate
 from cnn_cases.training import checkpoint, logbook, loop
-from cnn_cases.training.state import init_state
+from cnn_cases.training.state import shapes_of_state
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
@@ -174,7 +174,7 @@ def _end(config_text, workdir):
     del config_text  # by which the last answer is known
     config = evaluate.load_config(workdir)
     program = loop.make_program(config)
-    return config.num_steps, init_state(program.model, program.tx, program.feed.image_shape, config.seed)
+    return config.num_steps, shapes_of_state(program.model, program.tx, program.feed.image_shape)
 
 
 def curves(workdir):

@@ -30,7 +30,7 @@ from cnn_cases import command, settings
 from cnn_cases.data import feeds, preview
 from cnn_cases.data.views import make_views
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
-from cnn_cases.training.state import init_state
+from cnn_cases.training.state import shapes_of_state
 from configs import common
 
 NUM_MISTAKES = 24
@@ -106,8 +106,8 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     program = loop.make_program(config, usable_devices(config))
     feed = program.feed
     views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
-    state = init_state(program.model, program.tx, feed.image_shape, 0, with_ema=config.ema_decay > 0)
-    state = devices.replicate(checkpoint.read(checkpoints, step, state), program.devices)
+    like = shapes_of_state(program.model, program.tx, feed.image_shape, with_ema=config.ema_decay > 0)
+    state = devices.replicate(checkpoint.read(checkpoints, step, like), program.devices)
     started = time.monotonic()
     probabilities, label = loop.predict(
         program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True

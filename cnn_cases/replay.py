@@ -69,12 +69,12 @@ def replay(workdir, step=None):
     state = loop.first_state(config, program)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
-    # A checkpoint has the seed of the steps before it; those after it may have been done with another one.
+    # A checkpoint has the seed of the steps before it; those after it may be done with that of a rewind.
     seed = int(state.seed)
     after = min((one for one in saved if one >= step), default=None)
     if diverged and step > diverged["checkpoint"]:
         seed = diverged["seed_of_batches"]
-    elif after:
+    elif after and config.on_nonfinite == "rewind":
         seed = int(checkpoint.read(workdir / "checkpoints", after, state).seed)
         if seed != int(state.seed) and after - first > config.checkpoint.every_steps > 0:
             raise ValueError(

@@ -77,10 +77,9 @@ def split_by_code(record):
     changed = [name for name in packages if len({one.get(name) for one in versions}) > 1]
 
     def words(environment):
-        commit, dirty, which = (environment["commit"] or "no commit").partition("-dirty")
-        short = commit[:7] if environment["commit"] else commit
-        versions = (f"{name} {environment['versions'].get(name)}" for name in changed)
-        return " ".join([short + dirty + which, *versions])
+        commit = environment["commit"]
+        short = commit[:7] + commit[40:] if commit else "no commit"  # with what follows of local changes
+        return " ".join([short, *(f"{name} {environment['versions'].get(name)}" for name in changed)])
 
     parts = collections.defaultdict(list)
     for run in record["runs"]:

@@ -12,6 +12,7 @@ import sys
 import zlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 CHECKSUMS = "checksums.json"
@@ -106,10 +107,8 @@ class Checkpoints:
 
     def _note(self, step):
         draft = self._newest.with_name(f"{NEWEST}.draft")
-        with draft.open("w") as file:
-            file.write(f"{step}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        draft.write_text(f"{step}\n")
+        _sync(draft)
         draft.replace(self._newest)
 
     def _noted(self):
@@ -262,17 +261,18 @@ def read(directory, step, like):
     Args:
       directory: of `Checkpoints`.
       step: of `find`.
-      like: a state of the same structure, shapes and types.
+      like: a state of the same structure, shapes and types, or its `state.shapes_of_state`.
 
     Raises:
       ValueError: the checkpoint is damaged, or of another structure.
     """
     directory = pathlib.Path(directory).absolute()
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
         _verify(directory / str(step))
         # Not by the manager, which tidies up.
         with ocp.StandardCheckpointer() as reader:
-            return reader.restore(directory / str(step) / "state", jax.device_get(like))
+            return reader.restore(directory / str(step) / "state", like)
     except Exception as error:  # whatever a damaged file makes the libraries below raise
         raise ValueError(
             f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "
