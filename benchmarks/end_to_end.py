@@ -4,7 +4,8 @@ Beside `train.py`, and beside the depth study on digits, a script in plain PyTor
 (`benchmarks.torch_training`): the same networks, learning rates, steps and evaluations, on the same images,
 which it reads from one .npz, in batches of the same size; their order and the initial values are PyTorch's.
 Imports and compilation count. Ours also writes checkpoints, metrics and reports, as it always does. "First
-start" begins with nothing compiled, "later start" finds what the one before it compiled.
+start" begins with nothing compiled, "later start" finds what the one before it compiled. The study has two
+processes, `--jobs=2`, of half the threads each; "torch, two processes" shares its networks likewise.
 
 The contenders take turns. Figures are medians over the turns, a ratio is the median of theirs by ours of a
 turn: above 1, ours is ahead. PyTorch is no requirement of this project: pip install torch. MNIST has to be
@@ -13,6 +14,7 @@ prepared: python -m cnn_cases.data.prepare mnist
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -41,11 +43,13 @@ class Case(NamedTuple):
       config: a module of `configs`.
       overrides: keys of the config and their values.
       peer: a training config -> a function of `benchmarks.peers` and its arguments.
+      jobs: how many networks of a study are trained side by side.
     """
 
     config: str
     overrides: dict
     peer: Any
+    jobs: int = 1
 
 
 def _resnet(config):
@@ -60,10 +64,11 @@ CASES = {
         {"num_steps": 860, "checkpoint.every_steps": 430},  # two epochs
         lambda _: ("lenet5", dict(channels=1, image_size=32)),
     ),
-    "depth study, digits": Case("studies.depth_digits", {}, _resnet),
+    "depth study, digits": Case("studies.depth_digits", {}, _resnet, jobs=2),
 }
 OURS = ("first start", "later start")
-PEERS = ("torch", "torch.compile, first start", "torch.compile, later start")
+TWO = "torch, two processes"
+PEERS = ("torch", TWO, "torch.compile, first start", "torch.compile, later start")
 
 
 def settings_of(case, data):
@@ -98,51 +103,62 @@ def settings_of(case, data):
 def _run_ours(case, workdir, cache):
     """Seconds, CPU seconds, and the median test error of the networks."""
     study = case.config.startswith("studies.")
-    command = ["-m", "cnn_cases.studies.depth_curves"] if study else ["train.py"]
+    command = ["-m", "cnn_cases.studies.depth_curves", f"--jobs={case.jobs}"] if study else ["train.py"]
     command += [f"--config=configs/{case.config.replace('.', '/')}.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in case.overrides.items()]
-    cost, _ = _timed(command, {"XDG_CACHE_HOME": str(cache)})
+    cost, _ = _timed([command], {"XDG_CACHE_HOME": str(cache)})
     runs = sorted(workdir.glob("runs/*")) if study else [workdir]
     errors = [logbook.read_result(run)["metrics"]["test/error"] for run in runs]
     return *cost, statistics.median(errors)
 
 
-def _run_theirs(settings, cache):
-    command = ["-m", "benchmarks.torch_training", settings]
-    cost, output = _timed(command, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
-    return *cost, statistics.median(json.loads(output.splitlines()[-1])["test"])
+def _run_theirs(settings, directory, cache, processes):
+    """The same; the networks are dealt out to the processes."""
+    commands = []
+    for index in range(processes):
+        path = directory / f"settings_{index}.json"
+        path.write_text(json.dumps(settings | {"networks": settings["networks"][index::processes]}))
+        commands.append(["-m", "benchmarks.torch_training", path])
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    if processes > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, logbook.cpu_threads() // processes))
+    cost, outputs = _timed(commands, environment)
+    errors = itertools.chain(*(json.loads(output.splitlines()[-1])["test"] for output in outputs))
+    return *cost, statistics.median(errors)
 
 
-def _timed(command, environment):
-    """((seconds, CPU seconds of the process and of those it started), what it printed)."""
+def _timed(commands, environment):
+    """((seconds, CPU seconds of the processes and of those they started), what each printed)."""
     before = os.times()
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    outputs = [process.communicate() for process in running]
     seconds = time.perf_counter() - began
-    if done.returncode:
-        raise RuntimeError(f"{command}: exit code {done.returncode}: {done.stderr[-2000:]}")
+    for command, process, (_, errors) in zip(commands, running, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{command}: exit code {process.returncode}: {errors[-2000:]}")
     after = os.times()
     cpu = sum(getattr(after, one) - getattr(before, one) for one in ("children_user", "children_system"))
-    return (seconds, cpu), done.stdout
+    return (seconds, cpu), [output for output, _ in outputs]
 
 
 def measure(name, turns, peers):
     """One case: a dict that JSON can hold."""
     case = CASES[name]
-    found = {one: [] for one in (*OURS, *peers)}
+    found = {one: [] for one in (*OURS, *peers) if one != TWO or case.jobs == 2}
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         settings = settings_of(case, directory / "data.npz")
-        for compiled in (False, True):
-            path = directory / f"settings_{compiled}.json"
-            path.write_text(json.dumps(settings | {"compiled": compiled}))
         for turn in range(turns):
             for one, costs in found.items():
                 compiled = one.startswith("torch.compile")
@@ -150,7 +166,8 @@ def measure(name, turns, peers):
                 if one in OURS:
                     costs.append(_run_ours(case, directory / f"{one}_{turn}", cache))
                 else:
-                    costs.append(_run_theirs(directory / f"settings_{compiled}.json", cache))
+                    own = settings | {"compiled": compiled}
+                    costs.append(_run_theirs(own, directory, cache, 2 if one == TWO else 1))
                 print(f"{name}, {one}: {costs[-1][0]:.1f} s, test error {costs[-1][2]:.4f}", flush=True)
     rows = {}
     for one, costs in found.items():
@@ -162,7 +179,13 @@ def measure(name, turns, peers):
             "ratio": {our: contenders.ratios(seconds, _seconds(found[our]))["median"] for our in OURS},
         }
     networks = len(settings["networks"])
-    return {"networks": networks, "steps": len(settings["rates"]), "turns": turns, "contenders": rows}
+    return {
+        "networks": networks,
+        "steps": len(settings["rates"]),
+        "turns": turns,
+        "jobs": case.jobs,
+        "contenders": rows,
+    }
 
 
 def _seconds(costs):

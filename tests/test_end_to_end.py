@@ -1,5 +1,6 @@
 """The peer in PyTorch is told to do what the config says, and does it."""
 
+import itertools
 import json
 
 import pytest
@@ -46,10 +47,27 @@ def test_the_peer_learns(tmp_path, capsys):
 
 def test_a_process_that_fails_is_told_with_its_words():
     with pytest.raises(RuntimeError, match=r"exit code 1: (.|\n)*No such file"):
-        end_to_end._timed(["-c", "open('nowhere')"], {})
+        end_to_end._timed([["-c", "print(1)"], ["-c", "open('nowhere')"]], {})
 
 
-def test_seconds_and_cpu_seconds_are_those_of_the_process():
-    (seconds, cpu), output = end_to_end._timed(["-c", "import time; time.sleep(0.5); print(2)"], {})
-    assert seconds > 0.5 > cpu
-    assert output == "2\n"
+def test_seconds_and_cpu_seconds_are_those_of_the_processes():
+    commands = [["-c", f"import time; time.sleep(0.5); print({number})"] for number in (1, 2)]
+    (seconds, cpu), outputs = end_to_end._timed(commands, {})
+    assert 1 > seconds > 0.5 > cpu  # the two slept at the same time
+    assert outputs == ["1\n", "2\n"]
+
+
+def test_two_processes_train_all_networks_between_them(tmp_path, monkeypatch):
+    told = []
+
+    def timed(commands, environment):
+        assert int(environment["OMP_NUM_THREADS"]) >= 1
+        for *_, path in commands:
+            told.append(json.loads(path.read_text())["networks"])
+        return (1.0, 2.0), [json.dumps({"test": [0.1] * len(networks)}) for networks in told]
+
+    monkeypatch.setattr(end_to_end, "_timed", timed)
+    settings = {"networks": [["cifar_resnet", {"depth": depth}, 0] for depth in (8, 20, 32)]}
+    assert end_to_end._run_theirs(settings, tmp_path, tmp_path, 2) == (1.0, 2.0, 0.1)
+    assert [one for pair in itertools.zip_longest(*told) for one in pair if one] == settings["networks"]
+    assert len(told) == 2

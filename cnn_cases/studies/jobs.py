@@ -1,6 +1,7 @@
 """The runs of a sweep, in groups: one after another here, or several groups side by side in processes.
 
-Both ways yield (name of the run, what it gave in words) as runs end. A run is the same to the bit in either.
+Both ways yield (name of the run, what it gave in words) as runs end. On a CPU the processes share the threads
+that there are, and so a run is the same to the bit in either only where it has as many of them.
 """
 
 import multiprocessing
@@ -9,7 +10,7 @@ import queue
 import signal
 import sys
 
-from cnn_cases.training import loop
+from cnn_cases.training import logbook, loop
 
 _POLL_SECONDS = 0.2
 
@@ -59,9 +60,10 @@ def run_side_by_side(groups, workdir, num_jobs):
     todo, news = context.Queue(), context.Queue()
     for runs in (*groups, *[None] * num_jobs):
         todo.put(runs)
-    workers = [
-        context.Process(target=_work, args=(todo, news, workdir, os.getpid())) for _ in range(num_jobs)
-    ]
+    # Threads of one process for cores that another one uses make both of them slower.
+    num_threads = max(1, logbook.cpu_threads() // num_jobs)
+    arguments = (todo, news, workdir, os.getpid(), num_threads)
+    workers = [context.Process(target=_work, args=arguments) for _ in range(num_jobs)]
     for worker in workers:
         worker.start()
     try:
@@ -95,8 +97,9 @@ def _collect(workers, news, stop):
         yield words
 
 
-def _work(todo, news, workdir, parent):
+def _work(todo, news, workdir, parent, num_threads):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
+    os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
     os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
     try:
         while (runs := todo.get()) is not None:

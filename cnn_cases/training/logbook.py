@@ -320,10 +320,18 @@ def environment():
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": cpu_threads(),
         "devices": [device.device_kind for device in jax.devices()],
         "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def cpu_threads():
+    """How many threads XLA has for a CPU: as PJRT_NPROC says, else one for each core of this process."""
+    threads = os.environ.get("PJRT_NPROC", "")
+    if threads.isdecimal() and int(threads):
+        return int(threads)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version(package):

@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from cnn_cases.studies import jobs, sweep
-from cnn_cases.training import loop
+from cnn_cases.training import logbook, loop
 from tests.studies.test_sweep import tiny_study
 
 
@@ -24,11 +24,16 @@ def one_after_another(data_dir, tmp_path_factory):
     return list(jobs.run_here(groups_of(data_dir), workdir)), rows(workdir)
 
 
-def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_another, data_dir, tmp_path):
+def test_runs_side_by_side_are_those_one_after_another_to_the_bit(
+    one_after_another, data_dir, tmp_path, monkeypatch
+):
     ended, expected = one_after_another
+    num_threads = logbook.cpu_threads()
+    monkeypatch.setenv("PJRT_NPROC", str(2 * num_threads))  # of which each of two processes has half
     names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
     assert sorted(names) == sorted(name for name, _ in ended)
     assert rows(tmp_path) == expected
+    assert {logbook.read_environments(tmp_path / name)[0]["cpus"] for name in names} == {num_threads}
     again = jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)
     assert all("(finished before)" in news for _, news in again)
 
