@@ -49,7 +49,7 @@ from cnn_cases import settings, tables
 from cnn_cases.models import layers as model_layers
 from cnn_cases.models import make_model
 
-KINDS = {nn.Conv: "conv", nn.Dense: "dense", nn.BatchNorm: "batch norm"}
+KINDS = {nn.Conv: "conv", nn.Dense: "dense", model_layers.BatchNorm: "batch norm"}
 
 # Height, width and channels of the images, and number of classes, of the sets that configs are made for; no
 # size where the images differ in it.

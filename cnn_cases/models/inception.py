@@ -46,7 +46,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import ConvUnit, Dropout, local_response_norm, max_pool
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, local_response_norm, max_pool
 
 # Filters of each module, by the columns of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -204,9 +204,8 @@ class GoogLeNet(nn.Module):
                 "(data.image_size, data.border)"
             )
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
-            momentum=0.9,
             epsilon=1e-3,
             dtype=self.dtype,
             axis_name=self.axis_name,

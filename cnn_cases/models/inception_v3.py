@@ -49,7 +49,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import ConvUnit, Dropout, max_pool
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, max_pool
 
 # Filters of the pool projection in the modules of figure 5, and of the 7-pixel windows in those of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}
@@ -250,9 +250,8 @@ class InceptionV3(nn.Module):
                 "(data.image_size, data.border)"
             )
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
-            momentum=0.9,
             epsilon=1e-3,
             dtype=self.dtype,
             axis_name=self.axis_name,

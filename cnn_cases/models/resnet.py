@@ -74,7 +74,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Conv, max_pool
+from cnn_cases.models.layers import BatchNorm, Conv, max_pool
 
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",
@@ -94,7 +94,7 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def make_layers(train, dtype, axis_name):
-    """`nn.Conv` and `nn.BatchNorm` with the settings that every network of this file shares."""
+    """`nn.Conv` and `BatchNorm` with the settings that every network of this file shares."""
     conv = functools.partial(
         Conv,
         use_bias=False,
@@ -102,9 +102,8 @@ def make_layers(train, dtype, axis_name):
         dtype=dtype,
     )
     norm = functools.partial(
-        nn.BatchNorm,
+        BatchNorm,
         use_running_average=not train,
-        momentum=0.9,
         epsilon=1e-5,
         dtype=dtype,
         axis_name=axis_name,
@@ -153,7 +152,7 @@ class BasicBlock(nn.Module):
       stride: of the first convolution.
       shortcut: a key of SHORTCUTS (section 4.1).
       plain: leave the shortcut and its addition out.
-      conv, norm: `nn.Conv` and `nn.BatchNorm` with the network's settings.
+      conv, norm: `nn.Conv` and `BatchNorm` with the network's settings.
       zero_init_last_gamma: start the last norm's scale at zero.
     """
 
@@ -300,7 +299,7 @@ class PreactBlock(nn.Module):
     Attributes:
       filters: channels of the first two convolutions; the third has four times as many.
       stride: of the first convolution.
-      conv, norm: `nn.Conv` and `nn.BatchNorm` with the network's settings.
+      conv, norm: `nn.Conv` and `BatchNorm` with the network's settings.
     """
 
     filters: int

@@ -38,6 +38,7 @@ from flax import linen as nn
 
 from cnn_cases.models.layers import (
     MAX_DENSE_FEATURES,
+    BatchNorm,
     Conv,
     Dropout,
     local_response_norm,
@@ -123,9 +124,8 @@ class VGG(nn.Module):
             dtype=self.dtype,
         )
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
-            momentum=0.9,
             epsilon=1e-5,
             dtype=self.dtype,
             axis_name=self.axis_name,

@@ -29,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import linen as nn
 from flax import traverse_util
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cnn_cases import command, evaluate, tables
+from cnn_cases.models.layers import BatchNorm
 from cnn_cases.studies import figures
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
 from cnn_cases.training import checkpoint, devices, logbook, loop, losses, steps
@@ -102,7 +102,7 @@ def make_response_sums(apply, prepare):
             image,
             train=False,
             mutable=["intermediates"],
-            capture_intermediates=lambda module, _: isinstance(module, nn.BatchNorm),
+            capture_intermediates=lambda module, _: isinstance(module, BatchNorm),
         )
         sums = []
         for (y,) in in_forward_order(variables["intermediates"], NORM):

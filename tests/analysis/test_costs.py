@@ -19,6 +19,7 @@ from cnn_cases.models import make_model
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet, InceptionModule
 from cnn_cases.models.inception_v3 import InceptionV3
+from cnn_cases.models.layers import BatchNorm
 from cnn_cases.models.lenet import LeNet5, LeNet5Original
 from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet, PreactCifarResNet, ResNet
@@ -243,7 +244,9 @@ def test_windows_that_are_not_square_are_told_apart():
 
 def test_a_norm_and_a_pooling_cost_no_multiply_adds():
     norm, pool = alone(
-        nn.Sequential([nn.BatchNorm(use_running_average=True), lambda x: nn.max_pool(x, (2, 2), (2, 2))]),
+        nn.Sequential(
+            [BatchNorm(use_running_average=True, epsilon=1e-5), lambda x: nn.max_pool(x, (2, 2), (2, 2))]
+        ),
         (6, 6, 4),
     )
     assert (norm.kind, norm.parameters, norm.multiply_adds) == ("batch norm", 8, 0)

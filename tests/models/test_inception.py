@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from cnn_cases.models import make_model
 from cnn_cases.models.inception import TABLE_1, GoogLeNet, InceptionModule, NaiveInceptionModule, halve
-from cnn_cases.models.layers import Dropout
+from cnn_cases.models.layers import BatchNorm, Dropout
 
 # Table 1 of the paper: output channels of each module, and its parameters as added up in the file's head.
 MODULES = {
@@ -246,7 +246,7 @@ def test_dropout_is_the_papers():
 
 def test_batch_statistics_are_taken_over_the_axis():
     found = modules_of_initialisation(GoogLeNet(batch_norm=True, axis_name="batch"), 79)
-    norms = [module for module, _ in found.values() if isinstance(module, nn.BatchNorm)]
+    norms = [module for module, _ in found.values() if isinstance(module, BatchNorm)]
     assert len(norms) == 3 + 9 * 6 + 2
     assert {norm.axis_name for norm in norms} == {"batch"}
 

@@ -17,7 +17,7 @@ from cnn_cases.models.inception_v3 import (
     SecondReduction,
     average_in_place,
 )
-from cnn_cases.models.layers import ConvUnit, Dropout
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout
 
 # Side of the map, channels and parameters, as in the file's head.
 STEM = {
@@ -194,7 +194,7 @@ def test_dropout_and_batch_statistics_know_the_axis():
     assert [(module.rate, module.axis_name) for module in found if isinstance(module, Dropout)] == [
         (0.5, "batch")
     ]
-    assert {module.axis_name for module in found if isinstance(module, nn.BatchNorm)} == {"batch"}
+    assert {module.axis_name for module in found if isinstance(module, BatchNorm)} == {"batch"}
 
 
 def test_the_side_branch_answers_in_training_only():

@@ -8,7 +8,14 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from cnn_cases.models.layers import ConvUnit, Dropout, conv_general_dilated, local_response_norm, max_pool
+from cnn_cases.models.layers import (
+    BatchNorm,
+    ConvUnit,
+    Dropout,
+    conv_general_dilated,
+    local_response_norm,
+    max_pool,
+)
 
 PLAIN = dict(
     lhs_dilation=(1, 1),
@@ -183,7 +190,7 @@ def test_a_conv_unit_takes_stride_and_padding():
 
 def test_a_conv_unit_has_biases_or_a_normalisation():
     assert set(unit_shapes(ConvUnit(4, (3, 3)), 5, 5)[1]["conv"]) == {"kernel", "bias"}
-    norm = functools.partial(nn.BatchNorm, use_running_average=True)
+    norm = functools.partial(BatchNorm, use_running_average=True, epsilon=1e-5)
     params = unit_shapes(ConvUnit(4, (3, 3), norm=norm), 5, 5)[1]
     assert {name: set(layer) for name, layer in params.items()} == {
         "conv": {"kernel"},
@@ -196,3 +203,63 @@ def test_a_conv_unit_ends_in_a_relu():
     kernel = jnp.asarray([[[[-2.0, 2.0]]]])
     y = ConvUnit(2, (1, 1)).apply({"params": {"conv": {"kernel": kernel, "bias": jnp.full(2, 0.5)}}}, x)
     np.testing.assert_array_equal(y, [[[[0, 2.5]]]])
+
+
+def norms(train, **settings):
+    """Ours and Flax's, with variables that are not those of the start."""
+    ours = BatchNorm(use_running_average=not train, epsilon=1e-3, **settings)
+    flax = nn.BatchNorm(use_running_average=not train, epsilon=1e-3, momentum=0.9, **settings)
+    x = 3 * jax.random.normal(jax.random.key(0), (8, 5, 5, 6)) + jnp.arange(6)
+    variables = jax.tree.map(lambda leaf: leaf + jnp.linspace(0, 1, 6), ours.init(jax.random.key(1), x))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, flax.init(jax.random.key(1), x))
+    return ours, flax, x, variables
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_normalisation_is_that_of_flax(train):
+    ours, flax, x, variables = norms(train)
+    stats, weights = variables["batch_stats"], jax.random.normal(jax.random.key(2), x.shape)
+
+    def apply(norm):
+        def loss(x, params):
+            y, updated = norm.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+            return (y * weights).sum(), (y, updated)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, variables["params"])
+
+    found, expected = apply(ours), apply(flax)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_normalisation_over_an_axis_is_that_of_the_whole_batch():
+    ours, _, x, variables = norms(train=True)
+    whole, updated = ours.apply(variables, x, mutable=["batch_stats"])
+    split = functools.partial(ours.clone(axis_name="batch").apply, mutable=["batch_stats"])
+    parts, each = jax.vmap(split, (None, 0), axis_name="batch")(variables, x.reshape(4, 2, 5, 5, 6))
+    np.testing.assert_allclose(parts.reshape(x.shape), whole, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(each), jax.tree.leaves(updated), strict=True):
+        np.testing.assert_allclose(one, np.broadcast_to(other, one.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_normalisation_computes_in_float32(train):
+    ours, _, x, variables = norms(train)
+    expected, _ = ours.apply(variables, x.astype(jnp.bfloat16), mutable=["batch_stats"])
+    found, updated = ours.clone(dtype=jnp.bfloat16).apply(
+        variables, x.astype(jnp.bfloat16), mutable=["batch_stats"]
+    )
+    assert found.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("mean", [10, 100])
+def test_batch_normalisation_of_channels_far_from_zero(mean):
+    ours, _, x, _ = norms(train=True)
+    x = x + mean
+    found, _ = ours.init_with_output(jax.random.key(0), x)
+    x = np.asarray(x, np.float64)
+    expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * mean**2)  # E[x^2] - E[x]^2 loses as much

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from cnn_cases.models import make_model
+from cnn_cases.models.layers import BatchNorm
 from cnn_cases.models.resnet import (
     IMAGENET_DEPTHS,
     BasicBlock,
@@ -424,7 +425,7 @@ def test_zero_last_gamma_is_for_the_last_norm_of_each_block_alone(depth, last, z
     starts = {}
 
     def record(method, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm):
+        if isinstance(context.module, BatchNorm):
             starts["/".join(context.module.path)] = context.module.scale_init
         return method(*args, **kwargs)
 

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from cnn_cases.models import make_model, vgg
-from cnn_cases.models.layers import Dropout, local_response_norm
+from cnn_cases.models.layers import BatchNorm, Dropout, local_response_norm
 from cnn_cases.models.vgg import VARIANTS, VGG, glorot_dense
 
 COUNTS = {  # without and with batch normalisation
@@ -176,7 +176,7 @@ def test_batch_norm_follows_every_convolution_and_dropout_every_hidden_dense_lay
         *(layer for name in convolutions for layer in (name, name.replace("conv", "norm"))),
         *("dense1", "dropout1", "dense2", "dropout2", "logits", None),
     ]
-    norms = [call.module for call in calls if isinstance(call.module, nn.BatchNorm)]
+    norms = [call.module for call in calls if isinstance(call.module, BatchNorm)]
     assert {(norm.use_running_average, norm.axis_name) for norm in norms} == {(not train, axis_name)}
     dropouts = [call for call in calls if isinstance(call.module, Dropout)]
     assert {(call.module.rate, call.module.axis_name, *call.flags) for call in dropouts} == {
