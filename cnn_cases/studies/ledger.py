@@ -238,7 +238,8 @@ def hardware(environments):
     for environment in environments:
         devices = collections.Counter(environment["devices"])
         for kind, count in devices.items():
-            cores = f" ({environment['cpus']} cores)" if kind == "cpu" else ""
+            cpus = environment["cpus"]
+            cores = f" ({cpus} core{'s' * (cpus > 1)})" if kind == "cpu" else ""
             kinds.add((f"{count} x " if count > 1 else "") + kind + cores)
     return kinds.pop() if len(kinds) == 1 else "several"
 
