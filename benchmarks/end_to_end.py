@@ -142,7 +142,11 @@ def _timed(commands, environment):
         )
         for command in commands
     ]
-    outputs = [process.communicate() for process in running]
+    try:
+        outputs = [process.communicate() for process in running]
+    finally:
+        for process in running:
+            process.kill()  # one that has ended takes no notice
     seconds = time.perf_counter() - began
     for command, process, (_, errors) in zip(commands, running, outputs, strict=True):
         if process.returncode:

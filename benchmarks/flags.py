@@ -1,10 +1,10 @@
 """XLA's flags on this CPU: `python -m benchmarks.flags [--cases CASE ...] [--out=FILE.json]`.
 
 Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` sets, and under
-what else might help; and with Flax's own layers in place of those of `cnn_cases.models.layers`. Each has a
-process of its own, which compiles once; then the processes take turns. Figures are medians over the turns
-with the lowest and the highest, a ratio the median of the ratios of a turn to that of the defaults. Flags
-that this version of XLA does not know end their process and are told.
+what else might help; and with Flax's own convolutions and poolings in place of those of
+`cnn_cases.models.layers`. Each has a process of its own, which compiles once; then the processes take turns.
+Figures are medians over the turns with the lowest and the highest, a ratio the median of the ratios of a turn
+to that of the defaults. Flags that this version of XLA does not know end their process and are told.
 """
 
 import argparse

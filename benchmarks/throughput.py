@@ -116,10 +116,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         raise ValueError(f"num_devices = {num_devices}, and there are {len(devices)}")
     batch_size = _batch_size(case, devices[0].platform)
     facts = {"batch_size": batch_size, "resident_bytes": contenders.resident_bytes()}
-    # As `loop.make_program` has it.
-    over_all = len(devices_lib.of_all_processes(devices))
-    axis_name = devices_lib.AXIS if over_all > 1 else None
-    model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=axis_name)
+    model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
     tx = optimizer.make_optimizer(
         lambda _: LEARNING_RATE,
         name="sgd",
@@ -140,7 +137,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         side_weight=SIDE_WEIGHT,
     )
     predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
-    share = batch_size // over_all
+    share = batch_size // len(devices_lib.of_all_processes(devices))
     arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
     state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)
     nothing = np.zeros((len(devices), 1, 1), np.int32)  # of each device, one step: its images are in `arrays`

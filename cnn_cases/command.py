@@ -22,7 +22,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
-from cnn_cases.training import devices, loop
+from cnn_cases.training import devices, logbook, loop
 
 _DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
@@ -47,7 +47,7 @@ def run(main):
         devices.choose_cpu_flags()
         if _DETERMINISTIC.value:
             devices.make_deterministic()
-        _keep_compiled()
+        keep_compiled()
         try:
             main()
         except loop.DivergedError as error:
@@ -71,24 +71,26 @@ def run(main):
     app.run(guarded, flags_parser=_parse)
 
 
-def _keep_compiled():
-    """Has JAX keep what it compiles for later starts, unless JAX_COMPILATION_CACHE_DIR names a place for it.
+def keep_compiled():
+    """Has JAX keep what it compiles for later starts; to be called in each process that trains.
 
     The place is ~/.cache/cnn_cases, with a directory for each kind of CPU: what XLA compiles for one may not
-    run on another, and homes are shared. JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
+    run on another, and homes are shared. Or it is what JAX_COMPILATION_CACHE_DIR names. In it, each number of
+    threads has a directory of its own: XLA compiles for it, and JAX does not tell such programs apart.
+    JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    flags_of_cpu = [line for line in _cpu_info().splitlines() if line.startswith(("model name", "flags"))]
-    kind = hashlib.sha256("\n".join(sorted(set(flags_of_cpu))).encode()).hexdigest()[:16]
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(home / "cnn_cases" / f"{platform.machine()}-{kind}"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,  # a network starts with a hundred small programs
-    }
-    for name, value in settings.items():
-        os.environ[name] = str(value)  # for the processes that this one starts
-        jax.config.update(name.lower(), value)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        flags_of_cpu = [line for line in _cpu_info().splitlines() if line.startswith(("model name", "flags"))]
+        kind = hashlib.sha256("\n".join(sorted(set(flags_of_cpu))).encode()).hexdigest()[:16]
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        # In the environment for the processes that this one starts.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases" / f"{platform.machine()}-{kind}")
+        # A network starts with many small programs.
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if os.environ["JAX_COMPILATION_CACHE_DIR"]:
+        place = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / f"{logbook.cpu_threads()}-threads"
+        jax.config.update("jax_compilation_cache_dir", str(place))
 
 
 def _cpu_info():

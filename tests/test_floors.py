@@ -28,7 +28,11 @@ MAY_IMPORT = {
         "cnn_cases.tables",
     ),
     "cnn_cases.studies": ("cnn_cases",),
-    "cnn_cases.command": ("cnn_cases.training.devices", "cnn_cases.training.loop"),
+    "cnn_cases.command": (
+        "cnn_cases.training.devices",
+        "cnn_cases.training.logbook",
+        "cnn_cases.training.loop",
+    ),
     # Of the configs the defaults, for runs of which a config.json is all that is left.
     "cnn_cases.evaluate": ("cnn_cases", "configs.common"),
     "cnn_cases.replay": ("cnn_cases",),

@@ -97,7 +97,9 @@ def test_the_loss_falls_and_every_parameter_moves(case, data_dir):
             num_classes=num_classes,
         ),
     )
-    model = make_model(case.name, num_classes=num_classes, dtype="float32", **case.knobs)
+    model = make_model(
+        case.name, num_classes=num_classes, dtype="float32", axis_name=devices.AXIS, **case.knobs
+    )
     tx = make_optimizer(lambda _: case.learning_rate, **ADAM)
     loss = make_loss(name=case.loss, label_smoothing=0.0, map_constant=1.0)
     train_steps = steps.make_train_steps(model.apply, tx, feed.prepare, loss, devices.AXIS, side_weight=0.3)

@@ -77,7 +77,7 @@ class BatchNorm(nn.Module):
 
     Names, and numbers but for their rounding, are those of `nn.BatchNorm`. That one takes the mean away first
     and keeps the difference for the gradient. Here each channel has a factor and a summand, and what is kept
-    is the input, which lies there anyhow. On a CPU a training step of ResNet-56 on digits takes a fifth less.
+    is the input, in float32. Rounding is coarser where the mean of a channel is large beside its deviation.
 
     Attributes:
       use_running_average: normalise by the running statistics, as in evaluation.
@@ -109,7 +109,7 @@ class BatchNorm(nn.Module):
         else:
             axes = tuple(range(x.ndim - 1))
             moments = x.mean(axes), jnp.square(x).mean(axes)
-            if self.axis_name is not None and not self.is_initializing():
+            if self._is_split():
                 moments = lax.pmean(jnp.stack(moments), self.axis_name)
             mean, mean_of_squares = moments
             var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)  # rounding could make it negative
@@ -118,6 +118,10 @@ class BatchNorm(nn.Module):
                     running.value = self.momentum * running.value + (1 - self.momentum) * now
         factor = scale * lax.rsqrt(var + self.epsilon)
         return (x * factor + (bias - mean * factor)).astype(self.dtype)
+
+    def _is_split(self):
+        # One device has nothing to synchronise, and XLA would not leave that out.
+        return self.axis_name and not self.is_initializing() and lax.axis_size(self.axis_name) > 1
 
 
 def max_pool(x, window_shape, strides, padding="VALID"):

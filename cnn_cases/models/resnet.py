@@ -94,7 +94,7 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def make_layers(train, dtype, axis_name):
-    """`nn.Conv` and `BatchNorm` with the settings that every network of this file shares."""
+    """`Conv` and `BatchNorm` with the settings that every network of this file shares."""
     conv = functools.partial(
         Conv,
         use_bias=False,
@@ -152,7 +152,7 @@ class BasicBlock(nn.Module):
       stride: of the first convolution.
       shortcut: a key of SHORTCUTS (section 4.1).
       plain: leave the shortcut and its addition out.
-      conv, norm: `nn.Conv` and `BatchNorm` with the network's settings.
+      conv, norm: `Conv` and `BatchNorm` with the network's settings.
       zero_init_last_gamma: start the last norm's scale at zero.
     """
 
@@ -299,7 +299,7 @@ class PreactBlock(nn.Module):
     Attributes:
       filters: channels of the first two convolutions; the third has four times as many.
       stride: of the first convolution.
-      conv, norm: `nn.Conv` and `BatchNorm` with the network's settings.
+      conv, norm: `Conv` and `BatchNorm` with the network's settings.
     """
 
     filters: int

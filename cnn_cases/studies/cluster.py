@@ -24,7 +24,7 @@ import submitit
 from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
 
-from cnn_cases import evaluate
+from cnn_cases import command, evaluate
 from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop
 
@@ -193,6 +193,7 @@ class Training(Checkpointable):
             sys.exit(128 + number)
 
         signal.signal(signal.SIGTERM, end)  # before and after the training; submitit would ignore it
+        command.keep_compiled()
         try:
             loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
         except loop.DivergedError as error:

@@ -1,7 +1,8 @@
 """The runs of a sweep, in groups: one after another here, or several groups side by side in processes.
 
-Both ways yield (name of the run, what it gave in words) as runs end. On a CPU the processes share the threads
-that there are, and so a run is the same to the bit in either only where it has as many of them.
+Both ways yield (name of the run, what it gave in words) as runs end. Processes share the cores of a CPU, each
+with threads for its part of them, and XLA rounds its sums as its threads split them: a run gives the same
+bits either way only with as many threads.
 """
 
 import multiprocessing
@@ -10,6 +11,7 @@ import queue
 import signal
 import sys
 
+from cnn_cases import command
 from cnn_cases.training import logbook, loop
 
 _POLL_SECONDS = 0.2
@@ -60,9 +62,7 @@ def run_side_by_side(groups, workdir, num_jobs):
     todo, news = context.Queue(), context.Queue()
     for runs in (*groups, *[None] * num_jobs):
         todo.put(runs)
-    # Threads of one process for cores that another one uses make both of them slower.
-    num_threads = max(1, logbook.cpu_threads() // num_jobs)
-    arguments = (todo, news, workdir, os.getpid(), num_threads)
+    arguments = (todo, news, workdir, os.getpid(), _threads_each(num_jobs))
     workers = [context.Process(target=_work, args=arguments) for _ in range(num_jobs)]
     for worker in workers:
         worker.start()
@@ -77,6 +77,16 @@ def run_side_by_side(groups, workdir, num_jobs):
     if stop.number:
         name = signal.Signals(stop.number).name
         raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
+
+
+def _threads_each(num_jobs):
+    """XLA's threads of each of so many processes: their share, for threads beyond it make all of them slower.
+
+    None leaves their number to the user, who has set it, or to XLA, where virtual devices need more.
+    """
+    if "PJRT_NPROC" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return max(1, logbook.cpu_threads() // num_jobs)
 
 
 def _collect(workers, news, stop):
@@ -99,7 +109,9 @@ def _collect(workers, news, stop):
 
 def _work(todo, news, workdir, parent, num_threads):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
-    os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
+    if num_threads:
+        os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
+    command.keep_compiled()
     os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
     try:
         while (runs := todo.get()) is not None:

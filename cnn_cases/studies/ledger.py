@@ -233,14 +233,14 @@ def network(config):
 
 
 def hardware(environments):
-    """`cpu (2 cores)` or `4 x NVIDIA H100`; "several" where they differ."""
+    """`cpu (2 threads)` or `4 x NVIDIA H100`; "several" where they differ."""
     kinds = set()
     for environment in environments:
         devices = collections.Counter(environment["devices"])
         for kind, count in devices.items():
             cpus = environment["cpus"]
-            cores = f" ({cpus} core{'s' * (cpus > 1)})" if kind == "cpu" else ""
-            kinds.add((f"{count} x " if count > 1 else "") + kind + cores)
+            threads = f" ({cpus} thread{'s' * (cpus > 1)})" if kind == "cpu" else ""
+            kinds.add((f"{count} x " if count > 1 else "") + kind + threads)
     return kinds.pop() if len(kinds) == 1 else "several"
 
 

@@ -327,11 +327,11 @@ def environment():
 
 
 def cpu_threads():
-    """How many threads XLA has for a CPU: as PJRT_NPROC says, else one for each core of this process."""
+    """XLA's threads on a CPU: PJRT_NPROC, or else one for each core that this process may use."""
     threads = os.environ.get("PJRT_NPROC", "")
     if threads.isdecimal() and int(threads):
         return int(threads)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package):

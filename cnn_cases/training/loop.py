@@ -93,8 +93,7 @@ def make_program(config, devices=None):
     """
     settings.check(config)
     devices = devices or jax.local_devices()
-    num_devices = len(devices_lib.of_all_processes(devices))
-    _check_numbers(config, num_devices)
+    _check_numbers(config, len(devices_lib.of_all_processes(devices)))
     process_index, process_count = devices_lib.process()
     feed = make_feed(
         **config.data,
@@ -108,8 +107,7 @@ def make_program(config, devices=None):
         **config.model,
         num_classes=feed.num_classes,
         dtype=config.dtype,
-        # One device has nothing to synchronise, and XLA would not leave that out.
-        axis_name=devices_lib.AXIS if config.sync_batch_norm and num_devices > 1 else None,
+        axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
     )
     optimizer = dict(**config.optimizer)
     # Compiled: the first row of the log would wait for five small compilations else, a third of a second.

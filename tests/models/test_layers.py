@@ -233,11 +233,12 @@ def test_batch_normalisation_is_that_of_flax(train):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_batch_normalisation_over_an_axis_is_that_of_the_whole_batch():
+@pytest.mark.parametrize("parts", [1, 4])
+def test_batch_normalisation_over_an_axis_is_that_of_the_whole_batch(parts):
     ours, _, x, variables = norms(train=True)
     whole, updated = ours.apply(variables, x, mutable=["batch_stats"])
     split = functools.partial(ours.clone(axis_name="batch").apply, mutable=["batch_stats"])
-    parts, each = jax.vmap(split, (None, 0), axis_name="batch")(variables, x.reshape(4, 2, 5, 5, 6))
+    parts, each = jax.vmap(split, (None, 0), axis_name="batch")(variables, x.reshape(parts, -1, 5, 5, 6))
     np.testing.assert_allclose(parts.reshape(x.shape), whole, atol=1e-5)
     for one, other in zip(jax.tree.leaves(each), jax.tree.leaves(updated), strict=True):
         np.testing.assert_allclose(one, np.broadcast_to(other, one.shape), rtol=1e-5)
@@ -262,4 +263,4 @@ def test_batch_normalisation_of_channels_far_from_zero(mean):
     found, _ = ours.init_with_output(jax.random.key(0), x)
     x = np.asarray(x, np.float64)
     expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
-    np.testing.assert_allclose(found, expected, atol=1e-6 * mean**2)  # E[x^2] - E[x]^2 loses as much
+    np.testing.assert_allclose(found, expected, atol=2e-7 * mean**2)  # E[x^2] - E[x]^2 loses as much

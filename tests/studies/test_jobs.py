@@ -24,18 +24,36 @@ def one_after_another(data_dir, tmp_path_factory):
     return list(jobs.run_here(groups_of(data_dir), workdir)), rows(workdir)
 
 
-def test_runs_side_by_side_are_those_one_after_another_to_the_bit(
-    one_after_another, data_dir, tmp_path, monkeypatch
-):
-    ended, expected = one_after_another
-    num_threads = logbook.cpu_threads()
-    monkeypatch.setenv("PJRT_NPROC", str(2 * num_threads))  # of which each of two processes has half
+def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_another, data_dir, tmp_path):
+    ended, expected = one_after_another  # with as many threads, which tests/conftest.py sets
     names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
     assert sorted(names) == sorted(name for name, _ in ended)
     assert rows(tmp_path) == expected
-    assert {logbook.read_environments(tmp_path / name)[0]["cpus"] for name in names} == {num_threads}
     again = jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)
     assert all("(finished before)" in news for _, news in again)
+
+
+def test_processes_share_the_cores(data_dir, tmp_path, monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr(logbook, "cpu_threads", lambda: 6)
+    names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
+    assert {logbook.read_environments(tmp_path / name)[0]["cpus"] for name in names} == {3}
+    assert [path.name for path in (tmp_path / "compiled").iterdir()] == ["3-threads"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PJRT_NPROC", "5"), ("XLA_FLAGS", "--xla_force_host_platform_device_count=4")],
+)
+def test_the_users_threads_and_those_of_virtual_devices_are_left_alone(variable, value, monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(logbook, "cpu_threads", lambda: 6)
+    assert [jobs._threads_each(number) for number in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    monkeypatch.setenv(variable, value)
+    assert jobs._threads_each(2) is None
 
 
 def test_a_signal_saves_the_runs_of_all_processes(data_dir, tmp_path):

@@ -51,7 +51,7 @@ def test_seeds_are_averaged_and_set_beside_the_paper():
         "seeds": "2",
         "published %": "8.75 (He et al. 2015, table 6)",
         "difference": "-0.25",
-        "devices": "cpu (2 cores)",
+        "devices": "cpu (2 threads)",
         "record": "[depth](results/depth.json)",
     }
 
@@ -114,7 +114,7 @@ def test_runs_say_in_which_of_the_environments_they_were():
     runs = [outcome(0, 0.08, environments=[0]), outcome(1, 0.09, environments=[1])]
     lines = table(depth=record(*runs, environments=[CPU, GPUS]))
     assert [(line["%"], line["devices"]) for line in lines] == [
-        ("8.00", "cpu (2 cores)"),
+        ("8.00", "cpu (2 threads)"),
         ("9.00", "2 x NVIDIA H100"),
     ]
 
