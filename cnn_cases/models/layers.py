@@ -109,19 +109,17 @@ class BatchNorm(nn.Module):
         else:
             axes = tuple(range(x.ndim - 1))
             moments = x.mean(axes), jnp.square(x).mean(axes)
-            if self._is_split():
+            starts = self.is_initializing()
+            # One device has nothing to synchronise, and XLA would not leave that out.
+            if self.axis_name and not starts and lax.axis_size(self.axis_name) > 1:
                 moments = lax.pmean(jnp.stack(moments), self.axis_name)
             mean, mean_of_squares = moments
             var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)  # rounding could make it negative
-            if not self.is_initializing():
+            if not starts:
                 for running, now in ((running_mean, mean), (running_var, var)):
                     running.value = self.momentum * running.value + (1 - self.momentum) * now
         factor = scale * lax.rsqrt(var + self.epsilon)
         return (x * factor + (bias - mean * factor)).astype(self.dtype)
-
-    def _is_split(self):
-        # One device has nothing to synchronise, and XLA would not leave that out.
-        return self.axis_name and not self.is_initializing() and lax.axis_size(self.axis_name) > 1
 
 
 def max_pool(x, window_shape, strides, padding="VALID"):

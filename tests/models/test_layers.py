@@ -263,4 +263,4 @@ def test_batch_normalisation_of_channels_far_from_zero(mean):
     found, _ = ours.init_with_output(jax.random.key(0), x)
     x = np.asarray(x, np.float64)
     expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
-    np.testing.assert_allclose(found, expected, atol=2e-7 * mean**2)  # E[x^2] - E[x]^2 loses as much
+    np.testing.assert_allclose(found, expected, atol=5e-7 * mean**2)  # E[x^2] - E[x]^2 loses as much
