@@ -159,7 +159,7 @@ def _timed(commands, environment):
 def measure(name, turns, peers):
     """One case: a dict that JSON can hold."""
     case = CASES[name]
-    found = {one: [] for one in (*OURS, *peers) if one != TWO or case.jobs == 2}
+    found = {one: [] for one in (*OURS, *peers) if one != TWO or case.jobs > 1}
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         settings = settings_of(case, directory / "data.npz")
@@ -171,7 +171,8 @@ def measure(name, turns, peers):
                     costs.append(_run_ours(case, directory / f"{one}_{turn}", cache))
                 else:
                     own = settings | {"compiled": compiled}
-                    costs.append(_run_theirs(own, directory, cache, 2 if one == TWO else 1))
+                    processes = case.jobs if one == TWO else 1
+                    costs.append(_run_theirs(own, directory, cache, processes))
                 print(f"{name}, {one}: {costs[-1][0]:.1f} s, test error {costs[-1][2]:.4f}", flush=True)
     rows = {}
     for one, costs in found.items():

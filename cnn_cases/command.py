@@ -47,7 +47,7 @@ def run(main):
         devices.choose_cpu_flags()
         if _DETERMINISTIC.value:
             devices.make_deterministic()
-        keep_compiled()
+        _keep_compiled()
         try:
             main()
         except loop.DivergedError as error:
@@ -71,12 +71,11 @@ def run(main):
     app.run(guarded, flags_parser=_parse)
 
 
-def keep_compiled():
-    """Has JAX keep what it compiles for later starts; to be called in each process that trains.
+def _keep_compiled():
+    """Has JAX keep what it compiles for later starts.
 
     The place is ~/.cache/cnn_cases, with a directory for each kind of CPU: what XLA compiles for one may not
-    run on another, and homes are shared. Or it is what JAX_COMPILATION_CACHE_DIR names. In it, each number of
-    threads has a directory of its own: XLA compiles for it, and JAX does not tell such programs apart.
+    run on another, and homes are shared. Or it is what JAX_COMPILATION_CACHE_DIR names.
     JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -88,7 +87,16 @@ def keep_compiled():
         # A network starts with many small programs.
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if os.environ["JAX_COMPILATION_CACHE_DIR"]:
+    separate_compiled()
+
+
+def separate_compiled():
+    """Gives each number of threads a directory of its own in JAX_COMPILATION_CACHE_DIR, where that is set.
+
+    XLA compiles for the number that this process has, and JAX does not tell such programs apart. To be called
+    as well where a process may have another number than the one that started it.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         place = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / f"{logbook.cpu_threads()}-threads"
         jax.config.update("jax_compilation_cache_dir", str(place))
 

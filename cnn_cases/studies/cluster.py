@@ -193,7 +193,7 @@ class Training(Checkpointable):
             sys.exit(128 + number)
 
         signal.signal(signal.SIGTERM, end)  # before and after the training; submitit would ignore it
-        command.keep_compiled()
+        command.separate_compiled()
         try:
             loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
         except loop.DivergedError as error:

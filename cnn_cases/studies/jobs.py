@@ -109,10 +109,10 @@ def _collect(workers, news, stop):
 
 def _work(todo, news, workdir, parent, num_threads):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
+    os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
-    command.keep_compiled()
-    os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
+    command.separate_compiled()
     try:
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir):

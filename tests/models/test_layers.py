@@ -233,12 +233,12 @@ def test_batch_normalisation_is_that_of_flax(train):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_batch_normalisation_over_an_axis_is_that_of_the_whole_batch(parts):
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_batch_normalisation_over_an_axis_is_that_of_the_whole_batch(num_parts):
     ours, _, x, variables = norms(train=True)
     whole, updated = ours.apply(variables, x, mutable=["batch_stats"])
     split = functools.partial(ours.clone(axis_name="batch").apply, mutable=["batch_stats"])
-    parts, each = jax.vmap(split, (None, 0), axis_name="batch")(variables, x.reshape(parts, -1, 5, 5, 6))
+    parts, each = jax.vmap(split, (None, 0), axis_name="batch")(variables, x.reshape(num_parts, -1, 5, 5, 6))
     np.testing.assert_allclose(parts.reshape(x.shape), whole, atol=1e-5)
     for one, other in zip(jax.tree.leaves(each), jax.tree.leaves(updated), strict=True):
         np.testing.assert_allclose(one, np.broadcast_to(other, one.shape), rtol=1e-5)

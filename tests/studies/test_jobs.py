@@ -1,8 +1,10 @@
 import os
 import signal
 
+import jax
 import pytest
 
+from cnn_cases import command
 from cnn_cases.studies import jobs, sweep
 from cnn_cases.training import logbook, loop
 from tests.studies.test_sweep import tiny_study
@@ -41,6 +43,13 @@ def test_processes_share_the_cores(data_dir, tmp_path, monkeypatch):
     names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
     assert {logbook.read_environments(tmp_path / name)[0]["cpus"] for name in names} == {3}
     assert [path.name for path in (tmp_path / "compiled").iterdir()] == ["3-threads"]
+
+
+def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(jax.config, "update", pytest.fail)
+    command.separate_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.parametrize(
