@@ -140,7 +140,7 @@ class Workshop:
         self.directory = pathlib.Path(directory)
         # Compiled once for all: what is tried here happens before and after the steps.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled")}
-        cache |= {"JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.environment = os.environ | cache
         self.undisturbed, self.stopped = self.directory / "undisturbed", self.directory / "stopped"
         self.train(self.undisturbed)

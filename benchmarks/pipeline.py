@@ -17,14 +17,11 @@ stream is held to one core besides.
 
 import argparse
 import contextlib
-import datetime
 import importlib.metadata
 import io
 import itertools
-import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -36,6 +33,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from benchmarks.record import write_section
 from cnn_cases.data import decode, feeds, sources
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import loop, losses, steps
@@ -44,7 +42,7 @@ from configs import common, resnet_cifar10, resnet_digits
 
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
-PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "pillow", "tensorflow-cpu", "torch")
+PEERS = ("tensorflow-cpu", "torch", "pillow")
 
 
 class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
@@ -152,7 +150,7 @@ def streams(name, data_dir, turns, batches_a_turn):
         os.sched_setaffinity(0, before)
     summaries = {peer: _summary(values) for peer, values in zip(runs, figures, strict=True)}
     missing = dict.fromkeys(("tf.data", "DataLoader"), "not installed")
-    return {"set": name, "images_a_second_a_core": {"stream": None} | missing | summaries}
+    return {"stream": None} | missing | summaries
 
 
 def _timed(make_iterator, count):
@@ -292,32 +290,31 @@ def main():
     parser.add_argument("--only", choices=("resident", "stream"), help="one of the two")
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "devices": [device.device_kind for device in jax.local_devices()],
-        "versions": {one: _version(one) for one in PACKAGES},
-        "turns": options.turns,
-    }
+    devices_lib.choose_cpu_flags()
     if options.only != "stream":
-        row = result["resident"] = resident_feed(options.data_dir, options.turns, steps_a_turn=4)
+        row = resident_feed(options.data_dir, options.turns, steps_a_turn=4)
         print(_line(f"{row['set']}, resident", row["feed_seconds_a_step"], "s a step"))
         print(_line(f"{row['set']}, a fixed batch", row["fixed_seconds_a_step"], "s a step"))
         print(_line("overhead", row["overhead_percent"], "%"))
+        _record(options, "resident", row)
     if options.only != "resident":
-        result["stream"] = []
+        rows = {}
         with tempfile.TemporaryDirectory() as directory:
             sets = [(sources.prepare(BenchmarkPhotos.name, directory).name, directory)]
             if sources.make_builder("imagenette/320px-v2", options.data_dir).is_prepared():
                 sets.append(("imagenette/320px-v2", options.data_dir))
             for name, data_dir in sets:
-                row = streams(name, data_dir, options.turns, batches_a_turn=8)
-                result["stream"].append(row)
-                for peer, figures in row["images_a_second_a_core"].items():
+                rows[name] = streams(name, data_dir, options.turns, batches_a_turn=8)
+                for peer, figures in rows[name].items():
                     print(_line(f"{name}, {peer}", figures, "images a second and core"))
+        peers = {one: _version(one) for one in PEERS}
+        _record(options, "stream", {"peers": peers, "images_a_second_a_core": rows})
+
+
+def _record(options, name, figures):
     if options.out:
-        pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        command = f"python -m benchmarks.pipeline --only={name} --turns={options.turns}"
+        write_section(options.out, name, command, figures)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def _keep_compiled():
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         # In the environment for the processes that this one starts.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases" / f"{platform.machine()}-{kind}")
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A network starts with many small programs.
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -14,9 +14,9 @@ The paper's recipe, item by item:
 Where the paper is silent: whether biases decay (here they do not), and in what range the pixels lie whose
 principal colours light the images (here [0, 1], and the colours are those that are public for ImageNet).
 Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
-needs.
-The shorter side is resized to 256 pixels and the crop lies anywhere in the image; the paper crops from the
-central square. The mean image is that of a sample, of central crops. Not run yet.
+needs, and so 259 where the paper has 256.
+The shorter side is resized and the crop lies anywhere in the image; the paper crops from the central square.
+The mean image is that of a sample, of central crops. Not run yet.
 """
 
 from configs import common
@@ -29,6 +29,8 @@ def get_config():
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
     config.data.crop.name = "shorter_side"
+    config.data.crop.shorter_side = (259, 259)  # 227 of them are as much as 224 of 256, here and in the test
+    config.data.crop.eval_shorter_side = 259
     config.data.normalization = "pixel_mean_255"
     config.data.augment.lighting = 0.1
     config.data.augment.lighting_basis = "imagenet"

@@ -10,7 +10,7 @@ PROTOCOLS = ("held_out", "full_train")  # see split_training_set
 
 
 def get_config():
-    """The defaults; not yet a whole config, for want of a model."""
+    """The defaults; not yet a whole config: the network named here takes larger images than the digits."""
     config = ConfigDict()
     config.seed = 0  # of the initial parameters, the data order, augmentation and dropout
     config.num_steps = 1_000  # training steps

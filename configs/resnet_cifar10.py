@@ -15,7 +15,7 @@ The paper's recipe, item by item, all of it kept:
 - SGD with momentum 0.9, batch 128, weight decay 1e-4, 64,000 steps;
 - a rate of 0.1, divided by 10 after 32,000 and 48,000 steps;
 - He initialisation, batch normalisation, no dropout;
-- 4 pixels of padding and a random 32-pixel crop, flips; the mean image subtracted; one view in the test;
+- the mean image subtracted, then 4 pixels of padding and a random 32-pixel crop, flips; one view in the test;
 - 45,000 images to train on, 5,000 for validation.
 
 Where the paper is silent: which images are held out (here the last 5,000), and whether biases and batch

@@ -22,10 +22,13 @@ devices.choose_cpu_flags()  # as the command line does
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """The processes that tests start keep what they compile for each other, and not in anybody's home."""
-    directory = tmp_path_factory.mktemp("compiled")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-    jax.config.update("jax_enable_compilation_cache", False)  # of this one
+    """All processes of a session keep what they compile for each other, and not in anybody's home."""
+    base = tmp_path_factory.getbasetemp()
+    directory = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -97,8 +97,13 @@ def make_pixels(
     whitened = normalization == "gcn_zca"
     whitening = keep(f"zca-{_digest(image)}", lambda: _whitening(image)) if whitened else {}
     mean, std = _statistics(image, normalization)
+    # What differs from place to place is subtracted where the pixels still lie in their places, before the
+    # crop: in the papers, crops are from normalised images, padded with zeros. Else the padding is black.
+    by_place = whitened or mean.ndim == 3
 
-    def normalize(image):
+    def normalize(arrays, image):
+        if whitened:
+            return _whiten(arrays, image)
         here = mean
         if mean.ndim == 3 and mean.shape != image.shape[1:]:
             # A mean image has nothing to say about other sizes but its colour.
@@ -108,10 +113,11 @@ def make_pixels(
     def train(arrays, image, label, position, key):
         streams = augmentations.split_streams(augmentations.example_keys(key, position))
         image = augmentations.colours(_to_unit(image), streams, settings, basis)
-        if whitened:
-            # Before the crop, as in the paper, whose crops come from whitened images padded with zeros.
-            image = _whiten(arrays, image)
-        image = normalize(augmentations.geometry(image, streams, settings))
+        if by_place:
+            image = normalize(arrays, image)
+        image = augmentations.geometry(image, streams, settings)
+        if not by_place:
+            image = normalize(arrays, image)
         if settings.cutout:
             # After the normalisation, where 0 is the mean and so says nothing.
             image = augmentations.random_cutout(image, streams["cutout"], settings.cutout)
@@ -122,8 +128,7 @@ def make_pixels(
         return image, label
 
     def evaluate(arrays, image):
-        image = _to_unit(image)
-        return normalize(_whiten(arrays, image) if whitened else image)
+        return normalize(arrays, _to_unit(image))
 
     return Pixels(whitening, train, evaluate)
 
@@ -134,7 +139,7 @@ def _to_unit(image):
 
 def _statistics(images, normalization):
     """Mean and standard deviation of images in [0, 1], to subtract and to divide by."""
-    if normalization in ("none", "gcn_zca"):
+    if normalization in ("none", "gcn_zca"):  # the whitening has statistics of its own
         return np.float32(0), np.float32(1)
     if normalization == "imagenet":
         return IMAGENET_MEAN, IMAGENET_STD

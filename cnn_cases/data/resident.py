@@ -74,7 +74,8 @@ class ResidentFeed:
         """
         position = share_of(self._batch_size, *self._share)
         while True:
-            index = training_order(seed, first_step * self._batch_size + position, self._num_train)
+            numbers = int(first_step) * self._batch_size + position.astype(np.int64)
+            index = training_order(seed, numbers, self._num_train)
             yield {"index": index + np.int32(self._ranges["train"].start), "position": position}
             first_step += 1
 

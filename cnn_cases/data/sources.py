@@ -8,8 +8,8 @@ import math
 import os
 import pathlib
 import re
+import secrets
 import sys
-import tempfile
 import zipfile
 import zlib
 
@@ -239,7 +239,7 @@ def _parts(builder, split, whence=""):
       whence: what the message of an error says before it.
 
     Raises:
-      ValueError: the set has no such split.
+      ValueError: the set has no such split, or there is nothing in it.
     """
     strange = [base for base in builder.info.splits if not re.fullmatch(r"\w[\w.-]*", base)]
     if strange:  # they become names of files
@@ -251,10 +251,13 @@ def _parts(builder, split, whence=""):
             f"{whence or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
             f"{', '.join(builder.info.splits)} ({error})"
         ) from error
-    return [
-        (part.splitname, part.from_ or 0, part.to or builder.info.splits[part.splitname].num_examples)
-        for part in absolute
-    ]
+    parts = []
+    for part in absolute:
+        size = builder.info.splits[part.splitname].num_examples
+        parts.append((part.splitname, part.from_ or 0, size if part.to is None else part.to))
+    if all(start >= end for _, start, end in parts):
+        raise ValueError(f"{whence or 'split '}{split!r} of {builder.info.name!r} has no examples")
+    return parts
 
 
 def _decode(builder, split):
@@ -316,15 +319,15 @@ def _keep(path, save):
     """Has `save` write a file, as a whole or not at all; where that is impossible, a warning is enough."""
     try:
         path.parent.mkdir(exist_ok=True)
-        # Renamed when it is whole: another process may be reading, or doing the same.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-            try:
+        # Renamed when it is whole: another process may be reading, or doing the same. And no temporary file
+        # of Python's, which others that share the set could not read.
+        unfinished = path.with_name(f"{path.stem}-{secrets.token_hex(8)}{path.suffix}")
+        try:
+            with unfinished.open("xb") as file:
                 save(file)
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         logging.getLogger(__name__).warning("%s is not kept for the next start: %s", path, error)
 

@@ -17,6 +17,7 @@ input; scratch space that a library takes for a convolution while it runs may no
 """
 
 import argparse
+import datetime
 import functools
 import pathlib
 import statistics
@@ -114,6 +115,7 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
             call().block_until_ready()
             row["seconds"].append(time.perf_counter() - started)
     return {
+        "date": datetime.date.today().isoformat(),
         "environment": logbook.environment(),
         "image_shape": image_shape,
         "batch_size": batch_size,

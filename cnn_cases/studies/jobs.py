@@ -50,14 +50,20 @@ def in_words(result, *, finished_before=False):
     return metrics + (" (finished before)" if finished_before else f" ({result['seconds']:.1f} s)")
 
 
+def share_accelerators():
+    """Has processes that share an accelerator not each reserve most of its memory.
+
+    To be called before JAX is used, for this process has a part of the memory too.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def run_side_by_side(groups, workdir, num_jobs):
     """Runs `num_jobs` groups at a time, each in a process; see `run_here`.
 
     Raises:
       RuntimeError: a process died.
     """
-    # Processes that share an accelerator must not each reserve most of its memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX runs can hang
     todo, news = context.Queue(), context.Queue()
     for runs in (*groups, *[None] * num_jobs):

@@ -21,6 +21,7 @@ Files in <workdir>/layers/: record.json, table.md, and the figures gradients and
 """
 
 import collections
+import datetime
 import itertools
 import pathlib
 import re
@@ -152,7 +153,14 @@ def measure(workdir, num_batches=NUM_BATCHES):
                 f"{run_dir}: model.scan_blocks = True keeps no layer apart from the others of its stage; "
                 "a study with False is needed"
             )
-        points[config.model.depth, config.model.plain].append((run_dir, config))
+        runs = points[config.model.depth, config.model.plain]
+        runs.append((run_dir, config))
+        unlike = logbook.differences(runs[0][1].to_dict() | {"seed": config.seed}, config.to_dict())
+        if unlike:
+            raise ValueError(
+                f"{run_dir} differs from {runs[0][0].name} in more than the seed ({unlike[0]}); a study over "
+                "model.depth and model.plain alone is needed"
+            )
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = loop.make_program(runs[0][1], jax.local_devices()[:1])
@@ -164,6 +172,7 @@ def measure(workdir, num_batches=NUM_BATCHES):
     config = runs[0][1]
     batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
     return {
+        "date": datetime.date.today().isoformat(),
         "environment": logbook.environment(),
         "data": config.data.name,
         "num_batches": num_batches,

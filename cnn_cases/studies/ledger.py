@@ -244,7 +244,25 @@ def hardware(environments):
     return kinds.pop() if len(kinds) == 1 else "several"
 
 
-TITLES = ("network", "data", "steps", "error", "%", "seeds", "published %", "difference", "devices", "record")
+def dates(runs):
+    """`2026-11-26`, the day on which the runs ended, or the first and the last; empty where none is told."""
+    days = sorted({run["date"] for run in runs if "date" in run})
+    return " to ".join(dict.fromkeys(days[:1] + days[-1:]))
+
+
+TITLES = (
+    "network",
+    "data",
+    "steps",
+    "error",
+    "%",
+    "seeds",
+    "published %",
+    "difference",
+    "devices",
+    "date",
+    "record",
+)
 
 
 def table(rows):
@@ -276,6 +294,7 @@ def table(rows):
                 _published_cell(published),
                 f"{sum(values) / len(values) - published.error:+.2f}" if published and values else "",
                 hardware(row.environments),
+                dates(row.runs),
                 f"[{row.name.removesuffix('.json')}](results/{row.name})",
             ]
         )

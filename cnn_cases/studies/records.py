@@ -5,11 +5,11 @@ A record is a dict that JSON can hold, made by `sweep.make_record`:
     config          of the study: base, grid and seeds
     environments    commit, versions and devices of the starts of its runs, each once
     runs            one dict a run: its point of the grid {key: value}, seed, status ("finished", "diverged"),
-                    step (the last), metrics and seconds (of a finished one), environments (the numbers of
-                    those in which it was started and resumed), curves {"running/error", "running/loss",
-                    "<split>/error", "<split>/loss": [[step, value]]}
+                    step (the last), metrics (of a finished one), seconds, date (of its end), environments
+                    (the numbers of those in which it was started and resumed), curves {"running/error",
+                    "running/loss", "<split>/error", "<split>/loss": [[step, value]]}
 
-Errors are fractions. Records of before 2026-11-25 lack the losses and the numbers of environments.
+Errors are fractions. Runs that began before 2026-11-25 lack the losses and the numbers of environments.
 """
 
 import collections

@@ -137,6 +137,8 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         if num_jobs > 1:
             raise ValueError(f"jobs = {num_jobs}: on a cluster each run is a job; leave --jobs out")
         clusters.check(cluster)
+    if num_jobs > 1 or (cluster and cluster.name == "local"):
+        jobs.share_accelerators()
     workdir = pathlib.Path(workdir)
     runs = expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]

@@ -6,6 +6,7 @@ comes from process 0, which alone has a log and checkpoints.
 
 import collections
 import contextlib
+import datetime
 import itertools
 import math
 import pathlib
@@ -183,7 +184,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
 
     Returns:
       The content of result.json: {"status": "finished", "step", "metrics", "nonfinite": the steps that were
-      skipped, or that led to a rewind, "seconds" since the last start}.
+      skipped, or that led to a rewind, "seconds" since the last start, "date": of the end}.
 
     Raises:
       ValueError: the config is not possible, the workdir belongs to another one, cannot be written or is
@@ -192,7 +193,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       DivergedError: the loss, the gradient or the state became NaN or infinite, and by `on_nonfinite` the run
         is over. The last good checkpoint is kept, and result.json says what `cnn_cases.replay` needs:
         {"status": "diverged", "step", "reason", "checkpoint": step of the last one,
-        "seed_of_batches", "examples": places in the training split of those in the step's batch, "seconds"}.
+        "seed_of_batches", "examples": places in the training split of those in the step's batch, "seconds",
+        "date"}.
       InterruptedRun: SIGTERM or SIGINT came, to whichever process; the run was saved.
     """
     started = time.monotonic()
@@ -216,7 +218,10 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         result = _train_to_the_end(
             config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
         )
-        result["seconds"] = round(time.monotonic() - started, 2)
+        result |= {
+            "seconds": round(time.monotonic() - started, 2),
+            "date": datetime.date.today().isoformat(),
+        }
         devices_lib.from_lead(lambda: write_result(workdir, result))
         if result["status"] == "diverged":
             kept = result["checkpoint"]

@@ -90,9 +90,9 @@ def make_optimizer(
 
     Args:
       schedule: step -> learning rate.
-      name: one of OPTIMIZERS. "sgd" is v <- momentum v + g, w <- w - rate v; "rmsprop" divides g by the root
-        of its mean square before that (Tieleman and Hinton 2012); "adam" (Kingma and Ba 2014); "adamw"
-        (Loshchilov and Hutter 2017).
+      name: one of OPTIMIZERS. "sgd" is v <- momentum v + g, w <- w - rate v; "rmsprop", as in TensorFlow, is
+        v <- momentum v + rate g / root of g's mean square, w <- w - v (Tieleman and Hinton 2012); "adam"
+        (Kingma and Ba 2014); "adamw" (Loshchilov and Hutter 2017).
       momentum: in [0, 1); 0 for none; the beta1 of Adam.
       nesterov: Nesterov's form of the momentum.
       second_moment: how much of the mean square each step keeps: of "rmsprop", and the beta2 of Adam.
@@ -138,7 +138,8 @@ def make_optimizer(
 
 
 def _is_kernel(params):
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    # Not by the number of axes: under `scan_blocks` the scales of a stage's blocks are stacked, too.
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def _one_of(key, value, known):

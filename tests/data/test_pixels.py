@@ -143,13 +143,22 @@ def test_what_takes_long_is_kept_under_a_key_of_the_images(settings):
     assert not np.allclose(first, other)
 
 
-def test_images_are_whitened_whole_before_they_are_cropped():
-    white = everything(normalization="gcn_zca")
-    seen, _ = trained(normalization="gcn_zca", pad=2, flip=True)
+@pytest.mark.parametrize("normalization", ["gcn_zca", "pixel_mean", "pixel_mean_255"])
+def test_images_whose_places_differ_are_normalised_whole_before_they_are_cropped(normalization):
+    whole = everything(normalization=normalization)
+    seen, _ = trained(normalization=normalization, pad=2, flip=True)
     streams = augmentations.split_streams(augmentations.example_keys(jax.random.key(0), np.arange(23)))
-    expected = augmentations.geometry(white, streams, augmentations.Settings(pad=2, flip=True))
+    expected = augmentations.geometry(whole, streams, augmentations.Settings(pad=2, flip=True))
     np.testing.assert_allclose(seen, expected, atol=1e-4)
-    assert (seen == 0).any()
+    assert (seen == 0).all(axis=-1).any()
+
+
+def test_other_images_are_padded_with_black():
+    seen, _ = trained(normalization="channel", pad=2)
+    black = pixels_lib.make_pixels(IMAGE, **OFF | {"normalization": "channel"}).evaluate(
+        {}, np.zeros((1, 1, 1, 3), np.uint8)
+    )
+    assert (np.abs(seen - black) < 1e-5).all(axis=-1).any()
 
 
 def test_a_whitening_refuses_images_of_another_size():

@@ -1,6 +1,7 @@
 import errno
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
@@ -321,6 +322,24 @@ def test_parts_of_several_splits_are_joined_in_order(data_dir):
     train, train_labels, _ = sources.load_split("digits", "train", data_dir)
     np.testing.assert_array_equal(both, np.concatenate([test[5:], train[:3]]))
     np.testing.assert_array_equal(labels[-3:], train_labels[:3])
+
+
+@pytest.mark.parametrize("split", ["test[:0]", "test[:0%]", "test[355:]", "train[5:5]+test[:0]"])
+def test_an_empty_split_is_refused(split, data_dir):
+    with pytest.raises(ValueError, match=rf"data\.splits\.test = '{re.escape(split)}' .* has no examples"):
+        sources.check_disjoint("digits", {"train": "train", "test": split}, data_dir)
+    with pytest.raises(ValueError, match="has no examples"):
+        sources.load_split("digits", split, data_dir)
+
+
+def test_decoded_copies_are_as_readable_as_the_set(prepared):
+    shutil.rmtree(next(prepared.rglob("decoded")))
+    before = os.umask(0o022)
+    try:
+        sources.load_split("digits", "train", str(prepared))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in prepared.rglob("decoded/*")} == {0o644}
 
 
 def test_training_on_what_is_held_out_is_refused(data_dir):

@@ -87,10 +87,10 @@ def slurm(*words):
 
 
 def outcome(workdir):
-    """All of a record but how long it took, and the bytes of all metrics."""
+    """All of a record but when and how long, and the bytes of all metrics."""
     record = json.loads((workdir / "record.json").read_text())
     for run in record["runs"]:
-        del run["seconds"]
+        del run["seconds"], run["date"]
     return record, {path.parent.name: path.read_bytes() for path in workdir.glob("runs/*/metrics.jsonl")}
 
 

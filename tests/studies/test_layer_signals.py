@@ -1,4 +1,5 @@
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -253,4 +254,14 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
         config.model.scan_blocks = True
     (run / "config.json").write_text(config.to_json())
     with pytest.raises(ValueError, match=r"model\.scan_blocks = True keeps no layer apart"):
+        layer_signals.measure(tmp_path)
+    for name, rate in (("rate-1", 1.0), ("rate-2", 2.0)):
+        config = depth_digits.get_config().base
+        config.optimizer.learning_rate = rate
+        (run.with_name(name)).mkdir()
+        (run.with_name(name) / "config.json").write_text(config.to_json())
+    shutil.rmtree(run)
+    with pytest.raises(
+        ValueError, match=r"rate-2 differs from rate-1 in more than the seed \(optimizer\.lea"
+    ):
         layer_signals.measure(tmp_path)

@@ -11,12 +11,12 @@ GPUS = CPU | {"devices": ["NVIDIA H100", "NVIDIA H100"]}
 
 
 def outcome(seed, error, depth=20, **changes):
-    run = {"model.depth": depth, "seed": seed, "status": "finished", "step": 64_000}
+    run = {"model.depth": depth, "seed": seed, "status": "finished", "step": 64_000, "date": "2026-11-25"}
     return run | {"metrics": {"train/error": 0.0, "test/error": error}} | changes
 
 
 def diverged(seed, depth=20):
-    return {"model.depth": depth, "seed": seed, "status": "diverged", "step": 5}
+    return {"model.depth": depth, "seed": seed, "status": "diverged", "step": 5, "date": "2026-11-25"}
 
 
 def record(*runs, environments=(CPU,), **base):
@@ -52,8 +52,19 @@ def test_seeds_are_averaged_and_set_beside_the_paper():
         "published %": "8.75 (He et al. 2015, table 6)",
         "difference": "-0.25",
         "devices": "cpu (2 threads)",
+        "date": "2026-11-25",
         "record": "[depth](results/depth.json)",
     }
+
+
+def test_dates_are_those_of_the_ends_of_the_runs():
+    runs = [outcome(seed, 0.08, date=f"2026-11-{day}") for seed, day in enumerate((27, 25, 26))]
+    (line,) = table(depth=record(*runs))
+    assert line["date"] == "2026-11-25 to 2026-11-27"
+    for run in runs:
+        del run["date"]
+    (line,) = table(depth=record(*runs))
+    assert line["date"] == ""
 
 
 def test_each_point_of_a_grid_has_its_own_row_and_paper():

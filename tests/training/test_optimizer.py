@@ -127,13 +127,14 @@ def test_clipping_limits_the_gradient_with_its_weight_decay():
 
 
 def test_biases_and_normalisation_can_be_left_out_of_the_decay():
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    grads = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones((3, 2))}  # of three blocks
+    grads = {name: jnp.zeros_like(value) for name, value in params.items()}
     for decayed, bias in (("all", -0.05), ("kernels", 0.0)):
         tx = make_optimizer(lambda _: 0.1, **SGD | dict(weight_decay=0.5, decayed=decayed))
         change, _ = tx.update(grads, tx.init(params), params)
         np.testing.assert_allclose(change["kernel"], -0.05, rtol=1e-6)
         np.testing.assert_allclose(change["bias"], bias, rtol=1e-6)
+        np.testing.assert_allclose(change["scale"], bias, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
