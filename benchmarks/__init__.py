@@ -1,1 +1,1 @@
-"""Speed, each beside a peer in the same run. Nothing imports this, and no test runs it."""
+"""Speed, each beside a peer in one run, and what a training survives. Nothing in cnn_cases needs this."""

@@ -104,8 +104,7 @@ def cut_the_last_line(path):
 
 def steps_of(workdir):
     """The steps of the committed checkpoints of a run, the newest last."""
-    names = (path.name for path in (workdir / "checkpoints").glob("*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    return checkpoint.steps(workdir / "checkpoints")
 
 
 def noted(workdir):

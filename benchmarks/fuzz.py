@@ -41,6 +41,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import record
+from cnn_cases.analysis import costs
 from cnn_cases.data import feeds, pixels
 from cnn_cases.studies import sweep
 from cnn_cases.training import loop
@@ -52,21 +53,12 @@ REAL = ("lenet5_digits", "lenet5_1998_digits", "resnet_digits", "resnet_preact_d
 SMALLEST_DEPTHS = {"resnet": 18, "resnet_cifar": 8, "resnet_preact_cifar": 11}
 SECONDS = 180  # in which an input has to come to its end
 
-# Of the stored images; a config builds without its data set.
-IMAGES = {
-    "digits": ((8, 8, 1), 10),
-    "mnist": ((28, 28, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "imagenette/320px-v2": ((None, None, 3), 10),
-    "imagenet2012": ((None, None, 3), 1000),
-}
-
 
 class Images:
-    """A data set of a few blank images."""
+    """A data set of a few blank images: a config builds without its own."""
 
     def __init__(self, name, count=2):
-        self.shape, self.num_classes = IMAGES[name]
+        self.shape, self.num_classes = costs.DATA_SETS[name.partition("/")[0]]
         self.count = count
 
     def load_split(self, name, split, data_dir, image_size, border):

@@ -33,6 +33,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from benchmarks import contenders
 from benchmarks.record import write_section
 from cnn_cases.data import decode, feeds, sources
 from cnn_cases.training import devices as devices_lib
@@ -125,9 +126,9 @@ def resident_feed(data_dir, turns, steps_a_turn):
     return {
         "set": config.data.name,
         "batch_size": config.batch_size,
-        "feed_seconds_a_step": _summary(times[0]),
-        "fixed_seconds_a_step": _summary(times[1]),
-        "overhead_percent": _summary(overhead),
+        "feed_seconds_a_step": contenders.summary(times[0]),
+        "fixed_seconds_a_step": contenders.summary(times[1]),
+        "overhead_percent": contenders.summary(overhead),
         "overhead_percent_of_medians": 100 * (statistics.median(times[0]) / statistics.median(times[1]) - 1),
     }
 
@@ -148,7 +149,7 @@ def streams(name, data_dir, turns, batches_a_turn):
             figures = _take_turns(list(runs.values()), turns)
     finally:
         os.sched_setaffinity(0, before)
-    summaries = {peer: _summary(values) for peer, values in zip(runs, figures, strict=True)}
+    summaries = {peer: contenders.summary(values) for peer, values in zip(runs, figures, strict=True)}
     missing = dict.fromkeys(("tf.data", "DataLoader"), "not installed")
     return {"stream": None} | missing | summaries
 
@@ -263,10 +264,6 @@ def _take_turns(runs, turns):
         for number in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
             figures[number].append(runs[number]())
     return figures
-
-
-def _summary(values):
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def _version(package):

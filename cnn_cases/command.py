@@ -147,7 +147,10 @@ def _explained(error, arguments):
     key = key.strip("'\"\\")
     culprit = next((one for one in arguments if key and f".{key}" in one.partition("=")[0]), None)
     if culprit:
-        hint = hint or "configs/common.py lists the keys"
+        ours = ".model." in culprit
+        hint = hint or (
+            "its file names the settings of its network" if ours else "configs/common.py lists the keys"
+        )
         return f"{culprit}: the config has no key {key!r} there. {hint}"
     # Such as a file without get_config, or a key of what is no ConfigDict.
     return f"{' '.join(one for one in arguments if one.startswith('--config'))}: {reason}"

@@ -55,7 +55,7 @@ def load_config(workdir):
     defaults = common.get_config().to_dict()
     # These two are whole as they are saved: what they lack they do not have.
     defaults["model"], defaults["data"]["splits"] = {}, {}
-    config = ConfigDict(_updated(defaults, _with_tuples(saved)))
+    config = ConfigDict(_updated(defaults, settings.from_json(saved)))
     settings.check(config)
     return config
 
@@ -65,13 +65,6 @@ def _updated(old, new):
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
-
-
-def _with_tuples(value):
-    """JSON's lists are the tuples of a config."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(part) for key, part in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_dir="", out=""):

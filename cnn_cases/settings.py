@@ -94,6 +94,13 @@ KEYS = {
 }
 
 
+def from_json(value):
+    """A config as it was before JSON made lists of its tuples; of all or a part of its values."""
+    if isinstance(value, dict):
+        return {key: from_json(part) for key, part in value.items()}
+    return tuple(map(from_json, value)) if isinstance(value, list) else value
+
+
 def check(config, prefix=""):
     """Raises ValueError unless a config has all the keys of a training, no others, and values of their types.
 

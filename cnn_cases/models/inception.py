@@ -46,7 +46,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, local_response_norm, max_pool
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, halve, local_response_norm, max_pool
 
 # Filters of each module, by the columns of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -63,15 +63,6 @@ TABLE_1 = {
 }
 
 SIDE_BRANCHES = {"4a": "side1", "4d": "side2"}
-
-
-def halve(x, window=3):
-    """Max pooling with stride 2, sizes rounded up as in Caffe: 112 -> 56 -> 28 -> 14 -> 7.
-
-    [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window. On an even map the last window reaches one
-    pixel over the lower and the right edge; that pixel is padding and never the maximum.
-    """
-    return max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
 
 
 def pool_in_place(x):

@@ -167,6 +167,15 @@ def _larger(a, b):
     return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
+def halve(x, window=3):
+    """Max pooling with stride 2, sizes rounded up as in Caffe and cuda-convnet: 112 -> 56 -> 28 -> 14 -> 7.
+
+    [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window. On an even map the last window reaches one
+    pixel over the lower and the right edge; that pixel is padding and never the maximum.
+    """
+    return max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
+
+
 def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
     """Local response normalisation across channels (Krizhevsky et al. 2012, section 3.3).
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Conv, Dropout, max_pool
+from cnn_cases.models.layers import Conv, Dropout, halve
 
 
 class MLPConv(nn.Module):
@@ -97,15 +97,6 @@ VARIANTS = {
 # Side of the smallest image that leaves a pixel after the poolings, each of which halves: 4 for two of them;
 # 8 for three, which the first convolution makes from 7 * 4 + 11.
 SMALLEST = {"cifar": 4, "imagenet": 39}
-
-
-def halve(x):
-    """3x3 max pooling with stride 2 that leaves no pixel out: [B, H, W, C] -> [B, H // 2, W // 2, C].
-
-    Windows begin at the top left pixel. On a map of even side the last ones reach a pixel over the lower and
-    the right edge, where there is nothing to take: the way Caffe and cuda-convnet round, 32 -> 16 -> 8.
-    """
-    return max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
 
 
 class NIN(nn.Module):

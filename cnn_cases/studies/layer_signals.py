@@ -39,7 +39,6 @@ from cnn_cases.models.layers import BatchNorm
 from cnn_cases.studies import figures
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
 from cnn_cases.training import checkpoint, devices, logbook, loop, losses, steps
-from cnn_cases.training.state import init_state
 
 NUM_BATCHES = 8
 
@@ -184,12 +183,9 @@ def measure(workdir, num_batches=NUM_BATCHES):
 
 def saved_states(program, config, directory):
     """Yields (step, state) of a run: first its initial state, then those of its checkpoints."""
-    initial = init_state(
-        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
-    )
+    initial = loop.first_state(config, program)
     yield 0, initial
-    # Directories of other names are still being written.
-    for step in sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal()):
+    for step in checkpoint.steps(directory):
         yield step, checkpoint.read(directory, step, initial)
 
 

@@ -16,6 +16,8 @@ import collections
 import json
 import pathlib
 
+from cnn_cases import settings
+
 
 def read(path):
     """The record in a JSON file; None where the file holds something else.
@@ -33,16 +35,9 @@ def read(path):
     if not (isinstance(study, dict) and {"base", "grid", "seeds"} <= study.keys()):
         return None
     # The values of a grid can be tuples, of which JSON made lists, and points are looked up by their values.
-    study = _tuples(study)
-    runs = [run | {key: _tuples(run[key]) for key, _ in study["grid"]} for run in record["runs"]]
+    study = settings.from_json(study)
+    runs = [run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]]
     return record | {"config": study, "runs": runs}
-
-
-def _tuples(value):
-    """The same with tuples in the place of lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(one) for key, one in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def adjustments(study, point):

@@ -145,7 +145,7 @@ def make_program(config, devices=None):
 
 
 def check(config):
-    """Raises ValueError unless a run of this config could begin; computes nothing."""
+    """Raises ValueError unless a run of this config could begin; loads its data, and compiles nothing."""
     program = make_program(config)
     state = shapes_of_state(program.model, program.tx, program.feed.image_shape)
     check_protocol(program, state, config.evaluation.protocol)
