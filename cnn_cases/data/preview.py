@@ -2,7 +2,8 @@
 
     python -m cnn_cases.data.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
 
-The images are, to the pixel, those that a training with this config sees, but for the normalisation.
+The images are, to the pixel, those that a training with this config sees, but for the normalisation. What
+lies around an image is black here; where a mean image is subtracted, the network sees the mean there.
 """
 
 import itertools
