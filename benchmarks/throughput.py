@@ -115,7 +115,11 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     if len(devices) < num_devices:
         raise ValueError(f"num_devices = {num_devices}, and there are {len(devices)}")
     batch_size = _batch_size(case, devices[0].platform)
-    facts = {"batch_size": batch_size, "resident_bytes": contenders.resident_bytes()}
+    facts = {
+        "batch_size": batch_size,
+        "on_gpu": devices[0].platform == "gpu",
+        "resident_bytes": contenders.resident_bytes(),
+    }
     model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
     tx = optimizer.make_optimizer(
         lambda _: LEARNING_RATE,
@@ -179,7 +183,7 @@ def theirs(case, dtype, *, compiled):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_network, origin = peer(case)
-    facts = {"peer": origin, "torch": importlib.metadata.version("torch")}
+    facts = {"peer": origin, "torch": importlib.metadata.version("torch"), "on_gpu": device.type == "cuda"}
     facts["resident_bytes"] = contenders.resident_bytes()
     batch_size = _batch_size(case, device.type)
     network = make_network().to(device, memory_format=torch.channels_last)
@@ -187,6 +191,7 @@ def theirs(case, dtype, *, compiled):
     image = torch.tensor(np.moveaxis(batch["image"], -1, 1)).to(device, memory_format=torch.channels_last)
     label = torch.tensor(batch["label"], dtype=torch.long, device=device)
     torch.backends.cudnn.benchmark = True  # PyTorch's own choice of kernels
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in JAX and in its own convolutions
     sgd = torch.optim.SGD(
         network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
@@ -314,6 +319,8 @@ def measure(name, dtype, turns, peers_wanted):
             one = contenders.Contender(make, case, dtype, kind)
             processes[kind] = stack.enter_context(one)
             facts[kind] = one.made.result()  # before the next one starts to compile
+            if facts[kind]["on_gpu"] != facts[OURS]["on_gpu"]:
+                raise ValueError(f"{OURS} and {kind} compute on different devices; install both for one kind")
         peaks = {kind: one.peak().result() for kind, one in processes.items()}
         groups = {kind: [one] for kind, one in processes.items()}
         for work in ("train", "infer"):

@@ -81,7 +81,8 @@ def train(network, tensors, settings):
         sgd.zero_grad(set_to_none=True)
         loss_of(image[chosen], label[chosen]).backward()
         sgd.step()
-        if settings["every_steps"] and step % settings["every_steps"] == 0:
+        last = step == len(settings["rates"])  # its evaluation follows
+        if settings["every_steps"] and step % settings["every_steps"] == 0 and not last:
             for split in settings["splits"]:
                 evaluate(network, *tensors[split], settings["eval_batch_size"])
 

@@ -74,16 +74,13 @@ def run(main):
 def _keep_compiled():
     """Has JAX keep what it compiles for later starts.
 
-    The place is ~/.cache/cnn_cases, with a directory for each kind of CPU: what XLA compiles for one may not
-    run on another, and homes are shared. Or it is what JAX_COMPILATION_CACHE_DIR names.
+    The place is ~/.cache/cnn_cases, or what JAX_COMPILATION_CACHE_DIR names.
     JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        flags_of_cpu = [line for line in _cpu_info().splitlines() if line.startswith(("model name", "flags"))]
-        kind = hashlib.sha256("\n".join(sorted(set(flags_of_cpu))).encode()).hexdigest()[:16]
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         # In the environment for the processes that this one starts.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases" / f"{platform.machine()}-{kind}")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A network starts with many small programs.
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -92,21 +89,25 @@ def _keep_compiled():
 
 
 def separate_compiled():
-    """Gives each number of threads a directory of its own in JAX_COMPILATION_CACHE_DIR, where that is set.
+    """Gives each kind of CPU and number of threads a directory in JAX_COMPILATION_CACHE_DIR, if that is set.
 
-    XLA compiles for the number that this process has, and JAX does not tell such programs apart. To be called
-    as well where a process may have another number than the one that started it.
+    XLA compiles for the number that this process has, and JAX does not tell such programs apart; and what is
+    compiled for one CPU may not run on another, while homes are shared. To be called as well where a process
+    may have another number than the one that started it, or another machine.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        place = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / f"{logbook.cpu_threads()}-threads"
+        place = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+        place /= f"{_kind_of_cpu()}-{logbook.cpu_threads()}-threads"
         jax.config.update("jax_compilation_cache_dir", str(place))
 
 
-def _cpu_info():
+def _kind_of_cpu():
     try:
-        return pathlib.Path("/proc/cpuinfo").read_text()
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
+        lines = [f"model name: {platform.processor()}"]
+    kind = {line for line in lines if line.startswith(("model name", "flags"))}
+    return f"{platform.machine()}-{hashlib.sha256(''.join(sorted(kind)).encode()).hexdigest()[:16]}"
 
 
 def _parse(arguments):

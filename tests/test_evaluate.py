@@ -247,11 +247,13 @@ def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
 def test_the_final_figures_have_the_papers_test_beside_the_single_view(config, program, tmp_path):
     config.num_steps = 4
     config.schedule.warmup_steps = 0
-    config.evaluation.final_splits = ("validation",)
+    config.evaluation.final_splits = ("train", "validation")
     config.evaluation.protocol = "ten_crop"
     result = train(config, tmp_path, program)
     single, ten = "validation/", "validation/ten_crop/"
     assert set(result["metrics"]) == {
+        "train/loss",
+        "train/error",
         f"{single}loss",
         f"{single}error",
         f"{ten}loss",

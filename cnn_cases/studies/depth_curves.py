@@ -226,7 +226,8 @@ def draw_difference(record):
                 axis.plot(depth, 100 * result["mean"], "D", color="black", markersize=6)
 
     figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain less residual (percentage points)")
-    left_out = sum(row["left_out"] for row in rows)
+    pairs = {(run["model.depth"], run["seed"]) for run in record["runs"]}  # a row of each code counts its own
+    left_out = len(pairs) - sum(row["pairs"] for row in rows)
     figure.suptitle(
         f"{figures.data_in_words(record)}; errors after the last step; circle: pair of runs with one seed, "
         "diamond: mean, bar: 95 % interval" + (f"; {left_out} pairs left out" if left_out else ""),

@@ -223,7 +223,8 @@ def draw_curves(record):
 
 def _scale_errors(axis):
     """From 0 to the greatest; where some are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room."""
-    values = [value for line in axis.lines for value in line.get_ydata()]
+    lines = [line for line in axis.lines if line.get_transform() == axis.transData]  # not a cross at the edge
+    values = [value for line in lines for value in line.get_ydata()]
     if values and min(values) < 5:
         axis.set_yscale("symlog", linthresh=1)
         axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)

@@ -221,7 +221,7 @@ def table(record):
     keys = [key for key, _ in record["config"]["grid"]]
     parts = records.split_by_code(record)
     finished = [run for run in record["runs"] if run["status"] == "finished"]
-    names = list(finished[0]["metrics"]) if finished else []
+    names = list(dict.fromkeys(name for run in finished for name in run["metrics"]))
     titles = [f"{name} %" if name.endswith("/error") else name for name in names]
     rows = [[*keys, *["code"] * (len(parts) > 1), "seeds", *titles, "diverged"]]
     for code, part in parts.items():
@@ -230,7 +230,7 @@ def table(record):
             cells = [*map(str, point), *[code] * (len(parts) > 1), str(len(runs))]
             for name in names:
                 error = name.endswith("/error")
-                values = [one[name] * (100 if error else 1) for one in metrics]
+                values = [one[name] * (100 if error else 1) for one in metrics if name in one]
                 cells.append(tables.mean_and_deviation(values, digits=2 if error else 4))
             rows.append([*cells, str(len(runs) - len(metrics))])
     return rows

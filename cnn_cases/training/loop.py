@@ -412,7 +412,7 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
             for split in splits:
                 values |= evaluate(program, state, split)
                 protocol = config.evaluation.protocol
-                if last and protocol != "single":
+                if last and protocol != "single" and split != "train":  # many views of many images
                     size = config.evaluation.batch_size
                     scores = _scores(*predict(program, state, split, protocol, batch_size=size))
                     values |= {f"{split}/{protocol}/{name}": value for name, value in scores.items()}

@@ -69,6 +69,14 @@ def test_a_run_that_diverged_before_its_first_row_has_a_cross_too(record):
     assert [line.get_xdata()[0] for line in loss.lines if line.get_marker() == "x"] == [3]
 
 
+def test_the_cross_of_a_run_without_rows_is_no_small_error(record):
+    for run in record["runs"]:
+        run["curves"] = {name: [[step, 0.6] for step, _ in rows] for name, rows in run["curves"].items()}
+    record["runs"][0] |= {"status": "diverged", "step": 3, "curves": {}}
+    _, errors = figures.draw_curves(record).axes
+    assert errors.get_yscale() == "linear"
+
+
 def test_a_study_of_one_run_needs_no_legend_of_points(record):
     record["config"] |= {"grid": [], "seeds": [0]}
     record["runs"] = record["runs"][:1]

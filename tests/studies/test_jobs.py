@@ -42,7 +42,9 @@ def test_processes_share_the_cores(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(logbook, "cpu_threads", lambda: 6)
     names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
     assert {logbook.read_environments(tmp_path / name)[0]["cpus"] for name in names} == {3}
-    assert [path.name for path in (tmp_path / "compiled").iterdir()] == ["3-threads"]
+    assert [path.name for path in (tmp_path / "compiled").iterdir()] == [
+        f"{command._kind_of_cpu()}-3-threads"
+    ]
 
 
 def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):

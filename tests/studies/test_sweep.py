@@ -189,6 +189,13 @@ def test_a_table_has_a_row_for_each_point_and_counts_what_diverged(finished, stu
     assert rows[2][3:-1] == [""] * 6
 
 
+def test_a_table_has_a_column_for_each_figure_that_any_run_has(finished, study):
+    record = sweep.make_record(study, finished)
+    record["runs"][3]["metrics"]["test/ten_crop/error"] = 0.25
+    head, *rows = sweep.table(record)
+    assert [row[head.index("test/ten_crop/error %")] for row in rows] == ["", "25.00", "", ""]
+
+
 def test_a_study_of_one_point_takes_only_seeds(data_dir):
     study = tiny_study(data_dir, grid=())
     assert [(run.name, run.config.seed) for run in sweep.expand(study)] == [("seed-0", 0), ("seed-1", 1)]
