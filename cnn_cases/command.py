@@ -106,7 +106,8 @@ def _kind_of_cpu():
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = [f"model name: {platform.processor()}"]
-    kind = {line for line in lines if line.startswith(("model name", "flags"))}
+    telling = ("model name", "flags", "Features", "CPU implementer", "CPU part")  # on x86, and on ARM
+    kind = {line for line in lines if line.startswith(telling)}
     return f"{platform.machine()}-{hashlib.sha256(''.join(sorted(kind)).encode()).hexdigest()[:16]}"
 
 

@@ -106,6 +106,12 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
         program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True
     )
     seconds = time.monotonic() - started
+    lost = np.isnan(probabilities).any(axis=1).sum()
+    if lost:
+        raise ValueError(
+            f"{workdir}: step {step} answers {lost} of {len(label)} images with NaN; take another checkpoint "
+            "(--step), or see where it begins: python -m cnn_cases.replay"
+        )
 
     scores = predictions.scores(probabilities, label)
     metrics = {

@@ -57,7 +57,7 @@ def get_config():
     # Batches made in advance by each worker; without workers, by as many threads, one each.
     config.data.stream.buffer = 2
     # Fraction of a split's records that may be unreadable; they are named in warnings and left out. 0: the
-    # first one ends the run.
+    # first one ends the run. Each of several processes counts those that it meets.
     config.data.stream.max_damaged = 0.0
     # "none", "channel", "pixel_mean", "pixel_mean_255", "lenet5_1998", "imagenet" or "gcn_zca"
     config.data.normalization = "channel"
@@ -120,7 +120,8 @@ def get_config():
     config.evaluation.final_splits = ("train", "validation", "test")  # and at the end
     # What a network is shown of each image at the end and by `cnn_cases.evaluate`: "single", "flip",
     # "centre_crop", "ten_crop", "multi_scale_dense" or "googlenet_144" (cnn_cases/data/views.py). On the way
-    # it is "single"; another one adds figures of its own to those, "<split>/<protocol>/error" and so on.
+    # it is "single"; another one adds figures of its own to those, "<split>/<protocol>/error" and so on, but
+    # of the split "train".
     config.evaluation.protocol = "single"
 
     config.checkpoint = ConfigDict()

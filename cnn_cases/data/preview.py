@@ -3,7 +3,8 @@
     python -m cnn_cases.data.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
 
 The images are, to the pixel, those that a training with this config sees, but for the normalisation. What
-lies around an image is black here; where a mean image is subtracted, the network sees the mean there.
+lies around an image is black here; where a mean image is subtracted, the network sees the mean there. And
+where examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself.
 """
 
 import itertools
@@ -34,9 +35,9 @@ def training_images(config, step):
     Returns:
       image float32 [B, H, W, C] in [0, 1], and label int32 [B], or float32 [B, K] where examples are mixed.
     """
-    if step < 0:
-        raise ValueError(f"step = {step} must be 0 or more")
     settings.check(config)
+    if not 0 <= step < config.num_steps:
+        raise ValueError(f"step = {step} must be 0 or more, and less than num_steps = {config.num_steps}")
     data = dict(**config.data) | {"normalization": "none"}
     feed = feeds.make_feed(**data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size)
     batches = feed.train_batches(config.seed, step)

@@ -17,6 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+from tensorflow_datasets.core.download.extractor import ExtractError
+from tensorflow_datasets.core.download.util import DownloadError
 
 from cnn_cases.data import digits  # registers the builder
 
@@ -81,7 +84,7 @@ def prepare(name, data_dir=""):
         builder.download_and_prepare()
     except AssertionError as error:  # TFDS's word for a manual download that is not there
         raise ValueError(f"{name!r} cannot be prepared in {builder.data_path}: {error}") from error
-    except (ConnectionError, OSError) as error:
+    except (OSError, DownloadError, NonMatchingChecksumError, ExtractError) as error:
         if (other := make_builder(name, data_dir)).is_prepared():  # another process was quicker
             return other
         raise ConnectionError(
@@ -94,7 +97,7 @@ def open_prepared(name, data_dir=""):
     """The builder of a prepared set of labelled images; a bundled one is prepared on the way.
 
     Raises:
-      ValueError: the set is unknown or not prepared, or has no images or no labels.
+      ValueError: the set is unknown or not prepared, or has no images of one byte a channel or no classes.
     """
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
@@ -109,6 +112,11 @@ def open_prepared(name, data_dir=""):
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")
+    image, label = features["image"], features["label"]
+    if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
+        raise ValueError(f"data.name = {name!r} has no images of one byte a channel, but {image}")
+    if not isinstance(label, tfds.features.ClassLabel):
+        raise ValueError(f"data.name = {name!r} is no classification: its labels are {label}")
     return builder
 
 
@@ -197,15 +205,15 @@ def open_split(name, split, data_dir=""):
       A sequence of {"image": bytes, "label": int, ...} that other processes can be sent, and the features.
 
     Raises:
-      ValueError: the set is unknown or not prepared, or has no such split, no images of one byte a channel in
-        grey or RGB, or no labels.
+      ValueError: the set is unknown or not prepared, or has no such split, no images in grey or RGB, or no
+        labels.
     """
     builder = open_prepared(name, data_dir)
     _parts(builder, split)
     features = builder.info.features
     image = features["image"]
-    if image.shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
-        raise ValueError(f"the images of {name!r} are neither grey nor RGB of one byte a channel: {image}")
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"the images of {name!r} are neither grey nor RGB: {image}")
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     try:
         first_label = source[0]["label"]

@@ -119,7 +119,7 @@ class StreamFeed:
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
         self.num_classes = features["label"].num_classes
-        made_ahead = buffer * max(max(workers, 1) * batch_size, eval_batch_size)
+        made_ahead = buffer * max(max(workers, 1) * batch_size, eval_batch_size) // process_count
         sources.check_memory(
             made_ahead + min(MAX_SAMPLE, len(records)),
             self.image_shape,
@@ -268,7 +268,7 @@ def describe(recipe, index):
         read(recipe, index)
     except ValueError as error:
         return f"record {index}{file}: {error}"
-    raise AssertionError(f"record {index} is sound")
+    return f"record {index}{file}: it could be read the second time"
 
 
 def training_batch(step, *, recipe, seed, batch_size, position):

@@ -289,13 +289,14 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
 
     A training that rewinds comes by its checkpoint more than once, each time with other batches. How often,
     and so with which, does not depend on whether it was killed in between: a checkpoint holds the steps
-    that had gone wrong before it, and those after it go wrong again. A signal makes a checkpoint more, to
-    which it may then go back.
+    that had gone wrong before it was saved, and those that went wrong after that do so again. A signal makes
+    a checkpoint more, to which it may then go back.
     """
     nonfinite = []
     while True:
         step, state, extra = _restore(state, log, checkpoints)
-        nonfinite = extra["nonfinite"] + [number for number in nonfinite if number > step]
+        saved = extra["nonfinite"]
+        nonfinite = saved + nonfinite[len(saved) :]
         rewinds = len(nonfinite) if config.on_nonfinite == "rewind" else 0
         seed = _seed_of_batches(config.seed, rewinds)
         if step:
@@ -319,8 +320,10 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         except DivergedError as error:
             devices_lib.from_lead(checkpoints.wait)
             kept = max(devices_lib.from_lead(checkpoints.all_steps), default=0)
+            # Of one that is newer than the one restored, this is the first.
+            before = len(nonfinite) - len(saved) if kept == step else 0
             nonfinite.append(error.step)
-            if config.on_nonfinite == "rewind" and sum(one > kept for one in nonfinite) <= MAX_REWINDS:
+            if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
                 state = first_state(config, program)  # the one before has been given away
                 continue

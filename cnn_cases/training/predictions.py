@@ -79,11 +79,13 @@ def scores(probabilities, label):
     Returns:
       "loss", the negative logarithm of the right class's probability; "error", the fraction of examples
       whose likeliest class is another; and where there are more than five classes "top_5_error", the fraction
-      whose label is not among the five likeliest. Of equal probabilities the first class's counts as larger.
+      whose label is not among the five likeliest. Of equal probabilities the first class's counts as larger;
+      one that is NaN as the least.
     """
     of_label = np.take_along_axis(probabilities, label[:, None], axis=1)
     before = np.arange(probabilities.shape[1]) < label[:, None]
-    rank = ((probabilities > of_label) | ((probabilities == of_label) & before)).sum(axis=1)
+    larger = (probabilities > of_label) | ((probabilities == of_label) & before) | np.isnan(of_label)
+    rank = larger.sum(axis=1)
     # A probability that vanished would make the loss infinite.
     result = {"loss": -np.log(np.maximum(of_label, np.finfo(np.float64).tiny)).mean()}
     result["error"] = (rank > 0).mean()

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download.util import DownloadError
 
 from cnn_cases.data import prepare, sources
 
@@ -107,6 +108,7 @@ def tensorflow(monkeypatch):
     [
         (ConnectionError("no route to host"), ConnectionError, "'mnist' could not be prepared in .*no route"),
         (OSError("disk full"), ConnectionError, "'mnist' could not be prepared in .*disk full"),
+        (DownloadError("404"), ConnectionError, "'mnist' could not be prepared in .*DownloadError: 404"),
         (
             AssertionError("Manual directory x"),
             ValueError,

@@ -13,12 +13,14 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from cnn_cases.data import feeds, sources, stream
 from configs import common
 from tests.data import photos
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+CLASSES = tfds.features.ClassLabel(num_classes=10)
 
 
 @pytest.fixture(scope="module")
@@ -272,24 +274,24 @@ def test_impossible_settings_are_refused(settings, message, feed_of):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({"image": ((None, None, 3), np.uint8)}, "'photos' has no image and label; it has image"),
-        ({"label": ((), np.int64)}, "'photos' has no image and label; it has label"),
+        ({"image": tfds.features.Image()}, "'photos' has no image and label; it has image"),
+        ({"label": CLASSES}, "'photos' has no image and label; it has label"),
         (
-            {"image": ((None, None, 4), np.uint8), "label": ((), np.int64)},
-            "the images of 'photos' are neither grey nor RGB of one byte",
+            {"image": tfds.features.Image(shape=(None, None, 4)), "label": CLASSES},
+            "of 'photos' are neither grey nor RGB",
         ),
         (
-            {"image": ((None, None, 1), np.uint16), "label": ((), np.int64)},
-            "the images of 'photos' are neither grey nor RGB of one byte",
+            {"image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16), "label": CLASSES},
+            "'photos' has no images of one byte a channel, but Image",
         ),
         (
-            {"image": ((None, None, 3), np.uint8), "label": ((), np.int64)},
-            "split 'test' of 'photos' has no labels",
+            {"image": tfds.features.Image(), "label": tfds.features.Text()},
+            "'photos' is no classification: its labels are Text",
         ),
+        ({"image": tfds.features.Image(), "label": CLASSES}, "split 'test' of 'photos' has no labels"),
     ],
 )
 def test_a_set_without_labels_or_with_other_images_is_refused(features, message, monkeypatch):
-    features = {name: SimpleNamespace(shape=shape, np_dtype=kind) for name, (shape, kind) in features.items()}
     builder = mock.Mock()
     builder.info.features = features
     monkeypatch.setattr(sources, "_parts", lambda *_: [("test", 0, 1)])

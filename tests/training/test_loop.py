@@ -457,6 +457,31 @@ def test_a_run_does_not_go_back_for_ever(config, tmp_path, program):
     assert seed == loop._seed_of_batches(config.seed, loop.MAX_REWINDS)
 
 
+def test_a_checkpoint_of_a_signal_counts_its_own_rewinds(config, tmp_path, program):
+    config.on_nonfinite = "rewind"
+    calls = []
+
+    def after(number):
+        """A program that is NaN at step 6 until a signal has come at step 5 of the second attempt."""
+        stopped = stop_after(diverging(program, number, float("nan")), 5, lambda: calls.append(5))
+
+        def train(state, arrays, batches):
+            found = stopped.train(state, arrays, batches)
+            if number == 6 and len(calls) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return found
+
+        return program._replace(train=train)
+
+    with pytest.raises(loop.InterruptedRun):
+        run(config, tmp_path, after(6))
+    with pytest.raises(loop.DivergedError, match=r"diverged at step 7: .* is of step 5"):
+        run(config, tmp_path, after(7))
+    assert len(calls) == 2  # step 5 was not done again
+    seed = json.loads((tmp_path / "result.json").read_text())["seed_of_batches"]
+    assert seed == loop._seed_of_batches(config.seed, 1 + loop.MAX_REWINDS)
+
+
 def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp_path):
     losses = []
     for count, parts in ((1, 1), (1, 3), (2, 3)):

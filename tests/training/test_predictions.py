@@ -71,6 +71,13 @@ def test_an_empty_split_is_refused():
         predictions.average_views([], three_views, log_probabilities, batch_size=lambda _: 2)
 
 
+def test_what_is_no_number_is_wrong():
+    probabilities = np.full((2, 10), 0.1)
+    probabilities[0] = np.nan
+    scores = predictions.scores(probabilities, np.array([0, 0]))
+    assert (scores["error"], scores["top_5_error"]) == (0.5, 0.5)
+
+
 def test_scores_of_known_predictions():
     probabilities = np.array(
         [[0.3, 0.2, 0.2, 0.1, 0.1, 0.1], [0.3, 0.2, 0.2, 0.1, 0.05, 0.15], [0.1, 0.1, 0.1, 0.1, 0.1, 0.5]]
