@@ -241,10 +241,10 @@ def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
     np.testing.assert_allclose(found[0], nn.softmax(score_map.mean(axis=(0, 1, 2))), rtol=1e-5)
 
 
-def test_answers_that_are_no_numbers_are_refused(workdir, monkeypatch):
+def test_answers_that_are_no_numbers_are_refused(trained, monkeypatch):
     monkeypatch.setattr(loop, "predict", lambda *_, **__: (np.full((3, 10), np.nan), np.zeros(3, np.int32)))
     with pytest.raises(ValueError, match="step 12 answers 3 of 3 images with NaN; take another checkpoint"):
-        evaluate.evaluate_checkpoint(workdir)
+        evaluate.evaluate_checkpoint(trained)
 
 
 # The loop.
