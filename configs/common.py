@@ -188,7 +188,7 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.num_steps = round(num_epochs * steps_per_epoch)
     config.data.name = "imagenet2012"
     config.data.feed = "stream"
-    config.data.stream.workers = 8  # some 700 images a second each (results/pipeline.json)
+    config.data.stream.workers = 8  # some hundred images a second each (results/pipeline.json)
     config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
     config.data.image_size = image_size
     config.data.augment.flip = True
