@@ -151,7 +151,7 @@ def _explained(error, arguments):
     if culprit:
         ours = ".model." in culprit
         hint = hint or (
-            "its file names the settings of its network" if ours else "configs/common.py lists the keys"
+            "Its file names the settings of its network" if ours else "configs/common.py lists the keys"
         )
         return f"{culprit}: the config has no key {key!r} there. {hint}"
     # Such as a file without get_config, or a key of what is no ConfigDict.
