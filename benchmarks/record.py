@@ -1,6 +1,5 @@
 """Records of results/ with a section for each command that adds to them."""
 
-import datetime
 import json
 import pathlib
 
@@ -18,9 +17,5 @@ def write_section(path, name, command, figures):
     """
     path = pathlib.Path(path)
     sections = json.loads(path.read_text()) if path.exists() else {}
-    head = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "environment": logbook.environment(),
-    }
+    head = {"command": command, **logbook.provenance()}
     logbook.write_json(path, sections | {name: head | figures})

@@ -117,7 +117,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     batch_size = _batch_size(case, devices[0].platform)
     facts = {
         "batch_size": batch_size,
-        "on_gpu": devices[0].platform == "gpu",
+        "platform": devices[0].platform,
         "resident_bytes": contenders.resident_bytes(),
     }
     model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
@@ -183,7 +183,8 @@ def theirs(case, dtype, *, compiled):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_network, origin = peer(case)
-    facts = {"peer": origin, "torch": importlib.metadata.version("torch"), "on_gpu": device.type == "cuda"}
+    facts = {"peer": origin, "torch": importlib.metadata.version("torch")}
+    facts["platform"] = "gpu" if device.type == "cuda" else "cpu"
     facts["resident_bytes"] = contenders.resident_bytes()
     batch_size = _batch_size(case, device.type)
     network = make_network().to(device, memory_format=torch.channels_last)
@@ -319,7 +320,7 @@ def measure(name, dtype, turns, peers_wanted):
             one = contenders.Contender(make, case, dtype, kind)
             processes[kind] = stack.enter_context(one)
             facts[kind] = one.made.result()  # before the next one starts to compile
-            if facts[kind]["on_gpu"] != facts[OURS]["on_gpu"]:
+            if facts[kind]["platform"] != facts[OURS]["platform"]:
                 raise ValueError(f"{OURS} and {kind} compute on different devices; install both for one kind")
         peaks = {kind: one.peak().result() for kind, one in processes.items()}
         groups = {kind: [one] for kind, one in processes.items()}

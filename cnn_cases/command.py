@@ -149,11 +149,10 @@ def _explained(error, arguments):
     key = key.strip("'\"\\")
     culprit = next((one for one in arguments if key and f".{key}" in one.partition("=")[0]), None)
     if culprit:
-        ours = ".model." in culprit
-        hint = hint or (
-            "Its file names the settings of its network" if ours else "configs/common.py lists the keys"
-        )
-        return f"{culprit}: the config has no key {key!r} there. {hint}"
+        listed = "configs/common.py lists the keys"
+        if ".model." in culprit:
+            listed = "Its file names the settings of its network"
+        return f"{culprit}: the config has no key {key!r} there. {hint or listed}"
     # Such as a file without get_config, or a key of what is no ConfigDict.
     return f"{' '.join(one for one in arguments if one.startswith('--config'))}: {reason}"
 

@@ -74,14 +74,15 @@ class ResidentFeed:
         """
         position = share_of(self._batch_size, *self._share)
         while True:
-            numbers = int(first_step) * self._batch_size + position.astype(np.int64)
+            numbers = training_numbers(first_step, self._batch_size, position)
             index = training_order(seed, numbers, self._num_train)
             yield {"index": index + np.int32(self._ranges["train"].start), "position": position}
             first_step += 1
 
     def training_examples(self, seed, step):
         """Which examples of the training split make up the whole batch of a step: int32 [B]."""
-        return training_order(seed, step * self._batch_size + np.arange(self._batch_size), self._num_train)
+        numbers = training_numbers(step, self._batch_size, np.arange(self._batch_size))
+        return training_order(seed, numbers, self._num_train)
 
     def eval_batches(self, role):
         """The batches of a whole split: {"index": int32 [B], "mask": float32 [B]}, as those of training.
@@ -120,6 +121,11 @@ class ResidentFeed:
 def share_of(batch_size, process_index, process_count):
     """The positions in a batch, int32, of the examples of one process: contiguous, equally many for each."""
     return np.split(np.arange(batch_size, dtype=np.int32), process_count)[process_index]
+
+
+def training_numbers(step, batch_size, position):
+    """The places int64 [B] in the endless sequence of training examples of `position` int [B] in a batch."""
+    return int(step) * batch_size + position.astype(np.int64)  # more than int32 holds in a long training
 
 
 def training_order(seed, numbers, size):

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from cnn_cases.data import decode, sources
-from cnn_cases.data.resident import share_of, training_order
+from cnn_cases.data.resident import share_of, training_numbers, training_order
 
 MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
@@ -164,7 +164,8 @@ class StreamFeed:
         In the place of a damaged one, another one was taken.
         """
         size = len(self._recipes["train"].records)
-        return training_order(seed, step * self._batch_size + np.arange(self._batch_size), size)
+        numbers = training_numbers(step, self._batch_size, np.arange(self._batch_size))
+        return training_order(seed, numbers, size)
 
     def eval_batches(self, role):
         """The batches of a whole split: {"image", "label", "mask": float32}, as those of training.
@@ -279,7 +280,7 @@ def training_batch(step, *, recipe, seed, batch_size, position):
       these are more than may be, the images that follow are black.
     """
     size = len(recipe.records)
-    numbers = int(step) * batch_size + position.astype(np.int64)
+    numbers = training_numbers(step, batch_size, position)
     indices = training_order(seed, numbers, size)
     batch = _black(recipe, len(position)) | {"position": position}
     damaged = set()

@@ -17,7 +17,6 @@ input; scratch space that a library takes for a convolution while it runs may no
 """
 
 import argparse
-import datetime
 import functools
 import pathlib
 import statistics
@@ -84,9 +83,9 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
       image_shape: height, width and channels.
 
     Returns:
-      What JSON can hold: {"environment", "image_shape", "batch_size", "networks": [{"comparison", "kind",
-      "output" (shape), "parameters", "multiply_adds" (of one image), "seconds" (of each call, of the whole
-      batch), "temporary_bytes", "output_bytes"}]}.
+      What JSON can hold: {"date", "environment", "image_shape", "batch_size", "networks": [{"comparison",
+      "kind", "output" (shape), "parameters", "multiply_adds" (of one image), "seconds" (of each call, of the
+      whole batch), "temporary_bytes", "output_bytes"}]}.
     """
     image = jax.random.normal(jax.random.key(0), (batch_size, *image_shape), jnp.float32)
     rows, calls = [], []
@@ -115,8 +114,7 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
             call().block_until_ready()
             row["seconds"].append(time.perf_counter() - started)
     return {
-        "date": datetime.date.today().isoformat(),
-        "environment": logbook.environment(),
+        **logbook.provenance(),
         "image_shape": image_shape,
         "batch_size": batch_size,
         "networks": rows,

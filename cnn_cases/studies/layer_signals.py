@@ -21,7 +21,6 @@ Files in <workdir>/layers/: record.json, table.md, and the figures gradients and
 """
 
 import collections
-import datetime
 import itertools
 import pathlib
 import re
@@ -127,9 +126,9 @@ def measure(workdir, num_batches=NUM_BATCHES):
       num_batches: of training for the gradients, and of evaluation for the responses.
 
     Returns:
-      What JSON can hold: {"environment", "data" (name of the set), "num_batches", "gradient_batch_size",
-      "response_images", "states": [{"depth", "plain", "seed", "step", "gradient_norms", "kernel_norms" and
-      "response_stds", each [layers], the last None at step 0}]}.
+      What JSON can hold: {"date", "environment", "data" (name of the set), "num_batches",
+      "gradient_batch_size", "response_images", "states": [{"depth", "plain", "seed", "step",
+      "gradient_norms", "kernel_norms" and "response_stds", each [layers], the last None at step 0}]}.
 
     Raises:
       ValueError: there are no such runs, they are of nets without a plain twin, or a checkpoint is damaged.
@@ -171,8 +170,7 @@ def measure(workdir, num_batches=NUM_BATCHES):
     config = runs[0][1]
     batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
     return {
-        "date": datetime.date.today().isoformat(),
-        "environment": logbook.environment(),
+        **logbook.provenance(),
         "data": config.data.name,
         "num_batches": num_batches,
         "gradient_batch_size": config.batch_size,

@@ -18,6 +18,7 @@ two runs of one config leave equal files.
 """
 
 import contextlib
+import datetime
 import fcntl
 import importlib.metadata
 import json
@@ -312,6 +313,11 @@ def differences(old, new, prefix=""):
         elif there != here:
             lines.append(f"{prefix}{key}: {there!r} there, {here!r} here")
     return lines
+
+
+def provenance():
+    """{"date", "environment"}: when and where the figures of a record are measured."""
+    return {"date": datetime.date.today().isoformat(), "environment": environment()}
 
 
 def environment():
