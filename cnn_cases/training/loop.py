@@ -504,8 +504,9 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
 
 def largest(state):
     """The largest absolute value of all numbers of a state but its counters; NaN where there is any."""
+    # By NumPy, on what is copied off the devices to be saved anyhow: JAX would compile two programs a shape.
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return float(jnp.stack([jnp.abs(leaf).max() for leaf in leaves]).max())
+    return float(np.max([np.abs(leaf).max() for leaf in jax.device_get(leaves)]))
 
 
 def _stack(*leaves):

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 
@@ -53,6 +54,14 @@ def test_a_run_learns_and_leaves_its_figures(config, tmp_path, program):
     evaluated = [row["step"] for row in rows(tmp_path) if "validation/error" in row]
     assert evaluated == [4, 8, 12]
     assert {**rows(tmp_path)[-1], "step": None} == {**result["metrics"], "step": None}
+
+
+def test_a_run_compiles_its_steps_and_no_program_for_each_shape(config, tmp_path, caplog):
+    config.data.image_size = 18  # which no other test has, so that nothing is compiled already
+    with jax.log_compiles():
+        run(config, tmp_path)
+    compiled = re.findall(r"Finished XLA compilation of (\S+)", caplog.text)
+    assert 4 <= len(compiled) <= 6, compiled  # initial values, learning rate, training, evaluation
 
 
 def test_a_finished_run_without_its_config_is_nobodys(config, tmp_path, program):
