@@ -15,6 +15,7 @@ import traceback
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -69,26 +70,26 @@ def replay(workdir, step=None):
     state = loop.first_state(config, program)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
-    # A checkpoint has the seed of the steps before it; those after it may be done with that of a rewind.
-    seed = int(state.seed)
-    after = min((one for one in saved if one >= step), default=None)
-    if diverged and step > diverged["checkpoint"]:
-        seed = diverged["seed_of_batches"]
-    elif after and config.on_nonfinite == "rewind":
-        seed = int(checkpoint.read(workdir / "checkpoints", after, state).seed)
-        if seed != int(state.seed) and after - first > config.checkpoint.every_steps > 0:
-            raise ValueError(
-                f"step = {step}: between its checkpoints of steps {first} and {after} the run went back, and "
-                "the checkpoints that tell to which step are deleted; name a step after the latter"
-            )
-    state = devices.replicate(state.replace(seed=jax.numpy.int32(seed)), program.devices)
+    # The last checkpoint knows all rewinds before it. Each changed the seed of the steps after it.
+    rewound_to = checkpoint.read_extra(workdir / "checkpoints", saved[-1])["rewound_to"] if saved else []
 
-    batches = program.feed.train_batches(seed, first)
-    for _ in tqdm(range(first + 1, step), unit=" steps", disable=not sys.stderr.isatty(), leave=False):
-        state, _ = program.train(state, program.arrays, _on_devices(next(batches), program))
-    before, batch = jax.device_get(state), _on_devices(next(batches), program)
+    def seed_after(done):
+        if diverged and done >= diverged["checkpoint"]:
+            return diverged["seed_of_batches"]
+        return loop.seed_of_batches(config.seed, rewound_to, done)
+
+    seed = batches = before = metrics = None
+    hidden = not sys.stderr.isatty()
+    for done in tqdm(range(first, step), unit=" steps", disable=hidden, leave=False):
+        if seed != seed_after(done):
+            seed = seed_after(done)
+            batches = program.feed.train_batches(seed, done)
+            state = devices.replicate(state.replace(seed=np.int32(seed)), program.devices)
+        batch = _on_devices(next(batches), program)
+        if done == step - 1:
+            before = jax.device_get(state)
+        state, metrics = program.train(state, program.arrays, batch)
     batches.close()
-    state, metrics = program.train(state, program.arrays, batch)
     metrics = {name: metrics[name].item() for name in running.NAMES}
     metrics["largest number of the state"] = loop.largest(state)
     culprit = None

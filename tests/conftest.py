@@ -81,6 +81,18 @@ def poisoned(config, monkeypatch, example):
     return loop.make_program(config, jax.devices()[:1])
 
 
+def stop_after(program, steps, action):
+    """A program that does `action` when step number `steps` has been done."""
+
+    def train(state, arrays, batches):
+        state, metrics = program.train(state, arrays, batches)
+        if int(state.step) == steps:
+            action()
+        return state, metrics
+
+    return program._replace(train=train)
+
+
 def example_of_step(program, seed, steps):
     """An example that comes at the given steps of the first 12, and at no other."""
     orders = [set(program.feed.training_examples(seed, step).tolist()) for step in range(12)]

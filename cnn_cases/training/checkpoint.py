@@ -268,11 +268,23 @@ def read(directory, step, like):
     """
     directory = pathlib.Path(directory).absolute()
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    # Not by the manager, which tidies up.
+    with _read_only(directory, step) as checkpoint, ocp.StandardCheckpointer() as reader:
+        return reader.restore(checkpoint / "state", like)
+
+
+def read_extra(directory, step):
+    """What was saved with the state of one checkpoint; see `read`."""
+    with _read_only(pathlib.Path(directory), step) as checkpoint:
+        return _json_of(checkpoint)["extra"]
+
+
+@contextlib.contextmanager
+def _read_only(directory, step):
+    """The directory of a checkpoint that is as it was written; whatever goes wrong is a ValueError."""
     try:
         _verify(directory / str(step))
-        # Not by the manager, which tidies up.
-        with ocp.StandardCheckpointer() as reader:
-            return reader.restore(directory / str(step) / "state", like)
+        yield directory / str(step)
     except Exception as error:  # whatever a damaged file makes the libraries below raise
         raise ValueError(
             f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "
@@ -298,9 +310,14 @@ class _LastAndBest:
 def _error_of(checkpoint):
     """The error that was saved with a checkpoint; None where there was none, or where it cannot be read."""
     try:
-        return json.loads((checkpoint / "extra" / "metadata").read_text())["error"]
+        return _json_of(checkpoint)["error"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _json_of(checkpoint):
+    """What `Checkpoints.save` has put beside the state."""
+    return json.loads((checkpoint / "extra" / "metadata").read_text())
 
 
 def _checksums(checkpoint):

@@ -292,14 +292,17 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     that had gone wrong before it was saved, and those that went wrong after that do so again. A signal makes
     a checkpoint more, to which it may then go back.
     """
-    nonfinite = []
+    nonfinite, rewound_to = [], []
     while True:
         step, state, extra = _restore(state, log, checkpoints)
-        saved = extra["nonfinite"]
-        nonfinite = saved + nonfinite[len(saved) :]
-        rewinds = len(nonfinite) if config.on_nonfinite == "rewind" else 0
-        seed = _seed_of_batches(config.seed, rewinds)
+        saved = len(extra["nonfinite"])
+        nonfinite = extra["nonfinite"] + nonfinite[saved:]
+        if config.on_nonfinite == "rewind":
+            # Where a damaged checkpoint was left out, it is an earlier one than was said.
+            rewound_to = extra["rewound_to"] + [min(kept, step) for kept in rewound_to[saved:]]
+        seed = seed_of_batches(config.seed, rewound_to, step)
         if step:
+            rewinds = len(rewound_to)
             log.say(f"{workdir}: resuming after step {step}" + f", rewind {rewinds}" * bool(rewinds))
         final = extra["final"]
         try:
@@ -311,7 +314,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         step,
                         state.replace(seed=np.int32(seed)),
                         batches,
-                        Running(extra["window"], nonfinite),
+                        Running(extra["window"], nonfinite, rewound_to),
                         log=log,
                         checkpoints=checkpoints,
                         stop=stop,
@@ -321,10 +324,11 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             devices_lib.from_lead(checkpoints.wait)
             kept = max(devices_lib.from_lead(checkpoints.all_steps), default=0)
             # Of one that is newer than the one restored, this is the first.
-            before = len(nonfinite) - len(saved) if kept == step else 0
+            before = len(nonfinite) - saved if kept == step else 0
             nonfinite.append(error.step)
             if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
+                rewound_to.append(kept)
                 state = first_state(config, program)  # the one before has been given away
                 continue
             return {
@@ -349,14 +353,22 @@ def _restore(state, log, checkpoints):
     Process 0 reads it for all.
     """
     restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
-    step, state, extra = restored or (0, state, {"window": [], "nonfinite": [], "final": None, "rows": None})
+    nothing = {"window": [], "nonfinite": [], "rewound_to": [], "final": None, "rows": None}
+    step, state, extra = restored or (0, state, nothing)
     step, extra = devices_lib.from_lead(lambda: (step, extra))
     devices_lib.lead_first(lambda: log.start(step, extra["rows"]))
     return step, devices_lib.broadcast(state), extra
 
 
-def _seed_of_batches(seed, rewinds):
-    """The seed of data order, augmentation and dropout after so many rewinds."""
+def seed_of_batches(seed, rewound_to, step):
+    """The seed of data order, augmentation and dropout of the step after the first `step` ones.
+
+    Args:
+      seed: the config's.
+      rewound_to: see `running.Running`.
+      step: number of steps done before.
+    """
+    rewinds = sum(kept <= step for kept in rewound_to)
     return int(np.random.default_rng((seed, rewinds)).integers(2**31)) if rewinds else seed
 
 
@@ -435,6 +447,7 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
             extra = {
                 "window": [*running.window],
                 "nonfinite": [*running.nonfinite],
+                "rewound_to": [*running.rewound_to],
                 "final": final,
                 "rows": log.flush(),
             }

@@ -22,13 +22,14 @@ class Running:
     Attributes:
       window: of each step that was not skipped, a list in the order of NAMES.
       nonfinite: the numbers of the steps that were skipped, or that led to a rewind, of the whole run.
+      rewound_to: for each step that led to a rewind, that of the checkpoint from which the run went on.
 
-    Both are saved with the state, so that the row in which a run was stopped is that of an unbroken run.
+    They are saved with the state, so that the row in which a run was stopped is that of an unbroken run.
     """
 
-    def __init__(self, window, nonfinite):
+    def __init__(self, window, nonfinite, rewound_to):
         """Goes on with what was saved."""
-        self.window, self.nonfinite = window, nonfinite
+        self.window, self.nonfinite, self.rewound_to = window, nonfinite, rewound_to
 
     def add(self, last_step, metrics):
         """Notes the metrics of the steps of one call.

@@ -15,7 +15,7 @@ import pytest
 
 from cnn_cases.training import checkpoint, logbook, loop, predictions
 from configs import resnet_digits
-from tests.conftest import example_of_step, poisoned, tiny_config
+from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
 
 def run(config, workdir, program=None):
@@ -86,18 +86,6 @@ def unbroken(data_dir, tmp_path_factory, program):
     workdir = tmp_path_factory.mktemp("unbroken")
     run(tiny_config(data_dir), workdir, program)
     return workdir
-
-
-def stop_after(program, steps, action):
-    """A program that does `action` when step number `steps` has been done."""
-
-    def train(state, arrays, batches):
-        state, metrics = program.train(state, arrays, batches)
-        if int(state.step) == steps:
-            action()
-        return state, metrics
-
-    return program._replace(train=train)
 
 
 class KilledError(BaseException):
