@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import contenders, record
 from cnn_cases import tables
 from cnn_cases.data import sources
-from cnn_cases.studies import sweep
+from cnn_cases.studies import jobs, sweep
 from cnn_cases.training import logbook, optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def settings_of(case, data):
 
 
 def _run_ours(case, workdir, cache):
-    """Seconds, CPU seconds, and the median test error of the networks."""
+    """Seconds, CPU seconds, the median test error of the networks, and whether a CPU alone computed."""
     study = case.config.startswith("studies.")
     command = ["-m", "cnn_cases.studies.depth_curves", f"--jobs={case.jobs}"] if study else ["train.py"]
     command += [f"--config=configs/{case.config.replace('.', '/')}.py", f"--workdir={workdir}"]
@@ -109,7 +109,8 @@ def _run_ours(case, workdir, cache):
     cost, _ = _timed([command], {"XDG_CACHE_HOME": str(cache)})
     runs = sorted(workdir.glob("runs/*")) if study else [workdir]
     errors = [logbook.read_result(run)["metrics"]["test/error"] for run in runs]
-    return *cost, statistics.median(errors)
+    starts = itertools.chain(*map(logbook.read_environments, runs))
+    return *cost, statistics.median(errors), all(start["devices"] == ["cpu"] for start in starts)
 
 
 def _run_theirs(settings, directory, cache, processes):
@@ -123,8 +124,9 @@ def _run_theirs(settings, directory, cache, processes):
     if processes > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, logbook.cpu_threads() // processes))
     cost, outputs = _timed(commands, environment)
-    errors = itertools.chain(*(json.loads(output.splitlines()[-1])["test"] for output in outputs))
-    return *cost, statistics.median(errors)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    errors = itertools.chain(*(one["test"] for one in found))
+    return *cost, statistics.median(errors), all(one["device"] == "cpu" for one in found)
 
 
 def _timed(commands, environment):
@@ -174,9 +176,11 @@ def measure(name, turns, peers):
                     processes = case.jobs if one == TWO else 1
                     costs.append(_run_theirs(own, directory, cache, processes))
                 print(f"{name}, {one}: {costs[-1][0]:.1f} s, test error {costs[-1][2]:.4f}", flush=True)
+                if costs[-1][3] != found[OURS[0]][0][3]:
+                    raise ValueError(f"{one} and ours are on different devices; install both for one kind")
     rows = {}
     for one, costs in found.items():
-        seconds, cpu_seconds, errors = zip(*costs, strict=True)
+        seconds, cpu_seconds, errors, _ = zip(*costs, strict=True)
         rows[one] = {
             "seconds": contenders.summary(seconds),
             "cpu_seconds": contenders.summary(cpu_seconds),
@@ -194,7 +198,7 @@ def measure(name, turns, peers):
 
 
 def _seconds(costs):
-    return [seconds for seconds, _, _ in costs]
+    return [seconds for seconds, *_ in costs]
 
 
 def cells(rows):
@@ -220,6 +224,7 @@ def main():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", help="a JSON file, of which each case is a section")
     options = parser.parse_args()
+    jobs.share_accelerators()  # this process asks JAX what there is, too
     rows = {}
     for name in options.cases:
         rows[name] = measure(name, options.turns, options.peers)

@@ -107,6 +107,7 @@ def depth_costs(depth, turns, kinds):
             one = contenders.Contender(throughput.make, throughput.cifar_resnet(depth), DTYPE, kind)
             groups[kind] = [stack.enter_context(one)]
             facts[kind] = one.made.result()
+            throughput.check_same_platform(facts)
         seconds = contenders.race(groups, "train", turns)
     rows = {
         kind: {

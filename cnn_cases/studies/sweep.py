@@ -127,7 +127,8 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
       cluster: a `clusters.Cluster`, whose jobs the runs become; None runs them on this machine.
 
     Raises:
-      ValueError: the study or a run of it is not possible, or the workdir belongs to another study.
+      ValueError: the study or a run of it is not possible, or the workdir belongs to another study or is in
+        use.
       ChildProcessError: jobs of the cluster failed.
       InterruptedRun: SIGTERM or SIGINT came and the runs at hand were saved, or go on as jobs of the cluster.
     """
@@ -146,16 +147,17 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         # Now, and not after hours of other runs; the seeds are the same for all groups.
         for run in (*groups[0], *(group[0] for group in groups[1:])):
             loop.check(run.config)
-    logbook.claim(workdir, study.to_dict())
-    run_dirs = workdir / "runs"
-    if cluster:
-        ended = clusters.run_on_cluster(runs, workdir, cluster)
-    elif num_jobs == 1:
-        ended = jobs.run_here(groups, run_dirs)
-    else:
-        ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
-    for number, (name, news) in enumerate(ended, start=1):
-        print(f"[{number}/{len(runs)}] {name}: {news}", file=sys.stderr, flush=True)
+    with logbook.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
+        logbook.claim(workdir, study.to_dict())
+        run_dirs = workdir / "runs"
+        if cluster:
+            ended = clusters.run_on_cluster(runs, workdir, cluster)
+        elif num_jobs == 1:
+            ended = jobs.run_here(groups, run_dirs)
+        else:
+            ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
+        for number, (name, news) in enumerate(ended, start=1):
+            print(f"[{number}/{len(runs)}] {name}: {news}", file=sys.stderr, flush=True)
 
 
 def make_record(study, workdir):

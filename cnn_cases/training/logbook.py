@@ -72,9 +72,7 @@ class Logbook:
         """
         self._workdir = pathlib.Path(workdir)
         self._rows_path = self._workdir / "metrics.jsonl"
-        with _writing(self._workdir):
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._workdir)  # before `claim`: two that start at once must not both claim it
+        self._lock = lock(self._workdir)  # before `claim`: two that start at once must not both claim it
         try:
             claim(self._workdir, config)
             with _writing(self._workdir):
@@ -272,8 +270,8 @@ def _writing(workdir):
         raise ValueError(f"workdir = {workdir} cannot be written: {error}") from error
 
 
-def _lock(workdir):
-    """Keeps other processes from training in `workdir`.
+def lock(workdir):
+    """Keeps other processes from training in `workdir`, a pathlib.Path, which is made if it is not there.
 
     The lock is the kernel's: it goes with the process, however that ends, so that none is ever left behind.
 
@@ -281,9 +279,12 @@ def _lock(workdir):
       An open file; the lock is given back when it is closed.
 
     Raises:
-      ValueError: another process has it; the message names that one and its host.
+      ValueError: another process has it (the message names that one and its host), or the workdir cannot be
+        written.
     """
-    file = (workdir / "lock").open("a+")
+    with _writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -297,9 +298,10 @@ def _lock(workdir):
         logging.getLogger(__name__).warning(
             "%s cannot be locked (%s): see to it that one process alone uses it", workdir, error
         )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    with _writing(workdir):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
     return file
 
 

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
-from cnn_cases.training import loop
+from cnn_cases.training import logbook, loop
 from tests.conftest import tiny_config
 
 
@@ -222,6 +222,12 @@ def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys)
 def test_a_workdir_of_another_study_is_refused(finished, data_dir):
     with pytest.raises(ValueError, match=r"seeds: \[0, 1\] there, \[0, 2\] here"):
         sweep.run_all(tiny_study(data_dir, seeds=(0, 2)), finished)
+
+
+def test_a_study_is_run_by_one_process_at_a_time(study, tmp_path):
+    with logbook.lock(tmp_path), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
+        sweep.run_all(study, tmp_path)
+    assert os.listdir(tmp_path) == ["lock"]
 
 
 def test_a_record_of_another_study_is_refused(finished, data_dir):

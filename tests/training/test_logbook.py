@@ -176,7 +176,7 @@ def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_gone(tmp_path):
     code = "import pathlib, sys, time; from cnn_cases.training import logbook\n"
-    code += "file = logbook._lock(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    code += "file = logbook.lock(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
     ) as process:
