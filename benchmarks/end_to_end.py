@@ -9,7 +9,7 @@ processes, `--jobs=2`, of half the threads each; "torch, two processes" shares i
 
 The contenders take turns. Figures are medians over the turns, a ratio is the median of theirs by ours of a
 turn: above 1, ours is ahead. PyTorch is no requirement of this project: pip install torch. MNIST has to be
-prepared: python -m cnn_cases.data.prepare mnist
+prepared: make data DATASET=mnist
 """
 
 import argparse

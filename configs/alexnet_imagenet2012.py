@@ -1,7 +1,7 @@
 """AlexNet, in the two groups of its paper, on ImageNet of 2012.
 
 Paper: Krizhevsky et al. 2012, section 5 (training) and 4 (augmentation, dropout).
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python train.py --config=configs/alexnet_imagenet2012.py --workdir=runs/alexnet_imagenet2012
 
 The paper's recipe, item by item:

@@ -4,7 +4,7 @@ Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, rando
 shorter side is resized, pixels less their mean in the range of 0 to 255. The sizes are ours, crops of 131
 pixels from 148, and so is the recipe: Adam, for with the paper's rate and momentum this net stays for
 hundreds of steps where it starts.
-Command: python -m cnn_cases.data.prepare imagenette/320px-v2
+Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/alexnet_imagenette.py --workdir=runs/alexnet_imagenette
 Result: 71.7 % validation error with seed 0 (chance is 90 %), on a subset of 2,000 images to train on, five
 epochs of it, and 600 for validation; 6 minutes on two shared CPU cores, 2026-11-24

@@ -1,7 +1,7 @@
 """GoogLeNet, as its paper has it, on ImageNet of 2012.
 
 Paper: Szegedy et al. 2014, section 6 (training) and 5 (side branches).
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python train.py --config=configs/googlenet_imagenet2012.py --workdir=runs/googlenet_imagenet2012
 
 The paper's recipe, item by item:

@@ -2,7 +2,7 @@
 
 Paper: Szegedy et al. 2015b, "Rethinking the Inception architecture for computer vision", section 8
 (training), 7 (label smoothing) and 4 (side branch).
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python train.py --config=configs/inception_v3_imagenet2012.py --workdir=runs/inception_v3
 
 The paper's recipe, item by item:

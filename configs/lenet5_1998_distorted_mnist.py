@@ -2,7 +2,7 @@
 
 Paper: LeCun et al. 1998, section III.C, where a training set enlarged by 540,000 randomly distorted images
 takes the test error from 0.95 % to 0.8 % (as recalled).
-Command: python -m cnn_cases.data.prepare mnist
+Command: make data DATASET=mnist
          python train.py --config=configs/lenet5_1998_distorted_mnist.py --workdir=runs/lenet5_1998_distorted
 The elastic distortions of Simard et al. 2003, with their numbers, in place of these or besides:
          python train.py --config=configs/lenet5_1998_distorted_mnist.py --config.data.augment.elastic=34 \

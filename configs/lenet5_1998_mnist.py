@@ -2,7 +2,7 @@
 
 Paper: LeCun et al. 1998, section III.B (training), II.B (input range), II.C (loss), appendix A
 (initialisation) and C (step sizes).
-Command: python -m cnn_cases.data.prepare mnist
+Command: make data DATASET=mnist
          python train.py --config=configs/lenet5_1998_mnist.py --workdir=runs/lenet5_1998_mnist
 
 The paper's recipe, item by item:

@@ -2,7 +2,7 @@
 
 Paper: LeCun et al. 1998; the net and the recipe are those of `lenet5_digits`, not the paper's, for which
 see `lenet5_1998_mnist`.
-Command: python -m cnn_cases.data.prepare mnist
+Command: make data DATASET=mnist
          python train.py --config=configs/lenet5_mnist.py --workdir=runs/lenet5_mnist
 
 Recipe, ours: SGD with momentum 0.9, batch 128, rate 0.05 along half a cosine after a short warm-up, weight

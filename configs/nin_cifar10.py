@@ -1,7 +1,7 @@
 """Network in Network on CIFAR-10.
 
 Paper: Lin et al. 2013, section 4.
-Command: python -m cnn_cases.data.prepare cifar10
+Command: make data DATASET=cifar10
          python train.py --config=configs/nin_cifar10.py --workdir=runs/nin_cifar10
 
 The paper's recipe, item by item:

@@ -2,7 +2,7 @@
 
 Paper: Lin et al. 2013, which has no experiment on ImageNet; the net is the authors' later definition for
 Caffe.
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python train.py --config=configs/nin_imagenet2012.py --workdir=runs/nin_imagenet2012
 
 Recipe: for want of a paper's, one in AlexNet's manner. SGD with momentum 0.9, batch 128, rate 0.01 divided

@@ -1,7 +1,7 @@
 """Residual nets of depth 6n + 2, and their plain twins, on CIFAR-10.
 
 Paper: He et al. 2015, section 4.2.
-Command: python -m cnn_cases.data.prepare cifar10
+Command: make data DATASET=cifar10
          python train.py --config=configs/resnet_cifar10.py --workdir=runs/resnet20_cifar10
          python train.py --config=configs/resnet_cifar10.py --config.model.depth=56 \
              --config.model.plain=True --workdir=runs/plain56_cifar10

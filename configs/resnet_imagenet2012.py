@@ -1,7 +1,7 @@
 """Residual nets of depth 18 to 152 on ImageNet of 2012.
 
 Paper: He et al. 2015, section 3.4 (training) and 4.1.
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python train.py --config=configs/resnet_imagenet2012.py --workdir=runs/resnet_imagenet2012
 The plain twins of figure 4: --config.model.depth=34 --config.model.plain=True --config.model.shortcut=A.
 

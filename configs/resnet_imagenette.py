@@ -1,7 +1,7 @@
 """ResNet-18 on Imagenette, ten easy classes of ImageNet, in crops of 96 pixels that stream from the disk.
 
 Paper: He et al. 2015, table 1; the crops are those of Szegedy et al. 2014, section 6; the schedule is ours.
-Command: python -m cnn_cases.data.prepare imagenette/320px-v2
+Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/resnet_imagenette.py --workdir=runs/resnet_imagenette
 Result: 45.8 % validation error with seed 0, on a subset of 2,000 images to train on, five epochs of it, and
         600 for validation; 4 minutes on two shared CPU cores, 2026-11-24 (results/resnet_imagenette.json).

@@ -1,7 +1,7 @@
 """Pre-activation residual nets of depth 9n + 2 on CIFAR-10.
 
 Paper: He et al. 2016, "Identity mappings in deep residual networks", section 3 and appendix.
-Command: python -m cnn_cases.data.prepare cifar10
+Command: make data DATASET=cifar10
          python train.py --config=configs/resnet_preact_cifar10.py --workdir=runs/preact164_cifar10
          python train.py --config=configs/resnet_preact_cifar10.py --config.model.depth=1001 \
              --config.model.scan_blocks=True --workdir=runs/preact1001_cifar10

@@ -1,7 +1,7 @@
 """VGG-16, the paper's net D, on ImageNet of 2012.
 
 Paper: Simonyan, Zisserman 2014, section 3.1 (training) and 3.2 (testing).
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python train.py --config=configs/vgg_imagenet2012.py --workdir=runs/vgg_imagenet2012
 
 The paper's recipe, item by item:

@@ -81,7 +81,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
         (["--config.num_steps=many"], "--config.num_steps=many: invalid literal"),
         (
             ["--config.data.name=mnist"],
-            "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist",
+            "data.name = 'mnist' is not prepared in .*make data DATASET=mnist",
         ),
         (["num_steps=4"], "error: not understood: num_steps=4"),
         (["--workdir="], "error: --workdir= names no directory"),

@@ -102,10 +102,10 @@ def open_prepared(name, data_dir=""):
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
         if name not in BUNDLED:
-            where = f" --data_dir={data_dir}" if data_dir else ""
+            where = f" DATA_DIR={data_dir}" if data_dir else ""
             raise ValueError(
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "
-                f"run `python -m cnn_cases.data.prepare {name}{where}`"
+                f"run `make data DATASET={name}{where}`"
             )
         with _no_progress_bars():  # it takes a second
             builder = prepare(name, data_dir)

@@ -1,7 +1,7 @@
 """Plain against residual nets as depth grows, on CIFAR-10: the experiment of He et al., and its figure 6.
 
 Paper: He et al. 2015, section 4.2 and figure 6.
-Command: python -m cnn_cases.data.prepare cifar10
+Command: make data DATASET=cifar10
          python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_cifar10.py \
              --workdir=runs/depth_cifar10
 A tenth of the schedule, for a first look:

@@ -1,7 +1,7 @@
 """Plain-18 and plain-34 against ResNet-18 and ResNet-34 on ImageNet of 2012.
 
 Paper: He et al. 2015, section 4.1, table 2 and figure 4; the shortcuts have no parameters (option A).
-Command: python -m cnn_cases.data.prepare imagenet2012
+Command: make data DATASET=imagenet2012
          python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_imagenet.py \
              --workdir=runs/depth_imagenet
 

@@ -1,7 +1,7 @@
 """Plain against residual nets as depth grows, on MNIST: larger images than the digits', the same nets.
 
 Paper: He et al. 2015, section 4.2 and figure 6, on maps of 28, 14 and 7 pixels and with a schedule of ours.
-Command: python -m cnn_cases.data.prepare mnist
+Command: make data DATASET=mnist
          python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_mnist.py \
              --workdir=runs/depth_mnist
 Not run at full length yet.

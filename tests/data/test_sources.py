@@ -49,7 +49,7 @@ def test_a_set_that_is_not_prepared_is_refused_without_a_try_at_the_network(tmp_
     with pytest.raises(ValueError, match="not prepared") as error:
         sources.load_split("mnist", "train", str(tmp_path))
     assert f"{tmp_path}/mnist" in str(error.value)
-    assert f"`python -m cnn_cases.data.prepare mnist --data_dir={tmp_path}`" in str(error.value)
+    assert f"`make data DATASET=mnist DATA_DIR={tmp_path}`" in str(error.value)
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones(data_dir):

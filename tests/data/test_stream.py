@@ -263,7 +263,7 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
             {"splits": {"train": "trian"}},
             "data.splits.train = 'trian' of 'tiny_photos' cannot be read: it has train, test",
         ),
-        ({"name": "mnist"}, "data.name = 'mnist' is not prepared in .*cnn_cases.data.prepare mnist"),
+        ({"name": "mnist"}, "data.name = 'mnist' is not prepared in .*make data DATASET=mnist"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message, feed_of):
