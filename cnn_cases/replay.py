@@ -70,8 +70,17 @@ def replay(workdir, step=None):
     state = loop.first_state(config, program)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
-    # The last checkpoint knows all rewinds before it. Each changed the seed of the steps after it.
-    rewound_to = checkpoint.read_extra(workdir / "checkpoints", saved[-1])["rewound_to"] if saved else []
+    rewound_to = []
+    # Up to here the next checkpoint tells the seeds: what went back later went back to no earlier one.
+    last = min(step, diverged["checkpoint"]) if diverged else step
+    if config.on_nonfinite == "rewind" and first < last:
+        after = min((one for one in saved if one >= last), default=None)
+        if after is None:
+            raise ValueError(
+                f"step = {step}: with on_nonfinite = 'rewind' the run may have gone back, and there is no "
+                f"checkpoint of step {last} or later to tell; name a step up to {max(saved, default=0)}"
+            )
+        rewound_to = loop.rewinds_of(checkpoint.read_extra(workdir / "checkpoints", after))
 
     def seed_after(done):
         if diverged and done >= diverged["checkpoint"]:

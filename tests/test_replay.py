@@ -76,6 +76,15 @@ def test_a_step_around_rewinds_has_the_batches_of_its_seed(config, tmp_path, mon
             shutil.rmtree(tmp_path / f"checkpoints/{step}")
         for step in (5, 6, 7, 10):
             assert replay.replay(tmp_path, step).metrics["loss"] == rows[step]["running/loss"]
+    shutil.rmtree(tmp_path / "checkpoints/12")
+    with pytest.raises(ValueError, match=r"step = 6: .* may have gone back, .* of step 6 or later to tell"):
+        replay.replay(tmp_path, 6)
+
+
+def test_a_damaged_checkpoint_does_not_hinder_who_does_not_need_it(config, tmp_path):
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    (tmp_path / "checkpoints/12/extra/metadata").write_text("{}")
+    assert replay.replay(tmp_path, 10).first == 8
 
 
 def test_a_step_that_is_none_is_refused(config, tmp_path):

@@ -5,6 +5,7 @@ with threads for its part of them, and XLA rounds its sums as its threads split 
 bits either way only with as many threads.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -80,7 +81,11 @@ def run_side_by_side(groups, workdir, num_jobs):
             worker.terminate()  # a training that gets SIGTERM saves and ends
         for worker in workers:
             worker.join()
+        todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
     if stop.number:
+        for kind, *words in _left(news):
+            if kind == "refused":  # as where the disk is full
+                raise ValueError(*words)
         name = signal.Signals(stop.number).name
         raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
 
@@ -111,6 +116,13 @@ def _collect(workers, news, stop):
         if kind == "refused":
             raise ValueError(*words)
         yield words
+
+
+def _left(news):
+    """Yields what the workers, which have ended, had still to tell."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield news.get(timeout=_POLL_SECONDS)
 
 
 def _work(todo, news, workdir, parent, num_threads):

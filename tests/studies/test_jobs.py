@@ -1,5 +1,10 @@
 import os
+import pathlib
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import pytest
@@ -8,6 +13,8 @@ from cnn_cases import command
 from cnn_cases.studies import jobs, sweep
 from cnn_cases.training import logbook, loop
 from tests.studies.test_sweep import tiny_study
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def groups_of(data_dir, num_steps=4):
@@ -81,6 +88,43 @@ def test_a_signal_saves_the_runs_of_all_processes(data_dir, tmp_path):
     assert not (unfinished / "result.json").exists()
     if unfinished.exists():  # it may have been compiling still
         assert any((unfinished / "checkpoints").iterdir())
+
+
+def test_a_run_that_could_not_be_saved_at_a_signal_is_told(data_dir, tmp_path):
+    first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
+    second[0].config.evaluation.every_steps = second[0].config.checkpoint.every_steps = 40_000
+    run_dir = tmp_path / second[0].name
+
+    def stop_without_a_place_to_save():
+        for _ in jobs.run_side_by_side([second, first], tmp_path, 2):
+            while not (run_dir / "metrics.jsonl").exists():
+                time.sleep(0.1)
+            shutil.rmtree(run_dir)
+            run_dir.write_text("in the way")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(ValueError, match=str(run_dir)):
+        stop_without_a_place_to_save()
+
+
+def test_groups_that_nobody_takes_any_more_hold_nobody_up(tmp_path):
+    code = """
+import os, pathlib, sys
+from cnn_cases.studies import jobs
+
+class Deadly:
+    def __reduce__(self):
+        return os._exit, (7,)
+
+groups = [[Deadly()], *(["more than a pipe holds" * 10_000] for _ in range(3))]
+try:
+    list(jobs.run_side_by_side(groups, pathlib.Path(sys.argv[1]), 1))
+except RuntimeError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "a process of the sweep died with exit code 7\n", done.stderr
 
 
 def test_a_run_that_is_not_possible_ends_the_others(data_dir, tmp_path):

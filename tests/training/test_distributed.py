@@ -245,4 +245,4 @@ def test_all_processes_go_back_together_and_end_together_where_a_training_diverg
     for code, errors in job(2, tmp_path, arguments):
         assert (code, "the training diverged at step" in errors) == (3, True)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["seed_of_batches"] == loop._seed_of_batches(config.seed, loop.MAX_REWINDS)
+    assert result["seed_of_batches"] == loop.seed_of_batches(config.seed, [0] * loop.MAX_REWINDS, 0)

@@ -451,7 +451,11 @@ def test_a_run_does_not_go_back_for_ever(config, tmp_path, program):
         run(config, tmp_path, diverging(program, 7, float("nan")))
     assert caught.value.step == 7
     seed = json.loads((tmp_path / "result.json").read_text())["seed_of_batches"]
-    assert seed == loop._seed_of_batches(config.seed, loop.MAX_REWINDS)
+    assert seed == loop.seed_of_batches(config.seed, [4] * loop.MAX_REWINDS, 4)
+
+
+def test_of_a_checkpoint_from_before_they_were_kept_only_the_number_of_rewinds_is_known():
+    assert loop.rewinds_of({"nonfinite": [7, 9]}) == [0, 0]
 
 
 def test_a_checkpoint_of_a_signal_counts_its_own_rewinds(config, tmp_path, program):
@@ -476,7 +480,7 @@ def test_a_checkpoint_of_a_signal_counts_its_own_rewinds(config, tmp_path, progr
         run(config, tmp_path, after(7))
     assert len(calls) == 2  # step 5 was not done again
     seed = json.loads((tmp_path / "result.json").read_text())["seed_of_batches"]
-    assert seed == loop._seed_of_batches(config.seed, 1 + loop.MAX_REWINDS)
+    assert seed == loop.seed_of_batches(config.seed, [4, *[5] * loop.MAX_REWINDS], 5)
 
 
 def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp_path):
