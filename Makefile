@@ -16,7 +16,7 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PYTHON) -m pytest --numprocesses=2
+	$(PYTHON) -m pytest --numprocesses=2 --dist=worksteal
 
 # make data DATASET="mnist cifar10", with DATA_DIR=... for another place than TFDS's own
 data: $(DATA_READY)

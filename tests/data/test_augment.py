@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
 
 from cnn_cases.data import augment
 from cnn_cases.data.augment import Settings
@@ -392,22 +391,6 @@ def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
     inside = ~(rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1])
     np.testing.assert_array_equal(rows.sum(axis=1)[inside], columns.sum(axis=1)[inside])
     assert 0.55 < own.mean() < 0.85  # a half is the mean of Beta(1, 1), the border's cut leaves more
-
-
-def test_mixing_over_devices_is_that_of_the_whole_batch():
-    image, label, position = unit_images(24), np.arange(24) % 5, np.arange(24)
-
-    def both(image, label, position, axis_name):
-        streams = augment.split_streams(augment.example_keys(jax.random.key(0), position))
-        ways = Settings(mixup=0.4), Settings(cutmix=1.0)
-        return [augment.mix(image, label, streams, way, 5, axis_name) for way in ways]
-
-    expected = jax.jit(both, static_argnums=3)(image, label, position, None)
-    mesh, part = Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch")
-    over = jax.shard_map(functools.partial(both, axis_name="batch"), mesh=mesh, in_specs=part, out_specs=part)
-    assert mesh.size == 4
-    found = jax.jit(over)(image, label, position)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found, expected)
 
 
 # What is refused.

@@ -113,17 +113,16 @@ EXACT = {
     ("augment", "atol"),
     [
         ({}, 0),
-        (EXACT, 0),
         (EXACT | {"cutmix": 1.0}, 0),
         ({"elastic": 5.0, "mixup": 0.4}, 1e-6),  # jax 0.11 rounds their sums by the shape of the batch
     ],
-    ids=["none", "alone", "cutmix", "sums"],
+    ids=["none", "exact", "sums"],
 )
 def test_order_and_augmentation_are_the_same_on_any_number_of_devices(augment, atol):
     feed = make_feed(num_train=29, batch_size=24, axis_name=devices.AXIS, **augment)
     (batch,) = first_batches(feed, 0, 1, first_step=3)
     seen = []
-    for count in (1, 2, 4):
+    for count in (1, 4):
         prepare = jax.pmap(feed.prepare, devices.AXIS, in_axes=(None, 0, None), devices=jax.devices()[:count])
         parts = prepare(feed.arrays, devices.shard(batch, count), jax.random.key(0))
         seen.append([np.concatenate(np.asarray(leaf)) for leaf in parts])

@@ -41,17 +41,6 @@ def without_seconds(ended):
     return {name: news.rpartition(" (")[0] for name, news in ended}
 
 
-def test_jobs_do_what_runs_here_do_to_the_bit_and_none_is_submitted_twice(data_dir, tmp_path, monkeypatch):
-    runs = runs_of(data_dir)
-    expected = run_here(runs, tmp_path / "here")
-    there = tmp_path / "there"
-    assert (without_seconds(cluster.run_on_cluster(runs, there, LOCAL)), metrics(there / "runs")) == expected
-    monkeypatch.setattr(cluster, "_submit", pytest.fail)
-    again = list(cluster.run_on_cluster(runs, there, LOCAL))
-    assert [name for name, _ in again] == [run.name for run in runs]
-    assert all("(finished before)" in news for _, news in again)
-
-
 def test_a_job_outlives_the_command_and_preemption(data_dir, tmp_path, monkeypatch):
     runs = runs_of(data_dir, num_steps=400, checkpoint_every=20)[1:]
     expected = run_here(runs, tmp_path / "here")
@@ -84,6 +73,9 @@ def test_a_job_outlives_the_command_and_preemption(data_dir, tmp_path, monkeypat
     log = next(folder.glob("*.err")).read_text()
     assert "SIGUSR2: saved after step" in log
     assert "resuming after step" in log
+
+    again = list(cluster.run_on_cluster(runs, there, LOCAL))
+    assert [(name, "(finished before)" in news) for name, news in again] == [(runs[0].name, True)]
 
 
 def fake(tmp_path, monkeypatch, **commands):
@@ -166,14 +158,16 @@ def test_a_diverged_run_is_no_failed_job(data_dir, tmp_path, monkeypatch):
 def test_a_failed_job_is_named_with_its_log_and_the_others_go_on(data_dir, tmp_path):
     good, bad = runs_of(data_dir)
     bad.config.batch_size = 25
+    _, expected = run_here([good], tmp_path / "here")
     ended = []
     with pytest.raises(ChildProcessError, match=f"1 of 2 runs failed: {bad.name}; start again"):
-        ended.extend(cluster.run_on_cluster([bad, good], tmp_path, LOCAL))
+        ended.extend(cluster.run_on_cluster([bad, good], tmp_path / "there", LOCAL))
     ended = dict(ended)
     message, _, log = ended[bad.name].rpartition(" (")
     assert message.startswith("failed: ValueError: batch_size = 25 cannot be split evenly over 4 devices")
     assert "batch_size = 25" in pathlib.Path(log.rstrip(")")).read_text()
     assert "test/error" in ended[good.name]
+    assert metrics(tmp_path / "there/runs") == expected
 
 
 def test_the_last_words_of_a_killed_job_are_those_of_its_log(tmp_path):
