@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cnn_cases import command
 from cnn_cases.data import sources
 from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.training import devices, loop
@@ -27,7 +28,7 @@ def compilation_cache(tmp_path_factory):
     directory = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    jax.config.update("jax_compilation_cache_dir", directory)
+    command.separate_compiled()  # where the processes that tests start will look, too
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

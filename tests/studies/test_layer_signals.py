@@ -38,8 +38,23 @@ def tiny_study(data_dir):
 
 @pytest.fixture(scope="module")
 def workdir(data_dir, tmp_path_factory):
+    """A study whose steps move all parameters, but compute nothing: to compile real ones takes long."""
     directory = tmp_path_factory.mktemp("study")
-    sweep.run_all(tiny_study(data_dir), directory)
+    make_program = loop.make_program
+
+    def train(state, *_):
+        params = jax.tree.map(lambda leaf: np.float32(1.01) * np.asarray(leaf), state.params)
+        metrics = dict.fromkeys(("loss", "error", "grad_norm"), np.ones(1)) | {"skipped": np.zeros(1, bool)}
+        return state.replace(step=state.step + 1, params=params), metrics
+
+    def evaluate(*arguments):
+        batch = arguments[-1]
+        return dict.fromkeys(("loss", "error", "count"), batch["mask"].sum())
+
+    with pytest.MonkeyPatch.context() as patch:
+        moving = {"train": train, "evaluate": evaluate}
+        patch.setattr(loop, "make_program", lambda config: make_program(config)._replace(**moving))
+        sweep.run_all(tiny_study(data_dir), directory)
     return directory
 
 
@@ -64,7 +79,9 @@ BATCH = {
 
 
 def state_of(model, seed=3):
-    variables = model.lazy_init(jax.random.key(seed), BATCH["image"], train=False)
+    image = jax.ShapeDtypeStruct(BATCH["image"].shape, np.float32)
+    draw = jax.jit(lambda: model.lazy_init(jax.random.key(seed), image, train=False))
+    variables = draw.lower().compile({"xla_backend_optimization_level": 0})()  # it is quick to compile so
     return TrainState(jnp.int32(0), jnp.int32(seed), variables["params"], {}, variables["batch_stats"], ())
 
 

@@ -243,6 +243,6 @@ def test_all_processes_go_back_together_and_end_together_where_a_training_diverg
     config.checkpoint.every_steps = 1
     arguments = ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
     for code, errors in job(2, tmp_path, arguments):
-        assert (code, "the training diverged at step" in errors) == (3, True)
+        assert (code, "the training diverged at step" in errors) == (3, True), errors
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["seed_of_batches"] == loop.seed_of_batches(config.seed, [0] * loop.MAX_REWINDS, 0)
