@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import re
 
 import jax
 import pytest
@@ -90,7 +91,8 @@ def test_a_config_is_locked_and_says_how_to_run_it(name):
     assert config.is_locked
     with pytest.raises((AttributeError, KeyError)):
         config.a_key_that_nobody_reads = 1
-    assert "Command: python" in importlib.import_module(f"configs.{name}").__doc__
+    head = importlib.import_module(f"configs.{name}").__doc__
+    assert re.search(r"\nCommand: (make data DATASET=\S+\n +)?python ", head)
 
 
 @pytest.mark.parametrize("name", TRAINING)

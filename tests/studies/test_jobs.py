@@ -42,16 +42,22 @@ def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_anot
     assert all("(finished before)" in news for _, news in again)
 
 
-def test_processes_share_the_cores(data_dir, tmp_path, monkeypatch):
+class Telling:
+    """Ends the process that gets it, with a message about its threads and where it keeps what it compiles."""
+
+    def __reduce__(self):
+        told = "f'{os.environ[\"PJRT_NPROC\"]} threads, {jax.config.jax_compilation_cache_dir}'"
+        return exec, (f"import os, jax; raise ValueError({told})",)
+
+
+def test_processes_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("PJRT_NPROC")
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(logbook, "cpu_threads", lambda: 6)
-    names = [name for name, _ in jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)]
-    assert {logbook.read_environments(tmp_path / name)[0]["cpus"] for name in names} == {3}
-    assert [path.name for path in (tmp_path / "compiled").iterdir()] == [
-        f"{command._kind_of_cpu()}-3-threads"
-    ]
+    place = tmp_path / f"compiled/{command._kind_of_cpu()}-3-threads"
+    with pytest.raises(ValueError, match=f"^3 threads, {place}$"):
+        list(jobs.run_side_by_side([[Telling()]], tmp_path, 2))
 
 
 def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):

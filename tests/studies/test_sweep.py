@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -110,9 +111,9 @@ def finished(data_dir, tmp_path_factory):
         if config.optimizer.momentum == 0:
             return program
 
-        def train(state, arrays, batches):
-            state, metrics = program.train(state, arrays, batches)
-            return state, metrics | {"loss": metrics["loss"] * float("nan")}
+        def train(state, *_):  # nothing is compiled for it
+            metrics = dict.fromkeys(("loss", "error", "grad_norm"), np.full(1, np.nan))
+            return state, metrics | {"skipped": np.zeros(1, bool)}
 
         return program._replace(train=train)
 
