@@ -82,6 +82,13 @@ def poisoned(config, monkeypatch, example):
     return loop.make_program(config, jax.devices()[:1])
 
 
+def draw(model, image_shape, seed):
+    """The first variables of a model, drawn in one program that is quick to compile."""
+    image, key = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.random.key(seed)
+    program = jax.jit(lambda key: model.lazy_init(key, image, train=False)).lower(key)
+    return program.compile({"xla_backend_optimization_level": 0})(key)
+
+
 def stop_after(program, steps, action):
     """A program that does `action` when step number `steps` has been done."""
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from cnn_cases.models import vgg
 from cnn_cases.training import checkpoint, loop, predictions, steps
 from cnn_cases.training.state import TrainState, init_state
 from configs import resnet_digits
-from tests.conftest import tiny_config
+from tests.conftest import draw, tiny_config
 
 matplotlib.use("agg")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -207,7 +206,7 @@ def small_vgg():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(vgg, "FILTERS", (4, 4, 4, 4, 4))
         model = vgg.VGG(variant="A", image_size=32, dense_features=8, num_classes=3)
-        params = model.lazy_init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+        params = draw(model, (32, 32, 3), seed=1)["params"]
         params = jax.tree.map(lambda leaf: 1.5 * leaf, params)  # so that the classes differ
         state = TrainState(0, 0, params, ema_params={}, batch_stats={}, opt_state={})
         predict = jax.jit(steps.make_predict_step(model.apply, lambda _, image: image / 255.0))
@@ -235,7 +234,8 @@ def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
     dense = functools.partial(views.multi_scale_dense, crop=32, paper_sides=(224,), mirrored=False)
     found, _ = predictions.average_views([(image, 0)], dense, run, batch_size=lambda _: 2)
     held = image[None, :, 7:103] / 255.0  # 96 of 110 columns
-    _, inner = model.apply({"params": params}, held, train=False, capture_intermediates=True)
+    apply = jax.jit(functools.partial(model.apply, train=False, capture_intermediates=True))
+    _, inner = apply({"params": params}, held)
     (score_map,) = inner["intermediates"]["logits"]["__call__"]
     assert score_map.shape == (1, 1, 3, 3)
     np.testing.assert_allclose(found[0], nn.softmax(score_map.mean(axis=(0, 1, 2))), rtol=1e-5)

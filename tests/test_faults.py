@@ -1,9 +1,9 @@
 """The short version of `python -m benchmarks.faults`."""
 
-import collections
 import signal
 
 from benchmarks import faults
+from cnn_cases.training import loop
 
 OVERRIDES = {
     "model.depth": 8,
@@ -24,12 +24,10 @@ def test_a_training_that_was_killed_and_one_that_was_stopped_leave_what_an_undis
     assert outcome["differences"] == []
 
 
-def test_what_differs_is_found(tmp_path):
-    for name, seed in (("one", 0), ("other", 1)):
-        (tmp_path / name).mkdir()
-        faults.disturb(
-            tmp_path / name, OVERRIDES | {"num_steps": 10, "seed": seed}, collections.deque(), None
-        )
+def test_what_differs_is_found(config, tmp_path):
+    program = loop.make_program(config)
+    for config.seed, name in enumerate(("one", "other")):
+        loop.train_and_evaluate(config, tmp_path / name, program=program, show_progress=False)
     found = faults.differences(tmp_path / "one", tmp_path / "other")
     assert {"the rows of metrics.jsonl", "the curves of TensorBoard", "the final figures"} <= set(found)
     assert any("params" in line for line in found)

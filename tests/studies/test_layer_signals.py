@@ -13,6 +13,7 @@ from cnn_cases.training import devices, loop
 from cnn_cases.training.losses import cross_entropy
 from cnn_cases.training.state import TrainState, init_state
 from configs.studies import depth_digits
+from tests.conftest import draw
 
 matplotlib.use("agg")
 
@@ -79,9 +80,7 @@ BATCH = {
 
 
 def state_of(model, seed=3):
-    image = jax.ShapeDtypeStruct(BATCH["image"].shape, np.float32)
-    draw = jax.jit(lambda: model.lazy_init(jax.random.key(seed), image, train=False))
-    variables = draw.lower().compile({"xla_backend_optimization_level": 0})()  # it is quick to compile so
+    variables = draw(model, BATCH["image"].shape[1:], seed)
     return TrainState(jnp.int32(0), jnp.int32(seed), variables["params"], {}, variables["batch_stats"], ())
 
 
