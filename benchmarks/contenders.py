@@ -101,6 +101,14 @@ class Contender:
         return self._pool.submit(function, *arguments)
 
 
+def check_same_platform(platforms):
+    """Raises ValueError where the contenders of {name: "cpu" or "gpu"} do not all compute on the same one."""
+    first = next(iter(platforms))
+    for name, platform in platforms.items():
+        if platform != platforms[first]:
+            raise ValueError(f"{first} and {name} compute on different devices; install both for one kind")
+
+
 def _make(make, arguments):
     global _made
     _made = make(*arguments)

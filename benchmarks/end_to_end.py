@@ -100,8 +100,16 @@ def settings_of(case, data):
     }
 
 
+class Outcome(NamedTuple):
+    """What a contender took and gave: test_error is the median of its networks', platform "cpu" or "gpu"."""
+
+    seconds: float
+    cpu_seconds: float
+    test_error: float
+    platform: str
+
+
 def _run_ours(case, workdir, cache):
-    """Seconds, CPU seconds, the median test error of the networks, and whether a CPU alone computed."""
     study = case.config.startswith("studies.")
     command = ["-m", "cnn_cases.studies.depth_curves", f"--jobs={case.jobs}"] if study else ["train.py"]
     command += [f"--config=configs/{case.config.replace('.', '/')}.py", f"--workdir={workdir}"]
@@ -110,11 +118,12 @@ def _run_ours(case, workdir, cache):
     runs = sorted(workdir.glob("runs/*")) if study else [workdir]
     errors = [logbook.read_result(run)["metrics"]["test/error"] for run in runs]
     starts = itertools.chain(*map(logbook.read_environments, runs))
-    return *cost, statistics.median(errors), all(start["devices"] == ["cpu"] for start in starts)
+    on_cpu = all(start["devices"] == ["cpu"] for start in starts)
+    return Outcome(*cost, statistics.median(errors), "cpu" if on_cpu else "gpu")
 
 
 def _run_theirs(settings, directory, cache, processes):
-    """The same; the networks are dealt out to the processes."""
+    """The networks are dealt out to the processes."""
     commands = []
     for index in range(processes):
         path = directory / f"settings_{index}.json"
@@ -126,7 +135,7 @@ def _run_theirs(settings, directory, cache, processes):
     cost, outputs = _timed(commands, environment)
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     errors = itertools.chain(*(one["test"] for one in found))
-    return *cost, statistics.median(errors), all(one["device"] == "cpu" for one in found)
+    return Outcome(*cost, statistics.median(errors), found[0]["platform"])
 
 
 def _timed(commands, environment):
@@ -162,25 +171,29 @@ def measure(name, turns, peers):
     """One case: a dict that JSON can hold."""
     case = CASES[name]
     found = {one: [] for one in (*OURS, *peers) if one != TWO or case.jobs > 1}
+    platforms = {}
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         settings = settings_of(case, directory / "data.npz")
         for turn in range(turns):
-            for one, costs in found.items():
+            for one, outcomes in found.items():
                 compiled = one.startswith("torch.compile")
                 cache = directory / f"{'torch' if compiled else 'jax'}_{turn}"  # new in each turn
                 if one in OURS:
-                    costs.append(_run_ours(case, directory / f"{one}_{turn}", cache))
+                    outcome = _run_ours(case, directory / f"{one}_{turn}", cache)
                 else:
                     own = settings | {"compiled": compiled}
                     processes = case.jobs if one == TWO else 1
-                    costs.append(_run_theirs(own, directory, cache, processes))
-                print(f"{name}, {one}: {costs[-1][0]:.1f} s, test error {costs[-1][2]:.4f}", flush=True)
-                if costs[-1][3] != found[OURS[0]][0][3]:
-                    raise ValueError(f"{one} and ours are on different devices; install both for one kind")
+                    outcome = _run_theirs(own, directory, cache, processes)
+                platforms[one] = outcome.platform
+                contenders.check_same_platform(platforms)
+                outcomes.append(outcome)
+                print(
+                    f"{name}, {one}: {outcome.seconds:.1f} s, test error {outcome.test_error:.4f}", flush=True
+                )
     rows = {}
-    for one, costs in found.items():
-        seconds, cpu_seconds, errors, _ = zip(*costs, strict=True)
+    for one, outcomes in found.items():
+        seconds, cpu_seconds, errors, _ = zip(*outcomes, strict=True)
         rows[one] = {
             "seconds": contenders.summary(seconds),
             "cpu_seconds": contenders.summary(cpu_seconds),
@@ -197,8 +210,8 @@ def measure(name, turns, peers):
     }
 
 
-def _seconds(costs):
-    return [seconds for seconds, *_ in costs]
+def _seconds(outcomes):
+    return [outcome.seconds for outcome in outcomes]
 
 
 def cells(rows):

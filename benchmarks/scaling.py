@@ -107,7 +107,7 @@ def depth_costs(depth, turns, kinds):
             one = contenders.Contender(throughput.make, throughput.cifar_resnet(depth), DTYPE, kind)
             groups[kind] = [stack.enter_context(one)]
             facts[kind] = one.made.result()
-            throughput.check_same_platform(facts)
+            contenders.check_same_platform({one: found["platform"] for one, found in facts.items()})
         seconds = contenders.race(groups, "train", turns)
     rows = {
         kind: {

@@ -310,13 +310,6 @@ def make(case, dtype, kind):
     return theirs(case, dtype, compiled=kind == "torch.compile")
 
 
-def check_same_platform(facts):
-    """Raises ValueError where the networks of {kind: facts} are not all on a CPU, or all on a GPU."""
-    for kind, found in facts.items():
-        if found["platform"] != facts[OURS]["platform"]:
-            raise ValueError(f"{OURS} and {kind} compute on different devices; install both for one kind")
-
-
 def measure(name, dtype, turns, peers_wanted):
     """One case: a dict that JSON can hold."""
     case = CASES[name]
@@ -327,7 +320,7 @@ def measure(name, dtype, turns, peers_wanted):
             one = contenders.Contender(make, case, dtype, kind)
             processes[kind] = stack.enter_context(one)
             facts[kind] = one.made.result()  # before the next one starts to compile
-            check_same_platform(facts)
+            contenders.check_same_platform({one: found["platform"] for one, found in facts.items()})
         peaks = {kind: one.peak().result() for kind, one in processes.items()}
         groups = {kind: [one] for kind, one in processes.items()}
         for work in ("train", "infer"):

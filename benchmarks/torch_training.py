@@ -10,7 +10,7 @@ python -m benchmarks.torch_training SETTINGS.json, a dict:
   networks: [the name of a function of `benchmarks.peers`, its arguments, seed], one training each.
   compiled: whether the step goes through torch.compile.
 
-Prints {"device": "cpu" or "cuda", split: [error of each network]} as JSON.
+Prints {"platform": "cpu" or "gpu", split: [error of each network]} as JSON.
 """
 
 import json
@@ -52,7 +52,7 @@ def main(path):
         train(network, tensors, settings)
         for split, found in errors.items():
             found.append(evaluate(network, *tensors[split], settings["eval_batch_size"]))
-    print(json.dumps({"device": device} | errors))
+    print(json.dumps({"platform": "gpu" if device == "cuda" else "cpu"} | errors))
 
 
 def train(network, tensors, settings):

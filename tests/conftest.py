@@ -10,12 +10,13 @@ os.environ["PJRT_NPROC"] = "16"
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cnn_cases import command
 from cnn_cases.data import sources
 from cnn_cases.data.resident import ResidentFeed
-from cnn_cases.training import devices, loop
+from cnn_cases.training import devices, loop, running
 from configs import lenet5_digits
 
 devices.choose_cpu_flags()  # as the command line does
@@ -87,6 +88,11 @@ def draw(model, image_shape, seed):
     image, key = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.random.key(seed)
     program = jax.jit(lambda key: model.lazy_init(key, image, train=False)).lower(key)
     return program.compile({"xla_backend_optimization_level": 0})(key)
+
+
+def metrics_of(value):
+    """What a step that computes nothing says of itself: `value` for all that is measured, and not skipped."""
+    return dict.fromkeys(running.NAMES, np.full(1, value)) | {"skipped": np.zeros(1, bool)}
 
 
 def stop_after(program, steps, action):

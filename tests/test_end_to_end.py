@@ -42,7 +42,7 @@ def test_the_peer_learns(tmp_path, capsys):
     path.write_text(json.dumps(settings | {"compiled": False}))
     torch_training.main(path)
     errors = json.loads(capsys.readouterr().out)
-    assert errors.keys() == {"device", "train", "validation", "test"}
+    assert errors.keys() == {"platform", "train", "validation", "test"}
     assert errors["test"][0] < 0.3  # chance is 0.9
 
 
@@ -65,18 +65,18 @@ def test_two_processes_train_all_networks_between_them(tmp_path, monkeypatch):
         assert environment["OMP_NUM_THREADS"] == str(logbook.cpu_threads() // 2)
         for *_, path in commands:
             told.append(json.loads(path.read_text())["networks"])
-        found = [{"device": "cpu", "test": [0.1] * len(networks)} for networks in told]
+        found = [{"platform": "cpu", "test": [0.1] * len(networks)} for networks in told]
         return (1.0, 2.0), [json.dumps(one) for one in found]
 
     monkeypatch.setattr(end_to_end, "_timed", timed)
     settings = {"networks": [["cifar_resnet", {"depth": depth}, 0] for depth in (8, 20, 32)]}
-    assert end_to_end._run_theirs(settings, tmp_path, tmp_path, 2) == (1.0, 2.0, 0.1, True)
+    assert end_to_end._run_theirs(settings, tmp_path, tmp_path, 2) == (1.0, 2.0, 0.1, "cpu")
     assert [one for pair in itertools.zip_longest(*told) for one in pair if one] == settings["networks"]
     assert len(told) == 2
 
 
 def test_a_gpu_is_not_compared_with_a_cpu(monkeypatch):
-    monkeypatch.setattr(end_to_end, "_run_ours", lambda *_: (1.0, 2.0, 0.1, True))
-    monkeypatch.setattr(end_to_end, "_run_theirs", lambda *_: (1.0, 2.0, 0.1, False))
-    with pytest.raises(ValueError, match="torch and ours are on different devices"):
+    monkeypatch.setattr(end_to_end, "_run_ours", lambda *_: end_to_end.Outcome(1.0, 2.0, 0.1, "gpu"))
+    monkeypatch.setattr(end_to_end, "_run_theirs", lambda *_: end_to_end.Outcome(1.0, 2.0, 0.1, "cpu"))
+    with pytest.raises(ValueError, match="first start and torch compute on different devices; install both"):
         end_to_end.measure("ResNet-20, digits", 1, ["torch"])

@@ -26,7 +26,7 @@ def test_a_training_that_was_killed_and_one_that_was_stopped_leave_what_an_undis
 
 def test_what_differs_is_found(config, tmp_path):
     program = loop.make_program(config)
-    for config.seed, name in enumerate(("one", "other")):
+    for name, config.seed in (("one", 0), ("other", 1)):
         loop.train_and_evaluate(config, tmp_path / name, program=program, show_progress=False)
     found = faults.differences(tmp_path / "one", tmp_path / "other")
     assert {"the rows of metrics.jsonl", "the curves of TensorBoard", "the final figures"} <= set(found)

@@ -83,9 +83,9 @@ def run_side_by_side(groups, workdir, num_jobs):
             worker.join()
         todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
     if stop.number:
-        for kind, *words in _left(news):
-            if kind == "refused":  # as where the disk is full
-                raise ValueError(*words)
+        with contextlib.suppress(queue.Empty):
+            while True:  # what the workers had still to tell, as that the disk is full
+                _take(news)
         name = signal.Signals(stop.number).name
         raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
 
@@ -105,7 +105,7 @@ def _collect(workers, news, stop):
     while not stop.number:
         running = any(worker.is_alive() for worker in workers)
         try:
-            kind, *words = news.get(timeout=_POLL_SECONDS)
+            words = _take(news)
         except queue.Empty:
             dead = [worker.exitcode for worker in workers if worker.exitcode]
             if dead:
@@ -113,16 +113,15 @@ def _collect(workers, news, stop):
             if not running:
                 return
             continue
-        if kind == "refused":
-            raise ValueError(*words)
         yield words
 
 
-def _left(news):
-    """Yields what the workers, which have ended, had still to tell."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            yield news.get(timeout=_POLL_SECONDS)
+def _take(news):
+    """What a worker tells next; raises ValueError where that is a refusal, and queue.Empty without any."""
+    kind, *words = news.get(timeout=_POLL_SECONDS)
+    if kind == "refused":
+        raise ValueError(*words)
+    return words
 
 
 def _work(todo, news, workdir, parent, num_threads):

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Literal
 
 from cnn_cases.models import MODELS, make_model
 
@@ -41,6 +42,26 @@ def test_only_the_logits_have_the_compute_type(name):
         assert logits.shape == (2, 7)
         # The RBF units of 1998 measure distances near 84, which bfloat16 would round to halves.
         assert logits.dtype == ("float32" if name == "lenet5_1998" else "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_every_parameter_of_a_whole_network_counts(name):  # tests/test_smoke.py trains parts of these
+    model, image = make(name), jnp.zeros((2, *SIZES[name]))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+
+    def logits(params, batch_stats):
+        every = {"params": params, "batch_stats": batch_stats}
+        rngs = {"dropout": jax.random.key(1)}
+        return model.apply(every, image, train=True, mutable=["batch_stats"], rngs=rngs)[0]
+
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    program = jax.make_jaxpr(logits)(params, batch_stats).jaxpr
+    # Backward from the logits: what an operation takes counts if something counts that it gives.
+    counts = set(program.outvars)
+    for operation in reversed(program.eqns):
+        if counts.intersection(operation.outvars):
+            counts.update(one for one in operation.invars if not isinstance(one, Literal))
+    assert counts.issuperset(program.invars[: len(jax.tree.leaves(params))])
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

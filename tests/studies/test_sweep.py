@@ -4,13 +4,12 @@ import shutil
 import signal
 
 import jax
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
 from cnn_cases.training import logbook, loop
-from tests.conftest import tiny_config
+from tests.conftest import metrics_of, tiny_config
 
 
 def tiny_study(data_dir, **changes):
@@ -112,8 +111,7 @@ def finished(data_dir, tmp_path_factory):
             return program
 
         def train(state, *_):  # nothing is compiled for it
-            metrics = dict.fromkeys(("loss", "error", "grad_norm"), np.full(1, np.nan))
-            return state, metrics | {"skipped": np.zeros(1, bool)}
+            return state, metrics_of(float("nan"))
 
         return program._replace(train=train)
 
