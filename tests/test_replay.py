@@ -11,24 +11,27 @@ import pytest
 from cnn_cases import replay
 from cnn_cases.models import lenet
 from cnn_cases.training import logbook, loop
-from tests.conftest import example_of_step, poisoned, stop_after
+from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
     """As a machine with a single one; the tests' have four."""
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        yield
 
 
-@pytest.fixture
-def diverged(config, tmp_path):
+@pytest.fixture(scope="module")
+def diverged(data_dir, tmp_path_factory):
     """A workdir whose run diverged for real, at step 3, with a checkpoint of each step."""
+    workdir, config = tmp_path_factory.mktemp("diverged"), tiny_config(data_dir)
     config.optimizer.learning_rate = 1e3
     config.schedule.warmup_steps = 0
     config.log_every_steps = config.checkpoint.every_steps = 1
     with pytest.raises(loop.DivergedError) as caught:
-        loop.train_and_evaluate(config, tmp_path, show_progress=False)
-    return tmp_path, caught.value
+        loop.train_and_evaluate(config, workdir, show_progress=False)
+    return workdir, caught.value
 
 
 def test_the_step_is_done_again_and_the_line_is_named(diverged):

@@ -105,6 +105,17 @@ def queued_again():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(data_dir, tmp_path_factory):
+    """A run, its program, and what it leaves in peace."""
+    run = runs_of(data_dir, num_steps=12, checkpoint_every=0)[1]
+    run.config.evaluation.every_steps = 4
+    program = loop.make_program(run.config)
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    loop.train_and_evaluate(run.config, workdir / run.name, program=program, show_progress=False)
+    return run, program, metrics(workdir)
+
+
 @pytest.mark.parametrize(
     ("number", "state", "code"),
     [
@@ -115,14 +126,13 @@ def queued_again():
     ],
 )
 def test_a_signal_saves_and_all_but_the_end_queues_again(
-    number, state, code, queued_again, data_dir, tmp_path, monkeypatch
+    number, state, code, queued_again, undisturbed, tmp_path, monkeypatch
 ):
+    run, program, expected = undisturbed
+    monkeypatch.setattr(loop, "make_program", lambda *_: program)  # which is compiled already
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm" if state else "local")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     fake(tmp_path, monkeypatch, squeue=f"echo {state}")
-    run = runs_of(data_dir, num_steps=12, checkpoint_every=0)[1]
-    run.config.evaluation.every_steps = 4
-    expected = run_here([run], tmp_path / "here")[1]
     run_dir = tmp_path / "there" / run.name
     loop.claim(run_dir, run.config.to_dict())
     evaluate = loop.evaluate
