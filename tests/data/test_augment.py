@@ -28,12 +28,12 @@ def streams_of(batch):
 
 
 def random_images(batch=64, size=6):
-    return jax.random.randint(jax.random.key(9), (batch, size, size, 3), 1, 256).astype(jnp.uint8)
+    return np.random.default_rng(9).integers(1, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
 def unit_images(batch=64, size=6):
     """Not so bright that a small change would be clipped."""
-    return random_images(batch, size) / 512 + 0.2
+    return (random_images(batch, size) / 512 + 0.2).astype(np.float32)
 
 
 def grey_of(image):

@@ -51,7 +51,7 @@ def assert_same_convolution(x, kernel, strides, padding, options):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), "SAME"])
@@ -81,10 +81,17 @@ def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
     assert len(re.findall(r" maximum\(", program)) == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("window", [(2, 2), (3, 3), (2, 3)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
-@pytest.mark.parametrize("padding", ["VALID", "SAME", ((0, 1), (0, 1)), ((1, 1), (1, 0))])
+@pytest.mark.parametrize(
+    ("padding", "dtype"),
+    [
+        ("VALID", jnp.float32),
+        ("SAME", jnp.float32),
+        (((0, 1), (0, 1)), jnp.bfloat16),
+        (((1, 1), (1, 0)), jnp.float32),
+    ],
+)
 def test_max_pool_is_flax_s_in_value_and_gradient(window, strides, padding, dtype):
     # ReLU's zeros and small integers, so that many cells of a window are equal; and gradients that add up
     # without rounding.
