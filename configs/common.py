@@ -102,7 +102,9 @@ def get_config():
     # other batches, up to three times from each.
     config.on_nonfinite = "stop"
     config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
-    config.ema_decay = 0.0  # share of the average of the parameters that a step keeps; 0: no average
+    # Share of the average of the parameters and the running statistics that a step keeps (less in the first
+    # steps); the net is evaluated with this average. 0: no average.
+    config.ema_decay = 0.0
 
     config.schedule = ConfigDict()
     config.schedule.name = "piecewise"  # "constant", "piecewise", "cosine" or "polynomial"

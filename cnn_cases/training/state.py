@@ -16,7 +16,8 @@ class TrainState(struct.PyTreeNode):
       seed: int32, the seed of data order, augmentation and dropout. A leaf and not a constant, so that runs
         that differ in nothing else share one compiled step.
       params: the model's parameters, float32.
-      ema_params: their exponential moving average, with which the model is evaluated; {} for none.
+      ema_params: the exponential moving average of what the model is evaluated with, {"params", "batch_stats"};
+        {} for none.
       batch_stats: the running statistics of batch normalisation; empty where there is none.
       opt_state: the optimizer's state.
     """
@@ -37,7 +38,7 @@ def init_state(model, tx, image_shape, seed, *, with_ema=False):
       tx: an optax optimizer.
       image_shape: (H, W, C) of one image.
       seed: of the initial parameters, and of all that is drawn later.
-      with_ema: keep an average of the parameters.
+      with_ema: keep an average of the parameters and the running statistics.
 
     Raises:
       ValueError: the model refuses its settings or the image size.
@@ -66,13 +67,14 @@ def _maker(model, tx, image_shape, with_ema):
     def make(seed):
         # `lazy_init` draws the parameters without running the network.
         variables = model.lazy_init(jax.random.key(seed), image, train=False)
+        averaged = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
         return TrainState(
             step=jnp.int32(0),
             seed=jnp.int32(seed),
             params=variables["params"],
             # A copy: the step donates every leaf of the state, and none can be donated twice.
-            ema_params=jax.tree.map(jnp.copy, variables["params"]) if with_ema else {},
-            batch_stats=variables.get("batch_stats", {}),
+            ema_params=jax.tree.map(jnp.copy, averaged) if with_ema else {},
+            batch_stats=averaged["batch_stats"],
             opt_state=tx.init(variables["params"]),
         )
 

@@ -32,7 +32,9 @@ def make_train_steps(
         which saves memory, and give one update. Batch statistics and dropout are those of each part, and
         where examples are mixed, they are mixed within the parts that are computed at once: all three then
         depend on the number of devices.
-      ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average.
+      ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average. Step n,
+        from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
+        TensorFlow's ExponentialMovingAverage with `num_updates`.
       own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
       skip_nonfinite: leave the state as it is, but for its counters, where the loss, the gradient or any
         number of the new state is NaN or infinite.
@@ -92,10 +94,12 @@ def make_train_steps(
             grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
         if ema_decay:
-            ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        else:
-            ema_params = state.ema_params
+            # Statistics of the last nets would not be those of the average net.
+            newest = {"params": params, "batch_stats": batch_stats}
+            kept = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            ema_params = optax.incremental_update(newest, ema_params, 1 - kept)
         updated = state.replace(
             step=state.step + 1,
             params=params,
@@ -135,7 +139,7 @@ def step_keys(seed, step):
 
 
 def make_eval_step(apply, prepare, loss, axis_name):
-    """A function that evaluates one batch, with the averaged parameters where the state has them.
+    """A function that evaluates one batch, with the average net where the state has one.
 
     Returns:
       (state, arrays, batch) -> sums over the examples of the global batch whose "mask" is 1: "loss",
@@ -158,7 +162,7 @@ def make_eval_step(apply, prepare, loss, axis_name):
 
 
 def make_predict_step(apply, normalize):
-    """A function that says how likely each class is, with the averaged parameters where there are any.
+    """A function that says how likely each class is, with the average net where the state has one.
 
     Args:
       apply: `model.apply`.
@@ -176,8 +180,8 @@ def make_predict_step(apply, normalize):
 
 
 def _logits(apply, state, image):
-    params = state.ema_params or state.params
-    return apply({"params": params, "batch_stats": state.batch_stats}, image, train=False)
+    variables = state.ema_params or {"params": state.params, "batch_stats": state.batch_stats}
+    return apply(variables, image, train=False)
 
 
 def is_wrong(logits, label):

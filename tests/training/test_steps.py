@@ -70,7 +70,8 @@ def adam_problem():
     """The problem with an optimizer that keeps counters, floats and a schedule."""
     arrays, _, state = problem()
     tx = optax.adam(optax.linear_schedule(0.1, 0.0, 10))
-    return arrays, tx, state.replace(opt_state=tx.init(state.params), ema_params=state.params)
+    average = {"params": state.params, "batch_stats": {}}
+    return arrays, tx, state.replace(opt_state=tx.init(state.params), ema_params=average)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])  # the last is finite itself, but not its square
@@ -154,22 +155,33 @@ def test_side_branches_add_their_weighted_loss_to_the_gradient_and_not_to_the_me
     np.testing.assert_allclose(metrics["loss"], [main], rtol=1e-5)
 
 
-def test_the_average_of_the_parameters_follows_them_and_is_what_is_evaluated():
+def shifting(variables, image, train, **_):
+    """`linear`, with a running statistic: the number of steps, which in evaluation shifts the first logit."""
+    shift = variables["batch_stats"]["shift"]
+    logits = image @ variables["params"]["w"]
+    return (logits, {"batch_stats": {"shift": shift + 1}}) if train else logits.at[:, 0].add(shift)
+
+
+def test_the_average_net_follows_fast_at_first_and_is_what_is_evaluated():
     arrays, tx, state = problem()
-    state = state.replace(ema_params={"w": state.params["w"]})
-    train = on_one_device(steps.make_train_steps(linear, tx, prepare, cross_entropy, AXIS, ema_decay=0.75))
-    average = np.asarray(state.params["w"])
-    for _ in range(3):
+    average = {"params": {"w": state.params["w"]}, "batch_stats": {"shift": jnp.float32(0)}}
+    state = state.replace(batch_stats={"shift": jnp.float32(0)}, ema_params=average)
+    train = on_one_device(steps.make_train_steps(shifting, tx, prepare, cross_entropy, AXIS, ema_decay=0.2))
+    w, shift = np.asarray(state.params["w"]), 0.0
+    for number, kept in enumerate((1 / 10, 2 / 11, 0.2), start=1):
         state, _ = train(state, arrays, {"index": np.arange(12)[None]})
-        average = 0.75 * average + 0.25 * np.asarray(state.params["w"])
-    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5)
-    evaluate = on_one_device(steps.make_eval_step(linear, prepare, cross_entropy, AXIS))
+        w = kept * w + (1 - kept) * np.asarray(state.params["w"])
+        shift = kept * shift + (1 - kept) * number
+    np.testing.assert_allclose(state.ema_params["params"]["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(state.ema_params["batch_stats"]["shift"], shift, rtol=1e-5)
+    logits = (arrays["image"] @ w).astype(np.float32) + np.float32([shift, 0, 0, 0])
+    evaluate = on_one_device(steps.make_eval_step(shifting, prepare, cross_entropy, AXIS))
     batch = {"index": np.arange(12), "mask": np.ones(12, np.float32)}
-    expected = cross_entropy(arrays["image"] @ average, arrays["label"]).sum()
+    expected = cross_entropy(logits, arrays["label"]).sum()
     np.testing.assert_allclose(evaluate(state, arrays, batch)["loss"], expected, rtol=1e-5)
-    predict = steps.make_predict_step(linear, lambda _, image: image)
-    log_chances = jax.nn.log_softmax(arrays["image"] @ average)
-    np.testing.assert_allclose(predict(state, arrays, arrays["image"]), log_chances, rtol=1e-5)
+    predict = steps.make_predict_step(shifting, lambda _, image: image)
+    log_chances = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(predict(state, arrays, jnp.asarray(arrays["image"])), log_chances, rtol=1e-4)
 
 
 def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():
