@@ -337,5 +337,5 @@ def inception_v3_net(num_classes=1000):
         figure_7(1280),
         figure_7(2048),
     ]
-    trunk = nn.Sequential(*last, Mean(), nn.Dropout(0.5), nn.Linear(2048, num_classes))
+    trunk = nn.Sequential(*last, Mean(), nn.Dropout(0.2), nn.Linear(2048, num_classes))
     return SideBranched([nn.Sequential(*layers), trunk], [nn.Sequential(*side, nn.Linear(768, num_classes))])

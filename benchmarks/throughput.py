@@ -252,7 +252,8 @@ def peer(case):
     candidates = {"benchmarks.peers": functools.partial(getattr(peers, name), **arguments)}
     if case.public and importlib.util.find_spec("torchvision"):
         # Inception-v3 starts its weights by scipy, which takes a minute.
-        options = dict(aux_logits=True, init_weights=False) if case.public == "inception_v3" else {}
+        inception = dict(aux_logits=True, init_weights=False, dropout=0.2)
+        options = inception if case.public == "inception_v3" else {}
         public = getattr(importlib.import_module("torchvision.models"), case.public)
         candidates = {"torchvision": functools.partial(public, **options)} | candidates
     ours_counted = counts(case)

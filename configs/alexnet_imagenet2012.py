@@ -13,8 +13,9 @@ The paper's recipe, item by item:
 
 Where the paper is silent: whether biases decay (here they do not), and in what range the pixels lie whose
 principal colours light the images (here [0, 1], and the colours are those that are public for ImageNet).
-Departures: the rate falls after 30, 60 and 80 epochs, times of our own; images of 227 pixels, as the net
-needs, and so 259 where the paper has 256.
+Departures: the rate falls after 30, 60 and 80 epochs, times of our own, and takes effect at once, where the
+paper's, inside the velocity, does so over some ten steps; images of 227 pixels, as the net needs, and so 259
+where the paper has 256.
 The shorter side is resized and the crop lies anywhere in the image; the paper crops from the central square.
 The mean image is that of a sample, of central crops. Not run yet.
 """

@@ -17,7 +17,8 @@ Where the paper is silent: the batch (256), the first rate (0.02), the length (2
 rate is 0.31 times the first), the weight decay (2e-4, without biases), the kind of average (exponential,
 keeping 0.9999 at each step), initialisation (He's, in the model) and what is done to pixels (normalised by
 the mean and deviation of their channel).
-Departures: synchronous steps; one net in the test, of 144 crops.
+Departures: synchronous steps; one net in the test, of 144 crops; images are resized by area or linearly,
+where the paper came to draw the interpolation at random late in its work.
 Not run yet.
 """
 

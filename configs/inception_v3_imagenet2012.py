@@ -14,9 +14,10 @@ The paper's recipe, item by item:
 - a running average of the parameters, with which the net is evaluated.
 
 Where the paper is silent: RMSProp's momentum (0.9, which the paper gives for its earlier runs with plain
-momentum), the side branch's weight (0.4, as in the widespread training code for this net, as recalled; the
-paper on GoogLeNet has 0.3), the weight decay (4e-5 without biases and batch normalisation, as recalled from
-the same code), the average (keeping 0.9999 at each step), initialisation (He's, in the model),
+momentum), the side branch's weight (0.4, as in the authors' training code; the paper on GoogLeNet has 0.3),
+the weight decay (4e-5 without biases and batch normalisation, as in that code), dropout (0.2, in the model,
+as in that code), the average (keeping 0.9999 at each step, and less in the first ones, as in that code),
+initialisation (He's, in the model),
 augmentation (the patches of Szegedy et al. 2014, section 6, and flips, without distortions of colour), the
 crop of the test (the centre, 299 of 342 pixels, as recalled from the same code), and what is done to pixels
 (normalised by the mean and deviation of their channel).

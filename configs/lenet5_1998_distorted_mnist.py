@@ -1,6 +1,6 @@
 """The LeNet-5 of 1998 on distorted MNIST.
 
-Paper: LeCun et al. 1998, section III.C, where a training set enlarged by 540,000 randomly distorted images
+Paper: LeCun et al. 1998, section III.B, where a training set enlarged by 540,000 randomly distorted images
 takes the test error from 0.95 % to 0.8 % (as recalled).
 Command: make data DATASET=mnist
          python train.py --config=configs/lenet5_1998_distorted_mnist.py --workdir=runs/lenet5_1998_distorted

@@ -7,8 +7,9 @@ Command: make data DATASET=imagenet2012
 
 Recipe: for want of a paper's, one in AlexNet's manner. SGD with momentum 0.9, batch 128, rate 0.01 divided
 by 10 after 40, 60 and 80 of 90 epochs, weight decay 5e-4 without biases, random 224-pixel crops of images
-whose shorter side is 256, flips, pixels normalised by the mean and deviation of their channel. Initialisation
-and dropout are those of the authors' definition, in the model.
+whose shorter side is 256, flips, the mean image subtracted from pixels that range over 256 values, for which
+the first weights were chosen. They and dropout are those of the authors' definition, in the model. The mean
+image is that of a sample, of central crops.
 Not run yet.
 """
 
@@ -22,6 +23,7 @@ def get_config():
     config.model.name = "nin"
     config.model.variant = "imagenet"
     config.data.crop.name = "shorter_side"
+    config.data.normalization = "pixel_mean_255"
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"

@@ -15,8 +15,9 @@ The paper's recipe, item by item, all of it kept:
 - SGD with momentum 0.9, batch 128, weight decay 1e-4, 64,000 steps;
 - a rate of 0.1, divided by 10 after 32,000 and 48,000 steps;
 - He initialisation, batch normalisation, no dropout;
-- the mean image subtracted, then 4 pixels of padding and a random 32-pixel crop, flips; one view in the test;
-- 45,000 images to train on, 5,000 for validation.
+- the mean image subtracted, then 4 pixels of padding and random 32-pixel crops, flips; one view in the test;
+- 45,000 images to train on, 5,000 for validation, the split by which the paper chose the schedule. Its
+  figures may be of nets trained on all 50,000, as --config=configs/resnet_cifar10.py:full_train does.
 
 Where the paper is silent: which images are held out (here the last 5,000), and whether biases and batch
 normalisation decay (here they do, as in fb.resnet.torch). Batch statistics are those of the global batch;

@@ -13,8 +13,8 @@ The paper's recipe, item by item, all of it kept:
 - He initialisation, batch normalisation, no dropout;
 - random crops from 4 pixels of padding, and flips.
 
-Where the paper is silent, all as in the paper of 2015: 64,000 steps, the mean image subtracted, the last
-5,000 training images held out for validation. Biases and batch normalisation decay too, as in
+Where the paper is silent, all as in `resnet_cifar10`: 64,000 steps, the mean image subtracted, the last 5,000
+training images held out for validation. Biases and batch normalisation decay too, as in
 fb.resnet.torch. Batch statistics are those of the global batch; the paper trained on two GPUs, each with
 its own.
 Not run yet.

@@ -246,7 +246,7 @@ def _grey(image):
 
 
 def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shear, elastic, elastic_sigma):
-    """Distorts images as MNIST's are in LeCun et al. 1998, section III.C, and Simard et al. 2003, section 2.
+    """Distorts images as MNIST's are in LeCun et al. 1998, section III.B, and Simard et al. 2003, section 2.
 
     One planar affine map (translation, scaling, squeezing, horizontal shearing) about the centre, and a
     random displacement of each pixel that is similar for neighbours; both in one bilinear sampling. What

@@ -31,7 +31,8 @@ not see each other's maps there; what survives dropout is doubled in training, w
 unit's output in the test. The lecture draws neither groups nor response normalisation.
 
 one_tower follows the widespread public weights (torchvision): padding of 2 in the first convolution and no
-response normalisation, both unlike the author's own file for that net, as are its initial values; they and
+response normalisation, both unlike the author's own file for that net, as are its initial values; the text of
+that paper (Krizhevsky 2014) has 384 filters in conv 4, the file and the weights 256. Initial values and
 dropout are those of 2012. The lecture does not draw dropout; its net keeps it.
 """
 

@@ -22,7 +22,7 @@ in the form that its public weights have:
     inception 7a                   8x8x1280        1,698,304
     inception 7b        figure 7   8x8x2048        5,044,608
     inception 7c        figure 7   8x8x2048        6,076,800
-    average pool, dropout 0.5      2048
+    average pool, dropout 0.2      2048
     dense                          1000            2,049,000    23,834,568 in all, 27,161,264 with side branch
 
 Every convolution is followed by batch normalisation and ReLU. Nothing is padded but what says so, and what
@@ -39,8 +39,10 @@ the modules are theirs too, the paper does not give them:
 
 Where the paper is silent: weights start from He et al.'s normal distribution (cut off at two standard
 deviations); batch normalisation has the public epsilon of 1e-3 and keeps 0.9 of its running statistics at
-each step; in the average pools inside the modules padding counts as zeros, as in torchvision. The last
-average pool is over the whole map (8x8 at 299 pixels), so that other image sizes work.
+each step; a fifth of the values drops out before the logits, as in the authors' training code (a half in
+torchvision); in the average pools inside the modules padding counts as zeros, as in torchvision (the
+authors' code leaves it out of the average). The last average pool is over the whole map (8x8 at 299 pixels),
+so that other image sizes work.
 """
 
 import functools
@@ -276,6 +278,6 @@ class InceptionV3(nn.Module):
         for module in FIGURE_7:
             x = Figure7Module(unit, name=f"inception_{module}")(x)
         x = x.mean(axis=(1, 2))
-        x = Dropout(0.5, self.axis_name, name="dropout")(x, train)
+        x = Dropout(0.2, self.axis_name, name="dropout")(x, train)
         logits = dense(self.num_classes, name="logits")(x)
         return (logits, side_logits) if train and self.side_branches else logits

@@ -91,8 +91,8 @@ def make_optimizer(
     Args:
       schedule: step -> learning rate.
       name: one of OPTIMIZERS. "sgd" is v <- momentum v + g, w <- w - rate v; "rmsprop", as in TensorFlow, is
-        v <- momentum v + rate g / root of g's mean square, w <- w - v (Tieleman and Hinton 2012); "adam"
-        (Kingma and Ba 2014); "adamw" (Loshchilov and Hutter 2017).
+        v <- momentum v + rate g / root of g's mean square, which starts from 1, w <- w - v (Tieleman and
+        Hinton 2012); "adam" (Kingma and Ba 2014); "adamw" (Loshchilov and Hutter 2017).
       momentum: in [0, 1); 0 for none; the beta1 of Adam.
       nesterov: Nesterov's form of the momentum.
       second_moment: how much of the mean square each step keeps: of "rmsprop", and the beta2 of Adam.
@@ -125,7 +125,7 @@ def make_optimizer(
         chain.append(optax.sgd(schedule, momentum or None, nesterov))
     elif name == "rmsprop":
         chain.append(
-            optax.rmsprop(schedule, second_moment, epsilon, momentum=momentum or None, nesterov=nesterov)
+            optax.rmsprop(schedule, second_moment, epsilon, 1.0, momentum=momentum or None, nesterov=nesterov)
         )
     else:
         decay = weight_decay if name == "adamw" else 0.0

@@ -16,8 +16,8 @@ class TrainState(struct.PyTreeNode):
       seed: int32, the seed of data order, augmentation and dropout. A leaf and not a constant, so that runs
         that differ in nothing else share one compiled step.
       params: the model's parameters, float32.
-      ema_params: the exponential moving average of what the model is evaluated with, {"params", "batch_stats"};
-        {} for none.
+      ema_params: the exponential moving average of {"params", "batch_stats"}, with which the model is
+        evaluated; {} for none.
       batch_stats: the running statistics of batch normalisation; empty where there is none.
       opt_state: the optimizer's state.
     """

@@ -32,8 +32,8 @@ def make_train_steps(
         which saves memory, and give one update. Batch statistics and dropout are those of each part, and
         where examples are mixed, they are mixed within the parts that are computed at once: all three then
         depend on the number of devices.
-      ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average. Step n,
-        from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
+      ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average. Step
+        n, from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
         TensorFlow's ExponentialMovingAverage with `num_updates`.
       own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
       skip_nonfinite: leave the state as it is, but for its counters, where the loss, the gradient or any

@@ -192,7 +192,7 @@ def test_the_windows_of_a_module_are_those_of_its_figure(module, kernels):
 def test_dropout_and_batch_statistics_know_the_axis():
     found = [module for module, _ in modules_of_initialisation(InceptionV3(axis_name="batch"), 299).values()]
     assert [(module.rate, module.axis_name) for module in found if isinstance(module, Dropout)] == [
-        (0.5, "batch")
+        (0.2, "batch")
     ]
     assert {module.axis_name for module in found if isinstance(module, BatchNorm)} == {"batch"}
 

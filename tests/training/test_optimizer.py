@@ -103,11 +103,11 @@ def test_no_momentum_is_plain_gradient_descent():
 
 
 def test_rmsprop_divides_by_the_root_of_the_mean_square():
-    # Mean squares 0.1 * 4 and 0.9 * 0.4 + 0.1 * 4.
+    # Mean squares 0.9 * 1 + 0.1 * 4 and 0.9 * 1.3 + 0.1 * 4.
     settings = dict(name="rmsprop", momentum=0.0, second_moment=0.9, epsilon=1.0, grad=2.0)
-    first = 2 - 0.1 * 2 / np.sqrt(0.4 + 1)
+    first = 2 - 0.1 * 2 / np.sqrt(1.3 + 1)
     np.testing.assert_allclose(
-        updates(2, **settings), [first, first - 0.1 * 2 / np.sqrt(0.76 + 1)], rtol=1e-5
+        updates(2, **settings), [first, first - 0.1 * 2 / np.sqrt(1.57 + 1)], rtol=1e-5
     )
 
 
