@@ -21,7 +21,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.download.extractor import ExtractError
 from tensorflow_datasets.core.download.util import DownloadError
 
-from cnn_cases.data import digits  # registers the builder
+from cnn_cases.data import decode, digits
 
 # "mnist", "imagenette/320px-v2", "digits:1.0.0". TFDS knows more: settings of a builder, and name spaces, to
 # whose sets belongs code that it downloads.
@@ -171,7 +171,7 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
         count = sum(end - start for _, start, end in parts)
         check_memory(count, shape, "data.image_size and data.border, or take data.feed = 'stream'")
     if None in sides:
-        images, labels = _decode(builder, split)
+        images, labels = _decode(builder, split, image_size)
     else:
         whole = [_decode_once(builder, base) for base, _, _ in parts]
         cut = [
@@ -179,16 +179,10 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
             for (images, labels), (_, start, end) in zip(whole, parts, strict=True)
         ]
         images, labels = (np.concatenate(column) for column in zip(*cut, strict=True))
+        if image_size:
+            images = [_resize(image, image_size) for image in images]
     _check_labels(name, split, labels)
-    if image_size:
-        images = [_resize(image, image_size) for image in images]
-    if isinstance(images, list):
-        shapes = {image.shape for image in images}
-        if len(shapes) != 1:
-            raise ValueError(
-                f"the images of {name!r} differ in size ({len(shapes)} sizes); set data.image_size to one"
-            )
-        images = np.stack(images)
+    images = np.asarray(images)
     if border:
         edge = (border, border)
         images = np.pad(images, ((0, 0), edge, edge, (0, 0)))
@@ -268,17 +262,47 @@ def _parts(builder, split, whence=""):
     return parts
 
 
-def _decode(builder, split):
-    """[image uint8 [H, W, C]] and [label] of a split."""
+def _decode(builder, split, image_size=0):
+    """[image uint8 [H, W, C]], all of one shape, resized unless `image_size` is 0, and [label] of a split."""
+    name, images, labels = builder.info.name, [], []
+    for image, label in _examples(builder, split):
+        images.append(_resize(image, image_size) if image_size else image)
+        labels.append(label)
+        if images[-1].shape != images[0].shape:
+            one, other = ("x".join(map(str, shape)) for shape in (images[0].shape, image.shape))
+            raise ValueError(
+                f"the images of {name!r} differ in size ({one}, {other}); set data.image_size to one"
+            )
+    return images, labels
+
+
+def _examples(builder, split):
+    """Image uint8 [H, W, C] and label of each example of a split, in grey or RGB as a stream has them."""
+    channels = builder.info.features["image"].shape[-1]
+    encoded = {"image": tfds.decode.SkipDecoding()} if channels in (1, 3) else None
     try:
-        source = builder.as_data_source(split)
-        # Reading at once is three times as fast as one by one.
-        examples = source.__getitems__(range(len(source)))
+        source = builder.as_data_source(split, decoders=encoded)
+        # Reading many at once is three times as fast as one by one, and all at once fills the memory.
+        for first in range(0, len(source), 1000):
+            examples = source.__getitems__(range(first, min(first + 1000, len(source))))
+            for number, example in enumerate(examples, start=first):
+                image = example["image"]
+                if encoded:
+                    image = _decoded(image, channels, f"example {number} of {builder.info.name!r}, {split!r}")
+                yield image, example["label"]
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{builder.data_path} is damaged ({error}); delete it and prepare {builder.info.name!r} again"
         ) from error
-    return [example["image"] for example in examples], [example["label"] for example in examples]
+
+
+def _decoded(data, channels, what):
+    try:
+        return decode.decode(data, channels)
+    except ValueError as error:
+        raise ValueError(
+            f"{what}, is damaged: {error}; data.feed = 'stream' can leave it out, by data.stream.max_damaged"
+        ) from error
 
 
 def _decode_once(builder, base):

@@ -23,6 +23,13 @@ _DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
 logger = logging.getLogger(__name__)
 
 
+def check_path(directory):
+    """Raises ValueError where no checkpoint could be read again: Orbax takes its path for a pattern."""
+    path = str(pathlib.Path(directory).absolute())
+    if set(path) & set("*?["):
+        raise ValueError(f"{path}: the path of a workdir must have no *, ? or [")
+
+
 class Checkpoints:
     """The checkpoints below one directory: the last ones, and the best.
 
@@ -44,9 +51,10 @@ class Checkpoints:
           keep_last: how many of the latest are kept, besides the one with the lowest `error`.
 
         Raises:
-          ValueError: `keep_last` is below 1.
+          ValueError: `keep_last` is below 1, or the path is not possible; see `check_path`.
           OSError: `directory` cannot be made.
         """
+        check_path(directory)
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last = {keep_last} must be 1 or more")
         self._directory = pathlib.Path(directory).absolute()

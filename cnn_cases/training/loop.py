@@ -29,7 +29,7 @@ from cnn_cases.data.views import make_views
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
-from cnn_cases.training.checkpoint import Checkpoints
+from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_result
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
@@ -200,6 +200,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
     settings.check(config)  # a workdir could not even be compared with what JSON cannot hold
+    check_path(workdir)
     _check_alike(config)
     earlier = devices_lib.from_lead(lambda: _earlier_result(workdir, config))
     if earlier:

@@ -1,10 +1,13 @@
 """A TFDS set of small pictures in the formats and sizes that photographs come in; two of them are damaged."""
 
 import io
+import re
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+from cnn_cases.data import sources
 
 SIZES = {"train": 24, "test": 11}
 DAMAGED = {"train": (5, 17), "test": (3,)}
@@ -53,3 +56,14 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
         for index in range(SIZES[split]):
             image = io.BytesIO(contents(split, index))
             yield index, {"image": image, "label": index % 4, "file_name": f"{split}_{index}.jpg"}
+
+
+def file_number(directory, split, index):
+    """The number that is in the name of a record; TFDS shuffles them."""
+    record = sources.open_split("tiny_photos", split, directory)[0][index]
+    return int(re.search(r"_(\d+)", record["file_name"].decode())[1])
+
+
+def damaged_indices(directory, split):
+    numbers = {index: file_number(directory, split, index) for index in range(SIZES[split])}
+    return [index for index, number in numbers.items() if number in DAMAGED[split]]

@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.util import DownloadError
 
-from cnn_cases.data import prepare, sources
+from cnn_cases.data import decode, prepare, sources
+from tests.data import photos
 
 
 def test_slices_of_a_split_are_its_parts(data_dir):
@@ -350,3 +351,37 @@ def test_training_on_what_is_held_out_is_refused(data_dir):
         ValueError, match=r"data.splits.train = 'train' and data.splits.test = .* share 7 examp"
     ):
         sources.check_disjoint("digits", {"train": "train", "test": "test+train[1250:]"}, data_dir)
+
+
+def test_pictures_of_all_formats_are_in_memory_as_a_stream_has_them(photos_dir):
+    (bad,) = photos.damaged_indices(photos_dir, "test")
+    sound = f"test[:{bad}]+test[{bad + 1}:]"
+    images, labels, _ = sources.load_split("tiny_photos", sound, photos_dir, image_size=16)
+    assert images.shape == (10, 16, 16, 3)
+    records, _ = sources.open_split("tiny_photos", sound, photos_dir)
+    for image, label, record in zip(images, labels, records, strict=True):
+        np.testing.assert_array_equal(image, sources._resize(decode.decode(record["image"], 3), 16))
+        assert label == record["label"]
+
+
+def test_pictures_that_cannot_be_in_memory_are_named(photos_dir):
+    (bad,) = photos.damaged_indices(photos_dir, "test")
+    with pytest.raises(ValueError, match=rf"example {bad} of 'tiny_photos', 'test', is damaged: .*'stream'"):
+        sources.load_split("tiny_photos", "test", photos_dir, image_size=16)
+    with pytest.raises(
+        ValueError, match=r"the images of 'tiny_photos' differ in size \(\d+x\d+x3, \d+x\d+x3\); "
+    ):
+        sources.load_split("tiny_photos", f"test[{bad + 1}:]+test[:{bad}]", photos_dir)
+
+
+def test_photographs_are_resized_as_they_are_read(photos_dir, monkeypatch):
+    """Or a set would be in memory at its full size first."""
+    sizes, calls, resize = [], [], sources._resize
+    monkeypatch.setattr(
+        sources, "_resize", lambda image, size: sizes.append(len(calls)) or resize(image, size)
+    )
+    monkeypatch.setattr(
+        sources.decode, "decode", lambda *_: calls.append(1) or np.zeros((20, 24, 3), np.uint8)
+    )
+    sources._decode(sources.open_prepared("tiny_photos", photos_dir), "train", 16)
+    assert sizes == list(range(1, photos.SIZES["train"] + 1))

@@ -1,8 +1,8 @@
+import functools
 import itertools
 import logging
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -21,14 +21,6 @@ from tests.data import photos
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CLASSES = tfds.features.ClassLabel(num_classes=10)
-
-
-@pytest.fixture(scope="module")
-def photos_dir(tmp_path_factory):
-    """A TFDS directory with the pictures of `photos` in it."""
-    directory = str(tmp_path_factory.mktemp("photos"))
-    sources.prepare("tiny_photos", directory)
-    return directory
 
 
 @pytest.fixture
@@ -61,17 +53,6 @@ def first_batches(feed, count, seed=0, first_step=0):
 
 def assert_equal(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-def file_number(directory, split, index):
-    """The number that `photos` gave a record; TFDS shuffles them."""
-    record = sources.open_split("tiny_photos", split, directory)[0][index]
-    return int(re.search(r"_(\d+)", record["file_name"].decode())[1])
-
-
-def damaged_indices(directory, split):
-    numbers = {index: file_number(directory, split, index) for index in range(photos.SIZES[split])}
-    return [index for index, number in numbers.items() if number in photos.DAMAGED[split]]
 
 
 def test_a_stream_of_whole_images_is_the_resident_feed(feed_of, data_dir):
@@ -142,10 +123,10 @@ def test_every_sound_evaluation_example_counts_exactly_once(eval_batch_size, fee
 
 
 def test_examples_are_the_pictures_at_their_own_sizes(feed_of, photos_dir):
-    damaged = damaged_indices(photos_dir, "train")
+    damaged = photos.damaged_indices(photos_dir, "train")
     sound = [index for index in range(24) if index not in damaged]
     for index, (image, label) in zip(sound, feed_of().examples("train"), strict=True):
-        number = file_number(photos_dir, "train", index)
+        number = photos.file_number(photos_dir, "train", index)
         picture = np.asarray(photos.picture(number, "L" if number == 2 else "RGB").convert("RGB"), np.int32)
         assert image.shape == picture.shape
         assert np.abs(image - picture).mean() < 10
@@ -157,9 +138,9 @@ def test_the_next_sound_record_of_the_order_takes_a_damaged_ones_place(feed_of, 
     (batch,) = first_batches(feed, 1)
     order = stream.training_order(0, np.arange(30), 24)[:24].tolist()
     following = stream.training_order(0, np.arange(30), 24).tolist()
-    damaged = damaged_indices(photos_dir, "train")
+    damaged = photos.damaged_indices(photos_dir, "train")
     expected = [next(one for one in following[place:] if one not in damaged) for place, _ in enumerate(order)]
-    labels = [file_number(photos_dir, "train", index) % 4 for index in expected]
+    labels = [photos.file_number(photos_dir, "train", index) % 4 for index in expected]
     assert batch["label"].tolist() == labels
     assert batch["image"].max(axis=(1, 2, 3)).min() > 0
 
@@ -172,17 +153,18 @@ def test_damaged_records_are_named_once_each(feed_of, photos_dir, caplog):
             list(feed.eval_batches("test"))
         list(feed.examples("test"))
     messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    number = functools.partial(photos.file_number, photos_dir)
     expected = [
-        f"data.splits.{split}: skipped record {index} ({split}_{file_number(photos_dir, split, index)}.jpg): "
+        f"data.splits.{split}: skipped record {index} ({split}_{number(split, index)}.jpg): "
         for split in ("train", "test")
-        for index in damaged_indices(photos_dir, split)
+        for index in photos.damaged_indices(photos_dir, split)
     ]
     assert [any(map(message.startswith, expected)) for message in messages] == [True] * 3
     assert "runcated" in messages[0]
 
 
 def test_more_damaged_records_than_allowed_end_the_run(feed_of, photos_dir):
-    first, second = damaged_indices(photos_dir, "train")
+    first, second = photos.damaged_indices(photos_dir, "train")
     with pytest.raises(ValueError, match=r"data.stream.max_damaged allows 0 damaged of the 24 records"):
         feed_of(**{"stream.max_damaged": 0.0})
     with pytest.raises(ValueError, match=f"allows 1 .*found 2: record {first} .*; record {second} .*jpg"):

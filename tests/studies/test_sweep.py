@@ -97,6 +97,8 @@ def test_names_of_runs_tell_keys_apart_and_are_no_paths(data_dir):
     grid = (("optimizer.name", ("sgd",)), ("schedule.name", ("cosine",)), ("data.data_dir", ("a/b",)))
     run = sweep.expand(tiny_study(data_dir, grid=grid))[0]
     assert run.name == "optimizer.name-sgd_schedule.name-cosine_data_dir-a-b_seed-0"
+    grid = (("data.splits.train", ("train[:10%]",)),)
+    assert sweep.expand(tiny_study(data_dir, grid=grid))[0].name == "train-train-:10%-_seed-0"
 
 
 @pytest.fixture(scope="module")

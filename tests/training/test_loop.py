@@ -564,6 +564,13 @@ def test_an_impossible_config_is_refused_before_the_workdir_is_touched(key, valu
     assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_whose_path_would_be_a_pattern_is_refused(config, tmp_path):
+    workdir = tmp_path / "train[:10%]"
+    with pytest.raises(ValueError, match=r"train\[:10%\]: the path of a workdir must have no \*, \? or \["):
+        run(config, workdir)
+    assert not workdir.exists()
+
+
 def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path, program):
     run(config, tmp_path, program)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -1,0 +1,12 @@
+import pytest
+
+from cnn_cases.data import sources
+from tests.data import photos  # registers the builder
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory):
+    """A TFDS directory with the pictures of `photos` in it."""
+    directory = str(tmp_path_factory.mktemp("photos"))
+    sources.prepare(photos.TinyPhotos.name, directory)
+    return directory
