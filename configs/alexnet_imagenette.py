@@ -10,9 +10,9 @@ Result: 71.7 % validation error with seed 0 (chance is 90 %), on a subset of 2,0
 epochs of it, and 600 for validation; 6 minutes on two shared CPU cores, 2026-11-24
 (results/alexnet_imagenette.json).
 
-310 steps of 32 images are one epoch of the published set, which has 9,469 images to train on and 3,925 for
-validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs or more:
---config.num_steps=6000.
+310 steps of 32 images are an epoch of the published set and 14 steps, for it has 9,469 images to train on
+and 3,925 for validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs
+or more: --config.num_steps=6000.
 """
 
 from configs import common

@@ -54,7 +54,8 @@ def get_config():
     # workers made lies in shared memory (/dev/shm): workers * buffer batches and a few more. A container may
     # have too little of it (`docker run --shm-size`).
     config.data.stream.workers = 0
-    # Batches made in advance by each worker; without workers, by as many threads, one each.
+    # Batches made in advance by each worker; without workers, by as many threads, one each. In evaluation by
+    # as many threads as this or `workers` says, whichever is more.
     config.data.stream.buffer = 2
     # Fraction of a split's records that may be unreadable; they are named in warnings and left out. 0: the
     # first one ends the run. Each of several processes counts those that it meets.
@@ -76,7 +77,9 @@ def get_config():
     config.data.augment.shear = 0.0  # pixels to the side for each pixel of height, at most
     config.data.augment.elastic = 0.0  # pixels by which smoothed noise in [-1, 1] is multiplied
     config.data.augment.elastic_sigma = 4.0  # pixels, standard deviation of the Gaussian that smooths it
-    config.data.augment.cutout = 0  # pixels, side of a square that is set to 0, the mean
+    # Pixels, side of a square that is set to 0, which for all normalisations but "none" and "lenet5_1998" is
+    # the mean.
+    config.data.augment.cutout = 0
     # Each example is mixed with the one before it in the batch; not both.
     config.data.augment.mixup = 0.0  # alpha: their shares are of Beta(alpha, alpha)
     config.data.augment.cutmix = 0.0  # alpha: the share of a box cut out of the other, of Beta(alpha, alpha)
@@ -205,7 +208,7 @@ def imagenette(config, *, image_size):
     """Sets the data and the length of a training on Imagenette, ten easy classes of ImageNet.
 
     It has no third split: its validation images are those that are reported on, and choose no checkpoint.
-    The steps are one epoch of the published set.
+    The steps are an epoch of the published set and a few more.
     """
     config.num_steps = 310
     config.batch_size = 32

@@ -6,9 +6,9 @@ Command: make data DATASET=imagenette/320px-v2
 Result: 45.8 % validation error with seed 0, on a subset of 2,000 images to train on, five epochs of it, and
         600 for validation; 4 minutes on two shared CPU cores, 2026-11-24 (results/resnet_imagenette.json).
 
-310 steps of 32 images are one epoch of the published set, which has 9,469 images to train on and 3,925 for
-validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs or more:
---config.num_steps=6000.
+310 steps of 32 images are an epoch of the published set and 14 steps, for it has 9,469 images to train on
+and 3,925 for validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs
+or more: --config.num_steps=6000.
 """
 
 from configs import common

@@ -3,8 +3,8 @@
     python -m cnn_cases.data.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
 
 The images are, to the pixel, those that a training with this config sees, but for the normalisation. What
-lies around an image is black here; where a mean image is subtracted, the network sees the mean there. And
-where examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself.
+lies around an image, or is cut out of it, is black here, and for the network it may be the mean. And where
+examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself.
 """
 
 import itertools

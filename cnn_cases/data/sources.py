@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -121,27 +122,27 @@ def open_prepared(name, data_dir=""):
 
 
 def check_disjoint(name, splits, data_dir=""):
-    """Refuses to train on an example that is held out.
+    """Refuses splits that share examples: to train on one that is held out, or to choose by one of the test.
 
     Args:
       name, data_dir: see `make_builder`.
-      splits: {role: TFDS split expression}, with the role "train" among them.
+      splits: {role: TFDS split expression}.
 
     Raises:
-      ValueError: a split cannot be read, or the training split and another one share examples.
+      ValueError: a split cannot be read, or two share examples.
     """
     builder = open_prepared(name, data_dir)
     parts = {role: _parts(builder, split, f"data.splits.{role} = ") for role, split in splits.items()}
-    for role in splits.keys() - {"train"}:
+    for one, other in itertools.combinations(splits, 2):
         shared = sum(
             max(0, min(end, other_end) - max(start, other_start))
-            for base, start, end in parts["train"]
-            for other_base, other_start, other_end in parts[role]
+            for base, start, end in parts[one]
+            for other_base, other_start, other_end in parts[other]
             if base == other_base
         )
         if shared:
             raise ValueError(
-                f"data.splits.train = {splits['train']!r} and data.splits.{role} = {splits[role]!r} share "
+                f"data.splits.{one} = {splits[one]!r} and data.splits.{other} = {splits[other]!r} share "
                 f"{shared} examples of {name!r}; an honest evaluation needs examples that were held out"
             )
 
@@ -391,6 +392,6 @@ def _class_of_feature(name, of_tfds=tfds.features.FeatureConnector.cls_from_name
 
 tfds.features.FeatureConnector.cls_from_name = staticmethod(_class_of_feature)
 
-# What TFDS warns of at each start: that OpenCV would decode faster, and that an empty directory is empty.
-_NOISE = ("OpenCV is not installed", "has no dataset_info.json")
-logging.getLogger("absl").addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
+# TFDS warns at each start that an empty directory is empty.
+_NOISE = "has no dataset_info.json"
+logging.getLogger("absl").addFilter(lambda record: _NOISE not in record.getMessage())

@@ -91,7 +91,8 @@ class StreamFeed:
           batch_size: examples of a training step, over all devices of all processes.
           eval_batch_size: examples of an evaluation step, likewise.
           workers: processes that make training batches; 0 for threads of this process.
-          buffer: batches that each worker makes in advance; without workers, as many threads make one each.
+          buffer: batches that each worker makes in advance; without workers, as many threads make one
+            each. In evaluation threads do, as many as `buffer` or `workers` says, whichever is more.
           max_damaged: fraction of a split's records that may be damaged.
           make_pixels: training images, uint8 [N, H, W, C] -> `pixels.Pixels`. It is given the crops of
             evaluation of at most MAX_SAMPLE images, evenly spaced in the split.
@@ -119,9 +120,9 @@ class StreamFeed:
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
         self.num_classes = features["label"].num_classes
-        made_ahead = buffer * max(max(workers, 1) * batch_size, eval_batch_size) // process_count
+        made_ahead = max(buffer * max(workers, 1) * batch_size, max(buffer, workers) * eval_batch_size)
         sources.check_memory(
-            made_ahead + min(MAX_SAMPLE, len(records)),
+            made_ahead // process_count + min(MAX_SAMPLE, len(records)),
             self.image_shape,
             "batch_size, evaluation.batch_size, data.stream, data.image_size and data.border",
         )
@@ -213,7 +214,8 @@ class StreamFeed:
 
     def _batches(self, role, dataset, workers):
         """The batches of a dataset, without what they tell of damaged records."""
-        threads = 0 if workers else self._buffer  # a worker makes one batch at a time
+        # A worker makes one batch at a time. An evaluation has as many threads as training has workers.
+        threads = 0 if workers else max(self._buffer, self._workers)
         batches = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
         if workers:
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=self._buffer)

@@ -21,8 +21,25 @@ from cnn_cases.training import logbook
 KEYS = {"model.depth", "model.plain"}
 KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
-FIGURES = ("train/loss", "train/error", "test/error")
-ERRORS = {"train/error": "training error", "test/error": "test error"}
+
+
+def final_errors(config):
+    """{name of a final error: its title}; on the test set by the views of `evaluation.protocol`."""
+    protocol = records.lookup(config, "base.evaluation.protocol") or "single"
+    if protocol == "single":
+        return {"train/error": "training error", "test/error": "test error"}
+    return {"train/error": "training error", f"test/{protocol}/error": f"test error ({protocol})"}
+
+
+def _final_figures(record):
+    return {"train/loss": "training loss"} | final_errors(record["config"])
+
+
+def suits(record):
+    """Whether a record has the grid of a depth study, and all final figures of each run that finished."""
+    finished = [run["metrics"].keys() for run in record["runs"] if run["status"] == "finished"]
+    keys = {key for key, _ in record["config"]["grid"]}
+    return keys == KEYS and all(_final_figures(record).keys() <= names for names in finished)
 
 
 def summarise(record):
@@ -40,7 +57,7 @@ def summarise(record):
             depth, kind = run["model.depth"], KINDS[run["model.plain"]]
             row = rows.setdefault((depth, code), collections.defaultdict(list, depth=depth, code=code))
             row[f"{kind} diverged"] = row.get(f"{kind} diverged", 0) + (run["status"] == "diverged")
-            for name in FIGURES:
+            for name in _final_figures(record):
                 if run["status"] == "finished":
                     row[f"{kind} {name}"].append(run["metrics"][name])
     return [rows[key] for key in sorted(rows)]
@@ -63,7 +80,8 @@ def table(record, form):
     """
     rows = summarise(record)
     kinds = [kind for kind in KINDS.values() if any(f"{kind} diverged" in row for row in rows)]
-    columns = [(kind, name) for name in FIGURES for kind in kinds]
+    titles = _final_figures(record)
+    columns = [(kind, name) for name in titles for kind in kinds]
     code = ["code"] if any(row["code"] for row in rows) else []
     if form == "csv":
         whats = [f"{kind} {name} {what}" for kind, name in columns for what in ("mean", "std", "seeds")]
@@ -75,8 +93,8 @@ def table(record, form):
                 mean = statistics.mean(values) if values else ""
                 lines[-1] += [mean, statistics.stdev(values) if len(values) > 1 else "", len(values)]
         return tables.comma_separated(lines)
-    titles = {"train/loss": "training loss", "train/error": "training error %", "test/error": "test error %"}
-    lines = [["depth", *code, *(f"{kind} {titles[name]}" for kind, name in columns)]]
+    percent = {name: " %" * name.endswith("error") for name in titles}
+    lines = [["depth", *code, *(f"{kind} {titles[name]}{percent[name]}" for kind, name in columns)]]
     for row in rows:
         lines.append([str(row["depth"]), *(row[key] for key in code), *(_cell(row, *one) for one in columns)])
     return (tables.markdown if form == "markdown" else tables.aligned)(lines)
@@ -158,7 +176,7 @@ def _draw_by_depth(record, draw_panel, **labels):
     figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
     grid = figure.subplots(len(codes), 2, squeeze=False, sharey=True)
     for axes, code in zip(grid, codes, strict=True):
-        for axis, (name, title) in zip(axes, ERRORS.items(), strict=True):
+        for axis, (name, title) in zip(axes, final_errors(record["config"]).items(), strict=True):
             draw_panel(axis, code, name)
             axis.set(xlabel="depth (weighted layers)", title=f"{title}{', code ' * bool(code)}{code}")
             axis.set_xticks(sorted({row["depth"] for row in rows}))
@@ -239,14 +257,14 @@ def draw_difference(record):
 
 def compare(record):
     """The paired comparison of plain and residual nets at each depth; see `comparison.compare`."""
-    rows = comparison.compare(record, "model.plain", True, False, list(ERRORS))
+    rows = comparison.compare(record, "model.plain", True, False, list(final_errors(record["config"])))
     return sorted(rows, key=lambda row: row["model.depth"])
 
 
 def comparison_table(record, form):
     """The paired comparison as "text", "markdown" or "csv"; differences are plain less residual."""
     titles = {"model.depth": "depth"} | {
-        name: f"{title}, plain less residual" for name, title in ERRORS.items()
+        name: f"{title}, plain less residual" for name, title in final_errors(record["config"]).items()
     }
     return comparison.table(compare(record), titles, form)
 

@@ -25,8 +25,7 @@ def main(arguments=None):
                 f"{options.record} is no record of a study: it must have config, environments and runs"
             )
         options.out.mkdir(parents=True, exist_ok=True)
-        keys = {key for key, _ in record["config"]["grid"]}
-        (depth_curves if keys == depth_curves.KEYS else sweep).write_report(record, options.out)
+        (depth_curves if depth_curves.suits(record) else sweep).write_report(record, options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -72,7 +72,7 @@ def draw_runs(
       band: whether to draw the band.
     """
     steps, mean, low, high = mean_curve([run for run in runs if run["status"] == "finished"], name)
-    every = max(1, len(steps) // MAX_MARKERS)
+    every = max(1, -(-len(steps) // MAX_MARKERS))
     axis.plot(
         steps,
         mean,
@@ -137,16 +137,21 @@ def seeds_in_words(record):
     return f"mean over {up_to}{seeds} seeds, band: least to greatest"
 
 
+def in_words(record, key):
+    """The value of a key of a study's configs, or all of them where it is of the grid."""
+    return "/".join(map(str, records.values(record, key)))
+
+
 def data_in_words(record):
     """On what the networks of a study were trained."""
-    base = record["config"]["base"]
-    return f"{base['data']['name']}, batches of {base['batch_size']}"
+    return f"{in_words(record, 'data.name')}, batches of {in_words(record, 'batch_size')}"
 
 
 def loss_label(record):
     """The title of an axis of losses, with its unit."""
-    name = record["config"]["base"]["loss"]["name"]
-    return f"loss ({'cross-entropy, nats' if name == 'cross_entropy' else name + ', no unit'})"
+    names = records.values(record, "loss.name")
+    units = ("cross-entropy, nats" if name == "cross_entropy" else f"{name}, no unit" for name in names)
+    return f"loss ({'; '.join(units)})"
 
 
 def set_loss_axis(axis, record):
@@ -215,7 +220,7 @@ def draw_curves(record):
         _add_legend_of_points(figure, record)
     _add_legend_of_lines(figure, record)
     figure.suptitle(
-        f"{record['config']['base']['model']['name']} on {data_in_words(record)}: {seeds_in_words(record)}",
+        f"{in_words(record, 'model.name')} on {data_in_words(record)}: {seeds_in_words(record)}",
         fontsize=10,
     )
     return figure

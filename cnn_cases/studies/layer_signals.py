@@ -344,8 +344,8 @@ def draw_responses(record):
         line |= {"linewidth": width, "label": f"{kind}-{depth}"}
         _draw_layers(original, seeds, **line)
         _draw_layers(ranked, -np.sort(-seeds, axis=1), **line)
-    original.set(ylabel="standard deviation of the response", xlabel="3x3 layer, counted from the input")
-    ranked.set(xlabel="3x3 layer, from the largest response to the smallest")
+    original.set(ylabel="standard deviation of the response", xlabel="convolution, counted from the input")
+    ranked.set(xlabel="convolution, from the largest response to the smallest")
     for axis in (original, ranked):
         axis.set_xlim(1, depths[-1] - 1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -195,18 +195,10 @@ def recipe(config):
     return left
 
 
-def lookup(config, key):
-    """The value of a key such as "data.augment.flip"; None where a record does not have it."""
-    value = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
 def counterpart(config, metric):
     """The published figure of a config's network, data and metric; None where there is none."""
     for one in PUBLISHED:
-        pairs = [(lookup(config, key), value) for key, value in one.where.items()]
+        pairs = [(records.lookup(config, key), value) for key, value in one.where.items()]
         if one.metric == metric and all(
             there == value or (there is None and not value) for there, value in pairs
         ):
@@ -218,7 +210,7 @@ def metric_of(row):
     """The error to show: of the test set if there is one, as its paper tests if that was done."""
     measured = [run["metrics"] for run in row.runs if run["status"] == "finished"]
     names = measured[0] if measured else ("test/error",)
-    protocol = lookup(row.config, "evaluation.protocol")
+    protocol = records.lookup(row.config, "evaluation.protocol")
     wanted = (f"test/{protocol}/error", "test/error", f"validation/{protocol}/error", "validation/error")
     return next((name for name in wanted if name in names), "test/error")
 

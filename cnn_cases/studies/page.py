@@ -99,7 +99,8 @@ def to_html(record, panel_key=None, panels=None):
                     for quantity in ("error", "loss"):
                         if run["curves"].get(f"{split}/{quantity}"):
                             plot = plots[quantity, panel]
-                            drawn = _draw(plot, run, f"{split}/{quantity}", style, _DASHES[tags[-1]])
+                            dash = _DASHES[tags[-1] % len(_DASHES)]
+                            drawn = _draw(plot, run, f"{split}/{quantity}", style, dash)
                             for line in drawn:
                                 line.tags = tags
                             lines += drawn
@@ -108,8 +109,7 @@ def to_html(record, panel_key=None, panels=None):
         drawn = [renderer for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
         tip = f"<b>$name</b><br>step @x, {quantity} {value}"
         plot.add_tools(HoverTool(tooltips=tip, renderers=drawn, line_policy="nearest"))
-    base = record["config"]["base"]
-    heading = f"{base['model']['name']} on {base['data']['name']}"
+    heading = f"{figures.in_words(record, 'model.name')} on {figures.in_words(record, 'data.name')}"
     plots = gridplot(
         list(plots.values()), ncols=len(panels), sizing_mode="stretch_width", toolbar_location="right"
     )
@@ -123,7 +123,7 @@ def to_html(record, panel_key=None, panels=None):
 
 
 def _summary(record):
-    runs, steps = record["runs"], record["config"]["base"]["num_steps"]
+    runs, steps = record["runs"], max(records.values(record, "num_steps"))
     diverged = sum(run["status"] == "diverged" for run in runs)
     words = ["One run" if len(runs) == 1 else f"{len(runs)} runs, a line each,", f"of up to {steps:,} steps."]
     if diverged:

@@ -23,7 +23,7 @@ def read(path):
     """The record in a JSON file; None where the file holds something else.
 
     Raises:
-      ValueError: the file is no JSON.
+      ValueError: the file is no JSON, or a record from which something is missing.
     """
     try:
         record = json.loads(pathlib.Path(path).read_text())
@@ -36,8 +36,35 @@ def read(path):
         return None
     # The values of a grid can be tuples, of which JSON made lists, and points are looked up by their values.
     study = settings.from_json(study)
+    _check(record, study, path)
     runs = [run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]]
     return record | {"config": study, "runs": runs}
+
+
+def _check(record, study, path):
+    keys = {"seed", "status", "step", "curves", *(key for key, _ in study["grid"])}
+    for part, needed in (("environments", {"commit", "versions"}), ("runs", keys)):
+        if not record[part]:
+            raise ValueError(f"{path}: {part} = [] must not be empty")
+        for number, one in enumerate(record[part]):
+            own = {"metrics"} if one.get("status") == "finished" else set()
+            missing = sorted((needed | own) - one.keys())
+            if missing:
+                raise ValueError(f"{path}: {part}[{number}] has no {missing[0]}")
+
+
+def lookup(config, key):
+    """The value of a key such as "data.augment.flip"; None where a config does not have it."""
+    value = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def values(record, key):
+    """The values of a key in the runs of a study: those of the grid, or the one of the base."""
+    study = record["config"]
+    return tuple(dict(study["grid"]).get(key, (lookup(study["base"], key),)))
 
 
 def adjustments(study, point):

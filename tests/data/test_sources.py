@@ -353,6 +353,12 @@ def test_training_on_what_is_held_out_is_refused(data_dir):
         sources.check_disjoint("digits", {"train": "train", "test": "test+train[1250:]"}, data_dir)
 
 
+def test_to_choose_by_examples_of_the_test_is_refused(data_dir):
+    splits = {"train": "train", "validation": "test[:10]", "test": "test"}
+    with pytest.raises(ValueError, match=r"data.splits.validation = .* and data.splits.test = .* share 10 e"):
+        sources.check_disjoint("digits", splits, data_dir)
+
+
 def test_pictures_of_all_formats_are_in_memory_as_a_stream_has_them(photos_dir):
     (bad,) = photos.damaged_indices(photos_dir, "test")
     sound = f"test[:{bad}]+test[{bad + 1}:]"

@@ -36,7 +36,7 @@ def record():
     }
     grid = [["model.depth", [8, 20]], ["model.plain", [True, False]]]
     config = {"base": base, "grid": grid, "seeds": [0, 1]}
-    return {"config": config, "environments": [ENVIRONMENT], "runs": runs}
+    return {"config": config, "environments": [dict(ENVIRONMENT)], "runs": runs}
 
 
 @pytest.fixture

@@ -100,6 +100,22 @@ def test_one_seed_has_no_interval_and_draws(record):
     depth_curves.draw_difference(record)
 
 
+def test_the_test_is_that_of_the_protocol(record):
+    record["config"]["base"]["evaluation"] = {"protocol": "ten_crop"}
+    for one in record["runs"]:
+        if one["status"] == "finished":
+            one["metrics"]["test/ten_crop/error"] = one["metrics"]["test/error"] / 2
+    head, _, first, *_ = depth_curves.table(record, "markdown").splitlines()
+    assert "plain test error (ten_crop) %" in head
+    assert "| 15.00 ± 7.07 |" in first
+    assert "test error (ten_crop), plain less residual (points)" in depth_curves.comparison_table(
+        record, "markdown"
+    )
+    assert depth_curves.draw_depth(record).axes[1].get_title() == "test error (ten_crop)"
+    dots = [line for line in depth_curves.draw_difference(record).axes[1].lines if line.get_marker() == "D"]
+    assert dots[1].get_ydata() == pytest.approx([25])
+
+
 def test_a_report_is_files_for_people_and_programs(record, tmp_path):
     depth_curves.write_report(record, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}

@@ -36,6 +36,35 @@ def test_values_of_a_grid_can_be_tuples(record, tmp_path):
     assert "| (0.3, 0.6) | 4 |" in table
 
 
+def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(record, tmp_path):
+    for one in record["runs"]:
+        if one["status"] == "finished":
+            one["metrics"] = {"test/error": one["metrics"]["test/error"]}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path / "record.json"), f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out/depth.png").exists()
+    assert "| 8 | True | 2 | 30.00 ± 14.14 | 0 |" in (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda record: record["runs"][1].pop("model.depth"), "runs[1] has no model.depth"),
+        (lambda record: record["runs"][0].pop("metrics"), "runs[0] has no metrics"),
+        (lambda record: record["runs"].clear(), "runs = [] must not be empty"),
+        (lambda record: record["environments"][0].clear(), "environments[0] has no commit"),
+    ],
+)
+def test_a_record_from_which_something_is_missing_is_one_error(spoil, message, record, tmp_path, capsys):
+    spoil(record)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as exit_info:
+        draw.main([str(path), f"--out={tmp_path / 'out'}"])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == f"error: {path}: {message}\n"
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", None])
 def test_what_is_no_record_is_one_error(text, tmp_path, capsys):
     if text is not None:

@@ -3,6 +3,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from cnn_cases.studies import figures, ledger, records
 
@@ -37,6 +38,28 @@ def test_loss_on_a_logarithmic_axis_and_errors_each_with_a_unit(record):
     assert loss.get_ylabel() == "training loss (cross-entropy, nats)"
     assert error.get_ylabel() == "error (%)"
     assert {axis.get_xlabel() for axis in (loss, error)} == {"training step"}
+
+
+def test_titles_have_all_values_of_what_a_grid_changes(record):
+    record["config"]["grid"] += [
+        ["batch_size", [32, 128]],
+        ["model.name", ["lenet5", "vgg"]],
+        ["loss.name", ["cross_entropy", "rbf_map"]],
+    ]
+    for one in record["runs"]:
+        one |= {"batch_size": 32, "model.name": "vgg", "loss.name": "rbf_map"}
+    figure = figures.draw_curves(record)
+    assert figure.get_suptitle().startswith("lenet5/vgg on digits, batches of 32/128: ")
+    assert figure.axes[0].get_ylabel() == "training loss (cross-entropy, nats; rbf_map, no unit)"
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 9, 15, 16, 23])
+def test_a_curve_has_few_markers(number, record):
+    curve = [[step, 0.5] for step in range(number)]
+    axis = Figure().subplots()
+    figures.draw_runs(axis, [record["runs"][0] | {"curves": {"test/error": curve}}], "test/error", color="k")
+    first, every = axis.lines[0].get_markevery()
+    assert 1 <= len(range(first, number, every)) <= figures.MAX_MARKERS
 
 
 def test_each_point_has_a_colour_a_marker_and_a_name(record):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from cnn_cases.studies import ledger
+from cnn_cases.studies import ledger, records
 from configs.studies import depth_digits
 
 CPU = {"commit": "a" * 40, "cpus": 2, "devices": ["cpu"], "versions": {"jax": "0.10.2"}}
@@ -12,11 +12,12 @@ GPUS = CPU | {"devices": ["NVIDIA H100", "NVIDIA H100"]}
 
 def outcome(seed, error, depth=20, **changes):
     run = {"model.depth": depth, "seed": seed, "status": "finished", "step": 64_000, "date": "2026-11-25"}
-    return run | {"metrics": {"train/error": 0.0, "test/error": error}} | changes
+    return run | {"metrics": {"train/error": 0.0, "test/error": error}, "curves": {}} | changes
 
 
 def diverged(seed, depth=20):
-    return {"model.depth": depth, "seed": seed, "status": "diverged", "step": 5, "date": "2026-11-25"}
+    run = {"model.depth": depth, "seed": seed, "status": "diverged", "step": 5, "date": "2026-11-25"}
+    return run | {"curves": {}}
 
 
 def record(*runs, environments=(CPU,), **base):
@@ -176,7 +177,7 @@ def test_a_point_is_configured_as_the_sweep_does_it():
 def test_every_key_of_a_published_figure_is_one_of_a_config():
     base = json.loads(depth_digits.get_config().base.to_json())
     keys = {key for one in ledger.PUBLISHED for key in one.where if key != "model.variant"}
-    assert [key for key in keys if ledger.lookup(base, key) is None] == []
+    assert [key for key in keys if records.lookup(base, key) is None] == []
 
 
 def test_no_two_published_figures_are_of_the_same_runs():

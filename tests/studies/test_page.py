@@ -117,3 +117,17 @@ def test_lines_of_two_commits_say_so(mixed):
 def test_a_diverged_run_is_told_of(record, tmp_path):
     page.write(record, tmp_path / "curves.html")
     assert "1 diverged" in (tmp_path / "curves.html").read_text()
+
+
+def test_any_number_of_splits_is_shown(record):
+    for one in record["runs"]:
+        for name in "abcde":
+            one["curves"][f"{name}/error"] = one["curves"]["test/error"]
+    assert {name.split(", ")[-1] for name in lines(page.to_html(record))} >= {*"abcde", "test", "training"}
+
+
+def test_the_summary_has_the_longest_of_the_runs(record):
+    record["config"]["grid"].append(["num_steps", [20, 2_000]])
+    for one in record["runs"]:
+        one["num_steps"] = 20
+    assert "of up to 2,000 steps." in page.to_html(record)

@@ -269,3 +269,12 @@ def test_a_signal_at_the_end_of_a_run_ends_the_study(data_dir, tmp_path, monkeyp
 def test_a_study_that_is_not_finished_gives_no_record(study, tmp_path):
     with pytest.raises(ValueError, match=r"momentum-0\.0_flip-True_seed-0 is not finished"):
         sweep.make_record(study, tmp_path)
+
+
+def test_all_errors_of_a_table_are_in_percent(record):
+    for one in record["runs"]:
+        if one["status"] == "finished":
+            one["metrics"] = {"test/ten_crop/error": 0.3, "test/ten_crop/top_5_error": 0.1}
+    head, first, *_ = sweep.table(record)
+    assert head[3:5] == ["test/ten_crop/error %", "test/ten_crop/top_5_error %"]
+    assert first[3:5] == ["30.00 ± 0.00", "10.00 ± 0.00"]
