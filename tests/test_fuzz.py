@@ -25,7 +25,7 @@ quick = functools.partial(settings, deadline=None, derandomize=True, suppress_he
 def test_a_wrong_config_trains_or_is_refused_by_its_key():
     outcomes = []
 
-    @quick(max_examples=40)
+    @quick(max_examples=30)
     @given(numbers)
     def fuzz_configs(rng):
         with tempfile.TemporaryDirectory() as directory:
@@ -39,7 +39,7 @@ def test_a_wrong_config_trains_or_is_refused_by_its_key():
 def test_a_wrong_study_expands_or_is_refused_by_its_key():
     outcomes = []
 
-    @quick(max_examples=60)
+    @quick(max_examples=40)
     @given(numbers)
     def fuzz_studies(rng):
         outcomes.append(fuzz.try_study(rng))
