@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
+from cnn_cases.models import layers
 from cnn_cases.models.layers import (
     BatchNorm,
     ConvUnit,
@@ -58,6 +59,29 @@ def assert_same_convolution(x, kernel, strides, padding, options):
 def test_the_matrix_product_is_the_convolution(size, window, stride, padding):
     x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
     kernel = jax.random.normal(jax.random.key(1), (window, window, 5, 4))
+    assert_same_convolution(x, kernel, (stride, stride), padding, {})
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "window", "stride", "padding"),
+    [
+        (32, 1, 5, 1, "VALID"),  # LeNet-5's first
+        (14, 6, 5, 1, "VALID"),  # and its second
+        (32, 3, 3, 1, "SAME"),  # a ResNet's first, for CIFAR-10
+        (13, 2, 3, 2, ((0, 2), (2, 3))),
+    ],
+)
+def test_the_banded_product_is_the_convolution(size, channels, window, stride, padding, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, size, size, channels))
+    kernel = jax.random.normal(jax.random.key(1), (window, window, channels, 4))
+
+    def text():
+        program = jax.jit(lambda x: conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN))
+        return program.lower(x).as_text()
+
+    assert "stablehlo.convolution" in text()  # of two images it is not worth to compile more
+    monkeypatch.setattr(layers, "_WORTH_A_BAND", 0)
+    assert "stablehlo.convolution" not in text()
     assert_same_convolution(x, kernel, (stride, stride), padding, {})
 
 
