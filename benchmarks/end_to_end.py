@@ -114,7 +114,9 @@ def _run_ours(case, workdir, cache):
     command = ["-m", "cnn_cases.studies.depth_curves", f"--jobs={case.jobs}"] if study else ["train.py"]
     command += [f"--config=configs/{case.config.replace('.', '/')}.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in case.overrides.items()]
-    cost, _ = _timed([command], {"XDG_CACHE_HOME": str(cache)})
+    cost, _ = _timed(
+        [command], {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    )
     runs = sorted(workdir.glob("runs/*")) if study else [workdir]
     errors = [logbook.read_result(run)["metrics"]["test/error"] for run in runs]
     starts = itertools.chain(*map(logbook.read_environments, runs))
@@ -170,7 +172,9 @@ def _timed(commands, environment):
 def measure(name, turns, peers):
     """One case: a dict that JSON can hold."""
     case = CASES[name]
-    found = {one: [] for one in (*OURS, *peers) if one != TWO or case.jobs > 1}
+    # In the order of PEERS: a later start needs the first one, which compiles for it.
+    wanted = [one for one in PEERS if one in peers and (one != TWO or case.jobs > 1)]
+    found = {one: [] for one in (*OURS, *wanted)}
     platforms = {}
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
@@ -237,6 +241,9 @@ def main():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", help="a JSON file, of which each case is a section")
     options = parser.parse_args()
+    first, later = PEERS[-2:]
+    if later in options.peers and first not in options.peers:
+        parser.error(f"--peers: {later!r} needs {first!r}, which compiles for it")
     jobs.share_accelerators()  # this process asks JAX what there is, too
     rows = {}
     for name in options.cases:

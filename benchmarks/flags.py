@@ -54,7 +54,7 @@ def measure(name, turns):
     facts, groups, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for one, flags in FLAGS.items():
-            environment = {"XLA_FLAGS": flags}
+            environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
             process = contenders.Contender(ours, CASES[name], DTYPE, one == FLAX, environment=environment)
             stack.enter_context(process)
             try:

@@ -63,6 +63,7 @@ def train(network, tensors, settings):
         lr=settings["rates"][0],
         momentum=settings["momentum"],
         weight_decay=settings["weight_decay"],
+        fused=True,  # PyTorch's fastest
     )
 
     def loss_of(image, label):
@@ -70,6 +71,7 @@ def train(network, tensors, settings):
 
     if settings["compiled"]:
         loss_of = torch.compile(loss_of)
+    network.train()
     order, size = torch.empty(0, dtype=torch.long), settings["batch_size"]
     for step, rate in enumerate(settings["rates"], start=1):
         if len(order) < size:
@@ -77,7 +79,6 @@ def train(network, tensors, settings):
         chosen, order = order[:size].to(image.device), order[size:]
         for group in sgd.param_groups:
             group["lr"] = rate
-        network.train()
         sgd.zero_grad(set_to_none=True)
         loss_of(image[chosen], label[chosen]).backward()
         sgd.step()
@@ -93,6 +94,7 @@ def evaluate(network, image, label, batch_size):
     network.eval()
     parts = zip(image.split(batch_size), label.split(batch_size), strict=True)
     wrong = sum((network(some).argmax(1) != theirs).sum().item() for some, theirs in parts)
+    network.train()
     return wrong / len(label)
 
 
