@@ -45,18 +45,18 @@ OVERRIDES = {
     "checkpoint.every_steps": 10,
     "checkpoint.keep_last": 3,
 }
-# Of each kind of file in a checkpoint one: whether a value comes from it, and how to find it.
+# Of each kind of file in a checkpoint one, by its pattern: whether a value comes from it.
 KINDS = {
-    "checksums.json": (True, "checksums.json"),
-    "extra/metadata": (True, "extra/metadata"),
-    "state/_METADATA": (True, "state/_METADATA"),
-    "state/manifest.ocdbt": (True, "state/manifest.ocdbt"),
-    "state/d/*": (True, "state/d/*"),
-    "state/ocdbt.process_0/manifest.ocdbt": (True, "state/ocdbt.process_0/manifest.ocdbt"),
-    "state/ocdbt.process_0/d/*": (True, "state/ocdbt.process_0/d/*"),
-    "_CHECKPOINT_METADATA": (False, "_CHECKPOINT_METADATA"),
-    "commit_success.txt": (False, "commit_success.txt"),
-    "state/commit_success.txt": (False, "state/commit_success.txt"),
+    "checksums.json": True,
+    "extra/metadata": True,
+    "state/_METADATA": True,
+    "state/manifest.ocdbt": True,
+    "state/d/*": True,
+    "state/ocdbt.process_0/manifest.ocdbt": True,
+    "state/ocdbt.process_0/d/*": True,
+    "_CHECKPOINT_METADATA": False,
+    "commit_success.txt": False,
+    "state/commit_success.txt": False,
 }
 TIMEOUT_SECONDS = 300
 
@@ -254,13 +254,13 @@ def _without_places(line, directory):
 def of_files():
     """Yields (name, what may come of it, do, of which run) for damage to files."""
     damages = {"truncated": truncate, "a bit flipped": flip, "emptied": empty, "removed": remove}
-    for kind, (needed, pattern) in KINDS.items():
+    for pattern, needed in KINDS.items():
         for word, damage in damages.items():
 
             def do(workdir, pattern=pattern, damage=damage):
                 damage(max(newest(workdir).glob(pattern), key=lambda path: path.stat().st_size))
 
-            yield f"newest checkpoint: {kind} {word}", "fell back" if needed else "unharmed", do, "stopped"
+            yield f"newest checkpoint: {pattern} {word}", "fell back" if needed else "unharmed", do, "stopped"
     for item in ("state", "extra", "state/ocdbt.process_0", ""):
         name = f"newest checkpoint: {item + '/' if item else 'all of it'} removed"
         yield name, "fell back", lambda workdir, item=item: remove(newest(workdir) / item), "stopped"

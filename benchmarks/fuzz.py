@@ -234,7 +234,7 @@ def try_config(rng, directory, names=TRAINING):
 
     Args:
       rng: a `random.Random`.
-      directory: an empty one, for runs.
+      directory: for the run; nothing is there yet.
       names: of the configs to choose from.
 
     Returns:
@@ -251,6 +251,8 @@ def try_config(rng, directory, names=TRAINING):
     is_here = name.endswith("_digits")
     with contextlib.nullcontext() if is_here else Images(load(name).data.name, 4).in_place():
         what, message = judge(lambda: train(ConfigDict(values), directory, name in REAL), keys)
+    if what == "refused" and directory.exists():
+        what = "refused, and the workdir touched"
     return Outcome(kinds=kinds, keys=keys, name=name, what=what, message=message)
 
 
@@ -383,29 +385,32 @@ def try_study(rng):
         keys = ["base", mutate(values["base"], rng.choice(KINDS), rng)]
     else:
         other = rng.choice(VALUES)
+        # What is wrong in it, and so may be named instead of the part.
         inside = {
             "grid": (
-                value,
-                (value, (other,)),
-                ("optimizer.momentum", (value, other)),
-                ("model.depth", value),
+                ("grid", value),
+                ("grid", (value, (other,))),
+                ("optimizer.momentum", ("optimizer.momentum", (value, other))),
+                ("model.depth", ("model.depth", value)),
             ),
-            "seeds": (value, other),
+            "seeds": (("seed", value), ("seed", other)),
             "adjust": (
-                *(value, (value, other), ((value, other), (("num_steps", 4),))),
-                (("model.depth", 8), ((value, other),)),
-                (("model.depth", 8), (("num_steps", value),)),
+                *(("adjust", value), ("adjust", (value, other))),
+                ("adjust", ((value, other), (("num_steps", 4),))),
+                ("model.depth", (("model.depth", 8), ((value, other),))),
+                ("num_steps", (("model.depth", 8), (("num_steps", value),))),
             ),
         }
         part = rng.choice(list(inside))
-        keys, values[part] = [part], (rng.choice(inside[part]),)
+        key, inner = rng.choice(inside[part])
+        keys, values[part] = [part, key], (inner,)
 
     def expand():
         for run in sweep.expand(ConfigDict(values)):
             loop.check(run.config)
         return "trained"
 
-    what, message = judge(expand, [*keys, "seed", *(key for key, _ in GRIDS[1] + GRIDS[2])])
+    what, message = judge(expand, keys)
     return Outcome(kinds=[f"study {kind}"], keys=keys, name="study", what=what, message=message)
 
 

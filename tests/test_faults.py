@@ -1,6 +1,8 @@
 """The short version of `python -m benchmarks.faults`."""
 
+import random
 import signal
+from types import SimpleNamespace
 
 import jax
 
@@ -33,3 +35,21 @@ def test_what_differs_is_found(config, tmp_path):
     found = faults.differences(tmp_path / "one", tmp_path / "other")
     assert {"the rows of metrics.jsonl", "the curves of TensorBoard", "the final figures"} <= set(found)
     assert any("params" in line for line in found)
+
+
+def test_a_draft_that_a_killed_process_left_is_no_save(tmp_path):
+    saves = tmp_path / "checkpoints"
+    (saves / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+    polls = iter(range(6))
+
+    def poll():
+        number = next(polls, None)
+        if number == 2:
+            (saves / "20.orbax-checkpoint-tmp").rmdir()
+        if number == 4:
+            (saves / "20.orbax-checkpoint-tmp").mkdir()
+        return None if number is not None else 0
+
+    process = SimpleNamespace(poll=poll)
+    assert faults.wait_for(process, tmp_path, "save", 0, random.Random(0))
+    assert next(polls) == 5

@@ -52,9 +52,8 @@ def test_a_wrong_study_expands_or_is_refused_by_its_key():
 def test_what_is_let_through_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(config_settings, "check", lambda *_: None)
     rng = random.Random("unchecked")
-    found = {
-        outcome.what for outcome in (fuzz.try_config(rng, tmp_path, ["lenet5_digits"]) for _ in range(20))
-    }
+    workdir = tmp_path / "run"
+    found = {fuzz.try_config(rng, workdir, ["lenet5_digits"]).what for _ in range(20)}
     assert {"TypeError", "AttributeError"} & found
 
 

@@ -60,8 +60,8 @@ def expand(study):
             f"adjust = {study.adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
             "its value there"
         )
-    if not isinstance(study.seeds, tuple):
-        raise ValueError(f"seeds = {study.seeds} must be a tuple, as in (0, 1, 2)")
+    if not (isinstance(study.seeds, tuple) and all(type(seed) is int for seed in study.seeds)):
+        raise ValueError(f"seeds = {study.seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
     keys = [key for key, _ in study.grid]
     if "seed" in keys:
         raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
@@ -69,6 +69,8 @@ def expand(study):
     if twice:
         raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
     for key, values in (*((f"grid: {key}", values) for key, values in study.grid), ("seeds", study.seeds)):
+        if not all(map(_is_plain, values)):
+            raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
         if not values or any(value in values[:index] for index, value in enumerate(values)):
             raise ValueError(f"{key} = {values} must have values, and none of them twice")
     short = records.short_names([*keys, "seed"])
@@ -94,6 +96,12 @@ def _is_pair(pair):
     if not isinstance(pair, tuple) or len(pair) != 2:
         return False
     return isinstance(pair[0], str) and isinstance(pair[1], tuple)
+
+
+def _is_plain(value):
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _is_adjustment(pair):

@@ -4,6 +4,7 @@ import shutil
 import signal
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -79,10 +80,11 @@ def test_a_study_can_give_some_points_other_keys_besides(data_dir):
         ({"grids": ()}, "grids is unknown; a study has base, grid, seeds and adjust"),
         ({"base": 3}, r"base = 3 \(int\) must be a ConfigDict"),
         ({"adjust": (("num_steps", 8),)}, r"adjust = \(\('num_steps', 8\),\) must be pairs of"),
-        ({"grid": (("num_steps", ({1}, {1})),)}, "grid: num_steps = .* none of them twice"),
+        ({"grid": (("num_steps", (4, 4)),)}, "grid: num_steps = .* none of them twice"),
+        ({"grid": (("num_steps", ({1}, np.ones(2))),)}, "grid: num_steps = .* must have numbers, texts"),
         ({"seeds": (0, -1)}, "seed = -1 must be in"),
-        ({"seeds": 3}, "seeds = 3 must be a tuple"),
-        ({"seeds": ("a",)}, "grid: seed = 'a' does not fit the base config"),
+        ({"seeds": 3}, "seeds = 3 must be a tuple of whole numbers"),
+        ({"seeds": ("a",)}, r"seeds = \('a',\) must be a tuple of whole numbers"),
         ({"seeds": ()}, r"^seeds = \(\) must have values"),
         ({"seeds": (1, 1)}, r"^seeds = \(1, 1\) must have values, and none of them twice"),
     ],
