@@ -19,8 +19,8 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "on", "off"],
-    "auto: one of several processes where Slurm, Open MPI or a TPU pod says so, or the flags below; "
-    "on: ask JAX, which also knows Kubernetes; off: one process.",
+    "auto: one of several processes where variables of Slurm, Open MPI 4 or a TPU pod say so, or the flags "
+    "below; on: ask JAX, which also knows Kubernetes and Compute Engine's pods; off: one process.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port, a free port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes do this training.")

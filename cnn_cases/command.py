@@ -9,6 +9,7 @@
 143   SIGTERM came, and all is saved
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -165,13 +166,18 @@ def _terminated(*_):
 def _leave_at_once(signal_name, code):
     # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
     # in a segmentation fault: that is what one of 55 signals at random times led to.
-    print(f"{signal_name}: stopped before or after the training; start again to go on", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _tell(f"{signal_name}: stopped before or after the training; start again to go on")
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
-    print(message, file=sys.stderr)
+    _tell(message)
     devices.leave(code, patience_seconds)
     sys.exit(code)
+
+
+def _tell(message):
+    with contextlib.suppress(OSError):  # the exit code must be right where nobody can read this
+        print(message, file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ bit, but where its `steps_per_call` is above 1. Nothing is written.
 
 import math
 import pathlib
-import sys
 import traceback
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ def replay(workdir, step=None):
         return loop.seed_of_batches(config.seed, rewound_to, done)
 
     seed = batches = before = metrics = None
-    hidden = not sys.stderr.isatty()
+    hidden = not logbook.is_watched()
     for done in tqdm(range(first, step), unit=" steps", disable=hidden, leave=False):
         if seed != seed_after(done):
             seed = seed_after(done)

@@ -40,12 +40,16 @@ def make_builder(name, data_dir):
       data_dir: a directory; "" for TFDS's own choice: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Raises:
-      ValueError: TFDS knows no such set.
+      ValueError: TFDS knows no such set, or `data_dir` is no directory but a bucket.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"data.name = {name!r} is no name of a TFDS data set, as 'mnist', 'imagenette/320px-v2' and "
             "'digits:1.0.0' are"
+        )
+    if re.match(r"\w+:/", data_dir):
+        raise ValueError(
+            f"data.data_dir = {data_dir!r} must be a directory, which a bucket is once it is mounted"
         )
     try:
         # array_record files can be read without TensorFlow.

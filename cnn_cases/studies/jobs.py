@@ -12,6 +12,8 @@ import queue
 import signal
 import sys
 
+import jax
+
 from cnn_cases import command
 from cnn_cases.training import logbook, loop
 
@@ -41,6 +43,9 @@ def run_here(groups, workdir):
             except loop.DivergedError as error:
                 result = {"status": "diverged", "step": error.step}
             yield run.name, in_words(result, finished_before=done)
+        if program is not None:
+            program = None
+            jax.clear_caches()  # or JAX would keep what was compiled, and with it the data set
 
 
 def in_words(result, *, finished_before=False):

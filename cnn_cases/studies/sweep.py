@@ -85,7 +85,7 @@ def expand(study):
             for key, value in records.adjustments(study, point):
                 _override(config, "adjust", key, value)
             name = "_".join(f"{short[key]}-{value}" for key, value in own.items())
-            runs.append(Run(re.sub(r"[/\[\]*?]", "-", name), point, config))
+            runs.append(Run(re.sub(r"[/\\\[\]*?]", "-", name), point, config))
     name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
     if times > 1:
         raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")

@@ -24,10 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def check_path(directory):
-    """Raises ValueError where no checkpoint could be read again: Orbax takes its path for a pattern."""
+    """Raises ValueError where no checkpoint could be saved, or read again.
+
+    Orbax takes a path for a pattern, TensorStore a backslash for a slash; and a bucket is no directory.
+    """
+    if re.match(r"\w+:/", str(directory)):
+        raise ValueError(f"{directory}: a workdir must be a directory, which a bucket is once it is mounted")
     path = str(pathlib.Path(directory).absolute())
-    if set(path) & set("*?["):
-        raise ValueError(f"{path}: the path of a workdir must have no *, ? or [")
+    if set(path) & set("*?[\\"):
+        raise ValueError(f"{path}: the path of a workdir must have no *, ?, [ or backslash")
 
 
 class Checkpoints:

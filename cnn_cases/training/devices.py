@@ -98,13 +98,20 @@ def launched_processes(environment):
       environment: `os.environ`.
 
     Raises:
-      ValueError: a launcher's variable is no number.
+      ValueError: a launcher's variable is no number, or Open MPI does not tell enough.
     """
     for launcher, (count, others) in _LAUNCHERS.items():
         if count in environment and all(name in environment for name in others):
             if not environment[count].isdecimal():
                 raise ValueError(f"{count} = {environment[count]!r}, set by {launcher}, is not a number")
             return int(environment[count])
+    size = environment.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size != "1":
+        raise ValueError(
+            f"OMPI_COMM_WORLD_SIZE = {size!r}, set by Open MPI, which from version 5 on does not say where "
+            "its processes meet: name coordinator_address, num_processes and process_id, or distributed = "
+            "'off'"
+        )
     hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
     return len(hosts.split(","))
 

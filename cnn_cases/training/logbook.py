@@ -26,6 +26,7 @@ import logging
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -78,7 +79,7 @@ class Logbook:
             with _writing(self._workdir):
                 starts = read_environments(self._workdir)
                 write_json(self._workdir / "environment.json", [*starts, environment()])
-        except ValueError:
+        except BaseException:
             self._lock.close()
             raise
         self._rows = self._tensorboard = None
@@ -88,7 +89,7 @@ class Logbook:
             total=num_steps,
             desc=title,
             unit=" steps",
-            disable=not (show_progress and sys.stderr.isatty()),
+            disable=not (show_progress and is_watched()),
             leave=False,
             dynamic_ncols=True,
         )
@@ -153,7 +154,8 @@ class Logbook:
     def say(self, message):
         """One line for the person who watches; nothing where no progress is shown."""
         if self._show_progress:
-            tqdm.write(message, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a pipe whose reader is gone, a full disk: no reason to stop
+                tqdm.write(message, file=sys.stderr)
 
     def start_profile(self):
         """Starts to note what the devices and the host do."""
@@ -167,7 +169,14 @@ class Logbook:
         """Writes what was noted, if anything is."""
         if self._is_profiling:
             self._is_profiling = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (RuntimeError, OSError) as error:
+                sessions = (self._workdir / "profile").glob("plugins/profile/*")
+                shutil.rmtree(max(sessions, default=""), ignore_errors=True)  # the latest by its name, a time
+                logging.getLogger(__name__).warning(
+                    "%s: the profile could not be written: %s", self._workdir, error
+                )
 
     def flush(self):
         """Brings all rows to the disk.
@@ -194,7 +203,8 @@ class Logbook:
     def close(self):
         """Ends the log."""
         self.stop_profile()
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         # Something is left to write only where writing has failed before, which has been told.
         for file in (self._rows, self._tensorboard):
             if file is not None:
@@ -298,11 +308,21 @@ def lock(workdir):
         logging.getLogger(__name__).warning(
             "%s cannot be locked (%s): see to it that one process alone uses it", workdir, error
         )
-    with _writing(workdir):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+    try:
+        with _writing(workdir):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+    except ValueError:
+        with contextlib.suppress(OSError):  # what could not be written cannot be now
+            file.close()
+        raise
     return file
+
+
+def is_watched():
+    """Whether a terminal shows what this process says."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def differences(old, new, prefix=""):
@@ -351,7 +371,7 @@ def _version(package):
 
 
 def _commit():
-    """The commit of this code; None outside a git checkout.
+    """The commit of this code; None where no git checkout has it.
 
     Where Python files differ from it or are new, with "-dirty-" and a checksum of them behind it.
     """
@@ -361,6 +381,7 @@ def _commit():
         return subprocess.run(["git", "-C", root, *arguments], capture_output=True, check=True).stdout
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # a checkout around an installation is another project's
         commit = git("rev-parse", "HEAD").decode().strip()
         changes = git("diff", "HEAD", "--no-ext-diff", "--binary", "--", "*.py")
         for name in git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py").split(b"\0")[:-1]:

@@ -11,7 +11,6 @@ import itertools
 import math
 import pathlib
 import signal
-import sys
 import threading
 import time
 import types
@@ -30,7 +29,15 @@ from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints, check_path
-from cnn_cases.training.logbook import Logbook, claim, differences, environment, read_result, write_result
+from cnn_cases.training.logbook import (
+    Logbook,
+    claim,
+    differences,
+    environment,
+    is_watched,
+    read_result,
+    write_result,
+)
 from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
@@ -282,7 +289,11 @@ def _open(workdir, config, show_progress):
         title=workdir.name,
         show_progress=show_progress,
     )
-    return log, Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
+    try:
+        return log, Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
+    except BaseException:
+        log.close()  # and with it the lock, which a notebook would keep
+        raise
 
 
 def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop):
@@ -514,7 +525,7 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
         share = batch_size * height * width // (shape[0] * shape[1] * num_all)
         return max(1, share) * num_devices
 
-    hidden = not (show_progress and sys.stderr.isatty())
+    hidden = not (show_progress and is_watched())
     return predictions.average_views(
         tqdm(program.feed.examples(split), desc=split, unit=" images", disable=hidden, leave=False),
         make_views(protocol, program.feed.image_shape, program.feed.view),

@@ -45,6 +45,13 @@ def test_an_unknown_set_is_refused():
         sources.load_split("cifr10", "train")
 
 
+def test_a_bucket_is_no_directory():
+    with pytest.raises(
+        ValueError, match=r"data.data_dir = 'gs://bucket/tfds' must be a directory, which a bucket"
+    ):
+        sources.load_split("digits", "train", "gs://bucket/tfds")
+
+
 def test_a_set_that_is_not_prepared_is_refused_without_a_try_at_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
     with pytest.raises(ValueError, match="not prepared") as error:

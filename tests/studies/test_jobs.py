@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 import pytest
@@ -40,6 +42,21 @@ def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_anot
     assert rows(tmp_path) == expected
     again = jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)
     assert all("(finished before)" in news for _, news in again)
+
+
+def test_a_group_that_has_ended_leaves_nothing_in_memory(data_dir, tmp_path, monkeypatch):
+    feeds, make_program = [], loop.make_program
+
+    def make(config):
+        program = make_program(config, jax.devices()[:1])
+        feeds.append(weakref.ref(program.feed))
+        return program
+
+    monkeypatch.setattr(loop, "make_program", make)
+    for _ in jobs.run_here(groups_of(data_dir), tmp_path):
+        pass
+    gc.collect()
+    assert [feed() for feed in feeds] == [None, None]
 
 
 class Telling:

@@ -54,6 +54,11 @@ def test_a_launchers_count_that_is_no_number_is_refused():
         devices.launched_processes(SLURM | {"SLURM_NTASKS": "two"})
 
 
+def test_an_open_mpi_that_does_not_tell_where_to_meet_is_refused():
+    with pytest.raises(ValueError, match=r"OMPI_COMM_WORLD_SIZE = '2', .* name coordinator_address"):
+        devices.launched_processes({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

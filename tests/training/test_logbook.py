@@ -4,7 +4,9 @@ import os
 import platform
 import subprocess
 import sys
+from unittest import mock
 
+import jax
 import pytest
 
 from cnn_cases.training import logbook
@@ -205,11 +207,17 @@ def test_the_config_and_every_start_are_noted(tmp_path):
 
 
 def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(logbook, "__file__", str(tmp_path / "cnn_cases/training/logbook.py"))
+    file = tmp_path / "cnn_cases/training/logbook.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(logbook, "__file__", str(file))
     assert logbook.environment()["commit"] is None  # no checkout
     (tmp_path / "model.py").write_text("LAYERS = 3")
     who = ("-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "--message=x")
-    for arguments in (("init", "--quiet"), ("add", "."), who):
+    for arguments in (("init", "--quiet"), ("add", "model.py"), who):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
+    assert logbook.environment()["commit"] is None  # somebody else's checkout, around an installation
+    for arguments in (("add", "."), who):
         subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
     commit = logbook.environment()["commit"]
     assert len(commit) == 40
@@ -250,6 +258,42 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="cannot be written"):
         logbook.claim(tmp_path / "file" / "run", CONFIG)
+
+
+def test_who_watches_may_go_away(tmp_path, monkeypatch):
+    log = logbook.Logbook(tmp_path, CONFIG, num_steps=10, title="test", show_progress=True)
+    broken = mock.Mock(spec=sys.stderr)
+    broken.write.side_effect = BrokenPipeError
+    monkeypatch.setattr(sys, "stderr", broken)
+    log.say("step 4/12")
+    log.close()
+    assert broken.write.called
+    monkeypatch.setattr(sys, "stderr", None)
+    assert not logbook.is_watched()
+
+
+def test_a_profile_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+    with contextlib.closing(open_log(tmp_path)) as log:
+        log.start_profile()
+        stop_trace = jax.profiler.stop_trace
+
+        def fail():
+            stop_trace()
+            raise RuntimeError("RESOURCE_EXHAUSTED: no space left on device")
+
+        monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+        log.stop_profile()
+    assert "the profile could not be written: RESOURCE_EXHAUSTED" in caplog.text
+    assert list((tmp_path / "profile").glob("plugins/profile/*")) == []
+
+
+def test_a_start_that_fails_gives_the_lock_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(logbook, "environment", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:  # by a notebook, with all that its frames hold
+        open_log(tmp_path)
+    monkeypatch.undo()
+    open_log(tmp_path).close()
+    del kept
 
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -564,11 +564,30 @@ def test_an_impossible_config_is_refused_before_the_workdir_is_touched(key, valu
     assert not (tmp_path / "run").exists()
 
 
-def test_a_workdir_whose_path_would_be_a_pattern_is_refused(config, tmp_path):
-    workdir = tmp_path / "train[:10%]"
-    with pytest.raises(ValueError, match=r"train\[:10%\]: the path of a workdir must have no \*, \? or \["):
+@pytest.mark.parametrize("name", ["train[:10%]", "runs\\x", "a*"])
+def test_a_workdir_whose_path_means_something_else_is_refused(name, config, tmp_path):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{name}: the path of a workdir must have no *, ?, [ or b")
+    ):
+        run(config, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "file:///tmp/run"])
+def test_a_workdir_that_is_no_directory_is_refused(workdir, config):
+    with pytest.raises(
+        ValueError, match=r"a workdir must be a directory, which a bucket is once it is mounted"
+    ):
         run(config, workdir)
-    assert not workdir.exists()
+
+
+def test_a_start_that_fails_can_be_tried_again(config, tmp_path, program):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(FileExistsError) as kept:  # by a notebook, with all that its frames hold
+        run(config, tmp_path, program)
+    (tmp_path / "checkpoints").unlink()
+    assert run(config, tmp_path, program)["status"] == "finished"
+    del kept
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path, program):
