@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from cnn_cases.analysis import costs
 from cnn_cases.data import sources
+from cnn_cases.models import layers as model_layers
 from cnn_cases.models import make_model
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet, InceptionModule
@@ -337,6 +338,13 @@ def test_an_input_of_several_branches_is_kept_once():
     assert costs.total(layers).kept == pixels * (192 + 96 + 16 + 192)
 
 
+@pytest.fixture
+def layers_of_accelerators(monkeypatch):
+    """Those of a CPU multiply zeros, and keep patches of their input."""
+    monkeypatch.setattr(model_layers, "is_for_cpu", lambda: False)
+
+
+@pytest.mark.usefixtures("layers_of_accelerators")
 @pytest.mark.parametrize(
     ("model", "image_shape"),
     [(LeNet5(), (32, 32, 1)), (CifarResNet(14), (16, 16, 3)), (NIN(), (16, 16, 3))],
@@ -372,6 +380,7 @@ def xla_flops(model, image_shape):
     return apply.lower(variables, image).cost_analysis()["flops"]
 
 
+@pytest.mark.usefixtures("layers_of_accelerators")
 def test_xla_counts_the_same_where_nothing_is_padded():
     layers = counted(LeNet5(), (32, 32, 1))
     beside = xla_flops(LeNet5(), (32, 32, 1)) - 2 * costs.total(layers).multiply_adds
@@ -381,6 +390,7 @@ def test_xla_counts_the_same_where_nothing_is_padded():
     assert beside == pytest.approx(2 * weighted + 4 * pooled, rel=0.01)
 
 
+@pytest.mark.usefixtures("layers_of_accelerators")
 @pytest.mark.parametrize(
     ("model", "tolerance"),
     # Norms and additions, 6 operations a value, beside narrow convolutions of 16 channels; biases and ReLUs
