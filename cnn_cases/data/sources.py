@@ -22,7 +22,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.download.extractor import ExtractError
 from tensorflow_datasets.core.download.util import DownloadError
 
-from cnn_cases.data import decode, digits
+from cnn_cases.data import digits  # registers the builder
 
 # "mnist", "imagenette/320px-v2", "digits:1.0.0". TFDS knows more: settings of a builder, and name spaces, to
 # whose sets belongs code that it downloads.
@@ -302,6 +302,8 @@ def _examples(builder, split):
 
 
 def _decoded(data, channels, what):
+    from cnn_cases.data import decode  # here, since what prepares a set has none of the libraries for it
+
     try:
         return decode.decode(data, channels)
     except ValueError as error:

@@ -96,6 +96,13 @@ def test_the_preparation_command_says_where_the_set_lies(tmp_path, capsys):
     assert capsys.readouterr().out.count(f"digits is prepared in {tmp_path}") == 2
 
 
+def test_preparing_needs_nothing_but_its_own_requirements():
+    """`make data` installs requirements-data.txt alone."""
+    missing = ("cv2", "simplejpeg", "grain", "jax", "flax", "optax", "orbax", "ml_collections", "sklearn")
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import cnn_cases.data.prepare"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_preparation_command_ends_with_one_message():
     with pytest.raises(SystemExit, match=r"prepare: error: .*'cifr10' is no TFDS data set"):
         prepare.main(["cifr10"])
@@ -393,8 +400,6 @@ def test_photographs_are_resized_as_they_are_read(photos_dir, monkeypatch):
     monkeypatch.setattr(
         sources, "_resize", lambda image, size: sizes.append(len(calls)) or resize(image, size)
     )
-    monkeypatch.setattr(
-        sources.decode, "decode", lambda *_: calls.append(1) or np.zeros((20, 24, 3), np.uint8)
-    )
+    monkeypatch.setattr(decode, "decode", lambda *_: calls.append(1) or np.zeros((20, 24, 3), np.uint8))
     sources._decode(sources.open_prepared("tiny_photos", photos_dir), "train", 16)
     assert sizes == list(range(1, photos.SIZES["train"] + 1))
