@@ -83,7 +83,7 @@ class Logbook:
             self._lock.close()
             raise
         self._rows = self._tensorboard = None
-        self._is_profiling = False
+        self._profiles_before = None  # while one is under way: those that were there
         self._show_progress = show_progress
         self._bar = tqdm(
             total=num_steps,
@@ -162,18 +162,22 @@ class Logbook:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # thousands of Python's own calls would hide all others
         directory = self._workdir / "profile"
+        before = self._profiles()
         jax.profiler.start_trace(directory, create_perfetto_trace=True, profiler_options=options)
-        self._is_profiling = True
+        self._profiles_before = before
+
+    def _profiles(self):
+        return set((self._workdir / "profile").glob("plugins/profile/*"))
 
     def stop_profile(self):
         """Writes what was noted, if anything is."""
-        if self._is_profiling:
-            self._is_profiling = False
+        if self._profiles_before is not None:
+            before, self._profiles_before = self._profiles_before, None
             try:
                 jax.profiler.stop_trace()
             except (RuntimeError, OSError) as error:
-                sessions = (self._workdir / "profile").glob("plugins/profile/*")
-                shutil.rmtree(max(sessions, default=""), ignore_errors=True)  # the latest by its name, a time
+                for half in self._profiles() - before:
+                    shutil.rmtree(half, ignore_errors=True)
                 logging.getLogger(__name__).warning(
                     "%s: the profile could not be written: %s", self._workdir, error
                 )

@@ -273,6 +273,8 @@ def test_who_watches_may_go_away(tmp_path, monkeypatch):
 
 
 def test_a_profile_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+    earlier = tmp_path / "profile/plugins/profile/2026_11_27_04_00_00"
+    earlier.mkdir(parents=True)
     with contextlib.closing(open_log(tmp_path)) as log:
         log.start_profile()
         stop_trace = jax.profiler.stop_trace
@@ -284,7 +286,7 @@ def test_a_profile_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, m
         monkeypatch.setattr(jax.profiler, "stop_trace", fail)
         log.stop_profile()
     assert "the profile could not be written: RESOURCE_EXHAUSTED" in caplog.text
-    assert list((tmp_path / "profile").glob("plugins/profile/*")) == []
+    assert list((tmp_path / "profile").glob("plugins/profile/*")) == [earlier]
 
 
 def test_a_start_that_fails_gives_the_lock_back(tmp_path, monkeypatch):
