@@ -51,7 +51,6 @@ OVERRIDES = {
     "checkpoint.every_steps": 20,
 }
 POLL_SECONDS = 0.001
-DRAFTS = "*.orbax-checkpoint-tmp*"  # of checkpoints that are being written
 
 
 def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):
@@ -128,7 +127,7 @@ def wait_for(process, workdir, moment, startup, rng):
       rng: a `random.Random`.
     """
     rows, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
-    left_over = set(saves.glob(DRAFTS))  # by a process that was killed in a save
+    left_over = set(saves.glob(checkpoint.DRAFTS))  # by a process that was killed in a save
 
     def size():
         return rows.stat().st_size if rows.exists() else 0
@@ -140,7 +139,7 @@ def wait_for(process, workdir, moment, startup, rng):
             if time.monotonic() > until:
                 return True
         elif moment == "save":
-            drafts = set(saves.glob(DRAFTS))
+            drafts = set(saves.glob(checkpoint.DRAFTS))
             if drafts - left_over:
                 return True
             left_over &= drafts  # those that were cleaned up may come again

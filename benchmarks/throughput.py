@@ -11,8 +11,8 @@ lowest and the highest; a ratio is the median of the ratios of a turn. `share_of
 device's ceiling, a large matrix product of the same type measured in the same run; on a CPU, `bound` is the
 number of images a second at which either the arithmetic or the memory traffic that XLA counts for its program
 would take all of what was measured of the device (on a GPU XLA counts neither in what cuDNN and cuBLAS do).
-`peak_bytes` is the memory of training at its fullest, parameters
-included: on a GPU as the framework counts it, on a CPU by what the process has grown.
+`peak_bytes` is the memory of training at its fullest, parameters included: on a GPU as the framework counts
+it, on a CPU by what the process has grown.
 """
 
 import argparse

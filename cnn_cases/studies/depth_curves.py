@@ -23,16 +23,16 @@ KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
 
 
-def final_errors(config):
+def _final_errors(record):
     """{name of a final error: its title}; on the test set by the views of `evaluation.protocol`."""
-    protocol = records.lookup(config, "base.evaluation.protocol") or "single"
+    protocol = records.lookup(record["config"]["base"], "evaluation.protocol") or "single"
     if protocol == "single":
         return {"train/error": "training error", "test/error": "test error"}
     return {"train/error": "training error", f"test/{protocol}/error": f"test error ({protocol})"}
 
 
 def _final_figures(record):
-    return {"train/loss": "training loss"} | final_errors(record["config"])
+    return {"train/loss": "training loss"} | _final_errors(record)
 
 
 def suits(record):
@@ -93,8 +93,8 @@ def table(record, form):
                 mean = statistics.mean(values) if values else ""
                 lines[-1] += [mean, statistics.stdev(values) if len(values) > 1 else "", len(values)]
         return tables.comma_separated(lines)
-    percent = {name: " %" * name.endswith("error") for name in titles}
-    lines = [["depth", *code, *(f"{kind} {titles[name]}{percent[name]}" for kind, name in columns)]]
+    heads = [f"{kind} {titles[name]}{' %' * name.endswith('error')}" for kind, name in columns]
+    lines = [["depth", *code, *heads]]
     for row in rows:
         lines.append([str(row["depth"]), *(row[key] for key in code), *(_cell(row, *one) for one in columns)])
     return (tables.markdown if form == "markdown" else tables.aligned)(lines)
@@ -176,7 +176,7 @@ def _draw_by_depth(record, draw_panel, **labels):
     figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
     grid = figure.subplots(len(codes), 2, squeeze=False, sharey=True)
     for axes, code in zip(grid, codes, strict=True):
-        for axis, (name, title) in zip(axes, final_errors(record["config"]).items(), strict=True):
+        for axis, (name, title) in zip(axes, _final_errors(record).items(), strict=True):
             draw_panel(axis, code, name)
             axis.set(xlabel="depth (weighted layers)", title=f"{title}{', code ' * bool(code)}{code}")
             axis.set_xticks(sorted({row["depth"] for row in rows}))
@@ -257,14 +257,14 @@ def draw_difference(record):
 
 def compare(record):
     """The paired comparison of plain and residual nets at each depth; see `comparison.compare`."""
-    rows = comparison.compare(record, "model.plain", True, False, list(final_errors(record["config"])))
+    rows = comparison.compare(record, "model.plain", True, False, list(_final_errors(record)))
     return sorted(rows, key=lambda row: row["model.depth"])
 
 
 def comparison_table(record, form):
     """The paired comparison as "text", "markdown" or "csv"; differences are plain less residual."""
     titles = {"model.depth": "depth"} | {
-        name: f"{title}, plain less residual" for name, title in final_errors(record["config"]).items()
+        name: f"{title}, plain less residual" for name, title in _final_errors(record).items()
     }
     return comparison.table(compare(record), titles, form)
 

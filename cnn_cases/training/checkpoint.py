@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 CHECKSUMS = "checksums.json"
 NEWEST = "newest_checkpoint"  # beside the checkpoints; holds the step of the last that was committed
 
-_DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
+DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever a file that cannot be written makes the libraries below raise
-            for draft in self._directory.glob(_DRAFTS):
+            for draft in self._directory.glob(DRAFTS):
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
             whole = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
             raise OSError(
@@ -212,7 +212,7 @@ class Checkpoints:
 
     def _add_checksums(self):
         # Orbax calls this when all values are on disk and before it commits, with no word of where they are.
-        for checkpoint in self._directory.glob(_DRAFTS):
+        for checkpoint in self._directory.glob(DRAFTS):
             (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
             # Orbax leaves it to the system when to write them, and older checkpoints are deleted before that.
             for path in (*checkpoint.rglob("*"), checkpoint):
