@@ -6,13 +6,13 @@ torch.compile, channels last, under autocast where the type is bfloat16: torchvi
 and has the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be as
 many. PyTorch is no requirement of this project: pip install torch.
 
-Each contender has a process of its own, and they take turns. Figures are medians over the turns, with the
-lowest and the highest; a ratio is the median of the ratios of a turn. `share_of_ceiling` is that of the
-device's ceiling, a large matrix product of the same type measured in the same run; on a CPU, `bound` is the
-number of images a second at which either the arithmetic or the memory traffic that XLA counts for its program
-would take all of what was measured of the device (on a GPU XLA counts neither in what cuDNN and cuBLAS do).
-`peak_bytes` is the memory of training at its fullest, parameters included: on a GPU as the framework counts
-it, on a CPU by what the process has grown.
+Each contender has a process of its own; when all are made, of one case or of several, they take turns. Figures
+are medians over the turns, with the lowest and the highest; a ratio is the median of the ratios of a turn.
+`share_of_ceiling` is that of the device's ceiling, a large matrix product of the same type measured in the
+same run; on a CPU, `bound` is the number of images a second at which either the arithmetic or the memory
+traffic that XLA counts for its program would take all of what was measured of the device (on a GPU XLA counts
+neither in what cuDNN and cuBLAS do). `peak_bytes` is the memory of training at its fullest, parameters
+included: on a GPU as the framework counts it, on a CPU by what the process has grown.
 """
 
 import argparse
@@ -317,25 +317,43 @@ def make(case, dtype, kind):
     return theirs(case, dtype, compiled=kind == "torch.compile")
 
 
-def measure(name, dtype, turns, peers_wanted):
-    """One case: a dict that JSON can hold."""
-    case = CASES[name]
-    row = {"image_shape": case.image_shape, "dtype": dtype}
-    facts, processes = {}, {}
+def measure(names, dtype, turns, peers_wanted):
+    """Cases whose contenders are all made before the first of them is measured.
+
+    Yields:
+      (name, a dict that JSON can hold) of one case after another.
+    """
+    made = {}
     with contextlib.ExitStack() as stack:
-        for kind in (OURS, *peers_wanted):
-            one = contenders.Contender(make, case, dtype, kind)
-            processes[kind] = stack.enter_context(one)
-            facts[kind] = one.made.result()  # before the next one starts to compile
-            contenders.check_same_platform({one: found["platform"] for one, found in facts.items()})
-        peaks = {kind: one.peak().result() for kind, one in processes.items()}
-        groups = {kind: [one] for kind, one in processes.items()}
-        for work in ("train", "infer"):
-            row[work] = _rates(contenders.race(groups, work, turns), facts[OURS]["batch_size"])
-        row |= processes[OURS].also(counts, case).result()
-        matrix, copy = processes[OURS].also(ceilings, dtype).result()
+        for name in names:
+            made[name] = {}, stack.enter_context(contextlib.ExitStack())
+            for kind in (OURS, *peers_wanted):
+                one = contenders.Contender(make, CASES[name], dtype, kind)
+                made[name][0][kind] = made[name][1].enter_context(one)
+                if len(names) == 1:
+                    one.made.result()  # before the next one starts to compile
+        for processes, _ in made.values():
+            facts = {kind: one.made.result() for kind, one in processes.items()}
+            contenders.check_same_platform({kind: found["platform"] for kind, found in facts.items()})
+        for name, (processes, of_case) in made.items():
+            row = _measure_made(CASES[name], dtype, turns, processes)
+            of_case.close()
+            yield name, row | ({"cases_compiled_at_once": len(names)} if len(names) > 1 else {})
+
+
+def _measure_made(case, dtype, turns, processes):
+    """One case, with {kind: Contender}: a dict that JSON can hold."""
+    facts = {kind: one.made.result() for kind, one in processes.items()}
+    row = {"image_shape": case.image_shape, "dtype": dtype}
+    peaks = {kind: one.peak().result() for kind, one in processes.items()}
+    groups = {kind: [one] for kind, one in processes.items()}
+    for work in ("train", "infer"):
+        seconds = contenders.race(groups, work, turns, facts[OURS]["platform"])
+        row[work] = _rates(seconds, facts[OURS]["batch_size"])
+    row |= processes[OURS].also(counts, case).result()
+    matrix, copy = processes[OURS].also(ceilings, dtype).result()
     row["batch_size"] = facts[OURS]["batch_size"]
-    for kind in peers_wanted:
+    for kind in facts.keys() - {OURS}:
         row |= {key: facts[kind][key] for key in ("peer", "torch")}
     row["first_step_seconds"] = {kind: round(found["first_step_seconds"], 2) for kind, found in facts.items()}
     row["peak_bytes"] = peaks
@@ -439,18 +457,23 @@ def main():
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument(
+        "--at_once", type=int, default=1, help="cases to compile at once, on a GPU beside many cores"
+    )
     parser.add_argument("--out", help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     if options.quick:
         options.cases, options.peers, options.turns = QUICK, ["torch"], 3
     rows = {}
-    for name in options.cases:
-        rows[name] = measure(name, options.dtype, options.turns, options.peers)
-        _print({name: rows[name]})
-        if options.out:
-            flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
-            flags += f" --dtype={options.dtype} --turns={options.turns}"
-            record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", rows[name])
+    for first in range(0, len(options.cases), options.at_once):
+        names = options.cases[first : first + options.at_once]
+        for name, row in measure(names, options.dtype, options.turns, options.peers):
+            rows[name] = row
+            _print({name: row})
+            if options.out:
+                flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
+                flags += f" --dtype={options.dtype} --turns={options.turns}"
+                record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", row)
     if len(rows) > 1:
         _print(rows)
 
