@@ -10,6 +10,7 @@ from jax import lax
 
 MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the papers have
 _WORTH_A_BAND = 10_000_000  # multiplications of a convolution; see `conv_general_dilated`
+_FILTERS_AT_ONCE = 64  # of a GPU's matrix units; see `conv_of_wide_pixels`
 
 
 def is_for_cpu():
@@ -18,9 +19,12 @@ def is_for_cpu():
 
 
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
-    """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients on a CPU.
+    """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients.
 
-    What is different there (times of two cores, `docs/speed.md` has those of whole networks):
+    What is different on a GPU: where there are few filters, neighbours in a row become channels of one pixel;
+    see `conv_of_wide_pixels`.
+
+    What is different on a CPU (times of two cores, `docs/speed.md` has those of whole networks):
 
     - A convolution in groups becomes one for each group. XLA takes fifteen times as long for the gradient of
       a kernel in two groups as for those of two kernels.
@@ -34,13 +38,20 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
       gradient of the kernel, while it transposes it, back to the convolution before or through all shortcuts
       of a stage, and likewise the gradient of the other: a ResNet-50's step takes a third longer.
 
-    On GPU and TPU nothing is replaced.
+    On a TPU nothing is replaced.
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
     """
-    if not is_for_cpu():
-        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     groups = options["feature_group_count"]
+    dilated = any(d > 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"]))
+    if not is_for_cpu():
+        pads = _pads(x, kernel.shape[:2], window_strides, padding)
+        size = 1
+        if jax.default_backend() == "gpu" and groups == 1 and not dilated and max(window_strides) == 1:
+            size = _pixels_in_one(x, kernel, pads)
+        if size > 1:
+            return conv_of_wide_pixels(x, kernel, pads, size, **options)
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     if groups > 1:
         options |= {"feature_group_count": 1}
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
@@ -56,7 +67,6 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
         (size - window) // stride + 1
         for size, window, stride in zip(padded, (height, width), window_strides, strict=True)
     )
-    dilated = any(d > 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"]))
     narrow = channels < 8 and out_width <= 32 and _block(out_width) >= 4
     if not dilated and (height * width == 1 or max(out_height, out_width) <= 2):
         factors = _patches_and_matrix
@@ -96,17 +106,69 @@ def _strips_and_band(x, kernel, strides, out_height, out_width):
         [rows[:, :, left : left + reach].reshape(-1, out_height, 1, reach * channels) for rows in by_row]
         for left in range(0, out_width * stride, block * stride)
     ]
-    places = [
-        jnp.pad(kernel, ((0, 0), (left, reach - width - left), (0, 0), (0, 0)))
-        for left in range(0, block * stride, stride)
-    ]
     strips = jnp.block(strips).reshape(-1, height * reach * channels)
-    return strips, jnp.stack(places, axis=3).reshape(-1, block * filters)
+    return strips, _band(kernel, range(0, block * stride, stride), reach).reshape(-1, block * filters)
 
 
 def _block(out_width):
     """How many neighbours a strip serves: the most, up to 8, of which a row has a whole number."""
     return max(size for size in range(1, 9) if out_width % size == 0)
+
+
+def _band(kernel, lefts, reach):
+    """A kernel at several places of a strip of `reach` pixels: [h, w, C, F] -> [h, reach, C, places, F]."""
+    beside = [((0, 0), (left, reach - kernel.shape[1] - left), (0, 0), (0, 0)) for left in lefts]
+    return jnp.stack([jnp.pad(kernel, pads) for pads in beside], axis=3)
+
+
+def conv_of_wide_pixels(x, kernel, pads, size, **options):
+    """A convolution of stride 1 that takes `size` neighbours in a row for one pixel with all their channels.
+
+    Its kernel is banded, with zeros where a neighbour does not see another. A GPU's matrix units work on 64
+    filters at once, whether there are as many or not, so that with the 16 of a ResNet for CIFAR-10 the zeros
+    cost nothing.
+
+    Args:
+      x: [B, H, W, C], of whose W pixels `size` make one.
+      kernel: [h, w, C, F].
+      pads: zero pixels above and below, and left and right.
+      size: see `_pixels_in_one`.
+
+    Returns:
+      [B, H', W', F].
+    """
+    width, filters = kernel.shape[1], kernel.shape[-1]
+    whole, left, reach = _wide_pixels(width, pads[1], size)
+    band = _band(kernel, range(left, left + size), reach * size)
+    band = band.reshape(kernel.shape[0], reach, -1, size * filters)
+    x = x.reshape(*x.shape[:2], x.shape[2] // size, -1)
+    x = lax.conv_general_dilated(x, band, (1, 1), (pads[0], whole), **options)
+    return x.reshape(*x.shape[:2], -1, filters)
+
+
+def _wide_pixels(width, pads, size):
+    """Of a kernel: wide pixels of padding, where in them it begins, and how many of them it reaches over."""
+    whole = [-(-pad // size) for pad in pads]
+    left = whole[0] * size - pads[0]
+    return whole, left, -(-(left + size - 1 + width) // size)
+
+
+def _pixels_in_one(x, kernel, pads):
+    """How many neighbours `conv_of_wide_pixels` should take for one: as many as have _FILTERS_AT_ONCE."""
+    height, width, channels, filters = kernel.shape
+    if height * width == 1 or max(channels, filters) > _FILTERS_AT_ONCE // 4:
+        return 1
+    size = _FILTERS_AT_ONCE // filters
+    while size > 1:
+        whole, _, reach = _wide_pixels(width, pads[1], size)
+        fits = x.shape[2] % size == 0
+        if (
+            fits
+            and (x.shape[2] // size + sum(whole) - reach + 1) * size == x.shape[2] + sum(pads[1]) - width + 1
+        ):
+            return size
+        size -= 1
+    return 1
 
 
 # `nn.Conv` that is quick on a CPU too.
