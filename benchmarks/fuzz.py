@@ -309,7 +309,7 @@ def train(config, directory, in_earnest):
         program.model, program.tx, program.feed.image_shape, with_ema=config.ema_decay > 0
     )
     loop.check_protocol(program, state, config.evaluation.protocol)
-    leading = 1, config.steps_per_call, config.batch_size
+    leading = 1, program.steps_per_call, config.batch_size
 
     def stacked(dtype, *shape):
         return jax.ShapeDtypeStruct((*leading, *shape), dtype)
@@ -330,7 +330,7 @@ def _train_two_steps(config, program, directory):
         nonlocal steps_done
         if steps_done >= 2:
             raise TwoStepsError
-        steps_done += config.steps_per_call
+        steps_done += program.steps_per_call
         return program.train(state, arrays, batches)
 
     def run():

@@ -27,6 +27,8 @@ def _depths(rows):
 TABLES = {
     "Images a second": ("throughput_cpu", throughput.cells, (0,)),
     "Costs": ("throughput_cpu", throughput.cost_cells, (0,)),
+    "Images a second on an H100": ("throughput_h100", throughput.cells, (0,)),
+    "Costs on an H100": ("throughput_h100", throughput.cost_cells, (0,)),
     "Flags": ("xla_flags_cpu", flags.cells, (0,)),
     "Whole processes": ("end_to_end_cpu", end_to_end.cells, (0, 1)),
     "Sharing": ("scaling_cpu", _sharing, (0,)),

@@ -6,10 +6,10 @@ torch.compile, channels last, under autocast where the type is bfloat16: torchvi
 and has the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be as
 many. PyTorch is no requirement of this project: pip install torch.
 
-Each contender has a process of its own; when all are made, of one case or of several, they take turns. Figures
-are medians over the turns, with the lowest and the highest; a ratio is the median of the ratios of a turn.
-`share_of_ceiling` is that of the device's ceiling, a large matrix product of the same type measured in the
-same run; on a CPU, `bound` is the number of images a second at which either the arithmetic or the memory
+Each contender has a process of its own; when all are made, of one case or of several, they take turns.
+Figures are medians over the turns, with the lowest and the highest; a ratio is the median of the ratios of a
+turn. `share_of_ceiling` is that of the device's ceiling, a large matrix product of the same type measured in
+the same run; on a CPU, `bound` is the number of images a second at which either the arithmetic or the memory
 traffic that XLA counts for its program would take all of what was measured of the device (on a GPU XLA counts
 neither in what cuDNN and cuBLAS do). `peak_bytes` is the memory of training at its fullest, parameters
 included: on a GPU as the framework counts it, on a CPU by what the process has grown.

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 
 MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the papers have
-_WORTH_A_BAND = 10_000_000  # multiplications of a convolution; see `conv_general_dilated`
+_WORTH_A_BAND = 10_000_000  # multiplications of a convolution; see `_conv_for_cpu`
 _FILTERS_AT_ONCE = 64  # of a GPU's matrix units; see `conv_of_wide_pixels`
 
 
@@ -21,10 +21,30 @@ def is_for_cpu():
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients.
 
-    What is different on a GPU: where there are few filters, neighbours in a row become channels of one pixel;
-    see `conv_of_wide_pixels`.
+    On a CPU `_conv_for_cpu` says what is different. On a GPU, where there are few filters, neighbours in a
+    row become one pixel with all their channels, by `conv_of_wide_pixels`. On a TPU nothing is replaced.
 
-    What is different on a CPU (times of two cores, `docs/speed.md` has those of whole networks):
+    Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
+    """
+    if is_for_cpu():
+        return _conv_for_cpu(x, kernel, window_strides, padding, **options)
+    if jax.default_backend() == "gpu":
+        pads = _pads(x, kernel.shape[:2], window_strides, padding)
+        plain = max(window_strides) == options["feature_group_count"] == 1 and not _is_dilated(options)
+        size = _pixels_in_one(x, kernel, pads) if plain else 1
+        if size > 1:
+            return conv_of_wide_pixels(x, kernel, pads, size, **options)
+    return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+
+
+def _is_dilated(options):
+    return any(dilation > 1 for dilation in (*options["lhs_dilation"], *options["rhs_dilation"]))
+
+
+def _conv_for_cpu(x, kernel, window_strides, padding, **options):
+    """A convolution in operations with which XLA is quick on a CPU.
+
+    Times are of two cores; `docs/speed.md` has those of whole networks.
 
     - A convolution in groups becomes one for each group. XLA takes fifteen times as long for the gradient of
       a kernel in two groups as for those of two kernels.
@@ -37,25 +57,12 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     - Barriers make XLA keep what goes in and what comes out. Without them it computes the one again for the
       gradient of the kernel, while it transposes it, back to the convolution before or through all shortcuts
       of a stage, and likewise the gradient of the other: a ResNet-50's step takes a third longer.
-
-    On a TPU nothing is replaced.
-
-    Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
     """
     groups = options["feature_group_count"]
-    dilated = any(d > 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"]))
-    if not is_for_cpu():
-        pads = _pads(x, kernel.shape[:2], window_strides, padding)
-        size = 1
-        if jax.default_backend() == "gpu" and groups == 1 and not dilated and max(window_strides) == 1:
-            size = _pixels_in_one(x, kernel, pads)
-        if size > 1:
-            return conv_of_wide_pixels(x, kernel, pads, size, **options)
-        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     if groups > 1:
         options |= {"feature_group_count": 1}
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        parts = [conv_general_dilated(*part, window_strides, padding, **options) for part in parts]
+        parts = [_conv_for_cpu(*part, window_strides, padding, **options) for part in parts]
         return jnp.concatenate(parts, axis=-1)
 
     keep = lax.optimization_barrier
@@ -67,6 +74,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
         (size - window) // stride + 1
         for size, window, stride in zip(padded, (height, width), window_strides, strict=True)
     )
+    dilated = _is_dilated(options)
     narrow = channels < 8 and out_width <= 32 and _block(out_width) >= 4
     if not dilated and (height * width == 1 or max(out_height, out_width) <= 2):
         factors = _patches_and_matrix
@@ -154,21 +162,21 @@ def _wide_pixels(width, pads, size):
 
 
 def _pixels_in_one(x, kernel, pads):
-    """How many neighbours `conv_of_wide_pixels` should take for one: as many as have _FILTERS_AT_ONCE."""
+    """How many neighbours `conv_of_wide_pixels` should take for one: as many as have _FILTERS_AT_ONCE.
+
+    Fewer, where a row has no whole number of so many, before the convolution and after it; 1, where it would
+    bring nothing.
+    """
     height, width, channels, filters = kernel.shape
     if height * width == 1 or max(channels, filters) > _FILTERS_AT_ONCE // 4:
         return 1
-    size = _FILTERS_AT_ONCE // filters
-    while size > 1:
+    out_width = x.shape[2] + sum(pads[1]) - width + 1
+
+    def fits(size):
         whole, _, reach = _wide_pixels(width, pads[1], size)
-        fits = x.shape[2] % size == 0
-        if (
-            fits
-            and (x.shape[2] // size + sum(whole) - reach + 1) * size == x.shape[2] + sum(pads[1]) - width + 1
-        ):
-            return size
-        size -= 1
-    return 1
+        return x.shape[2] % size == 0 and (x.shape[2] // size + sum(whole) - reach + 1) * size == out_width
+
+    return next(filter(fits, range(_FILTERS_AT_ONCE // filters, 1, -1)), 1)
 
 
 # `nn.Conv` that is quick on a CPU too.

@@ -31,6 +31,14 @@ def _final_errors(record):
     return {"train/error": "training error", f"test/{protocol}/error": f"test error ({protocol})"}
 
 
+def _room_for_errors(record, factor):
+    """Where an axis of errors ends, in percent: at so many times the greatest final one, at most at 100."""
+    finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
+    errors = [metrics[name] for metrics in finished for name in _final_errors(record)]
+    # Below 1 % there would be no whole numbers on it.
+    return min(100, max(1, factor * 100 * max(errors, default=1)))
+
+
 def _final_figures(record):
     return {"train/loss": "training loss"} | _final_errors(record)
 
@@ -150,10 +158,13 @@ def _add_legend(figure, record, depths):
 
 
 def draw_curves(record):
-    """Error over steps, plain left and residual right; training thin, test bold (He et al., figure 6)."""
+    """Error over steps, plain left and residual right; training thin, test bold (He et al., figure 6).
+
+    As there, the first steps may lie above the edge, where the last ones would have no room else.
+    """
     figure, rows = draw_panels(record, {"running/error": figures.THIN, "test/error": figures.BOLD})
     for axes in rows:
-        axes[0].set(ylabel="error (%)", ylim=(0, 100))
+        axes[0].set(ylabel="error (%)", ylim=(0, _room_for_errors(record, 2)))
     words = f"thin: training error, bold: test error; {figures.seeds_in_words(record)}"
     figure.suptitle(f"{figures.data_in_words(record)}; {words}", fontsize=10)
     return figure
@@ -218,8 +229,9 @@ def draw_depth(record):
                 )
 
     figure, grid = _draw_by_depth(record, draw_panel, ylabel="error after the last step (%)")
+    top = _room_for_errors(record, 1.2)
     for axis in grid.flat:
-        axis.set_ylim(-2, 100)  # dots at zero stay whole
+        axis.set_ylim(-0.02 * top, top)  # dots at zero stay whole
         axis.legend(frameon=False)
     seeds = figures.seeds_in_words(record)
     figure.suptitle(f"{figures.data_in_words(record)}; dot: a seed, line: {seeds}", fontsize=10)

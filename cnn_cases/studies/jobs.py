@@ -98,8 +98,11 @@ def run_side_by_side(groups, workdir, num_jobs):
 def _threads_each(num_jobs):
     """XLA's threads of each of so many processes: their share, for threads beyond it make all of them slower.
 
-    None leaves their number to the user, who has set it, or to XLA, where virtual devices need more.
+    None leaves their number to the user, who has set it, or to XLA, where virtual devices need more, or where
+    threads do not compute, but compile for an accelerator.
     """
+    if jax.default_backend() != "cpu":
+        return None
     if "PJRT_NPROC" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return None
     return max(1, logbook.cpu_threads() // num_jobs)

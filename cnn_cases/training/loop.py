@@ -48,6 +48,7 @@ MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
 MAX_REWINDS = 3  # to one checkpoint
+MAX_STEPS_PER_CALL = 100  # where the config leaves it open: with more, a signal would have to wait
 
 
 class InterruptedRun(BaseException):
@@ -74,7 +75,8 @@ class Silence:
 class Program(NamedTuple):
     """All of a run that does not depend on its seed; runs that share it share the compiled steps.
 
-    `devices` are those of this process; `train_steps` is the function that `train` is made of.
+    `devices` are those of this process; `train_steps` is the function that `train` is made of, which does
+    `steps_per_call` steps.
     """
 
     model: Any
@@ -82,6 +84,7 @@ class Program(NamedTuple):
     schedule: Any
     feed: Any
     arrays: Any
+    steps_per_call: int
     train_steps: Any
     train: Any
     evaluate: Any
@@ -143,12 +146,34 @@ def make_program(config, devices=None):
         schedule=schedule,
         feed=feed,
         arrays=devices_lib.replicate(feed.arrays, devices),
+        steps_per_call=steps_per_call(config, devices[0].platform),
         train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),
         evaluate=devices_lib.pmap_eval(eval_step, devices),
         predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
         devices=devices,
     )
+
+
+def steps_per_call(config, platform):
+    """How many steps one call to the devices does.
+
+    Where the config leaves it open, by 0, it is one on a CPU, whose convolutions lose their threads inside
+    XLA's loops, and of a stream, whose images for all the steps would be in memory at once. On accelerators
+    it is the most that goes into all intervals of the run, so that each launch pays for many steps.
+
+    Args:
+      config: of `configs/`.
+      platform: "cpu", "gpu" or "tpu".
+    """
+    if config.steps_per_call:
+        return config.steps_per_call
+    if platform == "cpu" or config.data.feed == "stream":
+        return 1
+    first, last = config.profile_steps or (1, 0)
+    numbers = config.num_steps, config.log_every_steps, first - 1, last
+    common = math.gcd(*numbers, config.evaluation.every_steps, config.checkpoint.every_steps)
+    return max(count for count in range(1, MAX_STEPS_PER_CALL + 1) if common % count == 0)
 
 
 def check(config):
@@ -424,12 +449,12 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
                 clock, timed_steps = time.monotonic(), 0
 
     final = None
-    for before in range(first_step, config.num_steps, config.steps_per_call):
-        step = before + config.steps_per_call
+    for before in range(first_step, config.num_steps, program.steps_per_call):
+        step = before + program.steps_per_call
         if before + 1 in config.profile_steps[:1]:
             collect(0)
             log.start_profile()
-        stacked = jax.tree.map(_stack, *itertools.islice(batches, config.steps_per_call))
+        stacked = jax.tree.map(_stack, *itertools.islice(batches, program.steps_per_call))
         stacked = devices_lib.shard(stacked, num_devices, axis=1)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = program.train(state, program.arrays, stacked)
@@ -557,8 +582,9 @@ def _check_numbers(config, num_devices):
         raise ValueError(f"num_steps = {config.num_steps} must be 1 or more and below 2**31")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"seed = {config.seed} must be in [0, 2**31)")
-    if config.steps_per_call < 1:
-        raise ValueError(f"steps_per_call = {config.steps_per_call} must be 1 or more")
+    if config.steps_per_call < 0:
+        raise ValueError(f"steps_per_call = {config.steps_per_call} must be 0 or more")
+    per_call = config.steps_per_call or 1
     numbers = {
         "num_steps": config.num_steps,
         "log_every_steps": config.log_every_steps,
@@ -566,16 +592,15 @@ def _check_numbers(config, num_devices):
         "checkpoint.every_steps": config.checkpoint.every_steps,
     }
     for key, value in numbers.items():
-        if value < (key == "log_every_steps") or value % config.steps_per_call:
+        if value < (key == "log_every_steps") or value % per_call:
             zero = "0 or " if key.endswith(".every_steps") else ""
             raise ValueError(
-                f"{key} = {value} must be {zero}a positive multiple of "
-                f"steps_per_call = {config.steps_per_call}"
+                f"{key} = {value} must be {zero}a positive multiple of steps_per_call = {per_call}"
             )
     if config.profile_steps and not _are_ends(config.profile_steps, config):
         raise ValueError(
             f"profile_steps = {config.profile_steps} must be (first, last) step, from 1 to num_steps = "
-            f"{config.num_steps}, of whole calls of steps_per_call = {config.steps_per_call}; or ()"
+            f"{config.num_steps}, of whole calls of steps_per_call = {per_call}; or ()"
         )
     if config.checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
@@ -624,7 +649,7 @@ def _are_ends(steps, config):
     if len(steps) != 2:
         return False
     first, last = steps
-    per_call = config.steps_per_call
+    per_call = config.steps_per_call or 1
     return 1 <= first <= last <= config.num_steps and (first - 1) % per_call == last % per_call == 0
 
 

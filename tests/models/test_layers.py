@@ -52,6 +52,57 @@ def assert_same_convolution(x, kernel, strides, padding, options):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Layers as they are written for a GPU, computed by what is here."""
+    monkeypatch.setattr(layers, "is_for_cpu", lambda: False)
+    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("image_shape", "window", "filters", "padding", "size"),
+    [
+        ((32, 32, 16), 3, 16, ((1, 1), (1, 1)), 4),  # a ResNet for CIFAR-10, and its first layer
+        ((32, 32, 3), 3, 16, "SAME", 4),
+        ((32, 32, 1), 5, 6, "VALID", 4),  # LeNet-5: eight would not go into the 28 that come out
+        ((14, 14, 6), 5, 16, "VALID", 2),
+        ((6, 12, 4), 4, 4, ((1, 2), (1, 2)), 12),
+        ((6, 7, 8), 3, 8, ((0, 0), (0, 2)), 7),
+        ((6, 5, 4), 2, 4, "VALID", 1),  # five in, four out
+        ((8, 8, 16), 1, 16, "VALID", 1),
+        ((8, 8, 16), 3, 32, "SAME", 1),
+    ],
+    ids=str,
+)
+def test_wide_pixels_have_the_same_convolution(image_shape, window, filters, padding, size, monkeypatch):
+    asked = []
+    wide = layers.conv_of_wide_pixels
+    monkeypatch.setattr(
+        layers,
+        "conv_of_wide_pixels",
+        lambda *args, **options: asked.append(args[3]) or wide(*args, **options),
+    )
+    x = jax.random.normal(jax.random.key(0), (2, *image_shape))
+    kernel = 0.1 * jax.random.normal(jax.random.key(1), (window, window, image_shape[-1], filters))
+    assert_same_convolution(x, kernel, (1, 1), padding, {})
+    assert asked == [size] * (size > 1)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("strides", "options"),
+    [((2, 2), {}), ((1, 1), {"rhs_dilation": (2, 2)}), ((1, 1), {"feature_group_count": 2})],
+    ids=str,
+)
+def test_wide_pixels_are_for_plain_convolutions(strides, options, monkeypatch):
+    monkeypatch.setattr(layers, "conv_of_wide_pixels", pytest.fail)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 8))
+    channels = 8 // options.get("feature_group_count", 1)
+    kernel = 0.1 * jax.random.normal(jax.random.key(1), (3, 3, channels, 16))
+    assert_same_convolution(x, kernel, strides, "SAME", options)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("stride", [1, 2])

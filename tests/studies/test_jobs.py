@@ -97,6 +97,13 @@ def test_the_users_threads_and_those_of_virtual_devices_are_left_alone(variable,
     assert jobs._threads_each(2) is None
 
 
+def test_who_compiles_for_an_accelerator_may_use_all_threads(monkeypatch):
+    monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(jobs.jax, "default_backend", lambda: "gpu")
+    assert jobs._threads_each(2) is None
+
+
 def test_a_signal_saves_the_runs_of_all_processes(data_dir, tmp_path):
     first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
 

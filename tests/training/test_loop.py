@@ -1,5 +1,6 @@
 """The whole way, on real digits: what a run gives, and that stopping it anywhere changes nothing."""
 
+import copy
 import gzip
 import json
 import logging
@@ -214,6 +215,27 @@ def test_several_steps_a_call_give_the_same_run(config, tmp_path, unbroken):
     ours, theirs = last_state(tmp_path / "scanned", program), last_state(unbroken, program)
     assert ours.step == theirs.step
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
+
+
+def test_an_open_number_of_steps_a_call_goes_by_the_device_and_the_intervals(config):
+    config.steps_per_call = 0
+    config.num_steps, config.log_every_steps = 64_000, 100
+    config.evaluation.every_steps, config.checkpoint.every_steps = 1_000, 4_000
+
+    def chosen(platform="gpu", **changes):
+        changed = copy.deepcopy(config)
+        changed.update_from_flattened_dict(changes)
+        return loop.steps_per_call(changed, platform)
+
+    assert chosen() == chosen("tpu") == 100
+    assert chosen("cpu") == 1
+    assert chosen(**{"data.feed": "stream"}) == 1
+    assert chosen(**{"evaluation.every_steps": 0}) == 100
+    assert chosen(**{"evaluation.every_steps": 25}) == 25
+    assert chosen(log_every_steps=400, **{"evaluation.every_steps": 4_000}) == 100
+    assert chosen(log_every_steps=1) == 1
+    assert chosen(profile_steps=(41, 60)) == 20
+    assert chosen(steps_per_call=4) == 4
 
 
 def tiny_resnet(data_dir):
@@ -525,7 +547,7 @@ def change(config, key, value):
         ("batch_size", 1260, "batch_size = 1260 must be between 1 and the 1257 training examples"),
         ("num_steps", 0, "num_steps = 0 must be 1 or more"),
         ("seed", -1, "seed = -1 must be in"),
-        ("steps_per_call", 0, "steps_per_call = 0 must be 1 or more"),
+        ("steps_per_call", -1, "steps_per_call = -1 must be 0 or more"),
         ("steps_per_call", 5, "num_steps = 12 must be a positive multiple of steps_per_call = 5"),
         ("steps_per_call", 4, "log_every_steps = 3 must be a positive multiple of steps_per_call = 4"),
         ("log_every_steps", 0, "log_every_steps = 0 must be a positive multiple"),
