@@ -10,7 +10,8 @@ import time
 from typing import Any, NamedTuple
 from unittest import mock
 
-SECONDS_A_TURN = {"cpu": 1.0, "gpu": 0.3}
+SECONDS_A_TURN = 1.0
+ACCELERATORS_SHARE = 0.3  # of that: their steps are short, and their time is dear
 _ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the others need room on the GPU, too
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -125,17 +126,18 @@ def race(groups, work, turns, platform="cpu"):
     Args:
       groups: {name: Contenders}. Those of a group work at the same time, and the last to be done counts.
       work: "train" or "infer".
-      turns: how many each group has, of SECONDS_A_TURN or one step.
-      platform: "cpu" or "gpu", whose steps are shorter and vary less.
+      turns: how many each group has, of SECONDS_A_TURN or one step; on an accelerator of a share of it.
+      platform: "cpu", "gpu" or "tpu".
     """
 
     def seconds(group, count):
         return max(future.result() for future in [one.seconds(work, count) for one in group])
 
+    turn = SECONDS_A_TURN * (1 if platform == "cpu" else ACCELERATORS_SHARE)
     counts = {}
     for name, group in groups.items():
         seconds(group, 2)  # what is slow the first time
-        counts[name] = max(1, round(2 * SECONDS_A_TURN[platform] / seconds(group, 2)))
+        counts[name] = max(1, round(2 * turn / seconds(group, 2)))
     found = {name: [] for name in groups}
     for _ in range(turns):
         for name, group in groups.items():

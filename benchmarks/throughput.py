@@ -6,13 +6,14 @@ torch.compile, channels last, under autocast where the type is bfloat16: torchvi
 and has the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be as
 many. PyTorch is no requirement of this project: pip install torch.
 
-Each contender has a process of its own; when all are made, of one case or of several, they take turns.
-Figures are medians over the turns, with the lowest and the highest; a ratio is the median of the ratios of a
-turn. `share_of_ceiling` is that of the device's ceiling, a large matrix product of the same type measured in
-the same run; on a CPU, `bound` is the number of images a second at which either the arithmetic or the memory
-traffic that XLA counts for its program would take all of what was measured of the device (on a GPU XLA counts
-neither in what cuDNN and cuBLAS do). `peak_bytes` is the memory of training at its fullest, parameters
-included: on a GPU as the framework counts it, on a CPU by what the process has grown.
+Each contender has a process of its own; when all are made, of one case or of several, they take turns. What
+is made at once shares the device also while XLA and cuDNN choose kernels by timing them, and may choose
+worse. Figures are medians over the turns, with the lowest and the highest; a ratio is the median of the
+ratios of a turn. `share_of_ceiling` is that of the device's ceiling, a large matrix product of the same type
+measured in the same run; on a CPU, `bound` is the number of images a second at which either the arithmetic or
+the memory traffic that XLA counts for its program would take all of what was measured of the device (on a GPU
+XLA counts neither in what cuDNN and cuBLAS do). `peak_bytes` is the memory of training at its fullest,
+parameters included: on a GPU as the framework counts it, on a CPU by what the process has grown.
 """
 
 import argparse
@@ -323,22 +324,26 @@ def measure(names, dtype, turns, peers_wanted):
     Yields:
       (name, a dict that JSON can hold) of one case after another.
     """
-    made = {}
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            made[name] = {}, stack.enter_context(contextlib.ExitStack())
+    with contextlib.ExitStack() as all_cases:
+        of_case = {name: all_cases.enter_context(contextlib.ExitStack()) for name in names}
+        made = {name: {} for name in names}
+        for name, processes in made.items():
             for kind in (OURS, *peers_wanted):
                 one = contenders.Contender(make, CASES[name], dtype, kind)
-                made[name][0][kind] = made[name][1].enter_context(one)
-                if len(names) == 1:
-                    one.made.result()  # before the next one starts to compile
-        for processes, _ in made.values():
-            facts = {kind: one.made.result() for kind, one in processes.items()}
-            contenders.check_same_platform({kind: found["platform"] for kind, found in facts.items()})
-        for name, (processes, of_case) in made.items():
+                processes[kind] = of_case[name].enter_context(one)
+                if len(names) == 1:  # this one before the next one starts to compile
+                    _check_same_platform(processes)
+        for processes in made.values():
+            _check_same_platform(processes)
+        for name, processes in made.items():
             row = _measure_made(CASES[name], dtype, turns, processes)
-            of_case.close()
+            of_case[name].close()  # so that the next one has the memory
             yield name, row | ({"cases_compiled_at_once": len(names)} if len(names) > 1 else {})
+
+
+def _check_same_platform(processes):
+    platforms = {kind: one.made.result()["platform"] for kind, one in processes.items()}
+    contenders.check_same_platform(platforms)
 
 
 def _measure_made(case, dtype, turns, processes):
@@ -462,6 +467,8 @@ def main():
     )
     parser.add_argument("--out", help="a JSON file, of which each case is a section")
     options = parser.parse_args()
+    if options.at_once < 1:
+        parser.error(f"--at_once = {options.at_once} must be 1 or more")
     if options.quick:
         options.cases, options.peers, options.turns = QUICK, ["torch"], 3
     rows = {}
@@ -472,7 +479,7 @@ def main():
             _print({name: row})
             if options.out:
                 flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
-                flags += f" --dtype={options.dtype} --turns={options.turns}"
+                flags += f" --dtype={options.dtype} --turns={options.turns} --at_once={options.at_once}"
                 record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", row)
     if len(rows) > 1:
         _print(rows)

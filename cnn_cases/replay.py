@@ -5,7 +5,8 @@
 Without --step it is the one at which the run diverged. The last checkpoint before it is read, the steps in
 between are done again, and then the step itself: as the run did it, and once more with JAX's `debug_nans` if
 anything went wrong. On the device of the run, on a CPU with as many threads, the figures are the run's to the
-bit, but where it did several steps a call. Nothing is written.
+bit, unless it did several steps a call, as it does on accelerators if nothing else is said. Nothing is
+written.
 """
 
 import math

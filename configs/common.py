@@ -17,7 +17,7 @@ def get_config():
     config.batch_size = 128  # examples of one step, over all devices
     # Steps in one call to the devices; divides num_steps and every_steps. 0: one on a CPU, where XLA has one
     # thread for a convolution inside a loop and a step of ResNet-20 on digits took 8 times as long; else,
-    # with a resident feed, the most that divides all of them, up to 100, which saves launches.
+    # with a resident feed, the most that divides all of them, up to 50, which saves launches.
     config.steps_per_call = 0
     config.dtype = "float32"  # compute type, "float32" or "bfloat16"; parameters are float32
     config.sync_batch_norm = True  # batch statistics over the global batch; False: over each device's share
@@ -137,6 +137,7 @@ def get_config():
 
     config.log_every_steps = 20  # steps between rows of the running metrics
     # The first and the last step of which a profile is written to the workdir, such as (10, 15); (): none.
+    # Where `steps_per_call` is left open, it is of the calls in which these are.
     config.profile_steps = ()
     return config
 

@@ -22,9 +22,9 @@ The paper's recipe, item by item, all of it kept:
 Where the paper is silent: which images are held out (here the last 5,000), and whether biases and batch
 normalisation decay (here they do, as in fb.resnet.torch). Batch statistics are those of the global batch;
 the paper trained on two GPUs, each with its own.
-Result: 8.84 % test error with seed 0 (the paper's: 8.75 %), 0.22 % training error, in bfloat16; depths 32, 44
-and 56 have 7.74, 7.70 and 7.37 %, their plain twins 10.30, 12.22 and 14.38 %, and plain-20 9.89 %; eight nets
-side by side in 725 s on one H100, 2026-11-27 (results/depth_cifar10.json)
+Result: 8.84 % test error with seed 0 (the paper's: 8.75 %), 0.22 % training error, with
+--config.dtype=bfloat16, as a run of the study depth_cifar10, which has other depths and plain nets too; one
+H100, 2026-11-27 (results/depth_cifar10.json). Not run in float32 yet.
 """
 
 from configs import common

@@ -7,7 +7,7 @@ def test_a_step_is_timed_by_jit_on_one_device_and_over_two_processes(monkeypatch
     teams = scaling.teams()
     wanted = (scaling.JIT, scaling.ONE, "2 processes")
     monkeypatch.setattr(scaling, "teams", lambda: {who: teams[who] for who in wanted})
-    monkeypatch.setitem(contenders.SECONDS_A_TURN, "cpu", 0.1)
+    monkeypatch.setattr(contenders, "SECONDS_A_TURN", 0.1)
     case = throughput.CASES["LeNet-5"]._replace(cpu_batch=8)
     row = scaling.sharing(case, turns=2)
     assert tuple(row["teams"]) == wanted

@@ -1,8 +1,10 @@
 """The peers are the same networks, and the table says what was measured."""
 
+import concurrent.futures
+
 import pytest
 
-from benchmarks import throughput
+from benchmarks import contenders, throughput
 
 
 @pytest.mark.parametrize("name", throughput.CASES)
@@ -53,3 +55,73 @@ def test_the_tables_have_a_ratio_and_the_costs_of_each_peer():
         "share of ceiling": "25%",
         "share of bound": "50%",
     }
+
+
+class Sham:
+    """A contender that notes what is asked of it; its step takes a millisecond, and twice that for a peer."""
+
+    log = None  # of what is asked of all of them: a list, by each test
+
+    def __init__(self, _make, case, _dtype, kind, platform="gpu"):
+        self.case, self.kind = case, kind
+        self.made = self.done("made", {"platform": platform, "batch_size": 8, "first_step_seconds": 1.0})
+        if kind != throughput.OURS:
+            self.made.result().update(peer="benchmarks.peers", torch="2.0")
+
+    def done(self, what, value):
+        self.log.append((what, self.kind, self.case.model["name"]))
+        future = concurrent.futures.Future()
+        future.set_result(value)
+        return future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.log.append(("ended", self.kind, self.case.model["name"]))
+
+    def seconds(self, work, count):
+        return self.done(work, count * (1e-3 if self.kind == throughput.OURS else 2e-3))
+
+    def peak(self):
+        return self.done("peak", 1)
+
+    def also(self, function, *_):
+        wanted = {throughput.counts: {"multiply_adds": 5}, throughput.ceilings: (1e6, 1e6)}
+        return self.done(function.__name__, wanted[function])
+
+
+def test_cases_that_are_made_at_once_are_measured_one_after_another(monkeypatch):
+    monkeypatch.setattr(contenders, "Contender", Sham)
+    monkeypatch.setattr(Sham, "log", [])
+    rows = dict(throughput.measure(["LeNet-5", "NIN"], "bfloat16", 3, ["torch"]))
+    assert [what for what, *_ in Sham.log[:4]] == ["made"] * 4
+    assert [name for what, _, name in Sham.log if what == "ended"] == ["lenet5", "lenet5", "nin", "nin"]
+    assert Sham.log.index(("ended", "torch", "lenet5")) < Sham.log.index(("peak", throughput.OURS, "nin"))
+    assert list(rows) == ["LeNet-5", "NIN"]
+    for row in rows.values():
+        assert row["cases_compiled_at_once"] == 2
+        assert row["train"]["torch"]["ratio"]["median"] == pytest.approx(2)
+        assert row["train"][throughput.OURS]["images_a_second"]["median"] == pytest.approx(8_000)
+        assert row["share_of_ceiling"] == pytest.approx(6 * 5 * 8_000 / 1e6)
+        assert row["torch"] == "2.0"
+
+
+def test_a_case_alone_is_made_one_contender_after_another_and_none_on_another_device(monkeypatch):
+    monkeypatch.setattr(Sham, "log", [])
+    monkeypatch.setattr(
+        contenders,
+        "Contender",
+        lambda *of_all: Sham(*of_all, platform="gpu" if of_all[-1] == throughput.OURS else "cpu"),
+    )
+    with pytest.raises(ValueError, match="cnn_cases and torch compute on different devices"):
+        next(throughput.measure(["NIN"], "float32", 3, ["torch", "torch.compile"]))
+    assert [kind for what, kind, _ in Sham.log if what == "made"] == [throughput.OURS, "torch"]
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_at_least_one_case_is_made(number, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["throughput", f"--at_once={number}"])
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert f"--at_once = {number} must be 1 or more" in capsys.readouterr().err

@@ -32,7 +32,12 @@ def _final_errors(record):
 
 
 def _room_for_errors(record, factor):
-    """Where an axis of errors ends, in percent: at so many times the greatest final one, at most at 100."""
+    """Where an axis of errors ends, in percent: at so many times the greatest final one, at most at 100.
+
+    All the way up where a run diverged, whose curve and cross may be anywhere.
+    """
+    if any(run["status"] == "diverged" for run in record["runs"]):
+        return 100
     finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
     errors = [metrics[name] for metrics in finished for name in _final_errors(record)]
     # Below 1 % there would be no whole numbers on it.

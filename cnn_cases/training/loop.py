@@ -48,7 +48,7 @@ MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
 MAX_REWINDS = 3  # to one checkpoint
-MAX_STEPS_PER_CALL = 100  # where the config leaves it open: with more, a signal would have to wait
+MAX_STEPS_PER_CALL = 50  # where the config leaves it open; a signal waits for three calls under way
 
 
 class InterruptedRun(BaseException):
@@ -75,8 +75,8 @@ class Silence:
 class Program(NamedTuple):
     """All of a run that does not depend on its seed; runs that share it share the compiled steps.
 
-    `devices` are those of this process; `train_steps` is the function that `train` is made of, which does
-    `steps_per_call` steps.
+    `devices` are those of this process; `train_steps` is the function that `train` is made of. It does as
+    many steps as it is given batches, which in a training are those of `steps_per_call`.
     """
 
     model: Any
@@ -168,12 +168,15 @@ def steps_per_call(config, platform):
     """
     if config.steps_per_call:
         return config.steps_per_call
-    if platform == "cpu" or config.data.feed == "stream":
+    if not _may_loop(config, platform):
         return 1
-    first, last = config.profile_steps or (1, 0)
-    numbers = config.num_steps, config.log_every_steps, first - 1, last
-    common = math.gcd(*numbers, config.evaluation.every_steps, config.checkpoint.every_steps)
+    others = config.evaluation.every_steps, config.checkpoint.every_steps  # 0 divides nothing, nor hinders
+    common = math.gcd(config.num_steps, config.log_every_steps, *others)
     return max(count for count in range(1, MAX_STEPS_PER_CALL + 1) if common % count == 0)
+
+
+def _may_loop(config, platform):
+    return platform != "cpu" and config.data.feed != "stream"
 
 
 def check(config):
@@ -448,19 +451,25 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
                     log.progress(step, means, timed_steps * config.batch_size / seconds)
                 clock, timed_steps = time.monotonic(), 0
 
+    if not config.steps_per_call and _may_loop(config, program.devices[0].platform):
+        log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
     final = None
-    for before in range(first_step, config.num_steps, program.steps_per_call):
-        step = before + program.steps_per_call
-        if before + 1 in config.profile_steps[:1]:
+    first_profiled, last_profiled = config.profile_steps or (0, 0)
+    step = first_step
+    while step < config.num_steps:
+        before = step
+        # Where another number was usual when the run was stopped, a shorter call brings it back into step.
+        step += program.steps_per_call - step % program.steps_per_call
+        if before < first_profiled <= step:
             collect(0)
             log.start_profile()
-        stacked = jax.tree.map(_stack, *itertools.islice(batches, program.steps_per_call))
+        stacked = jax.tree.map(_stack, *itertools.islice(batches, step - before))
         stacked = devices_lib.shard(stacked, num_devices, axis=1)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = program.train(state, program.arrays, stacked)
         under_way.append((step, metrics, of_all(stop.number, metrics) if of_all else 0))
         collect(ahead)
-        if step in config.profile_steps[1:]:
+        if before < last_profiled <= step:
             collect(0)
             log.stop_profile()
 

@@ -65,12 +65,14 @@ def on_a_gpu(monkeypatch):
     [
         ((32, 32, 16), 3, 16, ((1, 1), (1, 1)), 4),  # a ResNet for CIFAR-10, and its first layer
         ((32, 32, 3), 3, 16, "SAME", 4),
-        ((32, 32, 1), 5, 6, "VALID", 4),  # LeNet-5: eight would not go into the 28 that come out
-        ((14, 14, 6), 5, 16, "VALID", 2),
-        ((6, 12, 4), 4, 4, ((1, 2), (1, 2)), 12),
-        ((6, 7, 8), 3, 8, ((0, 0), (0, 2)), 7),
-        ((6, 5, 4), 2, 4, "VALID", 1),  # five in, four out
+        ((9, 16, 8), 5, 16, "VALID", 4),
+        ((6, 16, 4), 4, 16, ((1, 2), (1, 2)), 4),
+        ((6, 24, 8), 3, 8, ((0, 0), (0, 2)), 8),
+        ((32, 32, 1), 5, 6, "VALID", 1),  # LeNet-5: ten pixels do not go into 32
+        ((14, 14, 6), 5, 16, "VALID", 1),
+        ((6, 8, 4), 2, 16, "VALID", 1),  # eight in, seven out
         ((8, 8, 16), 1, 16, "VALID", 1),
+        ((8, 8, 32), 3, 16, "SAME", 1),
         ((8, 8, 16), 3, 32, "SAME", 1),
     ],
     ids=str,

@@ -49,13 +49,12 @@ def test_the_errors_have_room_for_the_last_steps(record):
         curves, depth = depth_curves.draw_curves(record), depth_curves.draw_depth(record)
         return [axis.get_ylim()[1] for figure in (curves, depth) for axis in figure.axes]
 
-    assert edges(record) == [100, 100, 72, 72]  # the greatest final error is 60 %, on the test set
     for run in record["runs"]:
         for name in run.get("metrics", {}):
             run["metrics"][name] /= 10
-    assert edges(record) == pytest.approx([12, 12, 7.2, 7.2])
-    record["runs"] = [run for run in record["runs"] if run["status"] == "diverged"]
-    assert edges(record) == [100] * 4
+    assert edges(record) == [100] * 4  # for the cross of the run that diverged
+    record["runs"] = [run for run in record["runs"] if run["status"] == "finished"]
+    assert edges(record) == pytest.approx([12, 12, 7.2, 7.2])  # the greatest is 6 %, on the test set
 
 
 def test_the_loss_is_on_a_logarithmic_axis_with_its_unit(record):

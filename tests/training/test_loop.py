@@ -217,6 +217,19 @@ def test_several_steps_a_call_give_the_same_run(config, tmp_path, unbroken):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
 
 
+def test_a_run_goes_on_where_a_call_does_other_numbers_of_steps(config, tmp_path, program, unbroken):
+    config.checkpoint.every_steps = 3
+    config.log_every_steps = 4
+    with pytest.raises(KilledError):
+        run(config, tmp_path, stop_after(program, 5, kill))
+    result = run(config, tmp_path, program._replace(steps_per_call=4))  # steps 4, 5 to 8 and 9 to 12
+    assert result["step"] == 12
+    assert result["metrics"]["test/error"] < 1
+    assert [row["step"] for row in rows(tmp_path) if "running/loss" in row] == [4, 8, 12]
+    ours, theirs = last_state(tmp_path, program), last_state(unbroken, program)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, theirs.params)
+
+
 def test_an_open_number_of_steps_a_call_goes_by_the_device_and_the_intervals(config):
     config.steps_per_call = 0
     config.num_steps, config.log_every_steps = 64_000, 100
@@ -227,14 +240,14 @@ def test_an_open_number_of_steps_a_call_goes_by_the_device_and_the_intervals(con
         changed.update_from_flattened_dict(changes)
         return loop.steps_per_call(changed, platform)
 
-    assert chosen() == chosen("tpu") == 100
+    assert chosen() == chosen("tpu") == 50
     assert chosen("cpu") == 1
     assert chosen(**{"data.feed": "stream"}) == 1
-    assert chosen(**{"evaluation.every_steps": 0}) == 100
+    assert chosen(**{"evaluation.every_steps": 0}) == 50
     assert chosen(**{"evaluation.every_steps": 25}) == 25
-    assert chosen(log_every_steps=400, **{"evaluation.every_steps": 4_000}) == 100
+    assert chosen(log_every_steps=30, **{"evaluation.every_steps": 600}) == 10
     assert chosen(log_every_steps=1) == 1
-    assert chosen(profile_steps=(41, 60)) == 20
+    assert chosen(profile_steps=(12, 17)) == 50, "the profile is of the calls in which these steps are"
     assert chosen(steps_per_call=4) == 4
 
 
@@ -416,16 +429,27 @@ def test_a_step_whose_numbers_go_wrong_is_skipped_if_the_config_says_so(
         assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
 
 
+def calls_of_profile(workdir):
+    (path,) = workdir.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return [event.get("name") for event in events].count("train")
+
+
 def test_a_profile_of_the_steps_that_were_asked_for_is_written_and_changes_nothing(
     config, tmp_path, program, unbroken
 ):
     config.profile_steps = (6, 8)
     run(config, tmp_path, program)
-    (path,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    names = [event["name"] for event in events if "name" in event]
-    assert names.count("train") == 3
+    assert calls_of_profile(tmp_path) == 3
     assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_a_profile_is_of_the_calls_in_which_its_steps_are(config, tmp_path):
+    config.log_every_steps = 4
+    config.profile_steps = (6, 9)
+    config.evaluation.final_splits = ("test",)
+    run(config, tmp_path, loop.make_program(config, jax.devices()[:1])._replace(steps_per_call=4))
+    assert calls_of_profile(tmp_path) == 2  # of steps 5 to 8 and 9 to 12
 
 
 def test_steps_are_not_skipped_for_ever(config, tmp_path):
