@@ -11,6 +11,8 @@ import os
 import queue
 import signal
 import sys
+import threading
+import time
 
 import jax
 
@@ -135,6 +137,7 @@ def _take(news):
 def _work(todo, news, workdir, parent, num_threads):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
     os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
+    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
     command.separate_compiled()
@@ -142,9 +145,14 @@ def _work(todo, news, workdir, parent, num_threads):
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir):
                 news.put(("ended", *ended))
-                if os.getppid() != parent:  # it was killed: nobody is there to go on for
-                    return
     except (ValueError, OSError) as error:
         news.put(("refused", str(error)))
     except loop.InterruptedRun as interruption:
         print(interruption, file=sys.stderr)
+
+
+def _end_without(parent):
+    """Asks for an end in place of a parent that was killed; else the runs would go on, and stay locked."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

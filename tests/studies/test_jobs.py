@@ -120,6 +120,35 @@ def test_a_signal_saves_the_runs_of_all_processes(data_dir, tmp_path):
         assert any((unfinished / "checkpoints").iterdir())
 
 
+def test_runs_of_a_parent_that_was_killed_are_saved_and_end(data_dir, tmp_path):
+    code = f"""
+import pathlib
+from cnn_cases.studies import jobs
+from tests.studies.test_jobs import groups_of
+
+if __name__ == "__main__":
+    groups = groups_of({data_dir!r}, num_steps=40_000)[:1]
+    list(jobs.run_side_by_side(groups, pathlib.Path({str(tmp_path)!r}), 1))
+"""
+    script = tmp_path / "sweep.py"
+    script.write_text(code)
+    run_dir = tmp_path / groups_of(data_dir)[0][0].name
+    parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_bytes():
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with logbook.lock(run_dir):
+                break
+        except ValueError:
+            assert time.monotonic() < deadline, "the run goes on"
+            time.sleep(0.1)
+    assert any((run_dir / "checkpoints").iterdir())
+
+
 def test_a_run_that_could_not_be_saved_at_a_signal_is_told(data_dir, tmp_path):
     first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
     second[0].config.evaluation.every_steps = second[0].config.checkpoint.every_steps = 40_000
