@@ -168,7 +168,7 @@ def _pixels_in_one(x, kernel, pads):
     """
     height, width, channels, filters = kernel.shape
     size = _FILTERS_AT_ONCE // filters
-    if height * width == 1 or size * max(channels, filters) > _FILTERS_AT_ONCE or size < 4:
+    if height * width == 1 or size < 4 or size * channels > _FILTERS_AT_ONCE:
         return 1
     whole, _, reach = _wide_pixels(width, pads[1], size)
     out_width = x.shape[2] + sum(pads[1]) - width + 1

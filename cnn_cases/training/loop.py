@@ -333,6 +333,8 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     a checkpoint more, to which it may then go back.
     """
     nonfinite, rewound_to = [], []
+    if not config.steps_per_call and _may_loop(config, program.devices[0].platform):
+        log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
     while True:
         step, state, extra = _restore(state, log, checkpoints)
         saved = len(extra["nonfinite"])
@@ -451,8 +453,6 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
                     log.progress(step, means, timed_steps * config.batch_size / seconds)
                 clock, timed_steps = time.monotonic(), 0
 
-    if not config.steps_per_call and _may_loop(config, program.devices[0].platform):
-        log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
     final = None
     first_profiled, last_profiled = config.profile_steps or (0, 0)
     step = first_step
@@ -606,7 +606,7 @@ def _check_numbers(config, num_devices):
             raise ValueError(
                 f"{key} = {value} must be {zero}a positive multiple of steps_per_call = {per_call}"
             )
-    if config.profile_steps and not _are_ends(config.profile_steps, config):
+    if config.profile_steps and not _are_ends(config.profile_steps, config.num_steps, per_call):
         raise ValueError(
             f"profile_steps = {config.profile_steps} must be (first, last) step, from 1 to num_steps = "
             f"{config.num_steps}, of whole calls of steps_per_call = {per_call}; or ()"
@@ -653,13 +653,12 @@ def _check_numbers(config, num_devices):
     devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 
 
-def _are_ends(steps, config):
+def _are_ends(steps, num_steps, per_call):
     """Whether `steps` are the first and the last one of some calls of the training."""
     if len(steps) != 2:
         return False
     first, last = steps
-    per_call = config.steps_per_call or 1
-    return 1 <= first <= last <= config.num_steps and (first - 1) % per_call == last % per_call == 0
+    return 1 <= first <= last <= num_steps and (first - 1) % per_call == last % per_call == 0
 
 
 def _earlier_result(workdir, config):

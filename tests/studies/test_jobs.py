@@ -135,6 +135,7 @@ if __name__ == "__main__":
     run_dir = tmp_path / groups_of(data_dir)[0][0].name
     parent = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_bytes():
+        assert parent.poll() is None
         time.sleep(0.1)
     parent.kill()
     parent.wait()
