@@ -17,11 +17,13 @@ parameters included: on a GPU as the framework counts it, on a CPU by what the p
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 import time
 from typing import NamedTuple
 
@@ -322,7 +324,8 @@ def measure(names, dtype, turns, peers_wanted):
     """Cases whose contenders are all made before the first of them is measured.
 
     Yields:
-      (name, a dict that JSON can hold) of one case after another.
+      (name, a dict that JSON can hold) of one case after another; in place of the dict the error of a case
+      whose contenders failed, as where the device's memory is full.
     """
     with contextlib.ExitStack() as all_cases:
         of_case = {name: all_cases.enter_context(contextlib.ExitStack()) for name in names}
@@ -332,13 +335,20 @@ def measure(names, dtype, turns, peers_wanted):
                 one = contenders.Contender(make, CASES[name], dtype, kind)
                 processes[kind] = of_case[name].enter_context(one)
                 if len(names) == 1:  # this one before the next one starts to compile
+                    if one.made.exception():
+                        break
                     _check_same_platform(processes)
-        for processes in made.values():
-            _check_same_platform(processes)
+        concurrent.futures.wait([one.made for processes in made.values() for one in processes.values()])
         for name, processes in made.items():
-            row = _measure_made(CASES[name], dtype, turns, processes)
+            try:
+                _check_same_platform(processes)
+                row = _measure_made(CASES[name], dtype, turns, processes)
+            except Exception as error:  # whatever ended a contender; the other cases have theirs
+                row = error
+            else:
+                row |= {"cases_compiled_at_once": len(names)} if len(names) > 1 else {}
             of_case[name].close()  # so that the next one has the memory
-            yield name, row | ({"cases_compiled_at_once": len(names)} if len(names) > 1 else {})
+            yield name, row
 
 
 def _check_same_platform(processes):
@@ -471,10 +481,14 @@ def main():
         parser.error(f"--at_once = {options.at_once} must be 1 or more")
     if options.quick:
         options.cases, options.peers, options.turns = QUICK, ["torch"], 3
-    rows = {}
+    rows, failed = {}, []
     for first in range(0, len(options.cases), options.at_once):
         names = options.cases[first : first + options.at_once]
         for name, row in measure(names, options.dtype, options.turns, options.peers):
+            if isinstance(row, Exception):
+                failed.append(f"{name} was not measured: {row!r}")
+                print(failed[-1], file=sys.stderr, flush=True)
+                continue
             rows[name] = row
             _print({name: row})
             if options.out:
@@ -483,6 +497,8 @@ def main():
                 record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", row)
     if len(rows) > 1:
         _print(rows)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def _print(rows):

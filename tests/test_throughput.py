@@ -1,6 +1,7 @@
 """The peers are the same networks, and the table says what was measured."""
 
 import concurrent.futures
+import json
 
 import pytest
 
@@ -117,6 +118,31 @@ def test_a_case_alone_is_made_one_contender_after_another_and_none_on_another_de
     with pytest.raises(ValueError, match="cnn_cases and torch compute on different devices"):
         next(throughput.measure(["NIN"], "float32", 3, ["torch", "torch.compile"]))
     assert [kind for what, kind, _ in Sham.log if what == "made"] == [throughput.OURS, "torch"]
+
+
+class ShamWithoutMemory(Sham):
+    """One whose VGG-16 of torch finds the memory of the device full."""
+
+    def __init__(self, make, case, dtype, kind):
+        super().__init__(make, case, dtype, kind)
+        if (case.model["name"], kind) == ("vgg", "torch"):
+            self.made = concurrent.futures.Future()
+            self.made.set_exception(MemoryError("no 3 GB left"))
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_case_that_fails_is_told_and_the_others_are_measured(at_once, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(contenders, "Contender", ShamWithoutMemory)
+    monkeypatch.setattr(Sham, "log", [])
+    out = tmp_path / "figures.json"
+    command = f"throughput --cases LeNet-5 VGG-16 NIN --at_once={at_once} --turns=1 --out={out}"
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit, match=r"VGG-16 was not measured: MemoryError\('no 3 GB left'\)"):
+        throughput.main()
+    assert set(json.loads(out.read_text())) == {"LeNet-5", "NIN"}
+    assert "| NIN " in capsys.readouterr().out
+    assert ("train", throughput.OURS, "vgg") not in Sham.log
+    assert ("ended", throughput.OURS, "vgg") in Sham.log
 
 
 @pytest.mark.parametrize("number", ["0", "-1"])
