@@ -1,10 +1,11 @@
-"""XLA's flags on this CPU: `python -m benchmarks.flags [--cases CASE ...] [--out=FILE.json]`.
+"""XLA's flags: `python -m benchmarks.flags [--device=gpu] [--cases CASE ...] [--out=FILE.json]`.
 
-Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` sets, and under
-what else might help; and with Flax's own convolutions and poolings in place of those of
-`cnn_cases.models.layers`. Each has a process of its own, which compiles once; then the processes take turns.
-Figures are medians over the turns with the lowest and the highest, a ratio the median of the ratios of a turn
-to that of the defaults. Flags that this version of XLA does not know end their process and are told.
+Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` or, on a GPU,
+`devices.make_deterministic` sets, and under what else might help; on a CPU also with Flax's own convolutions
+and poolings in place of those of `cnn_cases.models.layers`. Each has a process of its own, which compiles
+once, on a GPU beside the others; then the processes take turns. Figures are medians over the turns with the
+lowest and the highest, a ratio the median of the ratios of a turn to that of the defaults. Flags that this
+version of XLA does not know end their process and are told.
 """
 
 import argparse
@@ -21,16 +22,27 @@ DEFAULTS, FLAX = "defaults", "chosen, Flax's layers"
 YNNPACK, BARRIERS = devices.CPU_FLAGS
 _CHOSEN = " ".join(f"--{name}={value}" for name, value in devices.CPU_FLAGS.items())
 FLAGS = {
-    DEFAULTS: "",
-    "chosen": _CHOSEN,
-    FLAX: _CHOSEN,
-    "no barriers": f"--{YNNPACK}={devices.CPU_FLAGS[YNNPACK]}",
-    "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={devices.CPU_FLAGS[BARRIERS]}",
-    "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
-    "chosen, fast math": f"{_CHOSEN} --xla_cpu_enable_fast_math=true",
-    "chosen, oneDNN": f"{_CHOSEN} --xla_cpu_use_onednn=true",
-    "chosen, fast to compile": f"{_CHOSEN} --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+    "cpu": {
+        DEFAULTS: "",
+        "chosen": _CHOSEN,
+        FLAX: _CHOSEN,
+        "no barriers": f"--{YNNPACK}={devices.CPU_FLAGS[YNNPACK]}",
+        "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={devices.CPU_FLAGS[BARRIERS]}",
+        "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
+        "chosen, fast math": f"{_CHOSEN} --xla_cpu_enable_fast_math=true",
+        "chosen, oneDNN": f"{_CHOSEN} --xla_cpu_use_onednn=true",
+        "chosen, fast to compile": f"{_CHOSEN} --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+    },
+    "gpu": {
+        DEFAULTS: "",
+        "deterministic": devices.DETERMINISTIC_FLAG,
+        "deterministic, timed": "--xla_gpu_exclude_nondeterministic_ops=true",
+        "no command buffers": "--xla_gpu_enable_command_buffer=",
+        "kernels chosen without timing": "--xla_gpu_autotune_level=0",
+    },
 }
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # as JAX_PLATFORMS has them
+DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 
 
 def _digits(depth):
@@ -38,8 +50,10 @@ def _digits(depth):
 
 
 CASES = throughput.CASES | {f"ResNet-{depth}, digits": _digits(depth) for depth in (20, 56)}
-DEFAULT_CASES = ("LeNet-5", "NIN", "AlexNet", "GoogLeNet", "ResNet-20", "ResNet-50", "ResNet-56, digits")
-DTYPE = "float32"
+DEFAULT_CASES = {
+    "cpu": ("LeNet-5", "NIN", "AlexNet", "GoogLeNet", "ResNet-20", "ResNet-50", "ResNet-56, digits"),
+    "gpu": ("ResNet-20", "ResNet-50", "GoogLeNet"),
+}
 
 
 def ours(case, dtype, layers_of_flax):
@@ -49,23 +63,28 @@ def ours(case, dtype, layers_of_flax):
         return throughput.ours(case, dtype)
 
 
-def measure(name, turns):
+def measure(name, turns, device):
     """One case: {"batch_size": ..., "flags": {set of flags: dict, or what became of its process}}."""
     facts, groups, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
-        for one, flags in FLAGS.items():
-            environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-            process = contenders.Contender(ours, CASES[name], DTYPE, one == FLAX, environment=environment)
-            stack.enter_context(process)
+        made = {}
+        for one, flags in FLAGS[device].items():
+            environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": PLATFORMS[device]}
+            arguments = CASES[name], DTYPES[device], one == FLAX
+            process = contenders.Contender(ours, *arguments, environment=environment)
+            made[one] = stack.enter_context(process)
+            if device == "cpu":  # whose cores the compilations would share
+                concurrent.futures.wait([process.made])
+        for one, process in made.items():
             try:
                 facts[one] = process.made.result()
                 groups[one] = [process]
             except concurrent.futures.process.BrokenProcessPool:
                 rows[one] = "not known to this version of XLA"
-        seconds = contenders.race(groups, "train", turns)
+        seconds = contenders.race(groups, "train", turns, device)
     for one, values in seconds.items():
         rows[one] = {
-            "flags": FLAGS[one],
+            "flags": FLAGS[device][one],
             "step_seconds": contenders.summary(values),
             "ratio": contenders.ratios(values, seconds[DEFAULTS])["median"],
             "first_step_seconds": facts[one]["first_step_seconds"],
@@ -75,10 +94,11 @@ def measure(name, turns):
 
 def cells(rows):
     """The table of {case: row}: lists of cells, the head first; ms, and the ratio to the defaults."""
-    lines = [["network", "batch", *FLAGS]]
+    sets = list(dict.fromkeys(one for row in rows.values() for one in row["flags"]))
+    lines = [["network", "batch", *sets]]
     for name, row in rows.items():
         line = [name, str(row["batch_size"])]
-        for one in FLAGS:
+        for one in sets:
             found = row["flags"][one]
             if isinstance(found, dict):
                 line.append(f"{found['step_seconds']['median'] * 1e3:,.1f} ({found['ratio']:.2f})")
@@ -91,17 +111,18 @@ def cells(rows):
 def main():
     """Measures, prints, and writes what --out names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flags", description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=DEFAULT_CASES)
+    parser.add_argument("--device", choices=FLAGS, default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     rows = {}
-    for name in options.cases:
-        rows[name] = measure(name, options.turns)
+    for name in options.cases or DEFAULT_CASES[options.device]:
+        rows[name] = measure(name, options.turns, options.device)
         print(tables.markdown(cells({name: rows[name]}), words=(0,)), flush=True)
         if options.out:
-            command = f"python -m benchmarks.flags --cases {name!r} --turns={options.turns}"
-            record.write_section(options.out, name, command, rows[name])
+            arguments = f"--device={options.device} --cases {name!r} --turns={options.turns}"
+            record.write_section(options.out, name, f"python -m benchmarks.flags {arguments}", rows[name])
     print(tables.markdown(cells(rows), words=(0,)))
 
 

@@ -1,7 +1,10 @@
-"""What the two feeds cost: `python -m benchmarks.pipeline [--data_dir=DIR] [--out=FILE.json]`.
+"""What feeds and the loop cost: `python -m benchmarks.pipeline [--data_dir=DIR] [--out=FILE.json]`.
 
 resident   A training step of ResNet-20 with the resident feed, beside the same step on one batch that is
            prepared already and stays on the device. CIFAR-10 where it is prepared, else the digits.
+training   A step of a whole training, which prepares batches, logs every 100 steps and saves checkpoints,
+           beside such a step on one batch: what a training of twice the steps takes longer, so that its
+           start and its end do not count. CIFAR-10 on a GPU or TPU where it is prepared, else the digits.
 stream     Images a second that one core reads, decodes, crops (area 8 to 100 %, aspect 3:4 to 4:3, to 224
            pixels), mirrors and puts into batches: the streaming feed beside tf.data, which reads the same
            files from TFRecord, and beside PyTorch's DataLoader, whose images PIL decodes. For pictures of
@@ -43,6 +46,10 @@ from configs import common, resnet_cifar10, resnet_digits
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
 PEERS = ("tensorflow-cpu", "torch", "pillow")
+STEPS_A_TURN = {
+    "resident": {"cpu": 4, "accelerator": 500},
+    "training": {"cpu": 500, "accelerator": 4000},
+}
 
 
 class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
@@ -73,59 +80,108 @@ class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": file, "label": index % 10}
 
 
-def resident_feed(data_dir, turns, steps_a_turn):
+def resident_feed(data_dir, turns, steps_a_turn, dtype):
     """Seconds a step, of the feed and of a fixed batch, and the overhead in percent, each of every turn."""
+    config = _cifar10_or_digits(data_dir)
+    config.dtype = dtype
+    program = loop.make_program(config, jax.local_devices()[:1])
+    batches = _calls(program, program.feed.train_batches(0, 0))
+    run = _runner(program, program.train, program.arrays, batches, steps_a_turn)
+    return _beside_bare(run, config, program, turns, steps_a_turn)
+
+
+def whole_training(data_dir, turns, steps_a_turn, dtype):
+    """Like `resident_feed`, for the loop around the feed as well."""
+    on_cpu = jax.default_backend() == "cpu"
+    config = resnet_digits.get_config() if on_cpu else _cifar10_or_digits(data_dir)
+    config.dtype, config.num_steps = dtype, 2 * steps_a_turn
+    config.evaluation.every_steps, config.checkpoint.every_steps = 0, steps_a_turn
+    program = loop.make_program(config, jax.local_devices()[:1])
+    clock = _clock(program)
+
+    def seconds(num_steps):
+        shorter = config.copy_and_resolve_references()
+        shorter.num_steps = num_steps
+        with tempfile.TemporaryDirectory() as workdir:
+            started = clock()
+            loop.train_and_evaluate(shorter, workdir, program=program, show_progress=False)
+            return clock() - started
+
+    def run():
+        return (seconds(2 * steps_a_turn) - seconds(steps_a_turn)) / steps_a_turn
+
+    seconds(steps_a_turn)  # compiles
+    return _beside_bare(run, config, program, turns, steps_a_turn)
+
+
+def _cifar10_or_digits(data_dir):
     config = resnet_cifar10.get_config()
     config.data.data_dir = data_dir
-    try:
-        program = loop.make_program(config, jax.local_devices()[:1])
-    except ValueError:
-        config = resnet_digits.get_config()
-        program = loop.make_program(config, jax.local_devices()[:1])
-    feed, arrays = program.feed, program.arrays
-    batches = (
-        devices_lib.shard({k: v[None] for k, v in batch.items()}, 1, 1) for batch in feed.train_batches(0, 0)
+    prepared = sources.make_builder(config.data.name, data_dir).is_prepared()
+    return config if prepared else resnet_digits.get_config()
+
+
+def _clock(program):
+    return time.process_time if program.devices[0].platform == "cpu" else time.perf_counter
+
+
+def _calls(program, batches):
+    """Batches as a call of `program.train` takes them: several steps, on one device."""
+    while True:
+        of_call = itertools.islice(batches, program.steps_per_call)
+        yield devices_lib.shard(jax.tree.map(lambda *arrays: np.stack(arrays), *of_call), 1, axis=1)
+
+
+def _runner(program, train, arrays, calls, num_steps):
+    """A function that does so many steps and tells seconds a step."""
+    clock = _clock(program)
+    state = devices_lib.replicate(
+        init_state(program.model, program.tx, program.feed.image_shape, 0), program.devices
     )
-    image, label = jax.jit(feed.prepare)(feed.arrays, next(feed.train_batches(0, 0)), jax.random.key(0))
-    fixed = jax.device_put({"image": image[None, None], "label": label[None, None]}, program.devices[0])
+
+    def run():
+        nonlocal state
+        started = clock()
+        for batch in itertools.islice(calls, num_steps // program.steps_per_call):
+            state, metrics = train(state, arrays, batch)
+        jax.block_until_ready(metrics)
+        return (clock() - started) / num_steps
+
+    run()  # compiles
+    return run
+
+
+def _bare(program, config, num_steps):
+    """A `_runner` of the same steps, all of them on one batch that is prepared already."""
+    feed = program.feed
+    prepare = jax.jit(feed.prepare)
+    image, label = prepare(feed.arrays, next(feed.train_batches(0, 0)), jax.random.key(0))
+    fixed = devices_lib.replicate({"image": image, "label": label}, program.devices)
     loss_settings = dict(**config.loss)
     loss_settings.pop("side_weight")
-    fixed_train = devices_lib.pmap_train(
+    train = devices_lib.pmap_train(
         steps.make_train_steps(
             program.model.apply,
             program.tx,
-            lambda *arguments: (arguments[1]["image"], arguments[1]["label"]),  # (arrays, batch, key)
+            lambda arrays, _, __: (arrays["image"], arrays["label"]),
             losses.make_loss(**loss_settings),
             devices_lib.AXIS,
         ),
         program.devices,
     )
+    nothing = np.zeros((1, program.steps_per_call, 1), np.int32)
+    return _runner(program, train, fixed, itertools.repeat(nothing), num_steps)
 
-    clock = time.process_time if program.devices[0].platform == "cpu" else time.perf_counter
 
-    def runner(train, batches):
-        state = devices_lib.replicate(
-            init_state(program.model, program.tx, feed.image_shape, 0), program.devices
-        )
-
-        def run():
-            nonlocal state
-            started = clock()
-            for batch in itertools.islice(batches, steps_a_turn):
-                state, metrics = train(state, arrays, batch)
-            jax.block_until_ready(metrics)
-            return (clock() - started) / steps_a_turn
-
-        run()  # compiles
-        return run
-
-    with_feed, without = runner(program.train, batches), runner(fixed_train, itertools.repeat(fixed))
-    times = _take_turns([with_feed, without], turns)
+def _beside_bare(run, config, program, turns, num_steps):
+    times = _take_turns([run, _bare(program, config, num_steps)], turns)
     overhead = [100 * (a / b - 1) for a, b in zip(*times, strict=True)]
     return {
         "set": config.data.name,
         "batch_size": config.batch_size,
-        "feed_seconds_a_step": contenders.summary(times[0]),
+        "dtype": config.dtype,
+        "steps_per_call": program.steps_per_call,
+        "seconds_a_step": contenders.summary(times[0]),
         "fixed_seconds_a_step": contenders.summary(times[1]),
         "overhead_percent": contenders.summary(overhead),
     }
@@ -282,17 +338,21 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     parser.add_argument("--out", help="a JSON file")
-    parser.add_argument("--only", choices=("resident", "stream"), help="one of the two")
+    parser.add_argument("--only", choices=(*STEPS_A_TURN, "stream"), help="one of the three")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps")
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
     devices_lib.choose_cpu_flags()
-    if options.only != "stream":
-        row = resident_feed(options.data_dir, options.turns, steps_a_turn=4)
-        print(_line(f"{row['set']}, resident", row["feed_seconds_a_step"], "s a step"))
-        print(_line(f"{row['set']}, a fixed batch", row["fixed_seconds_a_step"], "s a step"))
-        print(_line("overhead", row["overhead_percent"], "%"))
-        _record(options, "resident", row)
-    if options.only != "resident":
+    for name, of_turn in STEPS_A_TURN.items():
+        if options.only in (None, name):
+            num_steps = of_turn["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+            measure = resident_feed if name == "resident" else whole_training
+            row = measure(options.data_dir, options.turns, num_steps, options.dtype)
+            print(_line(f"{row['set']}, {name}", row["seconds_a_step"], "s a step"))
+            print(_line(f"{row['set']}, a fixed batch", row["fixed_seconds_a_step"], "s a step"))
+            print(_line("overhead", row["overhead_percent"], "%"))
+            _record(options, name, row)
+    if options.only in (None, "stream"):
         rows = {}
         with tempfile.TemporaryDirectory() as directory:
             sets = [(sources.prepare(BenchmarkPhotos.name, directory).name, directory)]
@@ -308,7 +368,9 @@ def main():
 
 def _record(options, name, figures):
     if options.out:
-        command = f"python -m benchmarks.pipeline --only={name} --turns={options.turns}"
+        command = (
+            f"python -m benchmarks.pipeline --only={name} --turns={options.turns} --dtype={options.dtype}"
+        )
         write_section(options.out, name, command, figures)
 
 

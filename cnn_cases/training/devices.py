@@ -44,6 +44,7 @@ CPU_FLAGS = {
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 _KNOWN_BY = ("0.10.", "0.11.")
+DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 # Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
 # those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
@@ -83,7 +84,7 @@ def make_deterministic():
     of devices or version of a package still gives other bits. CPUs and TPUs need no such switch, and
     for them nothing changes. Neither effect nor cost has been measured on a GPU yet.
     """
-    _add_xla_flag("--xla_gpu_deterministic_ops=true")
+    _add_xla_flag(DETERMINISTIC_FLAG)
 
 
 def _add_xla_flag(flag):
