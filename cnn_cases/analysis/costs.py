@@ -209,6 +209,7 @@ def _trace(run, *inputs):
         (nn, "max_pool", "max pool"),
         (nn, "avg_pool", "average pool"),
         (model_layers, "max_pool_by_shifts", "max pool"),
+        (model_layers, "max_pool_by_place", "max pool"),
     )
     # Flax tells of its modules' methods; poolings are plain functions.
     with contextlib.ExitStack() as stack:

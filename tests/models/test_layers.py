@@ -158,6 +158,7 @@ def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
     assert len(re.findall(r" maximum\(", program)) == 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("window", [(2, 2), (3, 3), (2, 3)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize(
@@ -169,7 +170,8 @@ def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
         (((1, 1), (1, 0)), jnp.float32),
     ],
 )
-def test_max_pool_is_flax_s_in_value_and_gradient(window, strides, padding, dtype):
+def test_max_pool_is_flax_s_in_value_and_gradient(backend, window, strides, padding, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     # ReLU's zeros and small integers, so that many cells of a window are equal; and gradients that add up
     # without rounding.
     x = np.random.default_rng(0).integers(-4, 3, (2, 8, 9, 4)).clip(0).astype(dtype)
@@ -186,14 +188,16 @@ def test_max_pool_is_flax_s_in_value_and_gradient(window, strides, padding, dtyp
     np.testing.assert_array_equal(*our_gradients, *flax_gradients)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_max_pool_hides_no_nan(place):
+def test_max_pool_hides_no_nan(backend, place, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     x = jnp.ones((1, 4, 4, 1)).at[0, *place, 0].set(jnp.nan)
     assert np.isnan(max_pool(x, (2, 2), (2, 2))).ravel().tolist() == [True, False, False, False]
 
 
-@pytest.mark.parametrize(("backend", "scatters"), [("cpu", False), ("gpu", True), ("tpu", True)])
-def test_max_pool_has_no_scatter_on_a_cpu_and_is_flax_s_elsewhere(backend, scatters, monkeypatch):
+@pytest.mark.parametrize(("backend", "scatters"), [("cpu", False), ("gpu", False), ("tpu", True)])
+def test_max_pool_has_no_scatter_on_a_cpu_or_gpu_and_is_flax_s_on_a_tpu(backend, scatters, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((0, 1), (0, 1))).sum())
     assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
