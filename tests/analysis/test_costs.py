@@ -111,7 +111,9 @@ def test_the_layers_of_alexnet_have_the_shapes_of_the_slide():
     ]
 
 
-def test_the_layers_of_vgg_16_have_the_shapes_of_the_slide():
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])  # each of which pools in another way
+def test_the_layers_of_vgg_16_have_the_shapes_of_the_slide(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     convolutions = {64: (224, 2), 128: (112, 2), 256: (56, 3)}
     expected = []
     for filters, (size, times) in convolutions.items():
