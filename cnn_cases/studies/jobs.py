@@ -7,8 +7,8 @@ bits either way only with as many threads.
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 import signal
 import sys
 import threading
@@ -73,26 +73,29 @@ def run_side_by_side(groups, workdir, num_jobs):
       RuntimeError: a process died.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX runs can hang
-    todo, news = context.Queue(), context.Queue()
+    todo = context.Queue()
     for runs in (*groups, *[None] * num_jobs):
         todo.put(runs)
-    arguments = (todo, news, workdir, os.getpid(), _threads_each(num_jobs))
-    workers = [context.Process(target=_work, args=arguments) for _ in range(num_jobs)]
-    for worker in workers:
-        worker.start()
+    arguments = (workdir, os.getpid(), _threads_each(num_jobs))
+    workers = {}  # by what they tell, a pipe each: one that is ended while it tells holds up no other
+    for _ in range(num_jobs):
+        news, telling = context.Pipe(duplex=False)
+        workers[news] = context.Process(target=_work, args=(todo, telling, *arguments))
+        workers[news].start()
+        telling.close()  # here, so that the pipe ends with the process
     try:
         with loop.stop_signals() as stop:
-            yield from _collect(workers, news, stop)
+            yield from _collect(workers, stop)
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.terminate()  # a training that gets SIGTERM saves and ends
-        for worker in workers:
+        for worker in workers.values():
             worker.join()
         todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
     if stop.number:
-        with contextlib.suppress(queue.Empty):
-            while True:  # what the workers had still to tell, as that the disk is full
-                _take(news)
+        for news in workers:
+            while news.poll() and _take(news):  # what was still to be told, as that the disk is full
+                pass
         name = signal.Signals(stop.number).name
         raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
 
@@ -110,31 +113,36 @@ def _threads_each(num_jobs):
     return max(1, logbook.cpu_threads() // num_jobs)
 
 
-def _collect(workers, news, stop):
+def _collect(workers, stop):
     """Yields what the workers tell until all have ended or a signal has come."""
-    while not stop.number:
-        running = any(worker.is_alive() for worker in workers)
-        try:
-            words = _take(news)
-        except queue.Empty:
-            dead = [worker.exitcode for worker in workers if worker.exitcode]
-            if dead:
-                raise RuntimeError(f"a process of the sweep died with exit code {dead[0]}") from None
-            if not running:
-                return
-            continue
-        yield words
+    running = list(workers)
+    while running and not stop.number:
+        multiprocessing.connection.wait(running, timeout=_POLL_SECONDS)
+        for news in [*running]:
+            alive = workers[news].is_alive()
+            words = _take(news) if news.poll() else ()
+            if words:
+                yield words
+            elif words is None or not alive:  # a process that it has started may hold the pipe's other end
+                running.remove(news)
+                workers[news].join()
+                if workers[news].exitcode:
+                    code = workers[news].exitcode
+                    raise RuntimeError(f"a process of the sweep died with exit code {code}")
 
 
 def _take(news):
-    """What a worker tells next; raises ValueError where that is a refusal, and queue.Empty without any."""
-    kind, *words = news.get(timeout=_POLL_SECONDS)
+    """What a worker tells next, None where it tells no more; raises ValueError where that is a refusal."""
+    try:
+        kind, *words = news.recv()
+    except (EOFError, OSError):  # between two messages, or within one
+        return None
     if kind == "refused":
         raise ValueError(*words)
     return words
 
 
-def _work(todo, news, workdir, parent, num_threads):
+def _work(todo, telling, workdir, parent, num_threads):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
     os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
     threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
@@ -144,9 +152,10 @@ def _work(todo, news, workdir, parent, num_threads):
     try:
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir):
-                news.put(("ended", *ended))
+                telling.send(("ended", *ended))
     except (ValueError, OSError) as error:
-        news.put(("refused", str(error)))
+        with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
+            telling.send(("refused", str(error)))
     except loop.InterruptedRun as interruption:
         print(interruption, file=sys.stderr)
 
