@@ -246,8 +246,12 @@ def max_pool(x, window_shape, strides, padding="VALID"):
     Returns:
       [B, H', W', C].
     """
-    elsewhere = max_pool_by_place if jax.default_backend() == "gpu" else nn.max_pool
-    pool = max_pool_by_shifts if is_for_cpu() else elsewhere
+    if is_for_cpu():
+        pool = max_pool_by_shifts
+    elif jax.default_backend() == "gpu":
+        pool = max_pool_by_place
+    else:
+        pool = nn.max_pool
     return pool(x, window_shape, strides, padding=padding)
 
 
@@ -273,8 +277,7 @@ def max_pool_by_place(x, window_shape, strides, padding):
     In value and in gradient it is the same. A cell's gradient is gathered from the windows that it lies in,
     while XLA scatters them, with atomic additions.
     """
-    pads = tuple(map(tuple, _pads(x, window_shape, strides, padding)))
-    return _largest(x, (x.shape[1:3], window_shape, strides, pads))
+    return _largest(x, (x.shape[1:3], window_shape, strides, _pads(x, window_shape, strides, padding)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -287,14 +290,14 @@ def _largest_and_place(x, geometry):
     _, window_shape, strides, pads = geometry
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     ends = [size - window + 1 for size, window in zip(x.shape[1:3], window_shape, strict=True)]
-    largest = place = None
-    for number, (row, column) in enumerate(itertools.product(*map(range, window_shape))):
-        cell = x[:, row : row + ends[0] : strides[0], column : column + ends[1] : strides[1]]
-        if largest is None:
-            largest, place = cell, jnp.zeros(cell.shape, jnp.uint8)
-        else:
-            stays = (largest >= cell) | jnp.isnan(largest)
-            largest, place = jnp.where(stays, largest, cell), jnp.where(stays, place, jnp.uint8(number))
+    cells = [
+        x[:, row : row + ends[0] : strides[0], column : column + ends[1] : strides[1]]
+        for row, column in itertools.product(*map(range, window_shape))
+    ]
+    largest, place = cells[0], jnp.zeros(cells[0].shape, jnp.uint8)
+    for number, cell in enumerate(cells[1:], start=1):
+        place = jnp.where(_is_larger(largest, cell), place, jnp.uint8(number))
+        largest = _larger(largest, cell)
     return largest, place
 
 
@@ -322,8 +325,13 @@ def _pads(x, window_shape, strides, padding):
 
 
 def _larger(a, b):
-    # `jnp.maximum` would halve the gradient between equals. What is not a number goes on, as it should.
-    return jnp.where((a >= b) | jnp.isnan(a), a, b)
+    # `jnp.maximum` would halve the gradient between equals.
+    return jnp.where(_is_larger(a, b), a, b)
+
+
+def _is_larger(a, b):
+    """Whether to take a, as of two that are equal, and as what is not a number, which should go on."""
+    return (a >= b) | jnp.isnan(a)
 
 
 def halve(x, window=3):
@@ -358,7 +366,7 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
     )
     normalised = (a * (k + alpha * squares) ** -beta).astype(x.dtype)
     if jax.default_backend() == "gpu":
-        # Or XLA would compute the power again for each cell of each window of a pooling that follows.
+        # Or XLA may compute the power again for each cell of each window of a pooling that follows.
         normalised = lax.optimization_barrier(normalised)
     return normalised
 

@@ -79,10 +79,9 @@ def make_deterministic():
     """Makes runs on GPUs the same to the bit, in this process and in those that it starts.
 
     To be called before JAX is used. XLA then takes no kernel whose result depends on which thread is done
-    first, and chooses kernels without timing them, so that each start takes the same. That costs speed,
-    most, as far as is known, where a gradient is scattered, as is max pooling's. Another kind of GPU, number
-    of devices or version of a package still gives other bits. CPUs and TPUs need no such switch, and
-    for them nothing changes. Neither effect nor cost has been measured on a GPU yet.
+    first, and chooses kernels without timing them, so that each start takes the same. That costs speed.
+    Another kind of GPU, number of devices or version of a package still gives other bits. CPUs and TPUs need
+    no such switch, and for them nothing changes. Neither effect nor cost has been measured on a GPU yet.
     """
     _add_xla_flag(DETERMINISTIC_FLAG)
 

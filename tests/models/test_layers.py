@@ -247,7 +247,9 @@ def paper_formula(a, k, n, alpha, beta):
     [dict(k=2.0, n=5, alpha=1e-4, beta=0.75), dict(k=1.0, n=3, alpha=0.5, beta=0.5)],
 )
 @pytest.mark.parametrize("channels", [1, 3, 9])  # fewer than a window, and more
-def test_response_norm_is_the_papers_formula(constants, channels):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_response_norm_is_the_papers_formula(constants, channels, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     a = np.random.default_rng(0).normal(0, 100, (2, 3, 4, channels))
     b = local_response_norm(jnp.asarray(a, jnp.float32), **constants)
     np.testing.assert_allclose(b, paper_formula(a, **constants), rtol=1e-5)
@@ -267,7 +269,9 @@ def test_response_norm_of_bfloat16_is_the_float32_result_rounded_once():
     np.testing.assert_array_equal(b, local_response_norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
-def test_response_norm_has_the_gradient_of_the_papers_formula():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_response_norm_has_the_gradient_of_the_papers_formula(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     # By hand, for k = 1, alpha = beta = 1 and one window over all channels: with s = 1 + |a|^2, the gradient
     # of the sum of a / s is 1 / s - 2 a sum(a) / s^2.
     a = np.array([0.5, -1.0, 2.0], np.float32)
