@@ -94,7 +94,7 @@ def run_side_by_side(groups, workdir, num_jobs):
         todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
     if stop.number:
         for news in workers:
-            while news.poll() and _take(news):  # what was still to be told, as that the disk is full
+            while _take(news):  # what was still to be told, as that the disk is full
                 pass
         name = signal.Signals(stop.number).name
         raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
@@ -115,20 +115,16 @@ def _threads_each(num_jobs):
 
 def _collect(workers, stop):
     """Yields what the workers tell until all have ended or a signal has come."""
-    running = list(workers)
+    running = set(workers)
     while running and not stop.number:
-        multiprocessing.connection.wait(running, timeout=_POLL_SECONDS)
-        for news in [*running]:
-            alive = workers[news].is_alive()
-            words = _take(news) if news.poll() else ()
-            if words:
+        for news in multiprocessing.connection.wait(running, timeout=_POLL_SECONDS):
+            if words := _take(news):
                 yield words
-            elif words is None or not alive:  # a process that it has started may hold the pipe's other end
-                running.remove(news)
-                workers[news].join()
-                if workers[news].exitcode:
-                    code = workers[news].exitcode
-                    raise RuntimeError(f"a process of the sweep died with exit code {code}")
+                continue
+            running.remove(news)
+            workers[news].join()
+            if code := workers[news].exitcode:
+                raise RuntimeError(f"a process of the sweep died with exit code {code}")
 
 
 def _take(news):

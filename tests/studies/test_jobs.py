@@ -1,4 +1,5 @@
 import gc
+import multiprocessing.connection
 import os
 import pathlib
 import shutil
@@ -150,13 +151,36 @@ if __name__ == "__main__":
     assert any((run_dir / "checkpoints").iterdir())
 
 
-def test_a_run_that_could_not_be_saved_at_a_signal_is_told(data_dir, tmp_path):
+class SlowToTell:
+    """A group whose process does not come back from telling what its run gave."""
+
+    def __init__(self, runs):
+        self.runs = runs
+
+    def __reduce__(self):
+        return slow_to_tell, (self.runs,)
+
+
+def slow_to_tell(runs):
+    """To be called in a process of the sweep."""
+    tell = multiprocessing.connection.Connection._send_bytes
+
+    def tell_and_wait(*arguments):
+        tell(*arguments)
+        time.sleep(600)
+
+    multiprocessing.connection.Connection._send_bytes = tell_and_wait
+    return runs
+
+
+@pytest.mark.parametrize("group", [list, SlowToTell])
+def test_a_run_that_could_not_be_saved_at_a_signal_is_told(group, data_dir, tmp_path):
     first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
     second[0].config.evaluation.every_steps = second[0].config.checkpoint.every_steps = 40_000
     run_dir = tmp_path / second[0].name
 
     def stop_without_a_place_to_save():
-        for _ in jobs.run_side_by_side([second, first], tmp_path, 2):
+        for _ in jobs.run_side_by_side([second, group(first)], tmp_path, 2):
             while not (run_dir / "metrics.jsonl").exists():
                 time.sleep(0.1)
             shutil.rmtree(run_dir)
