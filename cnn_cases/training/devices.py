@@ -35,7 +35,7 @@ LOST = 4  # exit code of a process whose training another one has left
 # Seconds: between two signs of life; for process 0 to tell that another one gives none; for the others to end
 # before process 0; and by which JAX, which aborts, is more patient than what is here.
 _PAUSE, _TO_TELL, _TO_END, _JAX_LATER = 1, 3, 3, 30
-_left = threading.Event()  # all processes have come to their end
+_left = threading.Event()  # this process has come to its end, with the others or without them
 
 # What XLA is told for CPUs, and the versions of jaxlib that know it: to give sums to YNNPACK, and to leave
 # the barriers in its program that say what is computed once.
@@ -231,10 +231,11 @@ def _end(message):
 
 
 def leave(code, patience_seconds):
-    """Called at the end of a process: leaves the job together with the other processes.
+    """Called at the end of a process: ends it together with the other processes of its job, if it has any.
 
-    Where they do not end as well, as after a mistake of this host alone, the process ends at once and with
-    `code`: JAX would wait for them, and then abort.
+    Where they do not end as well, as after a mistake of this host alone, it ends without them. In either case
+    it ends at once, without Python's way out, and process 0 ends last. On that way JAX waits for all as well,
+    but then process 0, whom the others ask how it is, may be gone before they are, and they abort.
 
     Args:
       code: exit code.
@@ -242,13 +243,12 @@ def leave(code, patience_seconds):
     """
     if not is_one_of_several():
         return
-    try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * patience_seconds)
-    except jax.errors.JaxRuntimeError:
-        if is_lead():
-            time.sleep(_TO_END)
-        _exit(code)
     _left.set()
+    if is_lead():
+        time.sleep(_TO_END)
+    _exit(code)
 
 
 def _exit(code):

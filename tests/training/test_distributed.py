@@ -199,6 +199,25 @@ def test_a_process_that_waits_in_vain_for_the_others_ends(digits, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_process_0_ends_last():
+    program = """if True:
+        import sys
+        from cnn_cases.training import devices
+        index = int(sys.argv[2])
+        devices.join(coordinator_address=sys.argv[1], num_processes=3, process_id=index)
+        devices.leave(index, patience_seconds=100)
+        raise AssertionError("it goes on")
+    """
+    command = [sys.executable, "-c", program, f"localhost:{free_port()}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    lead, *others = [
+        subprocess.Popen([*command, str(index)], cwd=ROOT, env=environment) for index in range(3)
+    ]
+    assert [process.wait(100) for process in others] == [1, 2]
+    assert lead.poll() is None  # those whom it leaves behind would be aborted
+    assert lead.wait(100) == 0
+
+
 def test_four_processes_share_a_stream(config, tmp_path):
     config.num_steps, config.batch_size, config.log_every_steps = 3, 16, 1
     config.data.feed = "stream"
