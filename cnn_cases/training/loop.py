@@ -427,7 +427,8 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
     num_devices = len(program.devices)
     ahead = devices_lib.calls_ahead(program.devices)
     state = devices_lib.replicate(state, program.devices)
-    under_way = collections.deque()  # (steps done, metrics still on the devices, signal likewise)
+    # (steps done; metrics, signal and, where a row is due, learning rate, all still on the devices)
+    under_way = collections.deque()
     clock, timed_steps = time.monotonic(), 0  # since the last row, evaluation or checkpoint
     of_all = devices_lib.pmap_largest(program.devices) if devices_lib.is_one_of_several() else None
     heard = 0  # the signal that came to any process, as of the last call that was collected
@@ -436,14 +437,14 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
         """Waits until `at_most` calls are under way; notes the metrics of the others."""
         nonlocal clock, timed_steps, heard
         while len(under_way) > at_most:
-            step, metrics, number = under_way.popleft()
+            step, metrics, number, rate = under_way.popleft()
             metrics, heard = jax.device_get(metrics), int(number)
             for line in running.add(step, metrics):
                 log.say(line)
             timed_steps += len(metrics["loss"])
-            if step % config.log_every_steps == 0 or step == config.num_steps:
+            if rate is not None:
                 means = running.take()
-                values = means | {"learning_rate": float(program.schedule(step - 1))}
+                values = means | {"learning_rate": float(rate)}
                 if config.on_nonfinite == "skip":
                     before = (step - 1) // config.log_every_steps * config.log_every_steps
                     values["running/skipped"] = sum(number > before for number in running.nonfinite)
@@ -467,7 +468,10 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
         stacked = devices_lib.shard(stacked, num_devices, axis=1)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = program.train(state, program.arrays, stacked)
-        under_way.append((step, metrics, of_all(stop.number, metrics) if of_all else 0))
+        number = of_all(stop.number, metrics) if of_all else 0
+        # Not when the row is written: the rate would then be computed behind the calls that are under way.
+        is_row = step % config.log_every_steps == 0 or step == config.num_steps
+        under_way.append((step, metrics, number, program.schedule(step - 1) if is_row else None))
         collect(ahead)
         if before < last_profiled <= step:
             collect(0)

@@ -65,6 +65,24 @@ def test_a_run_compiles_its_steps_and_no_program_for_each_shape(config, tmp_path
     assert 4 <= len(compiled) <= 6, compiled  # initial values, learning rate, training, evaluation
 
 
+def test_what_a_row_needs_waits_for_no_later_step(config, tmp_path):
+    program = loop.make_program(config, jax.devices()[:1])  # on one device, calls are ahead of what is read
+    calls = []
+
+    def train(state, *others):
+        calls.append(("train", int(state.step) + 1))
+        return program.train(state, *others)
+
+    def schedule(step):
+        calls.append(("rate", step + 1))
+        return program.schedule(step)
+
+    run(config, tmp_path, program._replace(train=train, schedule=schedule))
+    rates = [index for index, (what, _) in enumerate(calls) if what == "rate"]
+    assert [calls[index][1] for index in rates] == [3, 6, 9, 12]
+    assert all(calls[index - 1] == ("train", calls[index][1]) for index in rates)
+
+
 def test_a_finished_run_without_its_config_is_nobodys(config, tmp_path, program):
     run(config, tmp_path, program)
     (tmp_path / "config.json").unlink()
