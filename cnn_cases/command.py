@@ -1,9 +1,11 @@
 """What the command lines share: a user's mistake becomes one message and an exit code.
 
 0     done
+1     an error of this project or of a package, with its traceback
 2     bad input
 3     the training diverged
-4     another process of the same training died, fell silent, left it or never came
+4     another process of the same training died, fell silent, left it or never came; JAX, where it sees that
+      first, aborts with 134
 130   SIGINT (Ctrl-C) came, and all is saved
 140   SIGUSR2 (a scheduler's warning) came, and all is saved
 143   SIGTERM came, and all is saved
