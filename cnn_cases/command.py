@@ -81,7 +81,10 @@ def _keep_compiled():
     JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        try:
+            home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        except RuntimeError:  # a user without a home
+            return
         # In the environment for the processes that this one starts.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -168,18 +171,13 @@ def _terminated(*_):
 def _leave_at_once(signal_name, code):
     # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
     # in a segmentation fault: that is what one of 55 signals at random times led to.
-    _tell(f"{signal_name}: stopped before or after the training; start again to go on")
+    logbook.tell(f"{signal_name}: stopped before or after the training; start again to go on")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
-    _tell(message)
+    logbook.tell(message)
     devices.leave(code, patience_seconds)
     sys.exit(code)
-
-
-def _tell(message):
-    with contextlib.suppress(OSError):  # the exit code must be right where nobody can read this
-        print(message, file=sys.stderr, flush=True)

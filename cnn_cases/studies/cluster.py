@@ -10,6 +10,7 @@ A job is told the run's directory and reads config.json there; no config is pick
 files, its death by its absence from the queue: sacct, which submitit would ask, is not on every cluster.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -118,10 +119,9 @@ def run_on_cluster(runs, workdir, cluster):
         told = {name: paths.job_id for name, paths in waiting.items()}
         if told:
             again = sum(before[name] is paths for name, paths in waiting.items())
-            print(
+            logbook.tell(
                 f"{len(told) - again} jobs submitted to {cluster.name}, {again} under way before: "
-                f"{' '.join(told.values())}; their logs are in {workdir / 'jobs'}",
-                file=sys.stderr,
+                f"{' '.join(told.values())}; their logs are in {workdir / 'jobs'}"
             )
         for name in _ended(waiting, cluster.name, stop):
             result = _result(run_dirs[name])
@@ -197,9 +197,9 @@ class Training(Checkpointable):
         try:
             loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
-            print(error, file=sys.stderr)  # result.json says so, too: no failure of the job
+            logbook.tell(error)  # result.json says so, too: no failure of the job
         except loop.InterruptedRun as interruption:
-            print(interruption, file=sys.stderr)
+            logbook.tell(interruption)
             end(interruption.signal_number)
 
 
@@ -218,8 +218,15 @@ def _is_preempted():
 def _newest_job(folder):
     """The paths of the last job that was submitted for a run; None where there was none."""
     # While a job is queued again, its pickle has a longer name for a moment.
-    pickles = sorted(folder.glob("*_submitted.pkl*"), key=os.path.getmtime)
+    pickles = sorted(folder.glob("*_submitted.pkl*"), key=_time_of)
     return submitit_utils.JobPaths(folder, pickles[-1].name.split("_")[0]) if pickles else None
+
+
+def _time_of(path):
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # it has its other name by now
+        return math.inf
 
 
 def _alive(name, all_paths):

@@ -70,7 +70,7 @@ def run_side_by_side(groups, workdir, num_jobs):
     """Runs `num_jobs` groups at a time, each in a process; see `run_here`.
 
     Raises:
-      RuntimeError: a process died.
+      ChildProcessError: a process died, or was ended by a signal of its own.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX runs can hang
     todo = context.Queue()
@@ -123,8 +123,11 @@ def _collect(workers, stop):
                 continue
             running.remove(news)
             workers[news].join()
-            if code := workers[news].exitcode:
-                raise RuntimeError(f"a process of the sweep died with exit code {code}")
+            code = workers[news].exitcode
+            if code and not stop.number:
+                raise ChildProcessError(
+                    f"a process of the sweep died with exit code {code}; start again to go on"
+                )
 
 
 def _take(news):
@@ -153,7 +156,8 @@ def _work(todo, telling, workdir, parent, num_threads):
         with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
             telling.send(("refused", str(error)))
     except loop.InterruptedRun as interruption:
-        print(interruption, file=sys.stderr)
+        logbook.tell(interruption)
+        sys.exit(128 + interruption.signal_number)
 
 
 def _end_without(parent):

@@ -13,7 +13,6 @@ import itertools
 import json
 import pathlib
 import re
-import sys
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -166,7 +165,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         else:
             ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
         for number, (name, news) in enumerate(ended, start=1):
-            print(f"[{number}/{len(runs)}] {name}: {news}", file=sys.stderr, flush=True)
+            logbook.tell(f"[{number}/{len(runs)}] {name}: {news}")
 
 
 def make_record(study, workdir):
@@ -189,7 +188,7 @@ def make_record(study, workdir):
     for run in expand(study):
         run_dir = workdir / "runs" / run.name
         if not (run_dir / "result.json").exists():
-            raise ValueError(f"{run_dir} is not finished; start the study again without --figures_only")
+            raise ValueError(f"{run_dir} is not finished; start the study again, without --figures_only")
         logbook.claim(run_dir, run.config.to_dict())
         numbers = []
         for start in logbook.read_environments(run_dir):

@@ -177,6 +177,8 @@ class Checkpoints:
             try:
                 _verify(self._directory / str(step))
                 restored = self._manager.restore(step, args=items)
+            except (MemoryError, PermissionError):  # which say nothing against the file
+                raise
             except Exception as error:  # whatever a damaged file makes the libraries below raise
                 damaged[step] = error
                 continue

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
+
+from cnn_cases.training import logbook
 
 AXIS = "batch"
 LOST = 4  # exit code of a process whose training another one has left
@@ -49,8 +52,8 @@ DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 # Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
 # those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
 _LAUNCHERS = {
-    "Slurm": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
+    "Slurm": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
 }
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU pod: names, with commas between
 
@@ -104,6 +107,9 @@ def launched_processes(environment):
         if count in environment and all(name in environment for name in others):
             if not environment[count].isdecimal():
                 raise ValueError(f"{count} = {environment[count]!r}, set by {launcher}, is not a number")
+            # A shell in an allocation of Slurm's is a step of one task, and has the allocation's number.
+            if launcher == "Slurm" and environment.get("SLURM_STEP_NUM_TASKS") == "1":
+                return 1
             return int(environment[count])
     size = environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1":
@@ -181,7 +187,11 @@ def join(
     with _alarm(
         patience, f"the devices of all processes have not started within {meeting_timeout_seconds} s"
     ):
-        is_several = is_one_of_several()
+        try:
+            is_several = is_one_of_several()
+        except RuntimeError as error:  # at once, for Python's way out would wait for the others
+            logbook.tell(f"error: the devices of this process do not start: {error}")
+            _exit(2)
     if is_several:
         threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
 
@@ -218,16 +228,23 @@ def lose(message):
     Args:
       message: of which the first sentence is told.
     """
-    if is_lead():
-        time.sleep(_TO_END)
+    _let_the_others_end()
     _end(re.split(r"\. |\n", message)[0])
 
 
 def _end(message):
     """Ends this process at once, whatever its main thread waits for."""
     if not _left.is_set():
-        print(f"error: {message}; start all again to go on", file=sys.stderr)
+        logbook.tell(f"error: {message}; start all again to go on")
         _exit(LOST)
+
+
+def _let_the_others_end():
+    if is_lead():
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)  # there is nothing more to save
+        time.sleep(_TO_END)
 
 
 def leave(code, patience_seconds):
@@ -243,18 +260,22 @@ def leave(code, patience_seconds):
     """
     if not is_one_of_several():
         return
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * patience_seconds)
-    _left.set()
-    if is_lead():
-        time.sleep(_TO_END)
-    _exit(code)
+    try:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * patience_seconds)
+        _left.set()
+        _let_the_others_end()
+    finally:  # on Ctrl-C, too
+        _exit(code)
 
 
 def _exit(code):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 def is_loss(error):

@@ -49,6 +49,7 @@ MAX_EVAL_BATCH_SIZE = 100_000
 ON_NONFINITE = ("stop", "skip", "rewind")
 MAX_REWINDS = 3  # to one checkpoint
 MAX_STEPS_PER_CALL = 50  # where the config leaves it open; a signal waits for three calls under way
+SAME_SIGNAL_SECONDS = 2  # see stop_signals
 
 
 class InterruptedRun(BaseException):
@@ -675,16 +676,22 @@ def _earlier_result(workdir, config):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Notes SIGTERM, SIGINT and SIGUSR2, a scheduler's warning, and lives on; a second one acts as ever.
+    """Notes SIGTERM, SIGINT and SIGUSR2, a scheduler's warning, and lives on; a later one acts as ever.
+
+    One that comes within SAME_SIGNAL_SECONDS does not: a scheduler may signal a process and its parent, which
+    then passes it on.
 
     Yields an object whose `number` is 0 until a signal comes, then the signal's.
     """
-    stop, before = types.SimpleNamespace(number=0), {}
+    stop, before = types.SimpleNamespace(number=0, since=0.0), {}
 
     def note(number, _):
-        stop.number = number
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        if not stop.number:
+            stop.number, stop.since = number, time.monotonic()
+        elif time.monotonic() - stop.since >= SAME_SIGNAL_SECONDS:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):

@@ -32,6 +32,7 @@ def test_shards_keep_the_order_of_examples():
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:99", "OMPI_COMM_WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,10 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID"
         ({}, 1),
         (SLURM | {"SLURM_NTASKS": "8"}, 8),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, 1),  # in the batch script, not by srun
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:99", "OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        (SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, 8),
+        (SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # in the shell of salloc
+        (OPEN_MPI, 2),
+        (OPEN_MPI | SLURM | {"SLURM_NTASKS": "1"}, 2),  # by mpirun in a shell of Slurm's
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
     ],

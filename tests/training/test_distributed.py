@@ -218,6 +218,23 @@ def test_process_0_ends_last():
     assert lead.wait(100) == 0
 
 
+def test_a_process_ends_with_its_code_where_nobody_reads_what_it_says():
+    program = """if True:
+        import sys
+        from cnn_cases.training import devices, logbook
+        sys.stdin.readline()  # until the reader is gone
+        logbook.tell("once")
+        devices._exit(5)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stderr.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(100) == 5
+
+
 def test_four_processes_share_a_stream(config, tmp_path):
     config.num_steps, config.batch_size, config.log_every_steps = 3, 16, 1
     config.data.feed = "stream"

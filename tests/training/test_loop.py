@@ -141,6 +141,22 @@ def test_a_signal_saves_at_once_and_changes_nothing(number, steps, config, tmp_p
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+def test_a_signal_counts_once_and_a_later_one_acts_as_ever(monkeypatch):
+    acts, now = [], [10.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[-1])
+    before = signal.signal(signal.SIGTERM, lambda number, _: acts.append(number))
+    try:
+        with loop.stop_signals() as stop:
+            for after in (0, loop.SAME_SIGNAL_SECONDS / 2, loop.SAME_SIGNAL_SECONDS):
+                assert not acts
+                now.append(10.0 + after)
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.number == signal.SIGTERM
+        assert acts == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
     def evaluate(state, arrays, batch):
         os.kill(os.getpid(), signal.SIGTERM)
