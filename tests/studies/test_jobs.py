@@ -110,11 +110,12 @@ def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path):
     first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
     second[0].config.evaluation.every_steps = second[0].config.checkpoint.every_steps = 40_000
     unfinished = tmp_path / second[0].name
+    rows = unfinished / "metrics.jsonl"
 
     def stop_as_it_trains():
         for name, _ in jobs.run_side_by_side([second, first], tmp_path, 2):
             assert name == first[0].name
-            while not (unfinished / "metrics.jsonl").exists():
+            while not (rows.exists() and rows.read_bytes()):
                 time.sleep(0.05)
             for process in multiprocessing.active_children() * 5 if to_all else ():
                 os.kill(process.pid, signal.SIGTERM)
