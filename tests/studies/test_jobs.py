@@ -117,9 +117,9 @@ def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path):
             assert name == first[0].name
             while not (rows.exists() and rows.read_bytes()):
                 time.sleep(0.05)
-            for process in multiprocessing.active_children() * 5 if to_all else ():
+            for process in multiprocessing.active_children() * 30 if to_all else ():
                 os.kill(process.pid, signal.SIGTERM)
-                time.sleep(0.03)
+                time.sleep(0.003)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(loop.InterruptedRun, match="SIGTERM: the runs at hand were saved"):
