@@ -171,13 +171,13 @@ def _terminated(*_):
 def _leave_at_once(signal_name, code):
     # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
     # in a segmentation fault: that is what one of 55 signals at random times led to.
-    logbook.tell(f"{signal_name}: stopped before or after the training; start again to go on")
+    devices.tell(f"{signal_name}: stopped before or after the training; start again to go on")
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
-    logbook.tell(message)
+    devices.tell(message)
     devices.leave(code, patience_seconds)
     sys.exit(code)

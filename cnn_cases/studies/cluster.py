@@ -27,7 +27,7 @@ from submitit.helpers import Checkpointable
 
 from cnn_cases import command, evaluate
 from cnn_cases.studies import jobs
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import devices, logbook, loop
 
 COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
 MAX_TIMEOUTS = 100  # of one run, each of which goes on from a checkpoint
@@ -119,7 +119,7 @@ def run_on_cluster(runs, workdir, cluster):
         told = {name: paths.job_id for name, paths in waiting.items()}
         if told:
             again = sum(before[name] is paths for name, paths in waiting.items())
-            logbook.tell(
+            devices.tell(
                 f"{len(told) - again} jobs submitted to {cluster.name}, {again} under way before: "
                 f"{' '.join(told.values())}; their logs are in {workdir / 'jobs'}"
             )
@@ -197,9 +197,9 @@ class Training(Checkpointable):
         try:
             loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
-            logbook.tell(error)  # result.json says so, too: no failure of the job
+            devices.tell(error)  # result.json says so, too: no failure of the job
         except loop.InterruptedRun as interruption:
-            logbook.tell(interruption)
+            devices.tell(interruption)
             end(interruption.signal_number)
 
 

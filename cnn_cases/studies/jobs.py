@@ -17,7 +17,7 @@ import time
 import jax
 
 from cnn_cases import command
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import devices, logbook, loop
 
 _POLL_SECONDS = 0.2
 
@@ -156,7 +156,7 @@ def _work(todo, telling, workdir, parent, num_threads):
         with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
             telling.send(("refused", str(error)))
     except loop.InterruptedRun as interruption:
-        logbook.tell(interruption)
+        devices.tell(interruption)
         sys.exit(128 + interruption.signal_number)
 
 

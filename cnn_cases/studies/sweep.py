@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
 from cnn_cases.studies import figures, jobs, page, records
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import devices, logbook, loop
 
 
 class Run(NamedTuple):
@@ -165,7 +165,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         else:
             ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
         for number, (name, news) in enumerate(ended, start=1):
-            logbook.tell(f"[{number}/{len(runs)}] {name}: {news}")
+            devices.tell(f"[{number}/{len(runs)}] {name}: {news}")
 
 
 def make_record(study, workdir):

@@ -30,8 +30,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from cnn_cases.training import logbook
-
 AXIS = "batch"
 LOST = 4  # exit code of a process whose training another one has left
 
@@ -190,7 +188,7 @@ def join(
         try:
             is_several = is_one_of_several()
         except RuntimeError as error:  # at once, for Python's way out would wait for the others
-            logbook.tell(f"error: the devices of this process do not start: {error}")
+            tell(f"error: the devices of this process do not start: {error}")
             _exit(2)
     if is_several:
         threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
@@ -235,7 +233,7 @@ def lose(message):
 def _end(message):
     """Ends this process at once, whatever its main thread waits for."""
     if not _left.is_set():
-        logbook.tell(f"error: {message}; start all again to go on")
+        tell(f"error: {message}; start all again to go on")
         _exit(LOST)
 
 
@@ -267,6 +265,12 @@ def leave(code, patience_seconds):
         _let_the_others_end()
     finally:  # on Ctrl-C, too
         _exit(code)
+
+
+def tell(message):
+    """Prints a line on the standard error output; no reason to stop where nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def _exit(code):

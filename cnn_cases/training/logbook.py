@@ -55,12 +55,6 @@ PUT_BACK = "put a whole copy of it back, or use another workdir"
 _LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
 
 
-def tell(message):
-    """Prints a line on the standard error output; no reason to stop where nobody reads it any more."""
-    with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
-
-
 class Logbook:
     """The log of one run."""
 
