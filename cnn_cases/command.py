@@ -11,7 +11,6 @@
 143   SIGTERM came, and all is saved
 """
 
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -172,9 +171,7 @@ def _leave_at_once(signal_name, code):
     # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
     # in a segmentation fault: that is what one of 55 signals at random times led to.
     devices.tell(f"{signal_name}: stopped before or after the training; start again to go on")
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
+    devices.exit_at_once(code)
 
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):

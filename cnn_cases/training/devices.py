@@ -189,7 +189,7 @@ def join(
             is_several = is_one_of_several()
         except RuntimeError as error:  # at once, for Python's way out would wait for the others
             tell(f"error: the devices of this process do not start: {error}")
-            _exit(2)
+            exit_at_once(2)
     if is_several:
         threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
 
@@ -234,7 +234,7 @@ def _end(message):
     """Ends this process at once, whatever its main thread waits for."""
     if not _left.is_set():
         tell(f"error: {message}; start all again to go on")
-        _exit(LOST)
+        exit_at_once(LOST)
 
 
 def _let_the_others_end():
@@ -264,7 +264,7 @@ def leave(code, patience_seconds):
         _left.set()
         _let_the_others_end()
     finally:  # on Ctrl-C, too
-        _exit(code)
+        exit_at_once(code)
 
 
 def tell(message):
@@ -273,7 +273,8 @@ def tell(message):
         print(message, file=sys.stderr, flush=True)
 
 
-def _exit(code):
+def exit_at_once(code):
+    """Ends this process without Python's way out, also where nobody reads any more what it has said."""
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

@@ -470,15 +470,15 @@ def _train(config, program, first_step, state, batches, running, *, log, checkpo
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = program.train(state, program.arrays, stacked)
         number = of_all(stop.number, metrics) if of_all else 0
+        last = step == config.num_steps
         # Not when the row is written: the rate would then be computed behind the calls that are under way.
-        is_row = step % config.log_every_steps == 0 or step == config.num_steps
-        under_way.append((step, metrics, number, program.schedule(step - 1) if is_row else None))
+        rate = program.schedule(step - 1) if last or _is_due(step, config.log_every_steps) else None
+        under_way.append((step, metrics, number, rate))
         collect(ahead)
         if before < last_profiled <= step:
             collect(0)
             log.stop_profile()
 
-        last = step == config.num_steps
         values = {}
         if last or _is_due(step, config.evaluation.every_steps):
             collect(0)

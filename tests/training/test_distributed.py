@@ -224,7 +224,7 @@ def test_a_process_ends_with_its_code_where_nobody_reads_what_it_says():
         from cnn_cases.training import devices
         sys.stdin.readline()  # until the reader is gone
         devices.tell("once")
-        devices._exit(5)
+        devices.exit_at_once(5)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
