@@ -24,7 +24,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
-from cnn_cases.training import devices, logbook, loop
+from cnn_cases.training import devices, logbook, loop, stopping
 
 _DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
@@ -54,13 +54,15 @@ def run(main):
             main()
         except loop.DivergedError as error:
             _leave(f"error: {error}", 3, _ALL_END)
-        except loop.InterruptedRun as interruption:
+        except stopping.InterruptedRun as interruption:
             _leave(str(interruption), 128 + interruption.signal_number, _ALL_END)
         except KeyboardInterrupt:
             _leave_at_once("SIGINT", 130)
         except Exception as error:
             if devices.is_loss(error):
                 devices.lose(f"another process died or left: {error}")
+            if words := devices.out_of_memory(error):
+                _leave(f"error: {words}", 2)
             if not isinstance(error, ValueError | OSError):
                 if devices.is_one_of_several():  # else they and Python's way out would wait for each other
                     traceback.print_exc()
@@ -170,7 +172,7 @@ def _terminated(*_):
 def _leave_at_once(signal_name, code):
     # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
     # in a segmentation fault: that is what one of 55 signals at random times led to.
-    devices.tell(f"{signal_name}: stopped before or after the training; start again to go on")
+    devices.tell(f"{signal_name}: stopped; no training was under way")
     devices.exit_at_once(code)
 
 

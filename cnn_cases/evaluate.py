@@ -5,7 +5,8 @@
 `cnn_cases/data/views.py` explains the protocols. What comes out lies in <workdir>/evaluation/, in a directory
 named by split, protocol and step:
 
-    metrics.json     accuracy, top-5 accuracy, loss, and how they came about
+    metrics.json     accuracy, top-5 accuracy, loss (-log of the right class's probability, whatever the loss
+                     of the training was), and how they came about
     confusion.csv    how many examples of each class (a row) were taken for which (a column)
     confusion.png    the same as a figure, the colours as fractions of each row
     mistakes.png     the mistakes of which the network was surest
@@ -13,8 +14,6 @@ named by split, protocol and step:
 The checkpoints are only read. An evaluation that is done again overwrites its files, with the same figures.
 """
 
-import csv
-import io
 import math
 import pathlib
 import time
@@ -26,9 +25,8 @@ from absl import flags
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from cnn_cases import command, settings
+from cnn_cases import command, settings, tables
 from cnn_cases.data import feeds, preview
-from cnn_cases.data.views import make_views
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
 from cnn_cases.training.state import shapes_of_state
 from configs import common
@@ -74,7 +72,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
       workdir: of a run of train.py.
       protocol: a key of `views.PROTOCOLS`; "" for the config's.
       split: a part of data.splits; "" for "test", or "validation" where there is none.
-      which: "last", "best" or a step, as text.
+      which: "last", "best" or a step.
       data_dir: where TFDS keeps its sets; "" for the config's.
       out: the directory to write to; "" for one in the workdir.
 
@@ -83,6 +81,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
 
     Raises:
       ValueError: there is no such run, split, protocol or checkpoint, or the checkpoint is damaged.
+      OSError: the directory cannot be made or written to.
     """
     config = load_config(workdir)
     if data_dir:
@@ -98,9 +97,11 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
 
     program = loop.make_program(config, usable_devices(config))
     feed = program.feed
-    views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
     like = shapes_of_state(program.model, program.tx, feed.image_shape, with_ema=config.ema_decay > 0)
+    num_views = loop.check_protocol(program, like, protocol)
     state = devices.replicate(checkpoint.read(checkpoints, step, like), program.devices)
+    out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / f"{split}_{protocol}_{step}")
+    out.mkdir(parents=True, exist_ok=True)  # so that a bad one is known now, not after an hour of predictions
     started = time.monotonic()
     probabilities, label = loop.predict(
         program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True
@@ -118,7 +119,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
         "split": split,
         "examples_of": f"{config.data.name} {config.data.splits[split]}",
         "protocol": protocol,
-        "views_per_example": len(views),
+        "views_per_example": num_views,
         "step": step,
         "num_examples": len(label),
         "accuracy": 1 - scores["error"],
@@ -128,7 +129,6 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
         "environment": logbook.environment(),
     }
     names = feeds.class_names(config.data.name, config.data.data_dir)
-    out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / f"{split}_{protocol}_{step}")
     write_report(out, metrics, names, probabilities, label, feed.examples(split))
     return metrics, out
 
@@ -196,11 +196,8 @@ def pick(examples, numbers):
 
 def confusion_csv(counts, names):
     """The table as text: a row for each true class, a column for each predicted one."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(["true \\ predicted", *names])
-    writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
-    return out.getvalue()
+    rows = ([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    return tables.comma_separated([["true \\ predicted", *names], *rows])
 
 
 def draw_confusion(counts, names, title):

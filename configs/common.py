@@ -125,9 +125,9 @@ def get_config():
     config.evaluation.splits = ("validation",)  # parts of data.splits to evaluate on the way
     config.evaluation.final_splits = ("train", "validation", "test")  # and at the end
     # What a network is shown of each image at the end and by `cnn_cases.evaluate`: "single", "flip",
-    # "centre_crop", "ten_crop", "multi_scale_dense" or "googlenet_144" (cnn_cases/data/views.py). On the way
-    # it is "single"; another one adds figures of its own to those, "<split>/<protocol>/error" and so on, but
-    # of the split "train".
+    # "centre_crop", "ten_crop", "multi_scale_dense", "resnet_dense" or "googlenet_144"
+    # (cnn_cases/data/views.py). On the way it is "single"; another one adds figures of its own to those,
+    # "<split>/<protocol>/error" and so on, but of the split "train".
     config.evaluation.protocol = "single"
 
     config.checkpoint = ConfigDict()

@@ -9,7 +9,7 @@ Depth 110 starts at a rate of 0.01, in the paper until the training error is bel
          python train.py --config=configs/resnet_cifar10.py --config.model.depth=110 \
              --config.schedule.warmup=constant --config.schedule.warmup_steps=400 \
              --config.schedule.warmup_factor=0.1 --workdir=runs/resnet110_cifar10
-Depth 1202 needs --config.model.scan_blocks=True to compile in seconds.
+Depth 1202 is trained as depth 110 is, and needs --config.model.scan_blocks=True to compile in seconds.
 
 The paper's recipe, item by item, all of it kept:
 - SGD with momentum 0.9, batch 128, weight decay 1e-4, 64,000 steps;

@@ -10,12 +10,14 @@ The paper's recipe, item by item:
 - a rate of 0.1, divided by 10 whenever the error stood still;
 - He initialisation, batch normalisation, no dropout;
 - the shorter side drawn from 256 to 480 pixels, a random 224-pixel crop, flips, AlexNet's shift of colour;
-  the mean image subtracted; ten crops, and several scales, in the test.
+  the mean image subtracted;
+- ten crops in the test (tables 2 and 3), and for the best figures whole images at five scales (tables 4 and
+  5), which --config.evaluation.protocol=resnet_dense shows.
 
-Where the paper is silent: when the rate fell, and whether biases and batch normalisation decay (here they
-do, as in fb.resnet.torch).
-Departures: 90 epochs, the rate falling after 30 and 60, the usual schedule since fb.resnet.torch; ten crops
-of one scale in the test. The mean image is that of a sample, of central crops.
+Where the paper is silent: when the rate fell (here after 30 and 60 epochs, as in the appendix of the authors'
+paper of 2016), and whether biases and batch normalisation decay (here they do, as in fb.resnet.torch).
+Departures: 90 epochs, as is usual since fb.resnet.torch; the mean image is that of a sample, of central
+crops.
 Not run yet.
 """
 

@@ -1,6 +1,6 @@
 """Pre-activation residual nets of depth 9n + 2 on CIFAR-10.
 
-Paper: He et al. 2016, "Identity mappings in deep residual networks", section 3 and appendix.
+Paper: He et al. 2016, "Identity mappings in deep residual networks", section 4 and appendix.
 Command: make data DATASET=cifar10
          python train.py --config=configs/resnet_preact_cifar10.py --workdir=runs/preact164_cifar10
          python train.py --config=configs/resnet_preact_cifar10.py --config.model.depth=1001 \
@@ -11,12 +11,13 @@ The paper's recipe, item by item, all of it kept:
 - a rate of 0.1, divided by 10 after 32,000 and 48,000 steps, after 400 steps at 0.01, which the paper says
   this net does not need;
 - He initialisation, batch normalisation, no dropout;
-- random crops from 4 pixels of padding, and flips.
+- random crops from 4 pixels of padding, and flips;
+- what the appendix leaves to He et al. 2015, as in `resnet_cifar10`: 64,000 steps, the mean image subtracted,
+  5,000 training images held out for validation.
 
-Where the paper is silent, all as in `resnet_cifar10`: 64,000 steps, the mean image subtracted, the last 5,000
-training images held out for validation. Biases and batch normalisation decay too, as in
-fb.resnet.torch. Batch statistics are those of the global batch; the paper trained on two GPUs, each with
-its own.
+Where both papers are silent: which images are held out (the last ones), and whether biases and batch
+normalisation decay (they do, as in fb.resnet.torch). Batch statistics are those of the global batch; the
+paper trained on two GPUs, each with its own.
 Not run yet.
 """
 

@@ -1,6 +1,6 @@
 """VGG-16, the paper's net D, on ImageNet of 2012.
 
-Paper: Simonyan, Zisserman 2014, section 3.1 (training) and 3.2 (testing).
+Paper: Simonyan, Zisserman 2014, section 3.1 (training), 3.2 and 4.2 (testing).
 Command: make data DATASET=imagenet2012
          python train.py --config=configs/vgg_imagenet2012.py --workdir=runs/vgg_imagenet2012
 

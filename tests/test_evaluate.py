@@ -76,7 +76,7 @@ def test_the_single_view_gives_the_figures_of_the_run_and_changes_nothing(traine
 def test_files_lie_in_the_workdir_and_agree_with_each_other(trained, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
-    metrics, out = evaluate.evaluate_checkpoint(workdir, protocol="ten_crop", split="validation", which="8")
+    metrics, out = evaluate.evaluate_checkpoint(workdir, protocol="ten_crop", split="validation", which=8)
     assert out == workdir / "evaluation" / "validation_ten_crop_8"
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert metrics["views_per_example"] == 10
@@ -145,6 +145,15 @@ def test_what_cannot_be_evaluated_is_refused_and_nothing_written(arguments, mess
         evaluate.evaluate_checkpoint(trained, out=str(tmp_path / "out"), **arguments)
     assert contents(trained) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_predicted(
+    trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "predict", lambda *_, **__: pytest.fail("predicted all the same"))
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        evaluate.evaluate_checkpoint(trained, out=str(tmp_path / "file"))
 
 
 def test_a_directory_without_a_run_is_refused(trained, tmp_path):
@@ -217,9 +226,14 @@ def image_of(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
+def at_the_crops_size(image, crop):
+    """The first of the dense views of a ResNet's test, which is as large as a crop."""
+    return views.resnet_dense(image, crop)[:1]
+
+
 def test_dense_evaluation_at_the_crops_size_without_mirrors_is_the_single_view(small_vgg):
     _, _, run = small_vgg
-    dense = functools.partial(views.multi_scale_dense, crop=32, paper_sides=(224,), mirrored=False)
+    dense = functools.partial(at_the_crops_size, crop=32)
     examples = [(image_of(32, 32), 0), (image_of(32, 32)[::-1], 1)]
     found, _ = predictions.average_views(examples, dense, run, batch_size=lambda _: 3)
     single = views.make_views("single", (32, 32, 3), lambda image: image)
@@ -231,7 +245,7 @@ def test_dense_evaluation_at_the_crops_size_without_mirrors_is_the_single_view(s
 def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
     model, params, run = small_vgg
     image = image_of(32, 110)
-    dense = functools.partial(views.multi_scale_dense, crop=32, paper_sides=(224,), mirrored=False)
+    dense = functools.partial(at_the_crops_size, crop=32)
     found, _ = predictions.average_views([(image, 0)], dense, run, batch_size=lambda _: 2)
     held = image[None, :, 7:103] / 255.0  # 96 of 110 columns
     apply = jax.jit(functools.partial(model.apply, train=False, capture_intermediates=True))

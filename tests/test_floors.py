@@ -17,7 +17,6 @@ MAY_IMPORT = {
         "cnn_cases.data",
         "cnn_cases.training",
     ),
-    "cnn_cases.training.steps": ("cnn_cases.training.state",),
     "cnn_cases.training": (),
     "cnn_cases.models": ("cnn_cases.models",),
     "cnn_cases.data": ("cnn_cases.data",),
@@ -32,6 +31,7 @@ MAY_IMPORT = {
         "cnn_cases.training.devices",
         "cnn_cases.training.logbook",
         "cnn_cases.training.loop",
+        "cnn_cases.training.stopping",
     ),
     # Of the configs the defaults, for runs of which a config.json is all that is left.
     "cnn_cases.evaluate": ("cnn_cases", "configs.common"),

@@ -10,7 +10,7 @@ import pytest
 
 from cnn_cases import replay
 from cnn_cases.models import lenet
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import logbook, loop, stopping
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
 
@@ -69,7 +69,7 @@ def test_a_step_around_rewinds_has_the_batches_of_its_seed(config, tmp_path, mon
     example = example_of_step(loop.make_program(config), config.seed, [7])
     program = poisoned(config, monkeypatch, example)
     stopped = stop_after(program, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))  # saves, and leaves
-    with pytest.raises(loop.InterruptedRun):
+    with pytest.raises(stopping.InterruptedRun):
         loop.train_and_evaluate(config, tmp_path, program=stopped, show_progress=False)
     assert loop.train_and_evaluate(config, tmp_path, program=program, show_progress=False)["nonfinite"] == [7]
     rows = {row["step"]: row for row in logbook.read_rows(tmp_path / "metrics.jsonl")}

@@ -80,9 +80,10 @@ def training_box(height, width, image_size, rng, *, name, shorter_side, area, as
     - "shorter_side": where the shorter side measures as many pixels as are drawn, evenly, from the two of
       `shorter_side`, a square of `image_size` anywhere in the image (Krizhevsky et al. 2012, section 4.1;
       with several sizes Simonyan, Zisserman 2014, section 3.1).
-    - "area": a share drawn evenly from `area`, with a ratio of width to height whose logarithm is drawn
-      evenly from `aspect`, anywhere (Szegedy et al. 2014, section 6). After ten boxes that do not fit, the
-      largest one about the centre whose ratio is allowed.
+    - "area": a share drawn evenly from `area`, with a ratio of width to height drawn from `aspect`, anywhere
+      (Szegedy et al. 2014, section 6). As is usual, but not from the paper: the ratio's logarithm is drawn
+      evenly, and after ten boxes that do not fit, it is the largest one about the centre whose ratio is
+      allowed.
 
     Args:
       height, width: of the image, in pixels.
@@ -126,13 +127,13 @@ def evaluation_box(height, width, image_size, *, name, eval_shorter_side, shorte
 def resized(image, box, image_size):
     """The box of an image as a square. image uint8 [H, W, C] -> uint8 [image_size, image_size, C]."""
     top, left, height, width = box
-    # Linear interpolation reads 2x2 pixels, and so misses none up to a factor of two.
-    small = max(height, width) <= 2 * image_size
-    square = cv2.resize(
-        image[top : top + height, left : left + width],
-        (image_size, image_size),
-        interpolation=cv2.INTER_LINEAR if small else cv2.INTER_AREA,
-    )
+    part = image[top : top + height, left : left + width]
+    # Linear interpolation reads 2x2 pixels, and so misses none up to a factor of two. The mean over areas
+    # misses none at all, but OpenCV takes it only where neither side grows.
+    if max(height, width) > 2 * image_size:
+        sides = min(width, image_size), min(height, image_size)
+        part = cv2.resize(part, sides, interpolation=cv2.INTER_AREA)
+    square = cv2.resize(part, (image_size, image_size), interpolation=cv2.INTER_LINEAR)
     return square.reshape(image_size, image_size, image.shape[2])  # OpenCV drops a single channel
 
 

@@ -95,9 +95,11 @@ def make_pixels(
             )
             basis = kept["values"], kept["vectors"]
     whitened = normalization == "gcn_zca"
-    # What makes the matrix stands in the key: another version may have other constants.
-    key = f"zca-{GCN_SCALE:g}-{ZCA_BIAS:g}-{_digest(image)}"
-    whitening = keep(key, lambda: _whitening(image)) if whitened else {}
+    whitening = {}
+    if whitened:
+        # What makes the matrix stands in the key: another version may have other constants.
+        key = f"zca-{GCN_SCALE:g}-{ZCA_BIAS:g}-{_digest(image)}"
+        whitening = keep(key, lambda: _whitening(image))
     mean, std = _statistics(image, normalization)
     # What differs from place to place is subtracted where the pixels still lie in their places, before the
     # crop: in the papers, crops are from normalised images, padded with zeros. Else the padding is black.

@@ -16,7 +16,8 @@ def main(arguments=None):
         try:
             builder = sources.prepare(name, options.data_dir)
         except (ValueError, ConnectionError) as error:
-            sys.exit(f"prepare: error: {error}")
+            print(f"prepare: error: {error}", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             print(f"prepare: {name} is not prepared; the same command goes on with it", file=sys.stderr)
             sys.exit(130)

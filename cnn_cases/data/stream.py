@@ -10,6 +10,7 @@ place, in evaluation its mask is 0. Each one is named in a warning, and more tha
 run; workers send what they found along with the batch, since no process sees all.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -187,13 +188,17 @@ class StreamFeed:
     def examples(self, role):
         """Yields this process's sound examples, in order: (image uint8 [H, W, C], label), not cropped."""
         recipe, (first, count) = self._recipes[role], self._share
-        for index in range(first, len(recipe.records), count):
-            try:
-                example = read(recipe, index)
-            except ValueError:
-                self._note(role, [index])
-            else:
-                yield example
+        indices = grain.MapDataset.range(first, len(recipe.records), count)
+        stored = indices.map(functools.partial(stored_example, recipe=recipe))
+        threads = self._threads()
+        with contextlib.closing(
+            iter(stored.to_iter_dataset(grain.ReadOptions(threads, threads)))
+        ) as iterator:
+            for index, image, label in iterator:
+                if image is None:
+                    self._note(role, [index])
+                else:
+                    yield image, label
 
     def view(self, image):
         """An image uint8 [h, w, C] of any size as evaluation shows it: uint8 `image_shape`."""
@@ -209,13 +214,16 @@ class StreamFeed:
             return self.normalize(arrays, batch["image"]), batch["label"]
         return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)
 
+    def _threads(self):
+        """How many read in this process: as many as training has workers, or more."""
+        return max(self._buffer, self._workers)
+
     def _positions(self, batch_size):
         return share_of(batch_size, *self._share)
 
     def _batches(self, role, dataset, workers):
         """The batches of a dataset, without what they tell of damaged records."""
-        # A worker makes one batch at a time. An evaluation has as many threads as training has workers.
-        threads = 0 if workers else max(self._buffer, self._workers)
+        threads = 0 if workers else self._threads()  # a worker makes one batch at a time
         batches = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
         if workers:
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=self._buffer)
@@ -246,9 +254,10 @@ class StreamFeed:
         recipe = self._recipes["train"]
         count = min(len(recipe.records), MAX_SAMPLE)
         indices = np.linspace(0, len(recipe.records) - 1, count).astype(int)
-        batch = _evaluation_examples(recipe, indices)
-        self._note("train", batch["damaged"].tolist())
-        return batch["image"][batch["mask"] == 1]
+        with concurrent.futures.ThreadPoolExecutor(self._threads()) as pool:
+            parts = [*pool.map(functools.partial(_evaluation_examples, recipe), np.array_split(indices, 64))]
+        self._note("train", np.concatenate([part["damaged"] for part in parts]).tolist())
+        return np.concatenate([part["image"][part["mask"] == 1] for part in parts])
 
 
 def read(recipe, index):
@@ -272,6 +281,14 @@ def describe(recipe, index):
     except ValueError as error:
         return f"record {index}{file}: {error}"
     return f"record {index}{file}: it could be read the second time"
+
+
+def stored_example(index, *, recipe):
+    """(index, image at its own size, label) of a record; where it is damaged, image and label are None."""
+    try:
+        return index, *read(recipe, index)
+    except ValueError:
+        return index, None, None
 
 
 def training_batch(step, *, recipe, seed, batch_size, position):

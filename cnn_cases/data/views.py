@@ -11,13 +11,17 @@ round(crop * 256 / 224) here, so 37 for a network that takes 32.
     ten_crop               10   corners and centre of the central 256x256 square; mirrored, too
                                 (Krizhevsky et al. 2012, section 4.1)
     multi_scale_dense       6   the whole image with a shorter side of 256, 384 and 512; mirrored, too
-                                (Simonyan, Zisserman 2014, section 3.2)
+                                (Simonyan, Zisserman 2014, sections 3.2 and 4.2)
+    resnet_dense            5   the whole image with a shorter side of 224, 256, 384, 480 and 640
+                                (He et al. 2015, section 3.4)
     googlenet_144         144   of four sizes and three squares: corners, centre and the whole square;
                                 mirrored, too (Szegedy et al. 2014, section 7)
 
-The views of "multi_scale_dense" are larger than `crop` and differ in shape. Their longer side is cut, about
-the centre, to the shorter one and a multiple of 32 pixels, so that shapes repeat and few are compiled. The
-paper does not cut.
+The views of the two dense protocols are larger than `crop` and differ in shape. Their longer side is cut,
+about the centre, to the shorter one and a multiple of 32 pixels, so that shapes repeat and few are compiled.
+The papers do not cut. VGG's sizes are for a net that was trained on images of 256 to 512 pixels. A ResNet
+averages its last map as a whole, in which the windows at its edges count for less than in the paper's mean of
+the scores of all windows.
 """
 
 import functools
@@ -26,7 +30,8 @@ import cv2
 import numpy as np
 
 PAPER_CROP = 224  # pixels, the network's input in all these papers
-DENSE_SIDES = (256, 384, 512)  # of Simonyan, Zisserman, for nets trained on images of 256 to 512 pixels
+VGG_SIDES = (256, 384, 512)
+RESNET_SIDES = (224, 256, 384, 480, 640)
 GOOGLENET_SIDES = (256, 288, 320, 352)
 DENSE_STEP = 32  # pixels, what five poolings reduce to one
 
@@ -85,20 +90,14 @@ def ten_crop(image, crop):
     return _with_mirrors(_corners_and_centre(square, crop))
 
 
-def multi_scale_dense(image, crop, paper_sides=DENSE_SIDES, mirrored=True):
-    """The whole image at several sizes, for a net that averages its scores over space.
+def multi_scale_dense(image, crop):
+    """The whole image at three sizes, then its mirror images (Simonyan, Zisserman 2014, 3.2 and 4.2)."""
+    return _with_mirrors(_whole(image, crop, VGG_SIDES))
 
-    Simonyan and Zisserman 2014, section 3.2.
 
-    Args:
-      image: uint8 [h, w, C].
-      crop: pixels, the side of the training images.
-      paper_sides: pixels, the shorter sides for a crop of 224.
-      mirrored: give each view's mirror image, too.
-    """
-    sides = [scaled(side, crop) for side in paper_sides]
-    views = [_cut_longer(_resize_shorter(image, side)) for side in sides]
-    return _with_mirrors(views) if mirrored else views
+def resnet_dense(image, crop):
+    """The whole image at five sizes (He et al. 2015, section 3.4)."""
+    return _whole(image, crop, RESNET_SIDES)
 
 
 def googlenet_144(image, crop):
@@ -123,6 +122,7 @@ PROTOCOLS = {
     "centre_crop": centre_crop,
     "ten_crop": ten_crop,
     "multi_scale_dense": multi_scale_dense,
+    "resnet_dense": resnet_dense,
     "googlenet_144": googlenet_144,
 }
 
@@ -141,6 +141,11 @@ def _corners_and_centre(image, crop):
 def _centre(image, height, width):
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
+
+
+def _whole(image, crop, paper_sides):
+    """The image at several sizes, for a net that averages over space whatever the size."""
+    return [_cut_longer(_resize_shorter(image, scaled(side, crop))) for side in paper_sides]
 
 
 def _cut_longer(image):

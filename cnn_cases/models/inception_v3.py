@@ -30,12 +30,13 @@ keeps the size of the map inside a module. The side branch (figure 8) stands on 
 pool 5x5 with stride 3 (5x5), conv 1x1 with 128 filters, conv 5x5 with 768 (1x1), dense.
 
 Departures from the paper, all made by the authors' code and kept in the public weights; the filters inside
-the modules are theirs too, the paper does not give them:
+the modules are theirs too, the paper leaves them to a file beside its source, which was not consulted:
 - table 1 has conv 3x3 with 80 filters, conv 3x3 with 192 and stride 2, conv 3x3 with 288, where the weights
   have conv 1x1, conv 3x3, max pool;
 - the modules of figure 5 have one 5x5 window where the figure has a 3x3;
 - the side branch has 768 filters in its 5x5 convolution (the paper's figure 8, as recalled, has 128);
-- there are four modules of figure 6; table 1 counts five, it seems with the reduction before them.
+- the modules of figure 5 have 256, 288 and 288 filters in all, where table 1 has 288 throughout;
+- there are four modules of figure 6, where section 6 has five after the reduction.
 
 Where the paper is silent: weights start from He et al.'s normal distribution (cut off at two standard
 deviations); batch normalisation has the public epsilon of 1e-3 and keeps 0.9 of its running statistics at

@@ -57,7 +57,7 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
     - With more channels, or larger maps, XLA's own is the faster one.
     - Barriers make XLA keep what goes in and what comes out. Without them it computes the one again for the
       gradient of the kernel, while it transposes it, back to the convolution before or through all shortcuts
-      of a stage, and likewise the gradient of the other: a ResNet-20's step takes a seventh longer.
+      of a stage, and likewise the gradient of the other: a ResNet-20's step takes a quarter longer.
     """
     groups = options["feature_group_count"]
     if groups > 1:
@@ -187,6 +187,8 @@ class BatchNorm(nn.Module):
     Names, and numbers but for their rounding, are those of `nn.BatchNorm`. That one takes the mean away first
     and keeps the difference for the gradient. Here each channel has a factor and a summand, and what is kept
     is the input, in float32. Rounding is coarser where the mean of a channel is large beside its deviation.
+    The running variance is of the variances of batches as they are, like that of `nn.BatchNorm`; the paper's
+    algorithm 2 enlarges it by m / (m - 1), for batches of m values of a channel.
 
     Attributes:
       use_running_average: normalise by the running statistics, as in evaluation.

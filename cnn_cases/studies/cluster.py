@@ -27,7 +27,7 @@ from submitit.helpers import Checkpointable
 
 from cnn_cases import command, evaluate
 from cnn_cases.studies import jobs
-from cnn_cases.training import devices, logbook, loop
+from cnn_cases.training import devices, logbook, loop, stopping
 
 COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
 MAX_TIMEOUTS = 100  # of one run, each of which goes on from a checkpoint
@@ -97,12 +97,12 @@ def run_on_cluster(runs, workdir, cluster):
 
     Raises:
       ChildProcessError: jobs failed; raised after all the others have ended.
-      InterruptedRun: SIGTERM or SIGINT came.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came.
     """
     workdir = pathlib.Path(workdir).absolute()
     run_dirs = {run.name: workdir / "runs" / run.name for run in runs}
     folders = {run.name: workdir / "jobs" / run.name for run in runs}
-    with loop.stop_signals() as stop:
+    with stopping.stop_signals() as stop:
         waiting, failed = {}, []
         before = {name: _newest_job(folder) for name, folder in folders.items()}
         alive = _alive(cluster.name, [paths for paths in before.values() if paths])
@@ -133,7 +133,7 @@ def run_on_cluster(runs, workdir, cluster):
             del told[name]
     if stop.number:
         end = {"slurm": "scancel", "local": "kill"}[cluster.name]
-        raise loop.InterruptedRun(
+        raise stopping.InterruptedRun(
             f"{signal.Signals(stop.number).name}: {len(told)} jobs go on; start again to wait for them, or "
             f"end them: {end} {' '.join(told.values())}",
             stop.number,
@@ -198,7 +198,7 @@ class Training(Checkpointable):
             loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
             devices.tell(error)  # result.json says so, too: no failure of the job
-        except loop.InterruptedRun as interruption:
+        except stopping.InterruptedRun as interruption:
             devices.tell(interruption)
             end(interruption.signal_number)
 

@@ -239,7 +239,9 @@ def draw_depth(record):
         axis.set_ylim(-0.02 * top, top)  # dots at zero stay whole
         axis.legend(frameon=False)
     seeds = figures.seeds_in_words(record)
-    figure.suptitle(f"{figures.data_in_words(record)}; dot: a seed, line: {seeds}", fontsize=10)
+    if len(record["config"]["seeds"]) > 1:
+        seeds = f"dot: a seed, line: {seeds}"
+    figure.suptitle(f"{figures.data_in_words(record)}; {seeds}", fontsize=10)
     return figure
 
 

@@ -17,7 +17,7 @@ import time
 import jax
 
 from cnn_cases import command
-from cnn_cases.training import devices, logbook, loop
+from cnn_cases.training import devices, logbook, loop, stopping
 
 _POLL_SECONDS = 0.2
 
@@ -31,7 +31,7 @@ def run_here(groups, workdir):
 
     Raises:
       ValueError: a run is not possible, or its directory belongs to another config.
-      InterruptedRun: SIGTERM or SIGINT came and the run at hand was saved.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came and the run at hand was saved.
     """
     for runs in groups:
         program = None
@@ -62,8 +62,13 @@ def share_accelerators():
     """Has processes that share an accelerator not each reserve most of its memory.
 
     To be called before JAX is used, for this process has a part of the memory too.
+
+    Raises:
+      ValueError: it is a TPU, which has room for one process, and that is this one.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if jax.default_backend() == "tpu":
+        raise ValueError("processes side by side cannot share a TPU; leave --jobs or --cluster=local out")
 
 
 def run_side_by_side(groups, workdir, num_jobs):
@@ -84,7 +89,7 @@ def run_side_by_side(groups, workdir, num_jobs):
         workers[news].start()
         telling.close()  # here, so that the pipe ends with the process
     try:
-        with loop.stop_signals() as stop:
+        with stopping.stop_signals() as stop:
             yield from _collect(workers, stop)
     finally:
         for worker in workers.values():
@@ -97,7 +102,9 @@ def run_side_by_side(groups, workdir, num_jobs):
             while _take(news):  # what was still to be told, as that the disk is full
                 pass
         name = signal.Signals(stop.number).name
-        raise loop.InterruptedRun(f"{name}: the runs at hand were saved; start again to go on", stop.number)
+        raise stopping.InterruptedRun(
+            f"{name}: the runs at hand were saved; start again to go on", stop.number
+        )
 
 
 def _threads_each(num_jobs):
@@ -152,10 +159,15 @@ def _work(todo, telling, workdir, parent, num_threads):
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir):
                 telling.send(("ended", *ended))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        words = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            words = devices.out_of_memory(error)
+            if not words:
+                raise
         with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
-            telling.send(("refused", str(error)))
-    except loop.InterruptedRun as interruption:
+            telling.send(("refused", words))
+    except stopping.InterruptedRun as interruption:
         devices.tell(interruption)
         sys.exit(128 + interruption.signal_number)
 

@@ -138,7 +138,8 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
       ValueError: the study or a run of it is not possible, or the workdir belongs to another study or is in
         use.
       ChildProcessError: jobs of the cluster failed.
-      InterruptedRun: SIGTERM or SIGINT came and the runs at hand were saved, or go on as jobs of the cluster.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came and the runs at hand were saved, or go on as jobs of the
+        cluster.
     """
     if num_jobs < 1:
         raise ValueError(f"jobs = {num_jobs} must be 1 or more")

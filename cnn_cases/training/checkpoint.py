@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 CHECKSUMS = "checksums.json"
+LATER_ERROR = "error.json"  # in a checkpoint; see Checkpoints.note_error
 NEWEST = "newest_checkpoint"  # beside the checkpoints; holds the step of the last that was committed
 
 DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
@@ -102,6 +103,12 @@ class Checkpoints:
             self._manager.save(step, args=items)
         self._saving = step, self._thread.submit(self._note_when_committed, step)
 
+    def note_error(self, step, error):
+        """Notes the error of an evaluation that was done when the state had been saved; see `save`."""
+        self.wait()
+        self._policy.errors[step] = error
+        _write(self._directory / str(step) / LATER_ERROR, json.dumps(error))
+
     def wait(self):
         """Waits for the save under way.
 
@@ -119,10 +126,7 @@ class Checkpoints:
         self._note(step)
 
     def _note(self, step):
-        draft = self._newest.with_name(f"{NEWEST}.draft")
-        draft.write_text(f"{step}\n")
-        _sync(draft)
-        draft.replace(self._newest)
+        _write(self._newest, f"{step}\n")
 
     def _noted(self):
         """The step of the last checkpoint that was committed; None where there never was one."""
@@ -249,11 +253,12 @@ def find(directory, which):
 
     Args:
       directory: of `Checkpoints`.
-      which: "last"; "best", the one whose evaluation had the lowest error; or a step, as text.
+      which: "last"; "best", the one whose evaluation had the lowest error; or a step.
 
     Raises:
       ValueError: there is no such checkpoint; the message lists those there are.
     """
+    which = str(which)
     errors = {step: _error_of(pathlib.Path(directory) / str(step)) for step in steps(directory)}
     if not errors:
         raise ValueError(f"there is no checkpoint in {directory}")
@@ -323,8 +328,10 @@ class _LastAndBest:
 
 
 def _error_of(checkpoint):
-    """The error that was saved with a checkpoint; None where there was none, or where it cannot be read."""
+    """The error of a checkpoint's evaluation; None where there was none, or where it cannot be read."""
     try:
+        if (checkpoint / LATER_ERROR).exists():
+            return json.loads((checkpoint / LATER_ERROR).read_text())
         return _json_of(checkpoint)["error"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -351,6 +358,14 @@ def _verify(checkpoint):
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(f"{name} is {'not as it was written' if name in found else 'missing'}")
+
+
+def _write(path, text):
+    """Writes a file, as a whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text)
+    _sync(draft)
+    draft.replace(path)
 
 
 def _sync(path):

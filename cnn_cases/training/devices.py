@@ -285,7 +285,19 @@ def exit_at_once(code):
 
 def is_loss(error):
     """Whether an error means that another process has died or left. `_watch` finds out the rest."""
-    return is_one_of_several() and "Gloo" in str(error)
+    # The second is NCCL's text for ncclRemoteError.
+    signs = "Gloo", "remote process exited or there was a network error"
+    return is_one_of_several() and any(sign in str(error) for sign in signs)
+
+
+def out_of_memory(error):
+    """What to tell of an error of XLA's that means that a device has no memory left; "" for any other."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    return (
+        f"a device has no memory left ({str(error).splitlines()[0]}); take a smaller batch_size or "
+        "evaluation.batch_size, a larger num_microbatches, data.feed = 'stream', or fewer processes at a time"
+    )
 
 
 def is_one_of_several():

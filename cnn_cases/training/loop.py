@@ -11,9 +11,7 @@ import itertools
 import math
 import pathlib
 import signal
-import threading
 import time
-import types
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +40,7 @@ from cnn_cases.training.losses import make_loss
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
 from cnn_cases.training.state import init_state, shapes_of_state
+from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
 # A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
 MAX_EVAL_BATCH_SIZE = 100_000
@@ -49,18 +48,6 @@ MAX_EVAL_BATCH_SIZE = 100_000
 ON_NONFINITE = ("stop", "skip", "rewind")
 MAX_REWINDS = 3  # to one checkpoint
 MAX_STEPS_PER_CALL = 50  # where the config leaves it open; a signal waits for three calls under way
-SAME_SIGNAL_SECONDS = 2  # see stop_signals
-
-
-class InterruptedRun(BaseException):
-    """SIGTERM or SIGINT came and the run was saved; `signal_number` says which.
-
-    It is no error, as KeyboardInterrupt is none, and passes by those who handle every Exception.
-    """
-
-    def __init__(self, message, signal_number):
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 class Silence:
@@ -69,8 +56,8 @@ class Silence:
     def _nothing(self, *_):
         return None
 
-    write = progress = say = start = flush = close = save = wait = restore = all_steps = _nothing
-    start_profile = stop_profile = _nothing
+    write = progress = say = start = flush = close = start_profile = stop_profile = _nothing
+    save = note_error = wait = restore = all_steps = _nothing
 
 
 class Program(NamedTuple):
@@ -188,12 +175,15 @@ def check(config):
 
 
 def check_protocol(program, state, protocol):
-    """Raises ValueError unless the network can be shown the views of a protocol; computes nothing.
+    """How many views of each image a protocol has; computes nothing.
 
     Args:
       program: of `make_program`.
       state: of its network, or the shapes and types of one.
       protocol: see `views.make_views`.
+
+    Raises:
+      ValueError: there is no such protocol, or the network cannot be shown its views.
     """
     feed = program.feed
     predict = steps.make_predict_step(program.model.apply, feed.normalize)
@@ -207,6 +197,7 @@ def check_protocol(program, state, protocol):
                 f"evaluation.protocol = {protocol!r} has views of {shape[0]}x{shape[1]} pixels, which this "
                 f"network cannot take: {reason}; use 'single', 'flip' or 'ten_crop'"
             ) from error
+    return len(views)
 
 
 def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
@@ -231,7 +222,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         {"status": "diverged", "step", "reason", "checkpoint": step of the last one,
         "seed_of_batches", "examples": places in the training split of those in the step's batch, "seconds",
         "date"}.
-      InterruptedRun: SIGTERM or SIGINT came, to whichever process; the run was saved.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came, to whichever process; the run was saved.
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
@@ -246,6 +237,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 "change its config, and its workdir",
                 earlier["step"],
             )
+        if show_progress and devices_lib.is_lead():
+            devices_lib.tell(f"{workdir}: finished before, {_in_words(earlier['metrics'])}")
         return earlier
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
@@ -269,7 +262,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 result["step"],
             )
         final = result["metrics"]
-        log.say(f"{workdir}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
+        log.say(f"{workdir}: {_in_words(final)}")
     number = max(devices_lib.gather(stop.number))
     if number:  # it came too late for this run, but there may be others
         raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
@@ -351,10 +344,9 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         try:
             if final is None:
                 with contextlib.closing(program.feed.train_batches(seed, step)) as batches:
-                    final = _train(
+                    training = _Training(
                         config,
                         program,
-                        step,
                         state.replace(seed=np.int32(seed)),
                         batches,
                         Running(extra["window"], nonfinite, rewound_to),
@@ -362,6 +354,8 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         checkpoints=checkpoints,
                         stop=stop,
                     )
+                    # Older checkpoints do not tell: theirs was always done.
+                    final = training.run(step, evaluated=extra.get("evaluated", True))
             devices_lib.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
             devices_lib.from_lead(checkpoints.wait)
@@ -423,109 +417,187 @@ def seed_of_batches(seed, rewound_to, step):
     return int(np.random.default_rng((seed, rewinds)).integers(2**31)) if rewinds else seed
 
 
-def _train(config, program, first_step, state, batches, running, *, log, checkpoints, stop):
-    """The steps from `first_step` to the last, on `batches`; returns the final evaluation."""
-    num_devices = len(program.devices)
-    ahead = devices_lib.calls_ahead(program.devices)
-    state = devices_lib.replicate(state, program.devices)
-    # (steps done; metrics, signal and, where a row is due, learning rate, all still on the devices)
-    under_way = collections.deque()
-    clock, timed_steps = time.monotonic(), 0  # since the last row, evaluation or checkpoint
-    of_all = devices_lib.pmap_largest(program.devices) if devices_lib.is_one_of_several() else None
-    heard = 0  # the signal that came to any process, as of the last call that was collected
+class _Call(NamedTuple):
+    """A call to the devices, where all that comes of it may still be computed."""
 
-    def collect(at_most):
-        """Waits until `at_most` calls are under way; notes the metrics of the others."""
-        nonlocal clock, timed_steps, heard
-        while len(under_way) > at_most:
-            step, metrics, number, rate = under_way.popleft()
-            metrics, heard = jax.device_get(metrics), int(number)
-            for line in running.add(step, metrics):
-                log.say(line)
-            timed_steps += len(metrics["loss"])
-            if rate is not None:
-                means = running.take()
-                values = means | {"learning_rate": float(rate)}
-                if config.on_nonfinite == "skip":
-                    before = (step - 1) // config.log_every_steps * config.log_every_steps
-                    values["running/skipped"] = sum(number > before for number in running.nonfinite)
-                log.write(step, values)
-                if means:
-                    seconds = time.monotonic() - clock
-                    log.progress(step, means, timed_steps * config.batch_size / seconds)
-                clock, timed_steps = time.monotonic(), 0
+    step: int  # number of steps done after it
+    metrics: Any
+    signal: Any  # the signal that came to any of several processes, 0 for none
+    rate: Any  # the learning rate, where a row of the log is due
 
-    final = None
-    first_profiled, last_profiled = config.profile_steps or (0, 0)
-    step = first_step
-    while step < config.num_steps:
+
+class _StoppedError(Exception):
+    """A signal came during an evaluation."""
+
+
+class _Training:
+    """The steps of a run from a checkpoint on, and the rows, evaluations and checkpoints that are due.
+
+    Calls go to the devices some ahead of what has come back, so that they need not wait for the host.
+    """
+
+    def __init__(self, config, program, state, batches, running, *, log, checkpoints, stop):
+        """Takes the state, whose memory the first step takes over, and the batches of the next steps."""
+        self._config, self._program = config, program
+        self._batches, self._running = batches, running
+        self._log, self._checkpoints, self._stop = log, checkpoints, stop
+        self._state = devices_lib.replicate(state, program.devices)
+        several = devices_lib.is_one_of_several()
+        self._of_all = devices_lib.pmap_largest(program.devices) if several else None
+        self._heard = 0  # the signal that came to any process, as of the last call that was collected
+        self._under_way = collections.deque()
+        self._restart_clock()
+
+    def run(self, step, evaluated):
+        """Goes on to the end.
+
+        Args:
+          step: number of steps done.
+          evaluated: whether the evaluation that was due at this step, if any, is done.
+
+        Returns:
+          The final evaluation, {"<split>/<name>": number}.
+
+        Raises:
+          DivergedError, InterruptedRun, OSError: see `train_and_evaluate`.
+        """
+        num_steps, final, resumed = self._config.num_steps, None, not evaluated
+        while resumed or step < num_steps:
+            if not resumed:
+                step = self._call(step)
+            last = step == num_steps
+            values = {}
+            if last or _is_due(step, self._config.evaluation.every_steps):
+                values = self._evaluate(step)
+            # Read once: it can come at any moment. Several processes go by what all have heard at one step.
+            stopping = self._heard if self._of_all else self._stop.number
+            if resumed:
+                self._checkpoints.note_error(step, self._error_of(values))
+            elif last or stopping or _is_due(step, self._config.checkpoint.every_steps):
+                self._save(step, values, final=values if last else None)
+            if stopping and (not last or values is None):
+                devices_lib.from_lead(self._checkpoints.wait)  # or it would not be true
+                name = signal.Signals(stopping).name
+                raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stopping)
+            final, resumed = values, False
+        return final
+
+    def _call(self, step):
+        """Sends the next steps to the devices; returns how many are done after them."""
+        config, program = self._config, self._program
+        first_profiled, last_profiled = config.profile_steps or (0, 0)
         before = step
         # Where another number was usual when the run was stopped, a shorter call brings it back into step.
         step += program.steps_per_call - step % program.steps_per_call
         if before < first_profiled <= step:
-            collect(0)
-            log.start_profile()
-        stacked = jax.tree.map(_stack, *itertools.islice(batches, step - before))
-        stacked = devices_lib.shard(stacked, num_devices, axis=1)
+            self._collect()
+            self._log.start_profile()
+        stacked = jax.tree.map(_stack, *itertools.islice(self._batches, step - before))
+        stacked = devices_lib.shard(stacked, len(program.devices), axis=1)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = program.train(state, program.arrays, stacked)
-        number = of_all(stop.number, metrics) if of_all else 0
-        last = step == config.num_steps
+            self._state, metrics = program.train(self._state, program.arrays, stacked)
+        number = self._of_all(self._stop.number, metrics) if self._of_all else 0
         # Not when the row is written: the rate would then be computed behind the calls that are under way.
-        rate = program.schedule(step - 1) if last or _is_due(step, config.log_every_steps) else None
-        under_way.append((step, metrics, number, rate))
-        collect(ahead)
+        row_is_due = step == config.num_steps or _is_due(step, config.log_every_steps)
+        rate = program.schedule(step - 1) if row_is_due else None
+        self._under_way.append(_Call(step, metrics, number, rate))
+        self._collect(at_most=devices_lib.calls_ahead(program.devices))
         if before < last_profiled <= step:
-            collect(0)
-            log.stop_profile()
+            self._collect()
+            self._log.stop_profile()
+        return step
 
-        values = {}
-        if last or _is_due(step, config.evaluation.every_steps):
-            collect(0)
-            splits = config.evaluation.final_splits if last else config.evaluation.splits
-            for split in splits:
-                values |= evaluate(program, state, split)
-                protocol = config.evaluation.protocol
+    def _collect(self, at_most=0):
+        """Waits until `at_most` calls are under way; notes the metrics of the others."""
+        while len(self._under_way) > at_most:
+            call = self._under_way.popleft()
+            metrics, self._heard = jax.device_get(call.metrics), int(call.signal)
+            for line in self._running.add(call.step, metrics):
+                self._log.say(line)
+            self._timed_steps += len(metrics["loss"])
+            if call.rate is not None:
+                self._write_row(call.step, float(call.rate))
+
+    def _write_row(self, step, learning_rate):
+        config, running = self._config, self._running
+        means = running.take()
+        values = means | {"learning_rate": learning_rate}
+        if config.on_nonfinite == "skip":
+            before = (step - 1) // config.log_every_steps * config.log_every_steps
+            values["running/skipped"] = sum(number > before for number in running.nonfinite)
+        self._log.write(step, values)
+        if means:
+            seconds = time.monotonic() - self._clock
+            self._log.progress(step, means, self._timed_steps * config.batch_size / seconds)
+        self._restart_clock()
+
+    def _restart_clock(self):
+        """For the images a second since the last row, evaluation or checkpoint."""
+        self._clock, self._timed_steps = time.monotonic(), 0
+
+    def _evaluate(self, step):
+        """The evaluation of this step, which is logged; None where a signal ended it: it is still due."""
+        self._collect()
+        config, values = self._config, {}
+        last = step == config.num_steps
+        protocol, size = config.evaluation.protocol, config.evaluation.batch_size
+        arguments = self._program, self._state
+        try:
+            for split in config.evaluation.final_splits if last else config.evaluation.splits:
+                values |= evaluate(*arguments, split, heed=self._heed)
                 if last and protocol != "single" and split != "train":  # many views of many images
-                    size = config.evaluation.batch_size
-                    scores = _scores(*predict(program, state, split, protocol, batch_size=size))
-                    values |= {f"{split}/{protocol}/{name}": value for name, value in scores.items()}
-            check_finite(step, values)
-            log.write(step, values)
-            log.say(
-                f"step {step}/{config.num_steps}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
-            )
-            final = values if last else None
-            clock, timed_steps = time.monotonic(), 0
-        # Read once: it can come at any moment. Several processes go by what all have heard at the same step.
-        stopping = heard if of_all else stop.number
-        if last or stopping or _is_due(step, config.checkpoint.every_steps):
-            collect(0)
-            # The metrics of a step are those before its update, which may have gone wrong itself.
-            check_finite(step, {"largest number of the state": largest(state)})
-            extra = {
-                "window": [*running.window],
-                "nonfinite": [*running.nonfinite],
-                "rewound_to": [*running.rewound_to],
-                "final": final,
-                "rows": log.flush(),
-            }
-            checkpoints.save(step, state, extra, values.get(f"{config.checkpoint.best_on}/error"))
-            clock, timed_steps = time.monotonic(), 0
-        if stopping and not last:
-            devices_lib.from_lead(checkpoints.wait)  # or it would not be true
-            name = signal.Signals(stopping).name
-            raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stopping)
-    return final
+                    told = predict(*arguments, split, protocol, batch_size=size, heed=self._heed)
+                    values |= {f"{split}/{protocol}/{name}": value for name, value in _scores(*told).items()}
+        except _StoppedError:
+            return None
+        finally:
+            self._restart_clock()
+        check_finite(step, values)
+        self._log.write(step, values)
+        self._log.say(f"step {step}/{config.num_steps}: {_in_words(values)}")
+        return values
+
+    def _heed(self):
+        """Ends an evaluation where a signal came. One of several processes cannot do that on its own."""
+        if self._stop.number and not self._of_all:
+            raise _StoppedError
+
+    def _save(self, step, values, final):
+        self._collect()
+        # The metrics of a step are those before its update, which may have gone wrong itself.
+        check_finite(step, {"largest number of the state": largest(self._state)})
+        extra = {
+            "window": [*self._running.window],
+            "nonfinite": [*self._running.nonfinite],
+            "rewound_to": [*self._running.rewound_to],
+            "evaluated": values is not None,
+            "final": final,
+            "rows": self._log.flush(),
+        }
+        self._checkpoints.save(step, self._state, extra, self._error_of(values))
+        self._restart_clock()
+
+    def _error_of(self, values):
+        """By which the best checkpoint is chosen; None where it was not measured."""
+        return values.get(f"{self._config.checkpoint.best_on}/error") if values else None
 
 
-def evaluate(program, state, split):
-    """{"<split>/loss", "<split>/error"} of a state, every example of the split counted once."""
+def evaluate(program, state, split, *, heed=lambda: None):
+    """{"<split>/loss", "<split>/error"} of a state, every example of the split counted once.
+
+    `heed()` is called before each batch; what it raises ends the evaluation.
+    """
     totals = collections.Counter()
-    for batch in program.feed.eval_batches(split):
+    for batch in _heeding(program.feed.eval_batches(split), heed):
         batch = devices_lib.shard(batch, len(program.devices))
         totals.update(jax.tree.map(float, program.evaluate(state, program.arrays, batch)))
     return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
+
+
+def _heeding(items, heed):
+    for item in items:
+        heed()
+        yield item
 
 
 def _scores(probabilities, label):
@@ -537,25 +609,25 @@ def _scores(probabilities, label):
     return {name: float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
 
 
-def predict(program, state, split, protocol, *, batch_size, show_progress=False):
+def predict(program, state, split, protocol, *, batch_size, show_progress=False, heed=lambda: None):
     """What the network says of this process's examples of a split, averaged over the views of a protocol.
 
     Args:
       program: of `make_program`.
       state: of its network.
       split: a part of data.splits.
-      protocol: see `views.make_views`.
+      protocol: one that has passed `check_protocol`.
       batch_size: views of the training images' size in one batch over all devices of all processes; as many
         pixels of others, so that larger views fit into memory, too.
       show_progress: draw a bar on a terminal.
+      heed: called before each example; what it raises ends the prediction.
 
     Returns:
       probabilities float64 [N, K], label int32 [N], in the order of `feed.examples`.
 
     Raises:
-      ValueError: the split is empty, or the network cannot take the views.
+      ValueError: this process has no example of the split.
     """
-    check_protocol(program, state, protocol)
     num_devices = len(program.devices)
     num_all = len(devices_lib.of_all_processes(program.devices))
     height, width, _ = program.feed.image_shape
@@ -565,8 +637,9 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False)
         return max(1, share) * num_devices
 
     hidden = not (show_progress and is_watched())
+    examples = _heeding(program.feed.examples(split), heed)
     return predictions.average_views(
-        tqdm(program.feed.examples(split), desc=split, unit=" images", disable=hidden, leave=False),
+        tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
         make_views(protocol, program.feed.image_shape, program.feed.view),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
         batch_size=batch_size_of,
@@ -584,6 +657,10 @@ def largest(state):
 def _stack(*leaves):
     """np.stack, without a copy of a single one: images that stream are large."""
     return np.stack(leaves) if leaves[1:] else leaves[0][None]
+
+
+def _in_words(metrics):
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _is_due(step, every_steps):
@@ -672,32 +749,3 @@ def _earlier_result(workdir, config):
         return None
     claim(workdir, config.to_dict())
     return read_result(workdir)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Notes SIGTERM, SIGINT and SIGUSR2, a scheduler's warning, and lives on; a later one acts as ever.
-
-    One that comes within SAME_SIGNAL_SECONDS does not: a scheduler may signal a process and its parent, which
-    then passes it on.
-
-    Yields an object whose `number` is 0 until a signal comes, then the signal's.
-    """
-    stop, before = types.SimpleNamespace(number=0, since=0.0), {}
-
-    def note(number, _):
-        if not stop.number:
-            stop.number, stop.since = number, time.monotonic()
-        elif time.monotonic() - stop.since >= SAME_SIGNAL_SECONDS:
-            for one, handler in before.items():
-                signal.signal(one, handler)
-            signal.raise_signal(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            before[number] = signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -133,6 +133,13 @@ def test_far_smaller_images_are_means_of_all_pixels():
     assert abs(decode.resized(stripes, (0, 0, 64, 64), 8).mean() - 127.5) <= 0.5
 
 
+def test_a_side_that_shrinks_is_averaged_where_the_other_grows():
+    stripes = np.tile(np.uint8([[[0], [255]]]), (60, 240, 1))
+    assert (
+        np.ptp(decode.resized(stripes, (0, 0, 60, 480), 96)[:, 1:-1]) <= 52
+    )  # of 5 pixels, 2 or 3 are bright
+
+
 def test_a_resized_box_is_the_crop_of_the_resized_image():
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (5, 6, 3), np.uint8))
     image = image.resize((120, 100), Image.Resampling.BICUBIC)

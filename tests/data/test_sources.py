@@ -103,9 +103,11 @@ def test_preparing_needs_nothing_but_its_own_requirements():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_preparation_command_ends_with_one_message():
-    with pytest.raises(SystemExit, match=r"prepare: error: .*'cifr10' is no TFDS data set"):
+def test_the_preparation_command_ends_with_one_message(capsys):
+    with pytest.raises(SystemExit) as end:
         prepare.main(["cifr10"])
+    assert end.value.code == 2
+    assert re.match(r"prepare: error: .*'cifr10' is no TFDS data set", capsys.readouterr().err)
 
 
 @pytest.fixture

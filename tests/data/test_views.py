@@ -44,6 +44,7 @@ def make_views(protocol, image_shape):
         ("centre_crop", 1),
         ("ten_crop", 10),
         ("multi_scale_dense", 6),
+        ("resnet_dense", 5),
         ("googlenet_144", 144),
     ],
 )
@@ -53,7 +54,7 @@ def test_every_protocol_gives_as_many_views_of_any_image(protocol, count, shape)
     assert len(found) == count
     assert {view.dtype for view in found} == {np.dtype(np.uint8)}
     assert {view.shape[2] for view in found} == {shape[2]}
-    if protocol != "multi_scale_dense":
+    if not protocol.endswith("_dense"):
         assert {view.shape for view in found} == {(32, 32, shape[2])}
 
 
@@ -125,6 +126,8 @@ def test_dense_views_keep_the_whole_shorter_side_and_a_longer_one_that_repeats()
     assert [view.shape[:2] for view in shown[:3]] == [(256, 416), (384, 640), (512, 832)]
     for view, mirror in zip(shown[:3], shown[3:], strict=True):
         np.testing.assert_array_equal(view[:, ::-1], mirror)
+    five = make_views("resnet_dense", (224, 224, 3))(smooth_image(300, 500))
+    assert [min(view.shape[:2]) for view in five] == [224, 256, 384, 480, 640]
     upright = make_views("multi_scale_dense", (32, 32, 3))(smooth_image(80, 37))
     assert [view.shape[:2] for view in upright[:3]] == [(69, 37), (119, 55), (137, 73)]
 

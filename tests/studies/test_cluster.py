@@ -11,7 +11,7 @@ import pytest
 from submitit.core.utils import JobPaths
 
 from cnn_cases.studies import cluster, jobs, sweep
-from cnn_cases.training import loop
+from cnn_cases.training import loop, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_a_job_outlives_the_command_and_preemption(data_dir, tmp_path, monkeypat
         threading.Thread(target=wait, daemon=True).start()
 
     at_first_checkpoint(lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(loop.InterruptedRun, match=r"SIGINT: 1 jobs go on; .* end them: kill \d+"):
+    with pytest.raises(stopping.InterruptedRun, match=r"SIGINT: 1 jobs go on; .* end them: kill \d+"):
         list(cluster.run_on_cluster(runs, there, LOCAL))
 
     # The same command again. It waits for the job, which the cluster interrupts now.
@@ -137,9 +137,9 @@ def test_a_signal_saves_and_all_but_the_end_queues_again(
     loop.claim(run_dir, run.config.to_dict())
     evaluate = loop.evaluate
 
-    def interrupted(program, state, split):
+    def interrupted(program, state, split, **options):
         os.kill(os.getpid(), number)
-        return evaluate(program, state, split)
+        return evaluate(program, state, split, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", interrupted)

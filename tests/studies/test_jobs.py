@@ -14,7 +14,7 @@ import pytest
 
 from cnn_cases import command
 from cnn_cases.studies import jobs, sweep
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import logbook, loop, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,6 +43,12 @@ def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_anot
     assert rows(tmp_path) == expected
     again = jobs.run_side_by_side(groups_of(data_dir), tmp_path, 2)
     assert all("(finished before)" in news for _, news in again)
+
+
+def test_processes_side_by_side_are_refused_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ValueError, match="cannot share a TPU; leave --jobs or --cluster=local out"):
+        jobs.share_accelerators()
 
 
 def test_a_group_that_has_ended_leaves_nothing_in_memory(data_dir, tmp_path, monkeypatch):
@@ -122,7 +128,7 @@ def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path):
                 time.sleep(0.003)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(loop.InterruptedRun, match="SIGTERM: the runs at hand were saved"):
+    with pytest.raises(stopping.InterruptedRun, match="SIGTERM: the runs at hand were saved"):
         stop_as_it_trains()
     assert not (unfinished / "result.json").exists()
     assert any((unfinished / "checkpoints").iterdir())

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import logbook, loop, stopping
 from tests.conftest import metrics_of, tiny_config
 
 
@@ -256,14 +256,15 @@ def test_a_training_config_is_no_study(config):
 def test_a_signal_at_the_end_of_a_run_ends_the_study(data_dir, tmp_path, monkeypatch):
     evaluate = loop.evaluate
 
-    def interrupted(program, state, split):
-        if split == "test":
+    def interrupted(program, state, split, **options):
+        values = evaluate(program, state, split, **options)
+        if split == "test":  # the last one
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(program, state, split)
+        return values
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
     study = tiny_study(data_dir, grid=(("optimizer.momentum", (0.9,)),))
-    with pytest.raises(loop.InterruptedRun, match=r"seed-0 is finished and saved"):
+    with pytest.raises(stopping.InterruptedRun, match=r"seed-0 is finished and saved"):
         sweep.run_all(study, tmp_path)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["momentum-0.9_seed-0"]
 

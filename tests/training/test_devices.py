@@ -143,6 +143,30 @@ def test_a_process_alone_leads_and_asks_nobody():
     assert devices.broadcast(tree) is tree
 
 
+@pytest.mark.parametrize(
+    ("text", "several", "lost"),
+    [
+        ("Gloo all-reduce failed: connection closed by peer", True, True),
+        ("NCCL operation failed: remote process exited or there was a network error.", True, True),
+        ("NCCL operation failed: unhandled cuda error", True, False),
+        ("Gloo all-reduce failed: connection closed by peer", False, False),
+    ],
+)
+def test_what_the_collectives_say_when_another_process_is_gone(text, several, lost, monkeypatch):
+    monkeypatch.setattr(devices, "is_one_of_several", lambda: several)
+    assert devices.is_loss(RuntimeError(text)) is lost
+
+
+def test_a_full_memory_is_told_from_other_errors():
+    with pytest.raises(jax.errors.JaxRuntimeError) as full:
+        jnp.zeros(2**50, jnp.uint8)
+    assert re.match(
+        r"a device has no memory left \(.*\); take a smaller batch_size", devices.out_of_memory(full.value)
+    )
+    assert not devices.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    assert not devices.out_of_memory(ValueError("RESOURCE_EXHAUSTED"))
+
+
 def test_the_state_goes_round_as_an_ordinary_replicated_tree():
     four = jax.devices()[:4]
 

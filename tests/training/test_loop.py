@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
+from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, stopping
 from configs import resnet_digits
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
@@ -128,10 +128,10 @@ def test_a_killed_and_resumed_run_is_the_unbroken_run_to_the_bit(steps, config, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("steps", [2, 5, 8])
 def test_a_signal_saves_at_once_and_changes_nothing(number, steps, config, tmp_path, program, unbroken):
-    stopping = stop_after(program, steps, lambda: os.kill(os.getpid(), number))
+    stopped = stop_after(program, steps, lambda: os.kill(os.getpid(), number))
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(loop.InterruptedRun, match=f"{number.name}: saved after step {steps}") as caught:
-        run(config, tmp_path / "stopped", stopping)
+    with pytest.raises(stopping.InterruptedRun, match=f"{number.name}: saved after step {steps}") as caught:
+        run(config, tmp_path / "stopped", stopped)
     assert caught.value.signal_number == number
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert last_state(tmp_path / "stopped", program).step == steps
@@ -143,11 +143,11 @@ def test_a_signal_saves_at_once_and_changes_nothing(number, steps, config, tmp_p
 
 def test_a_signal_counts_once_and_a_later_one_acts_as_ever(monkeypatch):
     acts, now = [], [10.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[-1])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[-1])
     before = signal.signal(signal.SIGTERM, lambda number, _: acts.append(number))
     try:
-        with loop.stop_signals() as stop:
-            for after in (0, loop.SAME_SIGNAL_SECONDS / 2, loop.SAME_SIGNAL_SECONDS):
+        with stopping.stop_signals() as stop:
+            for after in (0, stopping.SAME_SIGNAL_SECONDS / 2, stopping.SAME_SIGNAL_SECONDS):
                 assert not acts
                 now.append(10.0 + after)
                 signal.raise_signal(signal.SIGTERM)
@@ -157,16 +157,30 @@ def test_a_signal_counts_once_and_a_later_one_acts_as_ever(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_a_signal_during_an_evaluation_ends_it_and_changes_nothing(step, config, tmp_path, program, unbroken):
+    evaluated = []
+
     def evaluate(state, arrays, batch):
-        os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append(int(state.step))
+        if evaluated[-1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
         return program.evaluate(state, arrays, batch)
 
-    config.checkpoint.every_steps = 0
-    program_4 = loop.make_program(config, jax.devices()[:1])._replace(evaluate=evaluate)
-    with pytest.raises(loop.InterruptedRun, match="saved after step 4"):
-        run(config, tmp_path, program_4)
-    assert last_state(tmp_path, program).step == 4
+    with pytest.raises(stopping.InterruptedRun, match=f"SIGTERM: saved after step {step}"):
+        run(config, tmp_path, program._replace(evaluate=evaluate))
+    assert evaluated.count(step) == 1  # there are more batches, and more splits
+    assert last_state(tmp_path, program).step == step
+    expected = json.loads((unbroken / "result.json").read_text())["metrics"]
+    assert run(config, tmp_path, program)["metrics"] == expected
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path, program), last_state(unbroken, program))
+    errors_of_both = [
+        {one: checkpoint._error_of(workdir / "checkpoints" / str(one)) for one in (8, 12)}
+        for workdir in (tmp_path, unbroken)
+    ]
+    assert errors_of_both[0] == errors_of_both[1]
+    assert None not in errors_of_both[0].values()
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(config, tmp_path, program):
@@ -546,7 +560,7 @@ def test_a_checkpoint_of_a_signal_counts_its_own_rewinds(config, tmp_path, progr
 
         return program._replace(train=train)
 
-    with pytest.raises(loop.InterruptedRun):
+    with pytest.raises(stopping.InterruptedRun):
         run(config, tmp_path, after(6))
     with pytest.raises(loop.DivergedError, match=r"diverged at step 7: .* is of step 5"):
         run(config, tmp_path, after(7))
