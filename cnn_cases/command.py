@@ -15,6 +15,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import traceback
@@ -122,15 +123,19 @@ def _parse(arguments):
     try:
         rest = flags.FLAGS(arguments)
         if "config" in flags.FLAGS:
-            hasattr(
-                flags.FLAGS.config, "to_dict"
-            )  # what stands for a missing file raises when it is looked at
+            # What stands for a missing file raises when it is looked at.
+            hasattr(flags.FLAGS.config, "to_dict")
         if "workdir" in flags.FLAGS and flags.FLAGS.workdir == "":
             _leave("error: --workdir= names no directory", 2)  # it would be the current one
+        for name in {"workdir", "out"} & set(flags.FLAGS):
+            if flags.FLAGS[name].value:  # a shell leaves the ~ of --workdir=~/x as it is
+                flags.FLAGS[name].value = os.path.expanduser(flags.FLAGS[name].value)
         return rest
     except (flags.Error, OSError) as error:
         # ml_collections puts the whole traceback of an error in a config file into its own message, and of a
         # file that is not there each place where it looked.
+        if missing := re.search(r"No such file or directory: '.*'", str(error)):
+            _leave(f"error: --config: {missing[0]}, seen from {os.getcwd()}", 2)
         head, *others = str(error).splitlines()
         _leave(f"error: {head} {others[-1].strip()}" if others else f"error: {head}", 2)
     except Exception as error:  # whatever a config file may raise, and what ml_collections does not handle

@@ -115,6 +115,8 @@ def check(config, prefix=""):
         values = config.to_dict()
     except TypeError as error:  # they are sorted
         raise ValueError(f"{what} has keys that are no text: {error}") from error
+    if {"base", "grid", "seeds"} <= values.keys():
+        raise ValueError(f"{what} is a study, for python -m cnn_cases.studies.sweep, or .depth_curves")
     if "model" not in values:
         raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")
     _check_section(prefix, values, KEYS)

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from cnn_cases import settings
 from configs import common
+from configs.studies import depth_digits
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,8 @@ def paths(keys, before=()):
 def test_what_is_no_config_is_refused(config):
     with pytest.raises(ValueError, match=r"config = .* must be a ConfigDict"):
         settings.check(config)
+
+
+def test_a_study_is_told_where_it_belongs():
+    with pytest.raises(ValueError, match=r"config is a study, for python -m cnn_cases\.studies\.sweep"):
+        settings.check(depth_digits.get_config())
