@@ -62,15 +62,14 @@ def run(main):
         except Exception as error:
             if devices.is_loss(error):
                 devices.lose(f"another process died or left: {error}")
-            if words := devices.out_of_memory(error):
-                _leave(f"error: {words}", 2)
-            if not isinstance(error, ValueError | OSError):
+            refusal = devices.refusal(error)
+            if refusal is None:
                 if devices.is_one_of_several():  # else they and Python's way out would wait for each other
                     traceback.print_exc()
                     _leave("error: see above", 1)
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
-            _leave(f"error: {error}", 2)
+            _leave(f"error: {refusal}", 2)
         devices.leave(0, _ALL_END)
 
     app.run(guarded, flags_parser=_parse)
@@ -134,8 +133,9 @@ def _parse(arguments):
     except (flags.Error, OSError) as error:
         # ml_collections puts the whole traceback of an error in a config file into its own message, and of a
         # file that is not there each place where it looked.
-        if missing := re.search(r"No such file or directory: '.*'", str(error)):
-            _leave(f"error: --config: {missing[0]}, seen from {os.getcwd()}", 2)
+        not_found = r"(?s)Failed loading config file.*(No such file or directory: '.*')"
+        if missing := re.search(not_found, str(error)):
+            _leave(f"error: --config: {missing[1]}, seen from {os.getcwd()}", 2)
         head, *others = str(error).splitlines()
         _leave(f"error: {head} {others[-1].strip()}" if others else f"error: {head}", 2)
     except Exception as error:  # whatever a config file may raise, and what ml_collections does not handle

@@ -144,14 +144,13 @@ def write_report(out, metrics, names, probabilities, label, examples):
     """Writes the four files that the head of this module names.
 
     Args:
-      out: the directory, made where it is missing.
+      out: the directory, which exists.
       metrics: for metrics.json.
       names: of the K classes.
       probabilities: [N, K], averaged over views.
       label: int [N].
       examples: an iterable of the N (image, label) in the same order.
     """
-    out.mkdir(parents=True, exist_ok=True)
     predicted = probabilities.argmax(axis=1)
     counts = confusion(predicted, label, len(names))
     logbook.write_json(out / "metrics.json", metrics)

@@ -54,7 +54,7 @@ def in_words(result, *, finished_before=False):
     """What a run gave, of its result.json, in words."""
     if result["status"] == "diverged":
         return f"diverged at step {result['step']}"
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    metrics = loop.in_words(result["metrics"])
     return metrics + (" (finished before)" if finished_before else f" ({result['seconds']:.1f} s)")
 
 
@@ -159,14 +159,12 @@ def _work(todo, telling, workdir, parent, num_threads):
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir):
                 telling.send(("ended", *ended))
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-        words = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            words = devices.out_of_memory(error)
-            if not words:
-                raise
+    except Exception as error:
+        refusal = devices.refusal(error)
+        if refusal is None:
+            raise
         with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
-            telling.send(("refused", words))
+            telling.send(("refused", refusal))
     except stopping.InterruptedRun as interruption:
         devices.tell(interruption)
         sys.exit(128 + interruption.signal_number)

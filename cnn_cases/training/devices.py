@@ -290,10 +290,12 @@ def is_loss(error):
     return is_one_of_several() and any(sign in str(error) for sign in signs)
 
 
-def out_of_memory(error):
-    """What to tell of an error of XLA's that means that a device has no memory left; "" for any other."""
+def refusal(error):
+    """What to tell of an error that the user can mend; None for one of this project or of a package."""
+    if isinstance(error, ValueError | OSError):
+        return str(error)
     if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
-        return ""
+        return None
     return (
         f"a device has no memory left ({str(error).splitlines()[0]}); take a smaller batch_size or "
         "evaluation.batch_size, a larger num_microbatches, data.feed = 'stream', or fewer processes at a time"

@@ -238,7 +238,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 earlier["step"],
             )
         if show_progress and devices_lib.is_lead():
-            devices_lib.tell(f"{workdir}: finished before, {_in_words(earlier['metrics'])}")
+            devices_lib.tell(f"{workdir}: finished before, {in_words(earlier['metrics'])}")
         return earlier
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
@@ -262,7 +262,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 result["step"],
             )
         final = result["metrics"]
-        log.say(f"{workdir}: {_in_words(final)}")
+        log.say(f"{workdir}: {in_words(final)}")
     number = max(devices_lib.gather(stop.number))
     if number:  # it came too late for this run, but there may be others
         raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
@@ -445,6 +445,7 @@ class _Training:
         several = devices_lib.is_one_of_several()
         self._of_all = devices_lib.pmap_largest(program.devices) if several else None
         self._heard = 0  # the signal that came to any process, as of the last call that was collected
+        self._ahead = devices_lib.calls_ahead(program.devices)
         self._under_way = collections.deque()
         self._restart_clock()
 
@@ -471,10 +472,10 @@ class _Training:
                 values = self._evaluate(step)
             # Read once: it can come at any moment. Several processes go by what all have heard at one step.
             stopping = self._heard if self._of_all else self._stop.number
-            if resumed:
-                self._checkpoints.note_error(step, self._error_of(values))
-            elif last or stopping or _is_due(step, self._config.checkpoint.every_steps):
+            if not resumed and (last or stopping or _is_due(step, self._config.checkpoint.every_steps)):
                 self._save(step, values, final=values if last else None)
+            if resumed and values is not None:
+                self._checkpoints.note_error(step, self._error_of(values))
             if stopping and (not last or values is None):
                 devices_lib.from_lead(self._checkpoints.wait)  # or it would not be true
                 name = signal.Signals(stopping).name
@@ -501,7 +502,7 @@ class _Training:
         row_is_due = step == config.num_steps or _is_due(step, config.log_every_steps)
         rate = program.schedule(step - 1) if row_is_due else None
         self._under_way.append(_Call(step, metrics, number, rate))
-        self._collect(at_most=devices_lib.calls_ahead(program.devices))
+        self._collect(at_most=self._ahead)
         if before < last_profiled <= step:
             self._collect()
             self._log.stop_profile()
@@ -554,7 +555,7 @@ class _Training:
             self._restart_clock()
         check_finite(step, values)
         self._log.write(step, values)
-        self._log.say(f"step {step}/{config.num_steps}: {_in_words(values)}")
+        self._log.say(f"step {step}/{config.num_steps}: {in_words(values)}")
         return values
 
     def _heed(self):
@@ -659,7 +660,8 @@ def _stack(*leaves):
     return np.stack(leaves) if leaves[1:] else leaves[0][None]
 
 
-def _in_words(metrics):
+def in_words(metrics):
+    """{name: number} as a text."""
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -181,6 +182,31 @@ def test_a_signal_during_an_evaluation_ends_it_and_changes_nothing(step, config,
     ]
     assert errors_of_both[0] == errors_of_both[1]
     assert None not in errors_of_both[0].values()
+
+
+def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
+    def evaluate(state, arrays, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return program.evaluate(state, arrays, batch)
+
+    config.checkpoint.every_steps = 0
+    program_4 = loop.make_program(config, jax.devices()[:1])._replace(evaluate=evaluate)
+    with pytest.raises(stopping.InterruptedRun, match="saved after step 4"):
+        run(config, tmp_path, program_4)
+    assert last_state(tmp_path, program).step == 4
+
+
+def test_a_prediction_can_be_ended_on_the_way(program):
+    state = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
+    calls = itertools.count(1)
+
+    def heed():
+        if next(calls) == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        loop.predict(program, state, "test", "single", batch_size=200, heed=heed)
+    assert next(calls) == 4  # there are more examples
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_result_loses_nothing(config, tmp_path, program):
