@@ -35,10 +35,14 @@ NUM_MISTAKES = 24
 MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
 
 
-def load_config(workdir):
+def load_config(workdir, data_dir=""):
     """The config of a run, from its config.json.
 
     A key that did not exist yet when the run was made has its default of configs/common.py.
+
+    Args:
+      workdir: of the run.
+      data_dir: where TFDS keeps its sets; "" for the config's.
 
     Raises:
       ValueError: the workdir has no config, or not that of a training, or one that was changed.
@@ -55,6 +59,7 @@ def load_config(workdir):
     defaults["model"], defaults["data"]["splits"] = {}, {}
     config = ConfigDict(_updated(defaults, settings.from_json(saved)))
     settings.check(config)
+    config.data.data_dir = data_dir or config.data.data_dir
     return config
 
 
@@ -73,7 +78,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
       protocol: a key of `views.PROTOCOLS`; "" for the config's.
       split: a part of data.splits; "" for "test", or "validation" where there is none.
       which: "last", "best" or a step.
-      data_dir: where TFDS keeps its sets; "" for the config's.
+      data_dir: see `load_config`.
       out: the directory to write to; "" for one in the workdir.
 
     Returns:
@@ -83,9 +88,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
       ValueError: there is no such run, split, protocol or checkpoint, or the checkpoint is damaged.
       OSError: the directory cannot be made or written to.
     """
-    config = load_config(workdir)
-    if data_dir:
-        config.data.data_dir = data_dir
+    config = load_config(workdir, data_dir)
     protocol = protocol or config.evaluation.protocol
     split = split or ("test" if "test" in config.data.splits else "validation")
     if split not in config.data.splits:
@@ -259,13 +262,18 @@ def table(metrics):
     return "\n".join(lines)
 
 
+def define_data_dir():
+    """The flag of commands that look into runs which may have been made on another machine."""
+    flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")
+
+
 def define_flags():
     """The flags of the command."""
     flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
     flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
     flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
     flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
-    flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")
+    define_data_dir()
     flags.DEFINE_string("out", "", "Where to write; default: <workdir>/evaluation/<split>_<protocol>_<step>.")
 
 

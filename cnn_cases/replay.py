@@ -1,6 +1,6 @@
 """Does one step of a training again and says which line made the first number that is not finite.
 
-    python -m cnn_cases.replay --workdir=runs/x [--step=37]
+    python -m cnn_cases.replay --workdir=runs/x [--step=37] [--data_dir=D]
 
 Without --step it is the one at which the run diverged. The last checkpoint before it is read, the steps in
 between are done again, and then the step itself: as the run did it, and once more with JAX's `debug_nans` if
@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from cnn_cases import command
-from cnn_cases.evaluate import load_config, usable_devices
+from cnn_cases.evaluate import define_data_dir, load_config, usable_devices
 from cnn_cases.training import checkpoint, devices, logbook, loop, running
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,18 +45,19 @@ class Replay(NamedTuple):
     culprit: str | None
 
 
-def replay(workdir, step=None):
+def replay(workdir, step=None, data_dir=""):
     """Does one step of a run again; returns a `Replay`.
 
     Args:
       workdir: of a run of train.py.
       step: which; None for the one at which the run diverged.
+      data_dir: where TFDS keeps its sets; "" for the config's.
 
     Raises:
       ValueError: there is no such run or step, or the checkpoint is damaged.
     """
     workdir = pathlib.Path(workdir)
-    config = load_config(workdir)
+    config = load_config(workdir, data_dir)
     diverged = _diverged(workdir)
     if step is None and not diverged:
         raise ValueError(f"{workdir} did not diverge: name a step")
@@ -140,7 +141,7 @@ def _culprit(program, state, batch, *, infs):
 
 def main():
     """Replays the step that the flags name, and prints what it did."""
-    done = replay(flags.FLAGS.workdir, flags.FLAGS.step)
+    done = replay(flags.FLAGS.workdir, flags.FLAGS.step, flags.FLAGS.data_dir)
     start = f"the checkpoint of step {done.first}" if done.first else "the beginning"
     print(f"step {done.step}, reached from {start}")
     for name, value in done.metrics.items():
@@ -153,4 +154,5 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The directory of a run.", required=True)
     flags.DEFINE_integer("step", None, "Which step, from 1; by default the one at which the run diverged.")
+    define_data_dir()
     command.run(main)

@@ -118,12 +118,13 @@ def deviations(sums):
     return np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
 
 
-def measure(workdir, num_batches=NUM_BATCHES):
+def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     """Measures the layers of all runs of a depth study.
 
     Args:
       workdir: the study's, with its runs in `runs/`.
       num_batches: of training for the gradients, and of evaluation for the responses.
+      data_dir: where TFDS keeps its sets; "" for the config's.
 
     Returns:
       What JSON can hold: {"date", "environment", "data" (name of the set), "num_batches",
@@ -140,7 +141,7 @@ def measure(workdir, num_batches=NUM_BATCHES):
         raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
     points = collections.defaultdict(list)
     for run_dir in run_dirs:
-        config = evaluate.load_config(run_dir)
+        config = evaluate.load_config(run_dir, data_dir)
         if not {"depth", "plain"} <= set(config.model):
             raise ValueError(
                 f"{run_dir}: model.name = {config.model.name!r} has no plain twin; "
@@ -379,7 +380,7 @@ def write_report(record, out):
 def main():
     """Measures the layers, prints the table and draws the figures."""
     workdir = pathlib.Path(flags.FLAGS.workdir)
-    record = measure(workdir, flags.FLAGS.num_batches)
+    record = measure(workdir, flags.FLAGS.num_batches, flags.FLAGS.data_dir)
     write_report(record, workdir / "layers")
     print(tables.aligned(table(record), words=(1,)))
     print(f"record, table and figures: {workdir / 'layers'}")
@@ -388,4 +389,5 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The directory of a depth study.", required=True)
     flags.DEFINE_integer("num_batches", NUM_BATCHES, "Batches to measure on.")
+    evaluate.define_data_dir()
     command.run(main)

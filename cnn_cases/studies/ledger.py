@@ -33,11 +33,8 @@ ASIDE = (
     "seed",
     "checkpoint",
     "log_every_steps",
-    "profile_steps",
-    "data.data_dir",
-    "data.stream.workers",
-    "data.stream.buffer",
     "evaluation.every_steps",
+    *logbook.OF_THE_MACHINE,
 )
 
 

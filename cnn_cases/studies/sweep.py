@@ -152,12 +152,12 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     workdir = pathlib.Path(workdir)
     runs = expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
-    if not (workdir / "config.json").exists():
-        # Now, and not after hours of other runs; the seeds are the same for all groups.
-        for run in (*groups[0], *(group[0] for group in groups[1:])):
+    # Now, and not after hours of other runs; the seeds are the same for all groups.
+    for run in (*groups[0], *(group[0] for group in groups[1:])):
+        if not (workdir / "runs" / run.name / "config.json").exists():
             loop.check(run.config)
     with logbook.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
-        logbook.claim(workdir, study.to_dict())
+        logbook.claim(workdir, study.to_dict(), lambda known: _has_all_runs(study, known))
         run_dirs = workdir / "runs"
         if cluster:
             ended = clusters.run_on_cluster(runs, workdir, cluster)
@@ -167,6 +167,22 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
             ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
         for number, (name, news) in enumerate(ended, start=1):
             devices.tell(f"[{number}/{len(runs)}] {name}: {news}")
+
+
+def _has_all_runs(study, known):
+    """Whether a study has all runs of `known`, another study as JSON gives it, and so is that one grown.
+
+    By more seeds, depths or what else its grid has; what the runs have in common must be the same.
+    """
+    try:
+        before = expand(ConfigDict(settings.from_json(known)))
+    except ValueError:  # one that this code cannot read
+        return False
+    configs = {run.name: run.config.to_dict() for run in expand(study)}
+    return all(
+        run.name in configs and not logbook.differences(run.config.to_dict(), configs[run.name])
+        for run in before
+    )
 
 
 def make_record(study, workdir):

@@ -53,6 +53,8 @@ PACKAGES = (
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
 _LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
+# Keys on which no figure depends: another machine may have its data elsewhere, and more processes for them.
+OF_THE_MACHINE = ("data.data_dir", "data.stream.workers", "data.stream.buffer", "profile_steps")
 
 
 class Logbook:
@@ -246,8 +248,17 @@ class _Events:
         self._file.close()
 
 
-def claim(workdir, config):
+def claim(workdir, config, continues=lambda known: False):
     """Makes `workdir`, of a run or of a study, belong to `config`.
+
+    A config that differs in nothing on which a figure depends, such as where the data lie, takes the place of
+    the one that was there.
+
+    Args:
+      workdir: a directory.
+      config: as a dict that JSON can hold.
+      continues: says of the config that was there, as JSON gives it, whether `config` may take its place
+        where more than that differs.
 
     Raises:
       ValueError: it belongs to another config (the message shows what differs), its config.json is damaged
@@ -256,13 +267,17 @@ def claim(workdir, config):
     path = pathlib.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))  # tuples are lists there
     if path.exists():
-        lines = differences(read_json(path, dict, PUT_BACK), config)
-        if lines:
+        known = read_json(path, dict, PUT_BACK)
+        lines = differences(known, config)
+        if lines and not continues(known):
             raise ValueError(
                 f"workdir = {workdir} belongs to another config:\n  "
                 + "\n  ".join(lines)
                 + "\nUse another workdir, or the config that this one was started with"
             )
+        if known != config:
+            with _writing(workdir):
+                write_json(path, config)
         return
     left = [name for name in _LEFT_BEHIND if (path.parent / name).exists()]
     if left:
@@ -330,14 +345,18 @@ def is_watched():
 
 
 def differences(old, new, prefix=""):
-    """How two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here"."""
+    """How two configs, as nested dicts, differ in what a figure may depend on.
+
+    In lines such as "optimizer.momentum: 0.9 there, 0.5 here".
+    """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         there, here = old.get(key, "nothing"), new.get(key, "nothing")
+        name = f"{prefix}{key}"
         if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{prefix}{key}.")
-        elif there != here:
-            lines.append(f"{prefix}{key}: {there!r} there, {here!r} here")
+            lines += differences(there, here, f"{name}.")
+        elif there != here and name.removeprefix("base.") not in OF_THE_MACHINE:
+            lines.append(f"{name}: {there!r} there, {here!r} here")
     return lines
 
 

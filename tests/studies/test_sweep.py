@@ -222,9 +222,36 @@ def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys)
     assert "diverged at step 1" in lines[-1]
 
 
-def test_a_workdir_of_another_study_is_refused(finished, data_dir):
-    with pytest.raises(ValueError, match=r"seeds: \[0, 1\] there, \[0, 2\] here"):
-        sweep.run_all(tiny_study(data_dir, seeds=(0, 2)), finished)
+def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(finished, study, tmp_path, monkeypatch):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    path = workdir / "config.json"
+    smaller = json.loads(path.read_text()) | {
+        "grid": [["optimizer.momentum", [0.0]], ["data.augment.flip", [True]]]
+    }
+    path.write_text(json.dumps(smaller | {"seeds": [1]}))
+    monkeypatch.setattr(loop, "make_program", pytest.fail)
+    sweep.run_all(study, workdir)
+    assert json.loads(path.read_text()) == json.loads((finished / "config.json").read_text())
+    assert sweep.make_record(study, workdir) == sweep.make_record(study, finished)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": (1, 2)}, r"seeds: \[0, 1\] there, \[1, 2\] here"),
+        ({"grid": (("data.augment.flip", (True, False)),)}, "grid: "),
+        (
+            {"seeds": (0, 1, 2), "adjust": ((("optimizer.momentum", 0.9), (("num_microbatches", 2),)),)},
+            r"adjust: 'nothing' there, .*\n  seeds: \[0, 1\] there",
+        ),
+    ],
+)
+def test_a_study_that_lacks_or_changes_a_run_is_another_one(changes, message, finished, data_dir):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        sweep.run_all(tiny_study(data_dir, **changes), finished)
+    assert (finished / "config.json").read_bytes() == before
 
 
 def test_a_study_is_run_by_one_process_at_a_time(study, tmp_path):

@@ -254,6 +254,20 @@ def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["momentum"] == 0.9
 
 
+def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
+    def config(data_dir, workers, **others):
+        stream = {"workers": workers, "buffer": 2}
+        return {"data": {"data_dir": data_dir, "stream": stream}, "profile_steps": (1, workers)} | others
+
+    logbook.claim(tmp_path, config("/here", 0))
+    logbook.claim(tmp_path, config("/there", 8))
+    known = json.loads((tmp_path / "config.json").read_text())
+    assert known == {"data": config("/there", 8)["data"], "profile_steps": [1, 8]}, "that of the last start"
+    with pytest.raises(ValueError, match=r"another config:\n  seed: 'nothing' there, 1 here\nUse"):
+        logbook.claim(tmp_path, config("/nowhere", 8, seed=1))
+    assert json.loads((tmp_path / "config.json").read_text()) == known
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="cannot be written"):
