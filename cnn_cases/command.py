@@ -72,6 +72,10 @@ def run(main):
             _leave(f"error: {refusal}", 2)
         devices.leave(0, _ALL_END)
 
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("cnn_cases."):  # absl's --help shows those of the main module alone
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(guarded, flags_parser=_parse)
 
 
@@ -130,6 +134,8 @@ def _parse(arguments):
             if flags.FLAGS[name].value:  # a shell leaves the ~ of --workdir=~/x as it is
                 flags.FLAGS[name].value = os.path.expanduser(flags.FLAGS[name].value)
         return rest
+    except SystemExit as leaving:
+        sys.exit(leaving.code if leaving.code != 1 else 0)  # absl's --help, which is no error
     except (flags.Error, OSError) as error:
         # ml_collections puts the whole traceback of an error in a config file into its own message, and of a
         # file that is not there each place where it looked.

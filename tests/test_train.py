@@ -149,6 +149,25 @@ def test_a_mistake_in_a_config_file_is_answered_by_one_message(text, message, tm
     assert re.search(message, errors), errors
 
 
+def help_here(output):
+    """The depth study's --help, written to the file `output`."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
+    sys.argv = ["depth_curves", "--help"]
+    runpy.run_module("cnn_cases.studies.depth_curves", run_name="__main__", alter_sys=True)
+
+
+def test_help_has_the_flags_of_all_modules_and_is_no_error(tmp_path):
+    process = FORKS.Process(target=help_here, args=(tmp_path / "help",))
+    process.start()
+    process.join()
+    text = (tmp_path / "help").read_text()
+    assert process.exitcode == 0
+    assert "Plain against residual nets" in text
+    assert re.findall(r"--(?:\[no\])?(figures_only|jobs|cluster|deterministic):", text) == [
+        *("cluster", "deterministic", "figures_only", "jobs")
+    ]
+
+
 def test_a_diverged_run_has_an_exit_code_of_its_own(tmp_path):
     code, errors = train(tmp_path, *SHORT, "--config.optimizer.learning_rate=1e20")
     assert (code, "diverged at step" in errors) == (3, True)

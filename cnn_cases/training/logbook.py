@@ -248,7 +248,7 @@ class _Events:
         self._file.close()
 
 
-def claim(workdir, config, continues=lambda known: False):
+def claim(workdir, config, continues=None):
     """Makes `workdir`, of a run or of a study, belong to `config`.
 
     A config that differs in nothing on which a figure depends, such as where the data lie, takes the place of
@@ -257,8 +257,8 @@ def claim(workdir, config, continues=lambda known: False):
     Args:
       workdir: a directory.
       config: as a dict that JSON can hold.
-      continues: says of the config that was there, as JSON gives it, whether `config` may take its place
-        where more than that differs.
+      continues: a function of the config that was there, as JSON gives it: whether `config` may take its
+        place where more than that differs. None: it may not.
 
     Raises:
       ValueError: it belongs to another config (the message shows what differs), its config.json is damaged
@@ -269,7 +269,7 @@ def claim(workdir, config, continues=lambda known: False):
     if path.exists():
         known = read_json(path, dict, PUT_BACK)
         lines = differences(known, config)
-        if lines and not continues(known):
+        if lines and not (continues and continues(known)):
             raise ValueError(
                 f"workdir = {workdir} belongs to another config:\n  "
                 + "\n  ".join(lines)

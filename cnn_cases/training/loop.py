@@ -36,7 +36,7 @@ from cnn_cases.training.logbook import (
     read_result,
     write_result,
 )
-from cnn_cases.training.losses import make_loss
+from cnn_cases.training.losses import make_loss, of_classes
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
 from cnn_cases.training.state import init_state, shapes_of_state
@@ -114,7 +114,7 @@ def make_program(config, devices=None):
     tx = make_optimizer(schedule, **optimizer)
     loss_settings = dict(**config.loss)
     side_weight = loss_settings.pop("side_weight")
-    loss = make_loss(**loss_settings)
+    loss = of_classes(make_loss(**loss_settings), feed.num_classes)
     train_steps = steps.make_train_steps(
         model.apply,
         tx,

@@ -36,6 +36,25 @@ def make_loss(*, name, label_smoothing, map_constant):
     return functools.partial(rbf_map, j=map_constant)
 
 
+def of_classes(loss, num_classes):
+    """The same loss, but one that refuses logits of another length, which it would take without a word.
+
+    Raises:
+      ValueError: once it is called.
+    """
+
+    @functools.wraps(loss)
+    def checked(logits, label):
+        if logits.shape[1:] != (num_classes,):
+            raise ValueError(
+                f"the network answers a batch with logits {list(logits.shape)}; for data of {num_classes} "
+                f"classes they must be [batch, {num_classes}]"
+            )
+        return loss(logits, label)
+
+    return checked
+
+
 def cross_entropy(logits, label, smoothing=0.0):
     """Softmax cross-entropy, by default against the label alone (Szegedy et al. 2015b, section 7)."""
     log_chances = jax.nn.log_softmax(logits.astype(jnp.float32))

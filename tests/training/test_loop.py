@@ -9,12 +9,16 @@ import os
 import re
 import shutil
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from ml_collections import ConfigDict
 
+from cnn_cases import models
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, stopping
 from configs import resnet_digits
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
@@ -682,6 +686,27 @@ def test_an_impossible_config_is_refused_before_the_workdir_is_touched(key, valu
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class TooManyAnswers(nn.Module):
+    """A network of somebody's own, with a mistake in it."""
+
+    num_classes: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, image, train):
+        del train
+        return nn.Dense(self.num_classes + 2)(image.reshape(len(image), -1))
+
+
+def test_a_network_whose_answers_do_not_fit_the_classes_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "own", TooManyAnswers)
+    with config.unlocked():
+        config.model = ConfigDict({"name": "own"})
+    with pytest.raises(ValueError, match=r"logits \[6, 12\]; for data of 10 classes .* \[batch, 10\]"):
+        run(config, tmp_path)
+    assert rows(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["train[:10%]", "runs\\x", "a*"])

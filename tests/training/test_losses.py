@@ -35,6 +35,14 @@ def test_a_target_of_one_class_is_its_label_and_one_of_two_a_blend_of_both_losse
         np.testing.assert_allclose(loss(LOGITS, target), expected, rtol=1e-6)
 
 
+def test_logits_of_other_classes_are_refused():
+    loss = losses.of_classes(losses.make_loss(**SETTINGS), 3)
+    np.testing.assert_array_equal(loss(LOGITS, LABEL), losses.cross_entropy(LOGITS, LABEL))
+    for shape in ((2, 2), (2, 4), (2, 1, 3)):
+        with pytest.raises(ValueError, match=r"logits \[2, .* of 3 classes they must be \[batch, 3\]"):
+            loss(jnp.zeros(shape), LABEL)
+
+
 def test_the_mean_squared_loss_is_the_penalty_of_the_right_class():
     loss = losses.make_loss(**SETTINGS | {"name": "rbf_mean_squared"})
     np.testing.assert_allclose(loss(-np.float32([[3, 5], [7, 2]]), np.int32([0, 1])), [3, 2])
