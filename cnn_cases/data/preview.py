@@ -91,6 +91,8 @@ def main():
     out = pathlib.Path(flags.FLAGS.out)
     if count < 1:
         raise ValueError(f"images = {count} must be 1 or more")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out = {out} must end in .png, .svg or .pdf")
     images, labels = training_images(config, step)
     names = feeds.class_names(config.data.name, config.data.data_dir)
     titles = [title_of(label, names) for label in labels[:count]]

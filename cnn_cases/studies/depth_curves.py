@@ -18,7 +18,6 @@ from cnn_cases import command, tables
 from cnn_cases.studies import comparison, figures, page, records, sweep
 from cnn_cases.training import logbook
 
-KEYS = {"model.depth", "model.plain"}
 KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
 
@@ -51,8 +50,14 @@ def _final_figures(record):
 def suits(record):
     """Whether a record has the grid of a depth study, and all final figures of each run that finished."""
     finished = [run["metrics"].keys() for run in record["runs"] if run["status"] == "finished"]
-    keys = {key for key, _ in record["config"]["grid"]}
-    return keys == KEYS and all(_final_figures(record).keys() <= names for names in finished)
+    return _is_of_twins(record["config"]["grid"]) and all(
+        _final_figures(record).keys() <= names for names in finished
+    )
+
+
+def _is_of_twins(grid):
+    grid = dict(grid)
+    return grid.keys() == {"model.depth", "model.plain"} and set(grid["model.plain"]) == KINDS.keys()
 
 
 def summarise(record):
@@ -310,17 +315,23 @@ def write_report(record, workdir):
     page.write(record, workdir / "curves.html", "model.plain", panels)
 
 
+def check(study):
+    """Raises ValueError unless a study, as `sweep.expand` takes it, is one that can be drawn here."""
+    sweep.expand(study)
+    if not _is_of_twins(study.grid):
+        raise ValueError(
+            f"grid = {study.grid}: a depth study needs values of model.depth, and True and False for "
+            "model.plain; cnn_cases.studies.sweep runs other grids"
+        )
+    splits = study.base.evaluation.final_splits
+    if not {"train", "test"} <= set(splits):
+        raise ValueError(f"base.evaluation.final_splits = {splits} must have train and test in a depth study")
+
+
 def main():
     """Runs the study, prints its table and draws its figures."""
     study, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    sweep.expand(study)
-    keys, splits = {key for key, _ in study.grid}, study.base.evaluation.final_splits
-    if keys != KEYS:
-        raise ValueError(
-            f"a depth study needs a grid of model.depth and model.plain, not {', '.join(sorted(keys))}"
-        )
-    if not {"train", "test"} <= set(splits):
-        raise ValueError(f"base.evaluation.final_splits = {splits} must have train and test in a depth study")
+    check(study)
     if not flags.FLAGS.figures_only:
         sweep.run_all(study, workdir, flags.FLAGS.jobs, sweep.cluster_of_flags())
     record = sweep.make_record(study, workdir)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from cnn_cases.studies import depth_curves
+from configs.studies import depth_digits
 
 
 def test_the_table_has_means_and_deviations_in_percent(record):
@@ -127,6 +128,27 @@ def test_the_test_is_that_of_the_protocol(record):
     assert depth_curves.draw_depth(record).axes[1].get_title() == "test error (ten_crop)"
     dots = [line for line in depth_curves.draw_difference(record).axes[1].lines if line.get_marker() == "D"]
     assert dots[1].get_ydata() == pytest.approx([25])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "grid",
+            (("model.depth", (8, 20)),),
+            "grid = .*: a depth study needs values of model.depth, and True",
+        ),
+        ("grid", (("model.depth", (8,)), ("model.plain", (True,))), "True and False for model.plain; cnn_ca"),
+        ("base.evaluation.final_splits", ("test",), r"final_splits = \('test',\) must have train and test"),
+        ("seeds", (), r"seeds = \(\) must have values"),
+    ],
+)
+def test_a_study_that_cannot_be_drawn_is_refused(key, value, message):
+    study = depth_digits.get_config()
+    depth_curves.check(study)
+    study.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        depth_curves.check(study)
 
 
 def test_a_report_is_files_for_people_and_programs(record, tmp_path):

@@ -36,6 +36,15 @@ def test_values_of_a_grid_can_be_tuples(record, tmp_path):
     assert "| (0.3, 0.6) | 4 |" in table
 
 
+def test_depths_of_one_kind_are_drawn_as_any_study(record, tmp_path):
+    record["config"]["grid"] = [["model.depth", [8, 20]], ["model.plain", [True]]]
+    record["runs"] = [one for one in record["runs"] if one["model.plain"]]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path / "record.json"), f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out/depth.png").exists()
+    assert (tmp_path / "out/curves.png").exists()
+
+
 def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(record, tmp_path):
     for one in record["runs"]:
         if one["status"] == "finished":
