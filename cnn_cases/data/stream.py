@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from cnn_cases.data.resident import share_of, training_numbers, training_order
 MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
 MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
+NUM_CHECKSUMS = 64  # examples of a split by which two processes see whether they have the same
 _CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
 _ENDLESS = 2**62  # batches
 
@@ -200,6 +202,10 @@ class StreamFeed:
                 else:
                     yield image, label
 
+    def fingerprint(self):
+        """See `feeds`; checksums of a few files of each split, evenly spaced."""
+        return {role: _fingerprint(recipe.records) for role, recipe in self._recipes.items()}
+
     def view(self, image):
         """An image uint8 [h, w, C] of any size as evaluation shows it: uint8 `image_shape`."""
         return evaluation_view(self._recipes["train"], image)
@@ -258,6 +264,18 @@ class StreamFeed:
             parts = [*pool.map(functools.partial(_evaluation_examples, recipe), np.array_split(indices, 64))]
         self._note("train", np.concatenate([part["damaged"] for part in parts]).tolist())
         return np.concatenate([part["image"][part["mask"] == 1] for part in parts])
+
+
+def _fingerprint(records):
+    def checksum(index):
+        try:
+            record = records[index]
+        except RuntimeError:  # see `read`
+            return None
+        return zlib.crc32(b"%d" % record["label"], zlib.crc32(record["image"]))
+
+    few = np.linspace(0, len(records) - 1, min(len(records), NUM_CHECKSUMS)).astype(int)
+    return [len(records), *map(checksum, few.tolist())]
 
 
 def read(recipe, index):

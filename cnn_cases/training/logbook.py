@@ -355,7 +355,7 @@ def differences(old, new, prefix=""):
         name = f"{prefix}{key}"
         if isinstance(there, dict) and isinstance(here, dict):
             lines += differences(there, here, f"{name}.")
-        elif there != here and name.removeprefix("base.") not in OF_THE_MACHINE:
+        elif there != here and not name.endswith(OF_THE_MACHINE):  # or, in a study, base.data.data_dir
             lines.append(f"{name}: {there!r} there, {here!r} here")
     return lines
 

@@ -243,6 +243,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
     program, state = devices_lib.lead_first(lambda: _make_start(config, program))
+    _check_same_data(program.feed)
     log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         result = _train_to_the_end(
@@ -283,6 +284,26 @@ def _check_alike(config):
                 + "\n  ".join(lines)
                 + "\nGive all processes of a training the same config, code and packages"
             )
+
+
+def _check_same_data(feed):
+    """Raises ValueError unless all processes of a training have the same data, as far as those tell."""
+    if not devices_lib.is_one_of_several():
+        return
+
+    def is_same(ours, theirs):
+        return len(ours) == len(theirs) and all(
+            one == other or None in (one, other) for one, other in zip(ours, theirs, strict=True)
+        )
+
+    lead, *others = devices_lib.gather(feed.fingerprint())
+    for index, other in enumerate(others, start=1):
+        for role, ours in other.items():
+            if not is_same(ours, lead[role]):
+                raise ValueError(
+                    f"process {index} reads other data than process 0: data.splits.{role} has {ours[0]} "
+                    f"examples here and {lead[role][0]} there, or others; give all of them copies of one set"
+                )
 
 
 def _make_start(config, program):

@@ -142,6 +142,17 @@ def test_augmentation_happens_in_training_alone():
     assert not np.allclose(plain, augmented)
 
 
+def test_a_fingerprint_tells_splits_apart_by_their_size_and_any_pixel_or_label():
+    (train, test), again = make_feed().fingerprint().values(), make_feed().fingerprint()
+    assert [train, test] == list(again.values())
+    assert (train[0], test[0]) == (23, 11)
+    for name, role in (("image", "train"), ("label", "test")):
+        feed = make_feed()
+        feed.arrays[name] = feed.arrays[name].copy()
+        feed.arrays[name].reshape(len(feed.arrays[name]), -1)[{"train": 22, "test": 23}[role], -1] ^= 1
+        assert {one for one, ours in feed.fingerprint().items() if ours != again[one]} == {role}
+
+
 def test_views_are_normalised_as_in_evaluation():
     feed = make_feed()
     batch = next(feed.eval_batches("test"))

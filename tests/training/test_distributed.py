@@ -5,12 +5,14 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from cnn_cases.training import logbook, loop
@@ -268,6 +270,22 @@ def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_pat
         assert "config.optimizer.momentum: 0.9 there, 0.5 here" in errors
         assert re.search(r"versions.optax: '[^']+' there, '0.0.1' here", errors)
         assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_read_other_data_are_refused(digits, data_dir, tmp_path):
+    loop.make_program(digits[0])  # leaves the decoded set there
+    shutil.copytree(data_dir, tmp_path / "tfds")
+    (path,) = (tmp_path / "tfds").glob("digits/*/decoded/validation-image.npy")
+    images = np.load(path)
+    images[0, 0, 0] ^= 1
+    np.save(path, images)
+    own = {1: [f"--config.data.data_dir={tmp_path / 'tfds'}"]}
+    for code, errors in job(2, tmp_path / "run", digits[1], own=own):
+        assert code == 2, errors
+        assert re.search(
+            r"error: process 1 reads other data .*: data.splits.validation has 185 .* 185 th", errors
+        )
     assert not (tmp_path / "run").exists()
 
 
