@@ -45,7 +45,7 @@ def _is_dilated(options):
 def _conv_for_cpu(x, kernel, window_strides, padding, **options):
     """A convolution in operations with which XLA is quick on a CPU.
 
-    Times are of two cores; `docs/speed.md` has those of whole networks.
+    Times are of two cores, in November 2026; `docs/speed.md` has those of whole networks.
 
     - A convolution in groups becomes one for each group. XLA takes fifteen times as long for the gradient of
       a kernel in two groups as for those of two kernels.
@@ -237,7 +237,7 @@ def max_pool(x, window_shape, strides, padding="VALID"):
     """`nn.max_pool`, written so that XLA is quick with its gradient on a CPU and on a GPU.
 
     There XLA makes index arithmetic and a scatter of it. The step of a network that pools often, as
-    GoogLeNet's, takes half as long again on a CPU as with `max_pool_by_shifts`, and a third longer on a GPU
+    GoogLeNet's, takes much longer so on a CPU than with `max_pool_by_shifts`, and on a GPU a third longer
     than with `max_pool_by_place` (`docs/speed.md`). On a TPU nothing is replaced.
 
     Args:

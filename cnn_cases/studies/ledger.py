@@ -82,6 +82,7 @@ PUBLISHED = (
             error,
             examples,
             "He et al. 2016, table 4",
+            recalled=True,
         )
         for depth, batch_size, error, examples in (
             (164, 128, 5.46, 64_000 * 128),
@@ -93,7 +94,9 @@ PUBLISHED = (
     Published(
         NIN | {"data.augment.flip": False}, 10.41, 80_000 * 128, "Lin et al. 2013, table 1", recalled=True
     ),
-    Published(NIN | {"data.augment.flip": True}, 8.81, 80_000 * 128, "Lin et al. 2013, table 1"),
+    Published(
+        NIN | {"data.augment.flip": True}, 8.81, 80_000 * 128, "Lin et al. 2013, table 1", recalled=True
+    ),
     Published(
         IMAGENET | {"model.name": "alexnet", "model.variant": "two_groups"},
         40.7,
