@@ -35,7 +35,7 @@ import numpy as np
 from tensorboardX.proto import event_pb2
 
 from benchmarks import record
-from cnn_cases import evaluate
+from cnn_cases import saved_runs
 from cnn_cases.training import checkpoint, logbook, loop
 from cnn_cases.training.state import shapes_of_state
 
@@ -175,7 +175,7 @@ def differences(one, other):
 def _end(config_text, workdir):
     """The last step of a run, and a state like that of its checkpoints."""
     del config_text  # by which the last answer is known
-    config = evaluate.load_config(workdir)
+    config = saved_runs.load_config(workdir)
     program = loop.make_program(config)
     return config.num_steps, shapes_of_state(program.model, program.tx, program.feed.image_shape)
 

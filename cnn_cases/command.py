@@ -134,8 +134,9 @@ def _parse(arguments):
             if flags.FLAGS[name].value:  # a shell leaves the ~ of --workdir=~/x as it is
                 flags.FLAGS[name].value = os.path.expanduser(flags.FLAGS[name].value)
         return rest
-    except SystemExit as leaving:
-        sys.exit(leaving.code if leaving.code != 1 else 0)  # absl's --help, which is no error
+    except SystemExit as leaving:  # absl's --help is no error
+        asked = any(re.fullmatch(r"--?(help\w*|h|\?)", argument) for argument in arguments)
+        sys.exit(0 if asked and leaving.code == 1 else leaving.code)
     except (flags.Error, OSError) as error:
         # ml_collections puts the whole traceback of an error in a config file into its own message, and of a
         # file that is not there each place where it looked.

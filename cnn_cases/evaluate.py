@@ -18,56 +18,18 @@ import math
 import pathlib
 import time
 
-import jax
 import matplotlib
 import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
-from ml_collections import ConfigDict
 
-from cnn_cases import command, settings, tables
-from cnn_cases.data import feeds, preview
+from cnn_cases import command, preview, saved_runs, tables
+from cnn_cases.data import feeds
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
 from cnn_cases.training.state import shapes_of_state
-from configs import common
 
 NUM_MISTAKES = 24
 MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
-
-
-def load_config(workdir, data_dir=""):
-    """The config of a run, from its config.json.
-
-    A key that did not exist yet when the run was made has its default of configs/common.py.
-
-    Args:
-      workdir: of the run.
-      data_dir: where TFDS keeps its sets; "" for the config's.
-
-    Raises:
-      ValueError: the workdir has no config, or not that of a training, or one that was changed.
-    """
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        saved = logbook.read_json(path, dict, logbook.PUT_BACK)
-    except OSError as error:
-        raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
-    if not {"model", "data"} <= set(saved):
-        raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
-    defaults = common.get_config().to_dict()
-    # These two are whole as they are saved: what they lack they do not have.
-    defaults["model"], defaults["data"]["splits"] = {}, {}
-    config = ConfigDict(_updated(defaults, settings.from_json(saved)))
-    settings.check(config)
-    config.data.data_dir = data_dir or config.data.data_dir
-    return config
-
-
-def _updated(old, new):
-    """Nested dicts: `old` with all that `new` has."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
 
 
 def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_dir="", out=""):
@@ -78,7 +40,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
       protocol: a key of `views.PROTOCOLS`; "" for the config's.
       split: a part of data.splits; "" for "test", or "validation" where there is none.
       which: "last", "best" or a step.
-      data_dir: see `load_config`.
+      data_dir: see `saved_runs.load_config`.
       out: the directory to write to; "" for one in the workdir.
 
     Returns:
@@ -88,7 +50,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
       ValueError: there is no such run, split, protocol or checkpoint, or the checkpoint is damaged.
       OSError: the directory cannot be made or written to.
     """
-    config = load_config(workdir, data_dir)
+    config = saved_runs.load_config(workdir, data_dir)
     protocol = protocol or config.evaluation.protocol
     split = split or ("test" if "test" in config.data.splits else "validation")
     if split not in config.data.splits:
@@ -98,7 +60,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     checkpoints = pathlib.Path(workdir) / "checkpoints"
     step = checkpoint.find(checkpoints, which)
 
-    program = loop.make_program(config, usable_devices(config))
+    program = loop.make_program(config, saved_runs.usable_devices(config))
     feed = program.feed
     like = shapes_of_state(program.model, program.tx, feed.image_shape, with_ema=config.ema_decay > 0)
     num_views = loop.check_protocol(program, like, protocol)
@@ -134,13 +96,6 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     names = feeds.class_names(config.data.name, config.data.data_dir)
     write_report(out, metrics, names, probabilities, label, feed.examples(split))
     return metrics, out
-
-
-def usable_devices(config):
-    """As many local devices as the batches of the run can be split over; it may have had others."""
-    local = jax.local_devices()
-    sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)
-    return local[: max(count for count in range(1, len(local) + 1) if sizes % count == 0)]
 
 
 def write_report(out, metrics, names, probabilities, label, examples):
@@ -262,18 +217,13 @@ def table(metrics):
     return "\n".join(lines)
 
 
-def define_data_dir():
-    """The flag of commands that look into runs which may have been made on another machine."""
-    flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")
-
-
 def define_flags():
     """The flags of the command."""
     flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
     flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
     flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
     flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
-    define_data_dir()
+    saved_runs.define_data_dir()
     flags.DEFINE_string("out", "", "Where to write; default: <workdir>/evaluation/<split>_<protocol>_<step>.")
 
 

@@ -19,8 +19,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from cnn_cases import command
-from cnn_cases.evaluate import define_data_dir, load_config, usable_devices
+from cnn_cases import command, saved_runs
 from cnn_cases.training import checkpoint, devices, logbook, loop, running
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -57,8 +56,9 @@ def replay(workdir, step=None, data_dir=""):
       ValueError: there is no such run or step, or the checkpoint is damaged.
     """
     workdir = pathlib.Path(workdir)
-    config = load_config(workdir, data_dir)
-    diverged = _diverged(workdir)
+    config = saved_runs.load_config(workdir, data_dir)
+    result = logbook.read_result(workdir)
+    diverged = result if result and result["status"] == "diverged" else None
     if step is None and not diverged:
         raise ValueError(f"{workdir} did not diverge: name a step")
     if step is None:
@@ -67,7 +67,7 @@ def replay(workdir, step=None, data_dir=""):
         raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
-    program = loop.make_program(config, usable_devices(config))
+    program = loop.make_program(config, saved_runs.usable_devices(config))
     state = loop.first_state(config, program)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
@@ -108,14 +108,6 @@ def replay(workdir, step=None, data_dir=""):
     return Replay(step, first, program.feed.training_examples(seed, step - 1).tolist(), metrics, culprit)
 
 
-def _diverged(workdir):
-    """The content of result.json where the run diverged; None where it did not."""
-    if not (workdir / "result.json").exists():
-        return None
-    result = logbook.read_result(workdir)
-    return result if result["status"] == "diverged" else None
-
-
 def _on_devices(batch, program):
     stacked = jax.tree.map(lambda leaf: leaf[None], batch)
     return devices.shard(stacked, len(program.devices), axis=1)
@@ -154,5 +146,5 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The directory of a run.", required=True)
     flags.DEFINE_integer("step", None, "Which step, from 1; by default the one at which the run diverged.")
-    define_data_dir()
+    saved_runs.define_data_dir()
     command.run(main)

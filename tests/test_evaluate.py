@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from cnn_cases import evaluate
+from cnn_cases import evaluate, saved_runs
 from cnn_cases.data import views
 from cnn_cases.models import vgg
 from cnn_cases.training import checkpoint, loop, predictions, steps
@@ -104,7 +104,7 @@ def test_a_config_that_was_changed_by_hand_is_refused_by_its_key(key, value, mes
     config = json.loads((trained / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=message):
-        evaluate.load_config(tmp_path)
+        saved_runs.load_config(tmp_path)
 
 
 def test_a_run_of_before_a_key_existed_and_on_other_devices_can_be_evaluated(trained, tmp_path):
@@ -121,7 +121,7 @@ def test_a_run_of_before_a_key_existed_and_on_other_devices_can_be_evaluated(tra
 def test_a_config_comes_back_as_it_was(trained, data_dir):
     config = tiny_config(data_dir)
     config.checkpoint.keep_last = 3
-    assert evaluate.load_config(trained).to_dict() == config.to_dict()
+    assert saved_runs.load_config(trained).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ FILES = [*ROOT.glob("cnn_cases/**/*.py"), *ROOT.glob("configs/**/*.py"), ROOT / 
 
 # Each room, and what of our own it may import. The first match of a module's name counts.
 MAY_IMPORT = {
-    "cnn_cases.data.preview": ("cnn_cases",),  # a command, whose room is that of what it shows
     "cnn_cases.training.loop": (
         "cnn_cases.settings",
         "cnn_cases.models",
@@ -34,7 +33,9 @@ MAY_IMPORT = {
         "cnn_cases.training.stopping",
     ),
     # Of the configs the defaults, for runs of which a config.json is all that is left.
-    "cnn_cases.evaluate": ("cnn_cases", "configs.common"),
+    "cnn_cases.saved_runs": ("cnn_cases.settings", "cnn_cases.training.logbook", "configs.common"),
+    "cnn_cases.evaluate": ("cnn_cases",),
+    "cnn_cases.preview": ("cnn_cases",),
     "cnn_cases.replay": ("cnn_cases",),
     "cnn_cases": (),
     "configs": ("configs",),

@@ -10,8 +10,7 @@ A feed has the same calls whatever its kind:
                                           is 0) is made of, over all processes
     feed.eval_batches(role)               the batches of a whole split, padded and masked
     feed.examples(role)                   the examples of a split as they are stored, on the host
-    feed.fingerprint()                    {role: [number of examples, checksums of them or of some]}, None for
-                                          that of a damaged one: what all processes of a training must share
+    feed.fingerprint()                    {role: [number of examples, checksum of all of them or of some]}
     feed.view(image)                      such an image as evaluation shows it, on the host
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
                                           evaluation, where nothing is augmented; in training the label can

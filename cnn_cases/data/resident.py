@@ -104,7 +104,7 @@ class ResidentFeed:
             yield self.arrays["image"][index], int(self.arrays["label"][index])
 
     def fingerprint(self):
-        """See `feeds`; a checksum of all examples of a split."""
+        """See `feeds`; the checksum is of all examples of a split."""
         return {
             role: [len(span), zlib.crc32(self._of(span, "label"), zlib.crc32(self._of(span, "image")))]
             for role, span in self._ranges.items()

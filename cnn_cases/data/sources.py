@@ -28,6 +28,8 @@ from cnn_cases.data import digits  # registers the builder
 # whose sets belongs code that it downloads.
 _NAME = re.compile(r"[a-zA-Z]\w*(/\w[\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
+OWN_GROUPS, GROUPS = pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
+
 # Sets that are prepared on first use: they need neither a download nor TensorFlow.
 BUNDLED = (digits.Digits.name,)
 
@@ -47,6 +49,7 @@ def make_builder(name, data_dir):
             f"data.name = {name!r} is no name of a TFDS data set, as 'mnist', 'imagenette/320px-v2' and "
             "'digits:1.0.0' are"
         )
+    data_dir = os.path.expanduser(data_dir)  # a shell leaves the ~ of --data_dir=~/x as it is
     if re.match(r"\w+:/", data_dir):
         raise ValueError(
             f"data.data_dir = {data_dir!r} must be a directory, which a bucket is once it is mounted"
@@ -223,13 +226,31 @@ def open_split(name, split, data_dir=""):
 
 
 def check_memory(num_images, shape, keys):
-    """Raises ValueError where images uint8 are more than the memory of this machine; `keys` say why."""
-    wanted, memory = num_images * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Raises ValueError where images uint8 are more than the memory that there is; `keys` say why."""
+    wanted, memory = num_images * math.prod(shape), _memory()
     if wanted > memory:
         raise ValueError(
             f"{num_images:,} images of {'x'.join(map(str, shape))} take {wanted / 1e9:,.1f} GB, and this "
-            f"machine has {memory / 1e9:,.1f} GB of memory; change {keys}"
+            f"machine, container or job has {memory / 1e9:,.1f} GB of memory; change {keys}"
         )
+
+
+def _memory():
+    """Bytes: the machine's memory, or less where this process is in a container or a job that has less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []  # on Linux
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if not controllers:  # version 2 of control groups
+            limits, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            limits, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = limits / group.strip("/")
+        for place in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit there, or the word "max"
+                sizes.append(int((place / name).read_text()))
+    return min(sizes)
 
 
 def _check_labels(name, split, labels):

@@ -32,7 +32,7 @@ from cnn_cases.data.resident import share_of, training_numbers, training_order
 MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
 MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
-NUM_CHECKSUMS = 64  # examples of a split by which two processes see whether they have the same
+NUM_COMPARED = 64  # examples of a split by which it is told from others
 _CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
 _ENDLESS = 2**62  # batches
 
@@ -203,7 +203,7 @@ class StreamFeed:
                     yield image, label
 
     def fingerprint(self):
-        """See `feeds`; checksums of a few files of each split, evenly spaced."""
+        """See `feeds`; the checksum is of a few files of a split, evenly spaced, without damaged ones."""
         return {role: _fingerprint(recipe.records) for role, recipe in self._recipes.items()}
 
     def view(self, image):
@@ -267,15 +267,12 @@ class StreamFeed:
 
 
 def _fingerprint(records):
-    def checksum(index):
-        try:
+    checksum = 0
+    for index in np.linspace(0, len(records) - 1, min(len(records), NUM_COMPARED)).astype(int).tolist():
+        with contextlib.suppress(RuntimeError):  # see `read`
             record = records[index]
-        except RuntimeError:  # see `read`
-            return None
-        return zlib.crc32(b"%d" % record["label"], zlib.crc32(record["image"]))
-
-    few = np.linspace(0, len(records) - 1, min(len(records), NUM_CHECKSUMS)).astype(int)
-    return [len(records), *map(checksum, few.tolist())]
+            checksum = zlib.crc32(b"%d" % record["label"], zlib.crc32(record["image"], checksum))
+    return [len(records), checksum]
 
 
 def read(recipe, index):

@@ -235,15 +235,16 @@ def main(arguments=None):
         "--batch_size", type=costs.positive_number, default=32, help="images; default: %(default)s"
     )
     options = parser.parse_args(arguments)
+    workdir = pathlib.Path(options.workdir).expanduser()  # a shell leaves the ~ of --workdir=~/x as it is
     devices.choose_cpu_flags()  # as a training does
     try:
         record = measure(options.batch_size)
-        write_report(record, options.workdir)
+        write_report(record, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(table(record))
-    print(f"record, table and figure: {options.workdir}")
+    print(f"record, table and figure: {workdir}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import submitit
 from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
 
-from cnn_cases import command, evaluate
+from cnn_cases import command, saved_runs
 from cnn_cases.studies import jobs
 from cnn_cases.training import devices, logbook, loop, stopping
 
@@ -109,13 +109,19 @@ def run_on_cluster(runs, workdir, cluster):
         for run in runs:
             if stop.number:
                 break
-            if (result := _result(run_dirs[run.name])) is not None:
+            if result := logbook.read_result(run_dirs[run.name]):
                 yield run.name, jobs.in_words(result, finished_before=True)
             elif (paths := before[run.name]) and paths.job_id in alive and not paths.result_pickle.exists():
                 waiting[run.name] = paths
             else:
                 logbook.claim(run_dirs[run.name], run.config.to_dict())
-                waiting[run.name] = _submit(run_dirs[run.name], folders[run.name], cluster)
+                try:
+                    waiting[run.name] = _submit(run_dirs[run.name], folders[run.name], cluster)
+                except ValueError as error:
+                    if not waiting:
+                        raise
+                    failed.append(run.name)  # as a cluster takes so many jobs at a time
+                    yield run.name, f"failed: {error}"
         told = {name: paths.job_id for name, paths in waiting.items()}
         if told:
             again = sum(before[name] is paths for name, paths in waiting.items())
@@ -124,7 +130,7 @@ def run_on_cluster(runs, workdir, cluster):
                 f"{' '.join(told.values())}; their logs are in {workdir / 'jobs'}"
             )
         for name in _ended(waiting, cluster.name, stop):
-            result = _result(run_dirs[name])
+            result = logbook.read_result(run_dirs[name])
             if result is None:
                 failed.append(name)
                 yield name, f"failed: {_last_words(waiting[name])} ({waiting[name].stderr})"
@@ -195,7 +201,7 @@ class Training(Checkpointable):
         signal.signal(signal.SIGTERM, end)  # before and after the training; submitit would ignore it
         command.separate_compiled()
         try:
-            loop.train_and_evaluate(evaluate.load_config(run_dir), run_dir)
+            loop.train_and_evaluate(saved_runs.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
             devices.tell(error)  # result.json says so, too: no failure of the job
         except stopping.InterruptedRun as interruption:
@@ -260,10 +266,6 @@ def _ended(waiting, cluster_name, stop):
         for name in sorted(ended):
             del left[name]
             yield name
-
-
-def _result(run_dir):
-    return logbook.read_result(run_dir) if (run_dir / "result.json").exists() else None
 
 
 def _last_words(paths):

@@ -18,6 +18,7 @@ def main(arguments=None):
     parser.add_argument("record", type=pathlib.Path, help="a record.json, or a file of results/")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a directory for the report")
     options = parser.parse_args(arguments)
+    options.out = options.out.expanduser()  # a shell leaves the ~ of --out=~/x as it is
     try:
         record = records.read(options.record)
         if record is None:

@@ -37,7 +37,7 @@ def run_here(groups, workdir):
         program = None
         for run in runs:
             run_dir = workdir / run.name
-            done = (run_dir / "result.json").exists()
+            done = logbook.read_result(run_dir) is not None
             if not done and program is None:
                 program = loop.make_program(run.config)
             try:
@@ -76,6 +76,7 @@ def run_side_by_side(groups, workdir, num_jobs):
 
     Raises:
       ChildProcessError: a process died, or was ended by a signal of its own.
+      RuntimeError: a process failed by an error that is no user's, and has told it.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX runs can hang
     todo = context.Queue()
@@ -131,9 +132,12 @@ def _collect(workers, stop):
             running.remove(news)
             workers[news].join()
             code = workers[news].exitcode
+            if code == 1 and not stop.number:
+                raise RuntimeError("a process of the sweep failed, see above")
             if code and not stop.number:
+                hint = ", as where memory is full: try fewer --jobs" if code == -signal.SIGKILL else ""
                 raise ChildProcessError(
-                    f"a process of the sweep died with exit code {code}; start again to go on"
+                    f"a process of the sweep died with exit code {code}{hint}; start again to go on"
                 )
 
 

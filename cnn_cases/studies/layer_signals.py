@@ -33,7 +33,7 @@ from flax import traverse_util
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cnn_cases import command, evaluate, tables
+from cnn_cases import command, saved_runs, tables
 from cnn_cases.models.layers import BatchNorm
 from cnn_cases.studies import figures
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
@@ -141,7 +141,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
         raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
     points = collections.defaultdict(list)
     for run_dir in run_dirs:
-        config = evaluate.load_config(run_dir, data_dir)
+        config = saved_runs.load_config(run_dir, data_dir)
         if not {"depth", "plain"} <= set(config.model):
             raise ValueError(
                 f"{run_dir}: model.name = {config.model.name!r} has no plain twin; "
@@ -154,7 +154,9 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
             )
         runs = points[config.model.depth, config.model.plain]
         runs.append((run_dir, config))
-        unlike = logbook.differences(runs[0][1].to_dict() | {"seed": config.seed}, config.to_dict())
+        unlike = logbook.differences(
+            runs[0][1].to_dict() | {"seed": config.seed}, config.to_dict(), aside=logbook.OF_THE_MACHINE
+        )
         if unlike:
             raise ValueError(
                 f"{run_dir} differs from {runs[0][0].name} in more than the seed ({unlike[0]}); a study over "
@@ -389,5 +391,5 @@ def main():
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The directory of a depth study.", required=True)
     flags.DEFINE_integer("num_batches", NUM_BATCHES, "Batches to measure on.")
-    evaluate.define_data_dir()
+    saved_runs.define_data_dir()
     command.run(main)

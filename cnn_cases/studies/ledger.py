@@ -212,7 +212,8 @@ def collect(studies):
             # A record of before 2026-11-25 does not say which of its environments are a run's.
             numbers = run.get("environments", range(len(record["environments"])))
             environments = [record["environments"][number] for number in numbers]
-            group = json.dumps([recipe(config), environments], sort_keys=True)
+            code = sorted(set(map(records.code_of, environments)))
+            group = json.dumps([recipe(config), code], sort_keys=True)
             row = rows.setdefault(group, Row(name, point, config, environments, []))
             if (group, run["seed"]) in whence:
                 raise ValueError(

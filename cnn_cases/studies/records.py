@@ -3,7 +3,7 @@
 A record is a dict that JSON can hold, made by `sweep.make_record`:
 
     config          of the study: base, grid and seeds
-    environments    commit, versions and devices of the starts of its runs, each once
+    environments    commit, code, versions, devices and data of the starts of its runs, each once
     runs            one dict a run: its point of the grid {key: value}, seed, status ("finished", "diverged"),
                     step (the last), metrics (of a finished one), seconds, date (of its end), environments
                     (the numbers of those in which it was started and resumed), curves {"running/error",
@@ -15,6 +15,7 @@ Errors are fractions. Runs that began before 2026-11-25 lack the losses and the 
 import collections
 import json
 import pathlib
+import zlib
 
 from cnn_cases import settings
 
@@ -84,11 +85,20 @@ def adjustments(study, point):
             yield from pairs
 
 
+def code_of(environment):
+    """What tells the code of one run from that of another, as a tuple: code, packages, kinds of devices.
+
+    The code is a checksum of what a training runs; older environments have the commit alone.
+    """
+    code = environment.get("code", environment["commit"])
+    return code, *sorted(environment["versions"].items()), *sorted(set(environment.get("devices", ())))
+
+
 def split_by_code(record):
     """A record in parts, each of the runs that one code made: no mean should be taken over several.
 
-    The code is the commit and the versions of the packages, at every start of a run. An older record does not
-    say which run had which and stays whole.
+    The code is that of `code_of`, at every start of a run; and the data, where runs that should have had the
+    same had others. An older record does not say which run had which and stays whole.
 
     Returns:
       {what tells a code from the others, in words: record}; {"": record} where all runs had the same.
@@ -97,16 +107,35 @@ def split_by_code(record):
     versions = [environment["versions"] for environment in environments]
     packages = sorted({name for one in versions for name in one})
     changed = [name for name in packages if len({one.get(name) for one in versions}) > 1]
+    several_devices = len({tuple(one.get("devices", ())) for one in environments}) > 1
+
+    def starts_of(run):
+        return [environments[number] for number in run.get("environments", range(len(environments)))]
+
+    def data_of(environment):
+        return json.dumps(environment.get("data"))
+
+    other_data = any(
+        len({data_of(start) for run in runs for start in starts_of(run)}) > 1
+        for runs in group_by_point(record).values()
+    )
 
     def words(environment):
         commit = environment["commit"]
-        short = commit[:7] + commit[40:] if commit else "no commit"  # with what follows of local changes
-        return " ".join([short, *(f"{name} {environment['versions'].get(name)}" for name in changed)])
+        parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with what follows of local changes
+        parts += [f"{name} {environment['versions'].get(name)}" for name in changed]
+        if several_devices:
+            parts.append(f"on {', '.join(sorted(set(environment.get('devices', ('unknown',)))))}")
+        if other_data:
+            parts.append(f"data {zlib.crc32(data_of(environment).encode()):08x}")
+        return " ".join(parts)
 
-    parts = collections.defaultdict(list)
+    names, parts = {}, collections.defaultdict(list)
     for run in record["runs"]:
-        starts = [environments[number] for number in run.get("environments", range(len(environments)))]
-        parts[" then ".join(dict.fromkeys(map(words, starts)))].append(run)
+        starts = starts_of(run)
+        key = tuple(dict.fromkeys((code_of(start), data_of(start) * other_data) for start in starts))
+        name = names.setdefault(key, " then ".join(dict.fromkeys(map(words, starts))))
+        parts[name].append(run)
     if len(parts) == 1:
         return {"": record}
     return {code: record | {"runs": runs} for code, runs in parts.items()}

@@ -9,19 +9,21 @@ runs that are finished and resumes those that are not.
 
 import collections
 import copy
+import functools
 import itertools
 import json
 import pathlib
 import re
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
 from cnn_cases.studies import figures, jobs, page, records
-from cnn_cases.training import devices, logbook, loop
+from cnn_cases.training import checkpoint, devices, logbook, loop
 
 
 class Run(NamedTuple):
@@ -131,7 +133,8 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     Args:
       study: see `expand`.
       workdir: the study's directory; the runs lie in its `runs/`.
-      num_jobs: how many points of the grid are run side by side, each in a process of its own.
+      num_jobs: how many points of the grid, or runs where there are fewer points, are run side by side, each
+        in a process of its own.
       cluster: a `clusters.Cluster`, whose jobs the runs become; None runs them on this machine.
 
     Raises:
@@ -147,17 +150,23 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         if num_jobs > 1:
             raise ValueError(f"jobs = {num_jobs}: on a cluster each run is a job; leave --jobs out")
         clusters.check(cluster)
-    if num_jobs > 1 or (cluster and cluster.name == "local"):
-        jobs.share_accelerators()
     workdir = pathlib.Path(workdir)
+    checkpoint.check_path(workdir)
+    if cluster and cluster.name == "slurm":
+        # Here runs are only checked, and the GPUs of this machine may be those of the jobs.
+        jax.config.update("jax_platforms", "cpu")
+    elif cluster or num_jobs > 1:
+        jobs.share_accelerators()
     runs = expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
+    if num_jobs > len(groups):
+        groups = [[run] for run in runs]  # seeds share what is compiled, but one process is too few here
     # Now, and not after hours of other runs; the seeds are the same for all groups.
     for run in (*groups[0], *(group[0] for group in groups[1:])):
         if not (workdir / "runs" / run.name / "config.json").exists():
             loop.check(run.config)
     with logbook.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
-        logbook.claim(workdir, study.to_dict(), lambda known: _has_all_runs(study, known))
+        logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"
         if cluster:
             ended = clusters.run_on_cluster(runs, workdir, cluster)
@@ -169,19 +178,19 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
             devices.tell(f"[{number}/{len(runs)}] {name}: {news}")
 
 
-def _has_all_runs(study, known):
-    """Whether a study has all runs of `known`, another study as JSON gives it, and so is that one grown.
+def _is_part(study, known):
+    """Whether a study has all runs of `known`, another one as JSON gives it, or is a part of that one.
 
-    By more seeds, depths or what else its grid has; what the runs have in common must be the same.
+    So a study can grow, by more seeds, depths or what else its grid has, and be drawn before it has grown.
     """
     try:
-        before = expand(ConfigDict(settings.from_json(known)))
+        known = expand(ConfigDict(settings.from_json(known)))
     except ValueError:  # one that this code cannot read
         return False
-    configs = {run.name: run.config.to_dict() for run in expand(study)}
-    return all(
-        run.name in configs and not logbook.differences(run.config.to_dict(), configs[run.name])
-        for run in before
+    ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (expand(study), known))
+    return (ours.keys() <= theirs.keys() or ours.keys() >= theirs.keys()) and not any(
+        logbook.differences(theirs[name], ours[name], aside=logbook.OF_THE_MACHINE)
+        for name in ours.keys() & theirs.keys()
     )
 
 
@@ -199,20 +208,19 @@ def make_record(study, workdir):
       ValueError: a run is not finished, or it or the workdir belongs to another config.
     """
     workdir = pathlib.Path(workdir)
-    if (workdir / "config.json").exists():
-        logbook.claim(workdir, study.to_dict())
+    logbook.check_owner(workdir, study.to_dict(), functools.partial(_is_part, study))
     outcomes, environments = [], []
     for run in expand(study):
         run_dir = workdir / "runs" / run.name
-        if not (run_dir / "result.json").exists():
+        result = logbook.read_result(run_dir)
+        if not result:
             raise ValueError(f"{run_dir} is not finished; start the study again, without --figures_only")
-        logbook.claim(run_dir, run.config.to_dict())
+        logbook.check_owner(run_dir, run.config.to_dict())
         numbers = []
         for start in logbook.read_environments(run_dir):
             if start not in environments:
                 environments.append(start)
             numbers.append(environments.index(start))
-        result = logbook.read_result(run_dir)
         result.pop("examples", None)  # of a run that diverged: as many as a batch has
         curves = {}
         for row in logbook.read_rows(run_dir / "metrics.jsonl"):

@@ -1,7 +1,7 @@
 """What a run leaves behind for people: config, environment, metrics, progress.
 
     config.json        the resolved config; a workdir belongs to one
-    environment.json   commit, versions and devices of each start
+    environment.json   commit, versions, devices and data of each start
     metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files
     result.json        written once, at the end
@@ -20,7 +20,10 @@ two runs of one config leave equal files.
 import contextlib
 import datetime
 import fcntl
+import functools
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -53,34 +56,48 @@ PACKAGES = (
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
 _LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
-# Keys on which no figure depends: another machine may have its data elsewhere, and more processes for them.
-OF_THE_MACHINE = ("data.data_dir", "data.stream.workers", "data.stream.buffer", "profile_steps")
+# Keys on which no figure depends: another machine may have its data elsewhere, and more processes for them;
+# and where more records may be damaged, no others are left out, but one too many ends a run.
+OF_THE_MACHINE = (
+    "data.data_dir",
+    "data.stream.workers",
+    "data.stream.buffer",
+    "data.stream.max_damaged",
+    "profile_steps",
+)
 
 
 class Logbook:
     """The log of one run."""
 
-    def __init__(self, workdir, config, *, num_steps, title, show_progress):
+    def __init__(self, workdir, config, *, data, num_steps, title, show_progress):
         """Opens or creates the log of `workdir`.
 
         Args:
           workdir: a directory.
           config: the resolved config, as a dict that JSON can hold.
+          data: what tells the data of this run from others, as JSON can hold it.
           num_steps: length of the run, for the progress bar.
           title: of the progress bar.
           show_progress: print a line at each evaluation, and on a terminal draw a bar.
 
         Raises:
-          ValueError: the workdir belongs to another config, is in use, or cannot be written.
+          ValueError: the workdir belongs to another config or to other data, is in use, or cannot be written.
         """
         self._workdir = pathlib.Path(workdir)
         self._rows_path = self._workdir / "metrics.jsonl"
         self._lock = lock(self._workdir)  # before `claim`: two that start at once must not both claim it
         try:
+            check_owner(self._workdir, config)
+            starts = read_environments(self._workdir)
+            if starts and starts[-1].get("data", data) != data:
+                raise ValueError(
+                    f"workdir = {workdir} was begun with other data: {starts[-1]['data']} there, {data} "
+                    "here (number and checksum of the examples of each split); see data.data_dir"
+                )
             claim(self._workdir, config)
             with _writing(self._workdir):
-                starts = read_environments(self._workdir)
-                write_json(self._workdir / "environment.json", [*starts, environment()])
+                write_json(self._workdir / "environment.json", [*starts, environment() | {"data": data}])
         except BaseException:
             self._lock.close()
             raise
@@ -248,34 +265,19 @@ class _Events:
         self._file.close()
 
 
-def claim(workdir, config, continues=None):
-    """Makes `workdir`, of a run or of a study, belong to `config`.
+def claim(workdir, config, suits=None):
+    """Makes `workdir`, of a run or of a study, belong to `config`; see `check_owner`.
 
-    A config that differs in nothing on which a figure depends, such as where the data lie, takes the place of
-    the one that was there.
-
-    Args:
-      workdir: a directory.
-      config: as a dict that JSON can hold.
-      continues: a function of the config that was there, as JSON gives it: whether `config` may take its
-        place where more than that differs. None: it may not.
+    A config that differs and suits all the same, as in where the data lie, takes the place of the other.
 
     Raises:
-      ValueError: it belongs to another config (the message shows what differs), its config.json is damaged
-        or gone, or it cannot be written.
+      ValueError: it belongs to another config, its config.json is damaged or gone, or it cannot be written.
     """
+    check_owner(workdir, config, suits)
     path = pathlib.Path(workdir) / "config.json"
-    config = json.loads(json.dumps(config))  # tuples are lists there
+    config = _as_json(config)
     if path.exists():
-        known = read_json(path, dict, PUT_BACK)
-        lines = differences(known, config)
-        if lines and not (continues and continues(known)):
-            raise ValueError(
-                f"workdir = {workdir} belongs to another config:\n  "
-                + "\n  ".join(lines)
-                + "\nUse another workdir, or the config that this one was started with"
-            )
-        if known != config:
+        if read_json(path, dict, PUT_BACK) != config:
             with _writing(workdir):
                 write_json(path, config)
         return
@@ -288,6 +290,32 @@ def claim(workdir, config, continues=None):
     with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
+
+
+def check_owner(workdir, config, suits=None):
+    """Raises ValueError if `workdir` belongs to another config than `config`; the message shows what differs.
+
+    Args:
+      workdir: a directory.
+      config: as a dict that JSON can hold.
+      suits: a function of the config that is there, as JSON gives it: whether `config` suits all the same,
+        where they differ in more than OF_THE_MACHINE. None: it does not.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    known = read_json(path, dict, PUT_BACK)
+    lines = differences(known, _as_json(config), aside=OF_THE_MACHINE)
+    if lines and not (suits and suits(known)):
+        raise ValueError(
+            f"workdir = {workdir} belongs to another config:\n  "
+            + "\n  ".join(lines)
+            + "\nUse another workdir, or the config that this one was started with"
+        )
+
+
+def _as_json(config):
+    return json.loads(json.dumps(config))  # tuples are lists there
 
 
 @contextlib.contextmanager
@@ -344,18 +372,21 @@ def is_watched():
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def differences(old, new, prefix=""):
-    """How two configs, as nested dicts, differ in what a figure may depend on.
+def differences(old, new, prefix="", aside=()):
+    """How two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here".
 
-    In lines such as "optimizer.momentum: 0.9 there, 0.5 here".
+    Args:
+      old, new: dicts, as of configs.
+      prefix: of the keys' names in the lines.
+      aside: ends of the names of keys that are left out.
     """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         there, here = old.get(key, "nothing"), new.get(key, "nothing")
         name = f"{prefix}{key}"
         if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{name}.")
-        elif there != here and not name.endswith(OF_THE_MACHINE):  # or, in a study, base.data.data_dir
+            lines += differences(there, here, f"{name}.", aside)
+        elif there != here and not name.endswith(aside):
             lines.append(f"{name}: {there!r} there, {here!r} here")
     return lines
 
@@ -369,6 +400,7 @@ def environment():
     """What a result may depend on besides its config."""
     return {
         "commit": _commit(),
+        "code": _code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": cpu_threads(),
@@ -393,6 +425,16 @@ def _version(package):
         return None
 
 
+@functools.cache  # of this process: what lies there later is not what runs
+def _code():
+    """A checksum of the code that a training runs, on which its result may depend; 12 hexadecimal digits."""
+    package = pathlib.Path(__file__).parents[1]
+    rooms = (sorted((package / room).rglob("*.py")) for room in ("data", "models", "training"))
+    files = itertools.chain([package / "settings.py"], *rooms)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+@functools.cache
 def _commit():
     """The commit of this code; None where no git checkout has it.
 
@@ -450,12 +492,14 @@ def read_environments(workdir):
 
 
 def read_result(workdir):
-    """The content of a run's result.json.
+    """The content of a run's result.json; None where the run has not ended.
 
     Raises:
       ValueError: it is damaged.
     """
     path = pathlib.Path(workdir) / "result.json"
+    if not path.exists():
+        return None
     result = read_json(path, dict, ANEW)
     needed = {"finished": {"step", "metrics", "seconds"}, "diverged": {"step", "checkpoint"}}
     status = str(result.get("status"))

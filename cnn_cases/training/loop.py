@@ -28,8 +28,9 @@ from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, steps
 from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.logbook import (
+    OF_THE_MACHINE,
     Logbook,
-    claim,
+    check_owner,
     differences,
     environment,
     is_watched,
@@ -243,8 +244,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
     program, state = devices_lib.lead_first(lambda: _make_start(config, program))
-    _check_same_data(program.feed)
-    log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, show_progress))
+    data = program.feed.fingerprint()
+    _check_same_data(data)
+    log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, data, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         result = _train_to_the_end(
             config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
@@ -274,10 +276,12 @@ def _check_alike(config):
     """Raises ValueError unless all processes of a training have the same config, code and packages."""
     if not devices_lib.is_one_of_several():
         return
-    ours = {name: value for name, value in environment().items() if name in ("commit", "python", "versions")}
+    ours = {name: value for name, value in environment().items() if name in ("code", "python", "versions")}
     lead, *others = devices_lib.gather({"config": config.to_dict()} | ours)
+    # Not the steps of a profile, where a process waits for its devices and would lose step with the others.
+    aside = tuple(key for key in OF_THE_MACHINE if key.startswith("data."))
     for index, other in enumerate(others, start=1):
-        lines = differences(lead, other)
+        lines = differences(lead, other, aside=aside)
         if lines:
             raise ValueError(
                 f"process {index} (here) is not like process 0 (there):\n  "
@@ -286,24 +290,15 @@ def _check_alike(config):
             )
 
 
-def _check_same_data(feed):
-    """Raises ValueError unless all processes of a training have the same data, as far as those tell."""
-    if not devices_lib.is_one_of_several():
-        return
-
-    def is_same(ours, theirs):
-        return len(ours) == len(theirs) and all(
-            one == other or None in (one, other) for one, other in zip(ours, theirs, strict=True)
-        )
-
-    lead, *others = devices_lib.gather(feed.fingerprint())
+def _check_same_data(data):
+    """Raises ValueError unless all processes of a training read the same data, of that fingerprint."""
+    lead, *others = devices_lib.gather(data)
     for index, other in enumerate(others, start=1):
-        for role, ours in other.items():
-            if not is_same(ours, lead[role]):
-                raise ValueError(
-                    f"process {index} reads other data than process 0: data.splits.{role} has {ours[0]} "
-                    f"examples here and {lead[role][0]} there, or others; give all of them copies of one set"
-                )
+        if other != lead:
+            raise ValueError(
+                f"process {index} reads other data (here) than process 0 (there): {lead} there, {other} here "
+                "(number and checksum of the examples of each split); give all processes copies of one set"
+            )
 
 
 def _make_start(config, program):
@@ -321,13 +316,14 @@ def first_state(config, program):
     )
 
 
-def _open(workdir, config, show_progress):
+def _open(workdir, config, data, show_progress):
     """The log and the checkpoints."""
     if not devices_lib.is_lead():
         return Silence(), Silence()
     log = Logbook(
         workdir,
         config.to_dict(),
+        data=data,
         num_steps=config.num_steps,
         title=workdir.name,
         show_progress=show_progress,
@@ -768,7 +764,7 @@ def _are_ends(steps, num_steps, per_call):
 
 def _earlier_result(workdir, config):
     """The content of result.json; None where this run has not ended before."""
-    if not (workdir / "result.json").exists():
-        return None
-    claim(workdir, config.to_dict())
-    return read_result(workdir)
+    result = read_result(workdir)
+    if result:
+        check_owner(workdir, config.to_dict())
+    return result

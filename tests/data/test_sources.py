@@ -2,6 +2,7 @@ import errno
 import importlib.util
 import json
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -43,6 +44,28 @@ def test_a_border_of_zeros_is_added_on_every_side(data_dir):
 def test_an_unknown_set_is_refused():
     with pytest.raises(ValueError, match=r"data.name = 'cifr10' is no TFDS data set; known are digits"):
         sources.load_split("cifr10", "train")
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_a_container_has_the_memory_that_it_was_given(name, tmp_path, monkeypatch):
+    whole = sources._memory()
+    version = "" if name == "memory.max" else "memory"
+    own = (tmp_path / "groups" / name).parent / "jobs/job_7"
+    own.mkdir(parents=True)
+    (tmp_path / "own").write_text(f"9:cpu:/elsewhere\n4:{version}:/jobs/job_7\n")
+    monkeypatch.setattr(sources, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(sources, "GROUPS", tmp_path / "groups")
+    file = pathlib.PurePath(name).name
+    (own / file).write_text("max\n")
+    assert sources._memory() >= whole
+    (own.parent / file).write_text("123456\n")
+    assert sources._memory() == 123456
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    builder = sources.make_builder("digits", "~/sets")
+    assert pathlib.Path(builder.data_path).is_relative_to(tmp_path / "sets")
 
 
 def test_a_bucket_is_no_directory():

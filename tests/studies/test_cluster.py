@@ -11,7 +11,7 @@ import pytest
 from submitit.core.utils import JobPaths
 
 from cnn_cases.studies import cluster, jobs, sweep
-from cnn_cases.training import loop, stopping
+from cnn_cases.training import logbook, loop, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_a_signal_saves_and_all_but_the_end_queues_again(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     fake(tmp_path, monkeypatch, squeue=f"echo {state}")
     run_dir = tmp_path / "there" / run.name
-    loop.claim(run_dir, run.config.to_dict())
+    logbook.claim(run_dir, run.config.to_dict())
     evaluate = loop.evaluate
 
     def interrupted(program, state, split, **options):
@@ -154,7 +154,7 @@ def test_a_signal_saves_and_all_but_the_end_queues_again(
 
 def test_a_diverged_run_is_no_failed_job(data_dir, tmp_path, monkeypatch):
     run = runs_of(data_dir)[0]
-    loop.claim(tmp_path, run.config.to_dict())
+    logbook.claim(tmp_path, run.config.to_dict())
 
     def diverge(*_):
         raise loop.DivergedError("no finite number", 3)
@@ -247,6 +247,26 @@ def test_a_refused_submission_is_told(slurm, data_dir, tmp_path):
         ValueError, match=f"{run.name} could not be submitted: sbatch: error: invalid partition"
     ):
         list(cluster.run_on_cluster([run], tmp_path / "study", cluster.Cluster("slurm", partition="gpu")))
+
+
+@pytest.mark.usefixtures("slurm")
+def test_where_a_cluster_takes_no_more_jobs_those_under_way_are_waited_for(data_dir, tmp_path, monkeypatch):
+    first, second = runs_of(data_dir)
+    started = JobPaths(tmp_path, "7")
+
+    def submit(run_dir, *_):
+        if run_dir.name == second.name:
+            raise ValueError("could not be submitted: limit of jobs")
+        logbook.write_result(run_dir, {"status": "diverged", "step": 3, "checkpoint": 0})
+        return started
+
+    monkeypatch.setattr(cluster, "_submit", submit)
+    monkeypatch.setattr(cluster, "_ended", lambda waiting, *_: list(waiting))
+    ended = cluster.run_on_cluster([first, second], tmp_path / "study", cluster.Cluster("slurm"))
+    assert next(ended) == (second.name, "failed: could not be submitted: limit of jobs")
+    assert next(ended) == (first.name, "diverged at step 3")
+    with pytest.raises(ChildProcessError, match=f"1 of 2 runs failed: {second.name}; start again"):
+        next(ended)
 
 
 # Errors.

@@ -231,10 +231,22 @@ def test_a_run_that_is_not_possible_ends_the_others(data_dir, tmp_path):
         list(jobs.run_side_by_side([good, bad], tmp_path, 2))
 
 
-def test_the_death_of_a_process_is_told(tmp_path):
+@pytest.mark.parametrize(
+    ("end", "kind", "message"),
+    [
+        ((os._exit, (7,)), ChildProcessError, "died with exit code 7; start again"),
+        (
+            (signal.raise_signal, (signal.SIGKILL,)),
+            ChildProcessError,
+            "exit code -9, as where memory is full",
+        ),
+        ((divmod, (1, 0)), RuntimeError, "a process of the sweep failed, see above"),
+    ],
+)
+def test_the_death_of_a_process_is_told(end, kind, message, tmp_path):
     class Deadly:
         def __reduce__(self):
-            return os._exit, (7,)
+            return end
 
-    with pytest.raises(ChildProcessError, match="died with exit code 7"):
+    with pytest.raises(kind, match=message):
         list(jobs.run_side_by_side([[Deadly()]], tmp_path, 1))

@@ -27,6 +27,35 @@ def test_other_versions_are_another_code_and_another_machine_is_not(mixed):
     assert list(records.split_by_code(mixed)) == ["aaaaaaa jax 0.10.2", "aaaaaaa jax 0.10.1"]
 
 
+def test_commits_of_one_code_are_not_parted_and_changes_of_one_commit_are(mixed):
+    for one in mixed["environments"]:
+        one["code"] = "0123456789ab"
+    assert list(records.split_by_code(mixed)) == [""]
+    mixed["environments"][1]["code"] = "another"
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa", "bbbbbbb-dirty"]
+
+
+def test_devices_of_another_kind_are_told_apart_and_their_number_is_not(mixed):
+    first, second = mixed["environments"]
+    second |= {"commit": first["commit"], "devices": ["cpu", "cpu"]}
+    first["devices"] = ["cpu"]
+    assert list(records.split_by_code(mixed)) == [""]
+    first["devices"] = ["NVIDIA H100"]
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa on NVIDIA H100", "aaaaaaa on cpu"]
+
+
+def test_runs_of_one_point_with_other_data_are_told_apart(mixed):
+    first, second = mixed["environments"]
+    second["commit"] = first["commit"]
+    first["data"], second["data"] = {"train": [9, 7]}, {"train": [9, 8]}
+    one, other = records.split_by_code(mixed)
+    assert one.startswith("aaaaaaa data ")
+    assert one != other
+    for run in mixed["runs"]:  # the data may be what the grid is of
+        run["environments"] = [int(run["model.plain"])]
+    assert list(records.split_by_code(mixed)) == [""]
+
+
 def test_a_directory_without_git_is_a_code(mixed):
     mixed["environments"][1]["commit"] = None
     assert list(records.split_by_code(mixed)) == ["aaaaaaa", "no commit"]

@@ -151,7 +151,7 @@ def test_a_record_says_which_run_had_which_environment(finished, study, tmp_path
     for seed, starts in ((0, ["a" * 40]), (1, ["a" * 40, "b" * 40])):
         path = workdir / f"runs/momentum-0.0_flip-True_seed-{seed}/environment.json"
         one = json.loads(path.read_text())[0]
-        path.write_text(json.dumps([one | {"commit": commit} for commit in starts]))
+        path.write_text(json.dumps([one | {"commit": commit, "code": commit[:12]} for commit in starts]))
     record = sweep.make_record(study, workdir)
     assert [run["environments"] for run in record["runs"][:3]] == [[0], [0, 1], [2]]
     head, *rows = sweep.table(record)
@@ -222,7 +222,9 @@ def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys)
     assert "diverged at step 1" in lines[-1]
 
 
-def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(finished, study, tmp_path, monkeypatch):
+def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(
+    finished, study, data_dir, tmp_path, monkeypatch
+):
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     path = workdir / "config.json"
@@ -234,6 +236,8 @@ def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(finished, stud
     sweep.run_all(study, workdir)
     assert json.loads(path.read_text()) == json.loads((finished / "config.json").read_text())
     assert sweep.make_record(study, workdir) == sweep.make_record(study, finished)
+    sweep.run_all(tiny_study(data_dir, seeds=(1,)), workdir)  # and what it was can still be asked for
+    assert json.loads(path.read_text())["seeds"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -254,15 +258,43 @@ def test_a_study_that_lacks_or_changes_a_run_is_another_one(changes, message, fi
     assert (finished / "config.json").read_bytes() == before
 
 
+def test_seeds_alone_are_run_side_by_side_too(data_dir, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(sweep.jobs, "run_side_by_side", lambda groups, *_: started.append(groups) or [])
+    monkeypatch.setattr(loop, "check", lambda _: None)
+    for num_jobs, sizes in ((2, [2, 2]), (3, [1, 1, 1, 1])):
+        sweep.run_all(tiny_study(data_dir, grid=(("num_steps", (4, 8)),)), tmp_path / str(num_jobs), num_jobs)
+        assert [len(group) for group in started.pop()] == sizes
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/study", "runs/lr[1]"])
+def test_a_workdir_that_no_run_could_have_is_refused_at_once(workdir, study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"of a workdir must|: a workdir must"):
+        sweep.run_all(study, workdir)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_study_is_run_by_one_process_at_a_time(study, tmp_path):
     with logbook.lock(tmp_path), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
         sweep.run_all(study, tmp_path)
     assert os.listdir(tmp_path) == ["lock"]
 
 
-def test_a_record_of_another_study_is_refused(finished, data_dir):
+def test_a_record_can_be_of_a_part_of_a_study_and_of_no_other(finished, study, data_dir):
+    part = sweep.make_record(tiny_study(data_dir, seeds=(0,)), finished)
+    assert part["runs"] == sweep.make_record(study, finished)["runs"][::2]
+    with pytest.raises(ValueError, match="seed-2 is not finished"):
+        sweep.make_record(tiny_study(data_dir, seeds=(0, 1, 2)), finished)
     with pytest.raises(ValueError, match="belongs to another config"):
-        sweep.make_record(tiny_study(data_dir, seeds=(0,)), finished)
+        sweep.make_record(tiny_study(data_dir, seeds=(0, 2)), finished)
+    assert json.loads((finished / "config.json").read_text())["seeds"] == [0, 1], "it is only read"
+
+
+def test_a_record_is_made_where_nothing_can_be_written(finished, study, monkeypatch):
+    monkeypatch.setattr(logbook, "write_json", pytest.fail)
+    study.base.data.data_dir = "/elsewhere"
+    assert len(sweep.make_record(study, finished)["runs"]) == 8
 
 
 def test_no_value_of_a_grid_takes_a_run_out_of_its_study(data_dir):

@@ -1,7 +1,9 @@
 import contextlib
 import json
 import os
+import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -15,7 +17,9 @@ CONFIG = {"seed": 0, "optimizer": {"momentum": 0.9, "name": "sgd"}, "splits": ("
 
 
 def open_log(workdir, config=CONFIG):
-    return logbook.Logbook(workdir, config, num_steps=10, title="test", show_progress=False)
+    return logbook.Logbook(
+        workdir, config, data={"train": [9, 7]}, num_steps=10, title="test", show_progress=False
+    )
 
 
 def write_rows(workdir, start, steps):
@@ -202,27 +206,29 @@ def test_the_config_and_every_start_are_noted(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG | {"splits": ["test"]}
     starts = json.loads((tmp_path / "environment.json").read_text())
     assert len(starts) == 2
-    assert {"commit", "python", "devices", "versions"} <= starts[0].keys()
+    assert {"commit", "code", "python", "devices", "versions"} <= starts[0].keys()
+    assert starts[0]["data"] == {"train": [9, 7]}
     assert starts[0]["versions"].keys() == set(logbook.PACKAGES)
 
 
 def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
+    commit_now = logbook._commit.__wrapped__
     file = tmp_path / "cnn_cases/training/logbook.py"
     file.parent.mkdir(parents=True)
     file.write_text("")
     monkeypatch.setattr(logbook, "__file__", str(file))
-    assert logbook.environment()["commit"] is None  # no checkout
+    assert commit_now() is None  # no checkout
     (tmp_path / "model.py").write_text("LAYERS = 3")
     who = ("-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "--message=x")
     for arguments in (("init", "--quiet"), ("add", "model.py"), who):
         subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
-    assert logbook.environment()["commit"] is None  # somebody else's checkout, around an installation
+    assert commit_now() is None  # somebody else's checkout, around an installation
     for arguments in (("add", "."), who):
         subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
-    commit = logbook.environment()["commit"]
+    commit = commit_now()
     assert len(commit) == 40
     (tmp_path / "notes.txt").write_text("no code")
-    assert logbook.environment()["commit"] == commit
+    assert commit_now() == commit
     seen = {commit}
     for name, text in (
         ("model.py", "LAYERS = 4"),
@@ -231,9 +237,41 @@ def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
         ("new.py", "A = 1"),
     ):
         (tmp_path / name).write_text(text)
-        seen.add(logbook.environment()["commit"])
+        seen.add(commit_now())
     assert len(seen) == 5
     assert all(one.startswith(f"{commit}-dirty-") for one in seen - {commit})
+
+
+def test_the_code_is_what_a_training_runs(tmp_path, monkeypatch):
+    package = pathlib.Path(logbook.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "cnn_cases", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(logbook, "__file__", str(tmp_path / "cnn_cases/training/logbook.py"))
+    code_now = logbook._code.__wrapped__
+    code = code_now()
+    assert len(code) == 12
+    (tmp_path / "cnn_cases/studies/page.py").write_text("")
+    assert code_now() == code
+    seen = {code}
+    for name in ("models/vgg.py", "data/new.py", "settings.py"):
+        (tmp_path / "cnn_cases" / name).write_text("A = 1")
+        seen.add(code_now())
+    assert len(seen) == 4
+
+
+def test_other_data_are_refused(tmp_path):
+    open_log(tmp_path).close()
+    before = (tmp_path / "environment.json").read_text()
+    with pytest.raises(
+        ValueError, match=r"begun with other data: \{'train': \[9, 7\]\} there, \{'train': \[9, 8"
+    ):
+        logbook.Logbook(
+            tmp_path, CONFIG, data={"train": [9, 8]}, num_steps=10, title="test", show_progress=False
+        )
+    assert (tmp_path / "environment.json").read_text() == before
+    starts = json.loads(before)
+    del starts[0]["data"]  # as of a run from before it was kept
+    (tmp_path / "environment.json").write_text(json.dumps(starts))
+    open_log(tmp_path).close()
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
@@ -275,7 +313,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_who_watches_may_go_away(tmp_path, monkeypatch):
-    log = logbook.Logbook(tmp_path, CONFIG, num_steps=10, title="test", show_progress=True)
+    log = logbook.Logbook(tmp_path, CONFIG, data=None, num_steps=10, title="test", show_progress=True)
     broken = mock.Mock(spec=sys.stderr)
     broken.write.side_effect = BrokenPipeError
     monkeypatch.setattr(sys, "stderr", broken)

@@ -1,6 +1,6 @@
 """What a network sees: the first images of a training step, augmented, with their labels.
 
-    python -m cnn_cases.data.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
+    python -m cnn_cases.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
 
 The images are, to the pixel, those that a training with this config sees, but for the normalisation. What
 lies around an image, or is cut out of it, is black here, and for the network it may be the mean. And where

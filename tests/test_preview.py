@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnn_cases.data import preview
+from cnn_cases import preview
 from cnn_cases.data.feeds import make_feed
 from cnn_cases.training import devices, steps
 from cnn_cases.training.losses import cross_entropy

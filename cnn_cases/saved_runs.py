@@ -1,0 +1,59 @@
+"""A run that is there already, for commands that look into it."""
+
+import math
+import pathlib
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from cnn_cases import settings
+from cnn_cases.training import logbook
+from configs import common
+
+
+def load_config(workdir, data_dir=""):
+    """The config of a run, from its config.json.
+
+    A key that did not exist yet when the run was made has its default of configs/common.py.
+
+    Args:
+      workdir: of the run.
+      data_dir: where TFDS keeps its sets; "" for the config's.
+
+    Raises:
+      ValueError: the workdir has no config, or not that of a training, or one that was changed.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        saved = logbook.read_json(path, dict, logbook.PUT_BACK)
+    except OSError as error:
+        raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
+    if not {"model", "data"} <= set(saved):
+        raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
+    defaults = common.get_config().to_dict()
+    # These two are whole as they are saved: what they lack they do not have.
+    defaults["model"], defaults["data"]["splits"] = {}, {}
+    config = ConfigDict(_updated(defaults, settings.from_json(saved)))
+    settings.check(config)
+    config.data.data_dir = data_dir or config.data.data_dir
+    return config
+
+
+def _updated(old, new):
+    """Nested dicts: `old` with all that `new` has."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
+
+
+def usable_devices(config):
+    """As many local devices as the batches of the run can be split over; it may have had others."""
+    local = jax.local_devices()
+    sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)
+    return local[: max(count for count in range(1, len(local) + 1) if sizes % count == 0)]
+
+
+def define_data_dir():
+    """The flag of commands that look into runs which may have been made on another machine."""
+    flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")
