@@ -36,8 +36,7 @@ from tensorboardX.proto import event_pb2
 
 from benchmarks import record
 from cnn_cases import saved_runs
-from cnn_cases.training import checkpoint, logbook, loop
-from cnn_cases.training.state import shapes_of_state
+from cnn_cases.training import checkpoint, logbook, programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
@@ -176,8 +175,8 @@ def _end(config_text, workdir):
     """The last step of a run, and a state like that of its checkpoints."""
     del config_text  # by which the last answer is known
     config = saved_runs.load_config(workdir)
-    program = loop.make_program(config)
-    return config.num_steps, shapes_of_state(program.model, program.tx, program.feed.image_shape)
+    program = programs.make_program(config)
+    return config.num_steps, program.shapes_of_state()
 
 
 def curves(workdir):

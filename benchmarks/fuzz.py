@@ -44,8 +44,7 @@ from benchmarks import record
 from cnn_cases.analysis import costs
 from cnn_cases.data import feeds, pixels
 from cnn_cases.studies import sweep
-from cnn_cases.training import loop
-from cnn_cases.training.state import shapes_of_state
+from cnn_cases.training import loop, programs
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -302,13 +301,11 @@ def train(config, directory, in_earnest):
       ValueError: the config was refused, before the first step.
     """
     device = jax.local_devices()[:1]
-    program = loop.make_program(config, device)
+    program = programs.make_program(config, device)
     if in_earnest and max(program.feed.image_shape) <= 64:
         return _train_two_steps(config, program, directory)
-    state = shapes_of_state(
-        program.model, program.tx, program.feed.image_shape, with_ema=config.ema_decay > 0
-    )
-    loop.check_protocol(program, state, config.evaluation.protocol)
+    state = program.shapes_of_state()
+    programs.check_protocol(program, state, config.evaluation.protocol)
     leading = 1, program.steps_per_call, config.batch_size
 
     def stacked(dtype, *shape):
@@ -407,7 +404,7 @@ def try_study(rng):
 
     def expand():
         for run in sweep.expand(ConfigDict(values)):
-            loop.check(run.config)
+            programs.check(run.config)
         return "trained"
 
     what, message = judge(expand, keys)

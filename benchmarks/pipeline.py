@@ -39,8 +39,7 @@ from benchmarks import contenders
 from benchmarks.record import write_section
 from cnn_cases.data import decode, feeds, sources
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import loop, losses, steps
-from cnn_cases.training.state import init_state
+from cnn_cases.training import loop, programs, steps
 from configs import common, resnet_cifar10, resnet_digits
 
 IMAGE_SIZE = 224
@@ -84,7 +83,7 @@ def resident_feed(data_dir, turns, steps_a_turn, dtype):
     """Seconds a step, of the feed and of a fixed batch, and the overhead in percent, each of every turn."""
     config = _cifar10_or_digits(data_dir)
     config.dtype = dtype
-    program = loop.make_program(config, jax.local_devices()[:1])
+    program = programs.make_program(config, jax.local_devices()[:1])
     batches = _calls(program, program.feed.train_batches(0, 0))
     run = _runner(program, program.train, program.arrays, batches, steps_a_turn)
     return _beside_bare(run, config, program, turns, steps_a_turn)
@@ -96,7 +95,7 @@ def whole_training(data_dir, turns, steps_a_turn, dtype):
     config = resnet_digits.get_config() if on_cpu else _cifar10_or_digits(data_dir)
     config.dtype, config.num_steps = dtype, 2 * steps_a_turn
     config.evaluation.every_steps, config.checkpoint.every_steps = 0, steps_a_turn
-    program = loop.make_program(config, jax.local_devices()[:1])
+    program = programs.make_program(config, jax.local_devices()[:1])
     clock = _clock(program)
 
     def seconds(num_steps):
@@ -135,9 +134,7 @@ def _calls(program, batches):
 def _runner(program, train, arrays, calls, num_steps):
     """A function that does so many steps and tells seconds a step."""
     clock = _clock(program)
-    state = devices_lib.replicate(
-        init_state(program.model, program.tx, program.feed.image_shape, 0), program.devices
-    )
+    state = devices_lib.replicate(program.first_state(0), program.devices)
 
     def run():
         nonlocal state
@@ -151,20 +148,18 @@ def _runner(program, train, arrays, calls, num_steps):
     return run
 
 
-def _bare(program, config, num_steps):
+def _bare(program, num_steps):
     """A `_runner` of the same steps, all of them on one batch that is prepared already."""
     feed = program.feed
     prepare = jax.jit(feed.prepare)
     image, label = prepare(feed.arrays, next(feed.train_batches(0, 0)), jax.random.key(0))
     fixed = devices_lib.replicate({"image": image, "label": label}, program.devices)
-    loss_settings = dict(**config.loss)
-    loss_settings.pop("side_weight")
     train = devices_lib.pmap_train(
         steps.make_train_steps(
             program.model.apply,
             program.tx,
             lambda arrays, _, __: (arrays["image"], arrays["label"]),
-            losses.make_loss(**loss_settings),
+            program.loss,
             devices_lib.AXIS,
         ),
         program.devices,
@@ -174,7 +169,7 @@ def _bare(program, config, num_steps):
 
 
 def _beside_bare(run, config, program, turns, num_steps):
-    times = _take_turns([run, _bare(program, config, num_steps)], turns)
+    times = _take_turns([run, _bare(program, num_steps)], turns)
     overhead = [100 * (a / b - 1) for a, b in zip(*times, strict=True)]
     return {
         "set": config.data.name,

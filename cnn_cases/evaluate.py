@@ -25,8 +25,7 @@ from matplotlib import pyplot as plt
 
 from cnn_cases import command, preview, saved_runs, tables
 from cnn_cases.data import feeds
-from cnn_cases.training import checkpoint, devices, logbook, loop, predictions
-from cnn_cases.training.state import shapes_of_state
+from cnn_cases.training import checkpoint, devices, logbook, predictions, programs
 
 NUM_MISTAKES = 24
 MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
@@ -60,15 +59,14 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     checkpoints = pathlib.Path(workdir) / "checkpoints"
     step = checkpoint.find(checkpoints, which)
 
-    program = loop.make_program(config, saved_runs.usable_devices(config))
-    feed = program.feed
-    like = shapes_of_state(program.model, program.tx, feed.image_shape, with_ema=config.ema_decay > 0)
-    num_views = loop.check_protocol(program, like, protocol)
+    program = programs.make_program(config, saved_runs.usable_devices(config))
+    like = program.shapes_of_state()
+    num_views = programs.check_protocol(program, like, protocol)
     state = devices.replicate(checkpoint.read(checkpoints, step, like), program.devices)
     out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / f"{split}_{protocol}_{step}")
     out.mkdir(parents=True, exist_ok=True)  # so that a bad one is known now, not after an hour of predictions
     started = time.monotonic()
-    probabilities, label = loop.predict(
+    probabilities, label = programs.predict(
         program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True
     )
     seconds = time.monotonic() - started
@@ -94,7 +92,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
         "environment": logbook.environment(),
     }
     names = feeds.class_names(config.data.name, config.data.data_dir)
-    write_report(out, metrics, names, probabilities, label, feed.examples(split))
+    write_report(out, metrics, names, probabilities, label, program.feed.examples(split))
     return metrics, out
 
 

@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from cnn_cases import command, saved_runs
-from cnn_cases.training import checkpoint, devices, logbook, loop, running
+from cnn_cases.training import checkpoint, devices, logbook, loop, programs, running
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -67,8 +67,8 @@ def replay(workdir, step=None, data_dir=""):
         raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
-    program = loop.make_program(config, saved_runs.usable_devices(config))
-    state = loop.first_state(config, program)
+    program = programs.make_program(config, saved_runs.usable_devices(config))
+    state = program.first_state(config.seed)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
     rewound_to = []

@@ -16,7 +16,7 @@ import pytest
 from cnn_cases import command
 from cnn_cases.data import sources
 from cnn_cases.data.resident import ResidentFeed
-from cnn_cases.training import devices, loop, running
+from cnn_cases.training import devices, programs, running
 from configs import lenet5_digits
 
 devices.choose_cpu_flags()  # as the command line does
@@ -80,7 +80,7 @@ def poisoned(config, monkeypatch, example):
         return jnp.where(bad[:, None, None, None], jnp.nan, image), label
 
     monkeypatch.setattr(ResidentFeed, "prepare", poisonous)
-    return loop.make_program(config, jax.devices()[:1])
+    return programs.make_program(config, jax.devices()[:1])
 
 
 def draw(model, image_shape, seed):

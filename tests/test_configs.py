@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 from benchmarks.fuzz import TRAINING, Images, load
 from cnn_cases import settings
 from cnn_cases.studies import sweep
-from cnn_cases.training import loop
-from cnn_cases.training.state import shapes_of_state
+from cnn_cases.training import loop, programs
 from configs import common
 
 STUDIES_DIR = pathlib.Path(__file__).parent.parent / "configs" / "studies"
@@ -25,8 +24,8 @@ def test_a_config_builds_a_state(name):
     config = load(name)
     config.batch_size, config.num_microbatches = 2, 1
     with Images(config.data.name).in_place():
-        program = loop.make_program(config, jax.devices()[:1])
-    assert shapes_of_state(program.model, program.tx, program.feed.image_shape).params
+        program = programs.make_program(config, jax.devices()[:1])
+    assert program.shapes_of_state().params
 
 
 PARTED = ["lenet5_mnist", "nin_cifar10", "resnet_cifar10", "resnet_preact_cifar10"]
@@ -39,7 +38,7 @@ def test_training_on_everything_has_to_be_asked_for(name):
     assert held_out.data.splits.validation.startswith("train[")
     assert "test" not in held_out.evaluation.splits
     assert full.data.splits.to_dict() == {"train": "train", "test": "test"}
-    loop._check_numbers(full, 1)
+    programs._check_numbers(full, 1)
     with pytest.raises(ValueError, match="protocol 'all' is unknown; known: held_out, full_train"):
         get_config("all")
 
@@ -158,8 +157,8 @@ class Reader:
 
 def test_every_key_is_read(config, tmp_path):
     seen = set()
-    program = loop.make_program(config, jax.devices()[:1])
+    program = programs.make_program(config, jax.devices()[:1])
     reader = Reader(config, seen)
-    loop.make_program(reader, jax.devices()[:1])
+    programs.make_program(reader, jax.devices()[:1])
     loop.train_and_evaluate(reader, tmp_path, program=program, show_progress=False)
     assert set(flat(config)) - seen == set()

@@ -18,8 +18,8 @@ from flax import linen as nn
 from cnn_cases import evaluate, saved_runs
 from cnn_cases.data import views
 from cnn_cases.models import vgg
-from cnn_cases.training import checkpoint, loop, predictions, steps
-from cnn_cases.training.state import TrainState, init_state
+from cnn_cases.training import checkpoint, loop, predictions, programs, steps
+from cnn_cases.training.state import TrainState
 from configs import resnet_digits
 from tests.conftest import draw, tiny_config
 
@@ -35,7 +35,7 @@ def train(config, workdir, program):
 @pytest.fixture(scope="module")
 def program(data_dir):
     """LeNet-5's, on one device."""
-    return loop.make_program(tiny_config(data_dir), jax.devices()[:1])
+    return programs.make_program(tiny_config(data_dir), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def trained(data_dir, program, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state(program):
-    return init_state(program.model, program.tx, program.feed.image_shape, 3)
+    return program.first_state(3)
 
 
 def contents(directory):
@@ -150,7 +150,7 @@ def test_what_cannot_be_evaluated_is_refused_and_nothing_written(arguments, mess
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_predicted(
     trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loop, "predict", lambda *_, **__: pytest.fail("predicted all the same"))
+    monkeypatch.setattr(programs, "predict", lambda *_, **__: pytest.fail("predicted all the same"))
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(OSError, match=str(tmp_path / "file")):
         evaluate.evaluate_checkpoint(trained, out=str(tmp_path / "file"))
@@ -182,12 +182,12 @@ def test_the_command_ends_with_one_message(trained):
 
 
 def test_any_number_of_devices_and_any_batches_predict_the_same(program, state, config):
-    expected, label = loop.predict(program, state, "test", "flip", batch_size=200)
+    expected, label = programs.predict(program, state, "test", "flip", batch_size=200)
     assert len(label) == 355
     np.testing.assert_allclose(expected.sum(axis=1), 1, rtol=1e-6)
     for count, batch_size in ((2, 62), (4, 400)):
-        other = loop.make_program(config, jax.devices()[:count])
-        found, _ = loop.predict(other, state, "test", "flip", batch_size=batch_size)
+        other = programs.make_program(config, jax.devices()[:count])
+        found, _ = programs.predict(other, state, "test", "flip", batch_size=batch_size)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -256,7 +256,9 @@ def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
 
 
 def test_answers_that_are_no_numbers_are_refused(trained, monkeypatch):
-    monkeypatch.setattr(loop, "predict", lambda *_, **__: (np.full((3, 10), np.nan), np.zeros(3, np.int32)))
+    monkeypatch.setattr(
+        programs, "predict", lambda *_, **__: (np.full((3, 10), np.nan), np.zeros(3, np.int32))
+    )
     with pytest.raises(ValueError, match="step 12 answers 3 of 3 images with NaN; take another checkpoint"):
         evaluate.evaluate_checkpoint(trained)
 
@@ -295,7 +297,7 @@ def test_a_protocol_that_the_network_cannot_take_is_refused_before_the_workdir_i
         train(config, tmp_path / "run", None)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=f"evaluation.protocol = '{protocol}'"):
-        loop.check(config)
+        programs.check(config)
 
 
 def test_a_net_that_averages_over_space_takes_larger_views(data_dir):
@@ -304,7 +306,7 @@ def test_a_net_that_averages_over_space_takes_larger_views(data_dir):
     config.model.depth = 8
     config.data.normalization = "channel"
     config.evaluation.protocol = "multi_scale_dense"
-    loop.check(config)
+    programs.check(config)
 
 
 # Checkpoints and figures.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 
 from benchmarks import faults
-from cnn_cases.training import loop
+from cnn_cases.training import loop, programs
 
 OVERRIDES = {
     "model.depth": 8,
@@ -29,7 +29,7 @@ def test_a_training_that_was_killed_and_one_that_was_stopped_leave_what_an_undis
 
 
 def test_what_differs_is_found(config, tmp_path):
-    program = loop.make_program(config, jax.devices()[:1])
+    program = programs.make_program(config, jax.devices()[:1])
     for name, config.seed in (("one", 0), ("other", 1)):
         loop.train_and_evaluate(config, tmp_path / name, program=program, show_progress=False)
     found = faults.differences(tmp_path / "one", tmp_path / "other")

@@ -10,12 +10,13 @@ FILES = [*ROOT.glob("cnn_cases/**/*.py"), *ROOT.glob("configs/**/*.py"), ROOT / 
 
 # Each room, and what of our own it may import. The first match of a module's name counts.
 MAY_IMPORT = {
-    "cnn_cases.training.loop": (
+    "cnn_cases.training.programs": (
         "cnn_cases.settings",
         "cnn_cases.models",
         "cnn_cases.data",
         "cnn_cases.training",
     ),
+    "cnn_cases.training.loop": ("cnn_cases.settings", "cnn_cases.training"),
     "cnn_cases.training": (),
     "cnn_cases.models": ("cnn_cases.models",),
     "cnn_cases.data": ("cnn_cases.data",),

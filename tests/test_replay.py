@@ -10,7 +10,7 @@ import pytest
 
 from cnn_cases import replay
 from cnn_cases.models import lenet
-from cnn_cases.training import logbook, loop, stopping
+from cnn_cases.training import logbook, loop, programs, stopping
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
 
@@ -66,14 +66,14 @@ def test_a_nan_of_the_network_itself_is_traced_to_its_line(config, tmp_path, mon
 
 def test_a_step_around_rewinds_has_the_batches_of_its_seed(config, tmp_path, monkeypatch):
     config.on_nonfinite, config.log_every_steps, config.checkpoint.keep_last = "rewind", 1, 9
-    example = example_of_step(loop.make_program(config), config.seed, [7])
+    example = example_of_step(programs.make_program(config), config.seed, [7])
     program = poisoned(config, monkeypatch, example)
     stopped = stop_after(program, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))  # saves, and leaves
     with pytest.raises(stopping.InterruptedRun):
         loop.train_and_evaluate(config, tmp_path, program=stopped, show_progress=False)
     assert loop.train_and_evaluate(config, tmp_path, program=program, show_progress=False)["nonfinite"] == [7]
     rows = {row["step"]: row for row in logbook.read_rows(tmp_path / "metrics.jsonl")}
-    monkeypatch.setattr(loop, "make_program", lambda *_: program)  # which is compiled already
+    monkeypatch.setattr(programs, "make_program", lambda *_: program)  # which is compiled already
     for deleted in ((), (6,), (4, 8)):  # at 6 the seed changes, whether that checkpoint is still there or not
         for step in deleted:
             shutil.rmtree(tmp_path / f"checkpoints/{step}")

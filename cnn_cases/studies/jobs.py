@@ -17,7 +17,7 @@ import time
 import jax
 
 from cnn_cases import command
-from cnn_cases.training import devices, logbook, loop, stopping
+from cnn_cases.training import devices, logbook, loop, programs, stopping
 
 _POLL_SECONDS = 0.2
 
@@ -39,7 +39,7 @@ def run_here(groups, workdir):
             run_dir = workdir / run.name
             done = logbook.read_result(run_dir) is not None
             if not done and program is None:
-                program = loop.make_program(run.config)
+                program = programs.make_program(run.config)
             try:
                 result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
             except loop.DivergedError as error:

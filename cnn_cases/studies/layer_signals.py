@@ -37,7 +37,7 @@ from cnn_cases import command, saved_runs, tables
 from cnn_cases.models.layers import BatchNorm
 from cnn_cases.studies import figures
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
-from cnn_cases.training import checkpoint, devices, logbook, loop, losses, steps
+from cnn_cases.training import checkpoint, devices, logbook, programs, steps
 
 NUM_BATCHES = 8
 
@@ -164,8 +164,8 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
             )
     states = []
     for (depth, plain), runs in sorted(points.items()):
-        program = loop.make_program(runs[0][1], jax.local_devices()[:1])
-        look = make_look(program, runs[0][1], num_batches)  # the seeds share what is compiled
+        program = programs.make_program(runs[0][1], jax.local_devices()[:1])
+        look = make_look(program, num_batches)  # the seeds share what is compiled
         for run_dir, config in runs:
             for step, state in saved_states(program, config, run_dir / "checkpoints"):
                 point = {"depth": depth, "plain": plain, "seed": config.seed, "step": step}
@@ -184,24 +184,21 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
 
 def saved_states(program, config, directory):
     """Yields (step, state) of a run: first its initial state, then those of its checkpoints."""
-    initial = loop.first_state(config, program)
+    initial = program.first_state(config.seed)
     yield 0, initial
     for step in checkpoint.steps(directory):
         yield step, checkpoint.read(directory, step, initial)
 
 
-def make_look(program, config, num_batches):
+def make_look(program, num_batches):
     """A function state -> {"gradient_norms", "kernel_norms", "response_stds"}; see `measure`.
 
     Args:
       program: of one device.
-      config: of the run, or of one that differs in the seed alone.
       num_batches: see `measure`.
     """
     feed, apply = program.feed, program.model.apply
-    loss_settings = dict(**config.loss)
-    del loss_settings["side_weight"]  # these nets have no side branches
-    gradients = make_gradient_norms(apply, feed.prepare, losses.make_loss(**loss_settings))
+    gradients = make_gradient_norms(apply, feed.prepare, program.loss)  # these nets have no side branches
     # Both take a state and a batch as an evaluation does, and leave the state alone.
     gradients = devices.pmap_eval(gradients, program.devices)
     responses = devices.pmap_eval(make_response_sums(apply, feed.prepare), program.devices)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
 from cnn_cases.studies import figures, jobs, page, records
-from cnn_cases.training import checkpoint, devices, logbook, loop
+from cnn_cases.training import checkpoint, devices, logbook, programs
 
 
 class Run(NamedTuple):
@@ -164,7 +164,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     # Now, and not after hours of other runs; the seeds are the same for all groups.
     for run in (*groups[0], *(group[0] for group in groups[1:])):
         if not (workdir / "runs" / run.name / "config.json").exists():
-            loop.check(run.config)
+            programs.check(run.config)
     with logbook.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
         logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"

@@ -281,12 +281,6 @@ def claim(workdir, config, suits=None):
             with _writing(workdir):
                 write_json(path, config)
         return
-    left = [name for name in _LEFT_BEHIND if (path.parent / name).exists()]
-    if left:
-        raise ValueError(
-            f"workdir = {workdir} holds {left[0]}, but no config.json, so nobody knows what it is of; "
-            "put it back, or use another workdir"
-        )
     with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
@@ -294,6 +288,8 @@ def claim(workdir, config, suits=None):
 
 def check_owner(workdir, config, suits=None):
     """Raises ValueError if `workdir` belongs to another config than `config`; the message shows what differs.
+
+    Likewise where its config.json is damaged, or gone from beside what a run or a study has left.
 
     Args:
       workdir: a directory.
@@ -303,6 +299,12 @@ def check_owner(workdir, config, suits=None):
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
+        left = [name for name in _LEFT_BEHIND if (path.parent / name).exists()]
+        if left:
+            raise ValueError(
+                f"workdir = {workdir} holds {left[0]}, but no config.json, so nobody knows what it is of; "
+                "put it back, or use another workdir"
+            )
         return
     known = read_json(path, dict, PUT_BACK)
     lines = differences(known, _as_json(config), aside=OF_THE_MACHINE)

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import datetime
 import itertools
-import math
 import pathlib
 import signal
 import time
@@ -17,15 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors as flax_errors
-from tqdm import tqdm
 
 from cnn_cases import settings
-from cnn_cases.data.feeds import make_feed
-from cnn_cases.data.views import make_views
-from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import predictions, steps
+from cnn_cases.training import predictions, programs
 from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.logbook import (
     OF_THE_MACHINE,
@@ -33,22 +27,13 @@ from cnn_cases.training.logbook import (
     check_owner,
     differences,
     environment,
-    is_watched,
     read_result,
     write_result,
 )
-from cnn_cases.training.losses import make_loss, of_classes
-from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.running import DivergedError, Running, check_finite
-from cnn_cases.training.state import init_state, shapes_of_state
 from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
-# A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
-MAX_EVAL_BATCH_SIZE = 100_000
-
-ON_NONFINITE = ("stop", "skip", "rewind")
 MAX_REWINDS = 3  # to one checkpoint
-MAX_STEPS_PER_CALL = 50  # where the config leaves it open; a signal waits for three calls under way
 
 
 class Silence:
@@ -61,153 +46,13 @@ class Silence:
     save = note_error = wait = restore = all_steps = _nothing
 
 
-class Program(NamedTuple):
-    """All of a run that does not depend on its seed; runs that share it share the compiled steps.
-
-    `devices` are those of this process; `train_steps` is the function that `train` is made of. It does as
-    many steps as it is given batches, which in a training are those of `steps_per_call`.
-    """
-
-    model: Any
-    tx: Any
-    schedule: Any
-    feed: Any
-    arrays: Any
-    steps_per_call: int
-    train_steps: Any
-    train: Any
-    evaluate: Any
-    predict: Any
-    devices: list
-
-
-def make_program(config, devices=None):
-    """Builds what a config describes.
-
-    Args:
-      config: of `configs/`.
-      devices: the local devices to use; None for all.
-
-    Raises:
-      ValueError: a value of the config is not possible; the message names it and what is.
-    """
-    settings.check(config)
-    devices = devices or jax.local_devices()
-    _check_numbers(config, len(devices_lib.of_all_processes(devices)))
-    process_index, process_count = devices_lib.process()
-    feed = make_feed(
-        **config.data,
-        batch_size=config.batch_size,
-        eval_batch_size=config.evaluation.batch_size,
-        axis_name=devices_lib.AXIS,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    model = make_model(
-        **config.model,
-        num_classes=feed.num_classes,
-        dtype=config.dtype,
-        axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
-    )
-    optimizer = dict(**config.optimizer)
-    # Compiled: the first row of the log would wait for five small compilations else, a third of a second.
-    schedule = jax.jit(make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule))
-    tx = make_optimizer(schedule, **optimizer)
-    loss_settings = dict(**config.loss)
-    side_weight = loss_settings.pop("side_weight")
-    loss = of_classes(make_loss(**loss_settings), feed.num_classes)
-    train_steps = steps.make_train_steps(
-        model.apply,
-        tx,
-        feed.prepare,
-        loss,
-        devices_lib.AXIS,
-        side_weight=side_weight,
-        num_microbatches=config.num_microbatches,
-        ema_decay=config.ema_decay,
-        own_dropout=not config.sync_batch_norm,
-        skip_nonfinite=config.on_nonfinite == "skip",
-    )
-    eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
-    return Program(
-        model=model,
-        tx=tx,
-        schedule=schedule,
-        feed=feed,
-        arrays=devices_lib.replicate(feed.arrays, devices),
-        steps_per_call=steps_per_call(config, devices[0].platform),
-        train_steps=train_steps,
-        train=devices_lib.pmap_train(train_steps, devices),
-        evaluate=devices_lib.pmap_eval(eval_step, devices),
-        predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
-        devices=devices,
-    )
-
-
-def steps_per_call(config, platform):
-    """How many steps one call to the devices does.
-
-    Where the config leaves it open, by 0, it is one on a CPU, whose convolutions lose their threads inside
-    XLA's loops, and of a stream, whose images for all the steps would be in memory at once. On accelerators
-    it is the most that goes into all intervals of the run, so that each launch pays for many steps.
-
-    Args:
-      config: of `configs/`.
-      platform: "cpu", "gpu" or "tpu".
-    """
-    if config.steps_per_call:
-        return config.steps_per_call
-    if not _may_loop(config, platform):
-        return 1
-    others = config.evaluation.every_steps, config.checkpoint.every_steps  # 0 divides nothing, nor hinders
-    common = math.gcd(config.num_steps, config.log_every_steps, *others)
-    return max(count for count in range(1, MAX_STEPS_PER_CALL + 1) if common % count == 0)
-
-
-def _may_loop(config, platform):
-    return platform != "cpu" and config.data.feed != "stream"
-
-
-def check(config):
-    """Raises ValueError unless a run of this config could begin; loads its data, and compiles nothing."""
-    program = make_program(config)
-    state = shapes_of_state(program.model, program.tx, program.feed.image_shape)
-    check_protocol(program, state, config.evaluation.protocol)
-
-
-def check_protocol(program, state, protocol):
-    """How many views of each image a protocol has; computes nothing.
-
-    Args:
-      program: of `make_program`.
-      state: of its network, or the shapes and types of one.
-      protocol: see `views.make_views`.
-
-    Raises:
-      ValueError: there is no such protocol, or the network cannot be shown its views.
-    """
-    feed = program.feed
-    predict = steps.make_predict_step(program.model.apply, feed.normalize)
-    views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
-    for shape in sorted({view.shape for view in views} - {tuple(feed.image_shape)}):
-        try:
-            jax.eval_shape(predict, state, feed.arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
-        except (TypeError, ValueError, flax_errors.FlaxError) as error:
-            reason = str(error).partition("\n")[0].partition(" (https://")[0]
-            raise ValueError(
-                f"evaluation.protocol = {protocol!r} has views of {shape[0]}x{shape[1]} pixels, which this "
-                f"network cannot take: {reason}; use 'single', 'flip' or 'ten_crop'"
-            ) from error
-    return len(views)
-
-
 def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     """Trains one network, or goes on where an earlier call on the same workdir stopped.
 
     Args:
       config: of `configs/`.
       workdir: the run's directory, of which only process 0 takes notice; see `logbook` for what it holds.
-      program: `make_program` of this config or of one that differs in the seed alone; None builds it.
+      program: `programs.make_program` of this config or of one that differs in the seed alone; None: built.
       show_progress: tell on the standard error output how the run goes.
 
     Returns:
@@ -303,17 +148,10 @@ def _check_same_data(data):
 
 def _make_start(config, program):
     """The program, made where it is None, and the state before the first step."""
-    program = program or make_program(config)
-    state = first_state(config, program)
-    check_protocol(program, state, config.evaluation.protocol)
+    program = program or programs.make_program(config)
+    state = program.first_state(config.seed)
+    programs.check_protocol(program, state, config.evaluation.protocol)
     return program, state
-
-
-def first_state(config, program):
-    """The state before the first step."""
-    return init_state(
-        program.model, program.tx, program.feed.image_shape, config.seed, with_ema=config.ema_decay > 0
-    )
 
 
 def _open(workdir, config, data, show_progress):
@@ -344,7 +182,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     a checkpoint more, to which it may then go back.
     """
     nonfinite, rewound_to = [], []
-    if not config.steps_per_call and _may_loop(config, program.devices[0].platform):
+    if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
         log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
     while True:
         step, state, extra = _restore(state, log, checkpoints)
@@ -383,7 +221,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
                 rewound_to.append(kept)
-                state = first_state(config, program)  # the one before has been given away
+                state = program.first_state(config.seed)  # the one before has been given away
                 continue
             return {
                 "status": "diverged",
@@ -562,9 +400,9 @@ class _Training:
         arguments = self._program, self._state
         try:
             for split in config.evaluation.final_splits if last else config.evaluation.splits:
-                values |= evaluate(*arguments, split, heed=self._heed)
+                values |= programs.evaluate(*arguments, split, heed=self._heed)
                 if last and protocol != "single" and split != "train":  # many views of many images
-                    told = predict(*arguments, split, protocol, batch_size=size, heed=self._heed)
+                    told = programs.predict(*arguments, split, protocol, batch_size=size, heed=self._heed)
                     values |= {f"{split}/{protocol}/{name}": value for name, value in _scores(*told).items()}
         except _StoppedError:
             return None
@@ -600,24 +438,6 @@ class _Training:
         return values.get(f"{self._config.checkpoint.best_on}/error") if values else None
 
 
-def evaluate(program, state, split, *, heed=lambda: None):
-    """{"<split>/loss", "<split>/error"} of a state, every example of the split counted once.
-
-    `heed()` is called before each batch; what it raises ends the evaluation.
-    """
-    totals = collections.Counter()
-    for batch in _heeding(program.feed.eval_batches(split), heed):
-        batch = devices_lib.shard(batch, len(program.devices))
-        totals.update(jax.tree.map(float, program.evaluate(state, program.arrays, batch)))
-    return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
-
-
-def _heeding(items, heed):
-    for item in items:
-        heed()
-        yield item
-
-
 def _scores(probabilities, label):
     """`predictions.scores` of the examples of all processes, each of which has predicted its own."""
     own = len(label), predictions.scores(probabilities, label)
@@ -625,44 +445,6 @@ def _scores(probabilities, label):
     if not parts[1:]:
         return parts[0]
     return {name: float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
-
-
-def predict(program, state, split, protocol, *, batch_size, show_progress=False, heed=lambda: None):
-    """What the network says of this process's examples of a split, averaged over the views of a protocol.
-
-    Args:
-      program: of `make_program`.
-      state: of its network.
-      split: a part of data.splits.
-      protocol: one that has passed `check_protocol`.
-      batch_size: views of the training images' size in one batch over all devices of all processes; as many
-        pixels of others, so that larger views fit into memory, too.
-      show_progress: draw a bar on a terminal.
-      heed: called before each example; what it raises ends the prediction.
-
-    Returns:
-      probabilities float64 [N, K], label int32 [N], in the order of `feed.examples`.
-
-    Raises:
-      ValueError: this process has no example of the split.
-    """
-    num_devices = len(program.devices)
-    num_all = len(devices_lib.of_all_processes(program.devices))
-    height, width, _ = program.feed.image_shape
-
-    def batch_size_of(shape):
-        share = batch_size * height * width // (shape[0] * shape[1] * num_all)
-        return max(1, share) * num_devices
-
-    hidden = not (show_progress and is_watched())
-    examples = _heeding(program.feed.examples(split), heed)
-    return predictions.average_views(
-        tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
-        make_views(protocol, program.feed.image_shape, program.feed.view),
-        lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
-        batch_size=batch_size_of,
-        ahead=devices_lib.calls_ahead(program.devices),
-    )
 
 
 def largest(state):
@@ -684,82 +466,6 @@ def in_words(metrics):
 
 def _is_due(step, every_steps):
     return bool(every_steps) and step % every_steps == 0
-
-
-def _check_numbers(config, num_devices):
-    """Raises ValueError for steps, batches and splits that cannot be."""
-    if not 1 <= config.num_steps < 2**31:
-        raise ValueError(f"num_steps = {config.num_steps} must be 1 or more and below 2**31")
-    if not 0 <= config.seed < 2**31:
-        raise ValueError(f"seed = {config.seed} must be in [0, 2**31)")
-    if config.steps_per_call < 0:
-        raise ValueError(f"steps_per_call = {config.steps_per_call} must be 0 or more")
-    per_call = config.steps_per_call or 1
-    numbers = {
-        "num_steps": config.num_steps,
-        "log_every_steps": config.log_every_steps,
-        "evaluation.every_steps": config.evaluation.every_steps,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-    }
-    for key, value in numbers.items():
-        if value < (key == "log_every_steps") or value % per_call:
-            zero = "0 or " if key.endswith(".every_steps") else ""
-            raise ValueError(
-                f"{key} = {value} must be {zero}a positive multiple of steps_per_call = {per_call}"
-            )
-    if config.profile_steps and not _are_ends(config.profile_steps, config.num_steps, per_call):
-        raise ValueError(
-            f"profile_steps = {config.profile_steps} must be (first, last) step, from 1 to num_steps = "
-            f"{config.num_steps}, of whole calls of steps_per_call = {per_call}; or ()"
-        )
-    if config.checkpoint.keep_last < 1:
-        raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
-    for role in config.data.splits:
-        if not role.isidentifier():  # it becomes part of a file's name
-            raise ValueError(f"data.splits names {role!r}; such a name must be a word, as 'test' is")
-    for key in ("splits", "final_splits"):
-        for split in config.evaluation[key]:
-            if split not in config.data.splits:
-                raise ValueError(
-                    f"evaluation.{key} names {split!r}; data.splits has {', '.join(config.data.splits)}"
-                )
-    best_on, splits = config.checkpoint.best_on, config.evaluation.splits
-    if best_on and best_on not in splits:
-        raise ValueError(
-            f"checkpoint.best_on = {best_on!r} is not evaluated on the way; "
-            f"set it to '' or to one of evaluation.splits = {splits}"
-        )
-    if config.on_nonfinite not in ON_NONFINITE:
-        raise ValueError(
-            f"on_nonfinite = {config.on_nonfinite!r} is unknown; known: {', '.join(ON_NONFINITE)}"
-        )
-    if config.num_microbatches < 1:
-        raise ValueError(f"num_microbatches = {config.num_microbatches} must be 1 or more")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay = {config.ema_decay} must be in [0, 1)")
-    for key in ("mixup", "cutmix"):
-        if config.data.augment[key] and config.loss.name != "cross_entropy":
-            raise ValueError(
-                f"data.augment.{key} = {config.data.augment[key]} gives an example shares of two classes, "
-                f"and loss.name = {config.loss.name!r} knows one only; set the first to 0 or the loss to "
-                "'cross_entropy'"
-            )
-    if not 0 <= config.loss.side_weight < math.inf:
-        raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more, and finite")
-    if config.evaluation.batch_size > MAX_EVAL_BATCH_SIZE:
-        raise ValueError(
-            f"evaluation.batch_size = {config.evaluation.batch_size} must be at most {MAX_EVAL_BATCH_SIZE:,}"
-        )
-    devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)
-    devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
-
-
-def _are_ends(steps, num_steps, per_call):
-    """Whether `steps` are the first and the last one of some calls of the training."""
-    if len(steps) != 2:
-        return False
-    first, last = steps
-    return 1 <= first <= last <= num_steps and (first - 1) % per_call == last % per_call == 0
 
 
 def _earlier_result(workdir, config):

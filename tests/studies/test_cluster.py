@@ -11,7 +11,7 @@ import pytest
 from submitit.core.utils import JobPaths
 
 from cnn_cases.studies import cluster, jobs, sweep
-from cnn_cases.training import logbook, loop, stopping
+from cnn_cases.training import logbook, loop, programs, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def undisturbed(data_dir, tmp_path_factory):
     """A run, its program, and what it leaves in peace."""
     run = runs_of(data_dir, num_steps=12, checkpoint_every=0)[1]
     run.config.evaluation.every_steps = 4
-    program = loop.make_program(run.config)
+    program = programs.make_program(run.config)
     workdir = tmp_path_factory.mktemp("undisturbed")
     loop.train_and_evaluate(run.config, workdir / run.name, program=program, show_progress=False)
     return run, program, metrics(workdir)
@@ -129,20 +129,20 @@ def test_a_signal_saves_and_all_but_the_end_queues_again(
     number, state, code, queued_again, undisturbed, tmp_path, monkeypatch
 ):
     run, program, expected = undisturbed
-    monkeypatch.setattr(loop, "make_program", lambda *_: program)  # which is compiled already
+    monkeypatch.setattr(programs, "make_program", lambda *_: program)  # which is compiled already
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm" if state else "local")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     fake(tmp_path, monkeypatch, squeue=f"echo {state}")
     run_dir = tmp_path / "there" / run.name
     logbook.claim(run_dir, run.config.to_dict())
-    evaluate = loop.evaluate
+    evaluate = programs.evaluate
 
     def interrupted(program, state, split, **options):
         os.kill(os.getpid(), number)
         return evaluate(program, state, split, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(programs, "evaluate", interrupted)
         with pytest.raises(SystemExit) as end:
             cluster.Training()(str(run_dir))
     assert end.value.code == code

@@ -14,7 +14,7 @@ import pytest
 
 from cnn_cases import command
 from cnn_cases.studies import jobs, sweep
-from cnn_cases.training import logbook, loop, stopping
+from cnn_cases.training import logbook, programs, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,14 +52,14 @@ def test_processes_side_by_side_are_refused_on_a_tpu(monkeypatch):
 
 
 def test_a_group_that_has_ended_leaves_nothing_in_memory(data_dir, tmp_path, monkeypatch):
-    feeds, make_program = [], loop.make_program
+    feeds, make_program = [], programs.make_program
 
     def make(config):
         program = make_program(config, jax.devices()[:1])
         feeds.append(weakref.ref(program.feed))
         return program
 
-    monkeypatch.setattr(loop, "make_program", make)
+    monkeypatch.setattr(programs, "make_program", make)
     for _ in jobs.run_here(groups_of(data_dir), tmp_path):
         pass
     gc.collect()

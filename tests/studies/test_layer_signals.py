@@ -9,9 +9,9 @@ import pytest
 
 from cnn_cases.models.resnet import CifarResNet, ResNet
 from cnn_cases.studies import layer_signals, sweep
-from cnn_cases.training import devices, loop
+from cnn_cases.training import devices, programs
 from cnn_cases.training.losses import cross_entropy
-from cnn_cases.training.state import TrainState, init_state
+from cnn_cases.training.state import TrainState
 from configs.studies import depth_digits
 from tests.conftest import draw, metrics_of
 
@@ -41,7 +41,7 @@ def tiny_study(data_dir):
 def workdir(data_dir, tmp_path_factory):
     """A study whose steps move all parameters, but compute nothing: to compile real ones takes long."""
     directory = tmp_path_factory.mktemp("study")
-    make_program = loop.make_program
+    make_program = programs.make_program
 
     def train(state, *_):
         params = jax.tree.map(lambda leaf: np.float32(1.01) * np.asarray(leaf), state.params)
@@ -53,7 +53,7 @@ def workdir(data_dir, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         moving = {"train": train, "evaluate": evaluate}
-        patch.setattr(loop, "make_program", lambda config: make_program(config)._replace(**moving))
+        patch.setattr(programs, "make_program", lambda config: make_program(config)._replace(**moving))
         sweep.run_all(tiny_study(data_dir), directory)
     return directory
 
@@ -124,9 +124,9 @@ def test_a_gradient_is_how_far_a_step_of_training_goes(data_dir):
     config.model.depth = 8
     config.optimizer.learning_rate, config.schedule.name = 1.0, "constant"
     config.optimizer.momentum = config.optimizer.weight_decay = 0.0
-    program = loop.make_program(config, jax.devices()[:1])
-    state = init_state(program.model, program.tx, program.feed.image_shape, 5)
-    look = layer_signals.make_look(program, config, num_batches=1)
+    program = programs.make_program(config, jax.devices()[:1])
+    state = program.first_state(5)
+    look = layer_signals.make_look(program, num_batches=1)
     norms, kernels = [], []
     for batch in itertools.islice(program.feed.train_batches(5, 0), 2):
         norms.append(look(state)["gradient_norms"])

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
-from cnn_cases.training import logbook, loop, stopping
+from cnn_cases.training import logbook, programs, stopping
 from tests.conftest import metrics_of, tiny_config
 
 
@@ -107,7 +107,7 @@ def test_names_of_runs_tell_keys_apart_and_are_no_paths(data_dir):
 def finished(data_dir, tmp_path_factory):
     """The workdir of a whole small study, in which every run with momentum 0.9 diverges."""
     workdir = tmp_path_factory.mktemp("study")
-    make_program = loop.make_program
+    make_program = programs.make_program
 
     def make(config):
         program = make_program(config, jax.devices()[:1])
@@ -120,7 +120,7 @@ def finished(data_dir, tmp_path_factory):
         return program._replace(train=train)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_program", make)
+        patch.setattr(programs, "make_program", make)
         sweep.run_all(tiny_study(data_dir), workdir)
     return workdir
 
@@ -212,7 +212,7 @@ def test_the_text_of_a_record_is_its_json_with_a_run_a_line(finished, study):
 
 
 def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "make_program", pytest.fail)
+    monkeypatch.setattr(programs, "make_program", pytest.fail)
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     sweep.run_all(study, finished)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
@@ -232,7 +232,7 @@ def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(
         "grid": [["optimizer.momentum", [0.0]], ["data.augment.flip", [True]]]
     }
     path.write_text(json.dumps(smaller | {"seeds": [1]}))
-    monkeypatch.setattr(loop, "make_program", pytest.fail)
+    monkeypatch.setattr(programs, "make_program", pytest.fail)
     sweep.run_all(study, workdir)
     assert json.loads(path.read_text()) == json.loads((finished / "config.json").read_text())
     assert sweep.make_record(study, workdir) == sweep.make_record(study, finished)
@@ -261,7 +261,7 @@ def test_a_study_that_lacks_or_changes_a_run_is_another_one(changes, message, fi
 def test_seeds_alone_are_run_side_by_side_too(data_dir, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(sweep.jobs, "run_side_by_side", lambda groups, *_: started.append(groups) or [])
-    monkeypatch.setattr(loop, "check", lambda _: None)
+    monkeypatch.setattr(programs, "check", lambda _: None)
     for num_jobs, sizes in ((2, [2, 2]), (3, [1, 1, 1, 1])):
         sweep.run_all(tiny_study(data_dir, grid=(("num_steps", (4, 8)),)), tmp_path / str(num_jobs), num_jobs)
         assert [len(group) for group in started.pop()] == sizes
@@ -313,7 +313,7 @@ def test_a_training_config_is_no_study(config):
 
 
 def test_a_signal_at_the_end_of_a_run_ends_the_study(data_dir, tmp_path, monkeypatch):
-    evaluate = loop.evaluate
+    evaluate = programs.evaluate
 
     def interrupted(program, state, split, **options):
         values = evaluate(program, state, split, **options)
@@ -321,7 +321,7 @@ def test_a_signal_at_the_end_of_a_run_ends_the_study(data_dir, tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
         return values
 
-    monkeypatch.setattr(loop, "evaluate", interrupted)
+    monkeypatch.setattr(programs, "evaluate", interrupted)
     study = tiny_study(data_dir, grid=(("optimizer.momentum", (0.9,)),))
     with pytest.raises(stopping.InterruptedRun, match=r"seed-0 is finished and saved"):
         sweep.run_all(study, tmp_path)

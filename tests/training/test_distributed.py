@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_cases.training import logbook, loop
+from cnn_cases.training import logbook, loop, programs
 from configs import lenet5_digits
 from tests.conftest import tiny_config
 
@@ -27,12 +27,12 @@ TRAIN = """
 import os, sys
 from absl import flags
 from cnn_cases import command
-from cnn_cases.training import loop
+from cnn_cases.training import programs
 import train
 
 number, steps = map(int, sys.argv[1:3])
 del sys.argv[1:3]
-make_program = loop.make_program
+make_program = programs.make_program
 
 
 def make(*arguments):
@@ -49,7 +49,7 @@ def make(*arguments):
     return program._replace(train=train)
 
 
-loop.make_program = make
+programs.make_program = make
 command.run(train.main)
 """
 
@@ -148,7 +148,7 @@ def unbroken(digits, tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does(digits, unbroken, tmp_path):
-    program = loop.make_program(digits[0], jax.devices()[:1])
+    program = programs.make_program(digits[0], jax.devices()[:1])
     result = loop.train_and_evaluate(digits[0], tmp_path, program=program, show_progress=False)
     assert "test/flip/error" in result["metrics"]
     assert_alike(rows(unbroken), rows(tmp_path))
@@ -247,7 +247,7 @@ def test_four_processes_share_a_stream(config, tmp_path):
     arguments = ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
     outcome = job(4, tmp_path / "four", arguments)
     assert [code for code, _ in outcome] == [0] * 4, outcome
-    program = loop.make_program(config, jax.devices()[:1])
+    program = programs.make_program(config, jax.devices()[:1])
     loop.train_and_evaluate(config, tmp_path / "one", program=program, show_progress=False)
     assert_alike(rows(tmp_path / "four"), rows(tmp_path / "one"))
 
@@ -274,7 +274,7 @@ def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_pat
 
 
 def test_processes_that_read_other_data_are_refused(digits, data_dir, tmp_path):
-    loop.make_program(digits[0])  # leaves the decoded set there
+    programs.make_program(digits[0])  # leaves the decoded set there
     shutil.copytree(data_dir, tmp_path / "tfds")
     (path,) = (tmp_path / "tfds").glob("digits/*/decoded/validation-image.npy")
     images = np.load(path)
@@ -284,7 +284,8 @@ def test_processes_that_read_other_data_are_refused(digits, data_dir, tmp_path):
     for code, errors in job(2, tmp_path / "run", digits[1], own=own):
         assert code == 2, errors
         assert re.search(
-            r"error: process 1 reads other data .*: data.splits.validation has 185 .* 185 th", errors
+            r"error: process 1 reads other data .*'validation': \[185, \d+\]\} there, .*\[185, \d+\]\} here",
+            errors,
         )
     assert not (tmp_path / "run").exists()
 

@@ -19,7 +19,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnn_cases import models
-from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, stopping
+from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, stopping
 from configs import resnet_digits
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
@@ -34,7 +34,7 @@ def rows(workdir):
 
 def last_state(workdir, program):
     """The state of the newest checkpoint."""
-    like = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
+    like = program.first_state(0)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", 1)
     try:
         return checkpoints.restore(like)[1]
@@ -45,7 +45,7 @@ def last_state(workdir, program):
 @pytest.fixture(scope="module")
 def program(data_dir):
     """Of the config `config`, compiled once for all tests."""
-    return loop.make_program(tiny_config(data_dir), jax.devices()[:1])
+    return programs.make_program(tiny_config(data_dir), jax.devices()[:1])
 
 
 def test_a_run_learns_and_leaves_its_figures(config, tmp_path, program):
@@ -71,7 +71,8 @@ def test_a_run_compiles_its_steps_and_no_program_for_each_shape(config, tmp_path
 
 
 def test_what_a_row_needs_waits_for_no_later_step(config, tmp_path):
-    program = loop.make_program(config, jax.devices()[:1])  # on one device, calls are ahead of what is read
+    # On one device, calls are ahead of what is read.
+    program = programs.make_program(config, jax.devices()[:1])
     calls = []
 
     def train(state, *others):
@@ -194,14 +195,14 @@ def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
         return program.evaluate(state, arrays, batch)
 
     config.checkpoint.every_steps = 0
-    program_4 = loop.make_program(config, jax.devices()[:1])._replace(evaluate=evaluate)
+    program_4 = programs.make_program(config, jax.devices()[:1])._replace(evaluate=evaluate)
     with pytest.raises(stopping.InterruptedRun, match="saved after step 4"):
         run(config, tmp_path, program_4)
     assert last_state(tmp_path, program).step == 4
 
 
 def test_a_prediction_can_be_ended_on_the_way(program):
-    state = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
+    state = program.first_state(0)
     calls = itertools.count(1)
 
     def heed():
@@ -209,7 +210,7 @@ def test_a_prediction_can_be_ended_on_the_way(program):
             raise KilledError
 
     with pytest.raises(KilledError):
-        loop.predict(program, state, "test", "single", batch_size=200, heed=heed)
+        programs.predict(program, state, "test", "single", batch_size=200, heed=heed)
     assert next(calls) == 4  # there are more examples
 
 
@@ -281,14 +282,14 @@ def test_names_of_splits_that_would_leave_the_workdir_are_refused(config):
     with config.unlocked():
         config.data.splits["/x"] = "test"
     with pytest.raises(ValueError, match=r"data.splits names '/x'; such a name must be a word"):
-        loop.make_program(config)
+        programs.make_program(config)
 
 
 def test_several_steps_a_call_give_the_same_run(config, tmp_path, unbroken):
     config.steps_per_call = 2
     config.log_every_steps = 4
     config.evaluation.every_steps = 4
-    program = loop.make_program(config, jax.devices()[:1])
+    program = programs.make_program(config, jax.devices()[:1])
     run(config, tmp_path / "scanned", program)
     ours, theirs = last_state(tmp_path / "scanned", program), last_state(unbroken, program)
     assert ours.step == theirs.step
@@ -316,7 +317,7 @@ def test_an_open_number_of_steps_a_call_goes_by_the_device_and_the_intervals(con
     def chosen(platform="gpu", **changes):
         changed = copy.deepcopy(config)
         changed.update_from_flattened_dict(changes)
-        return loop.steps_per_call(changed, platform)
+        return programs.steps_per_call(changed, platform)
 
     assert chosen() == chosen("tpu") == 50
     assert chosen("cpu") == 1
@@ -352,7 +353,7 @@ def streamed(config):
 
 
 def test_a_killed_and_resumed_stream_is_the_unbroken_one_to_the_bit(config, tmp_path):
-    program = loop.make_program(streamed(config), jax.devices()[:1])
+    program = programs.make_program(streamed(config), jax.devices()[:1])
     run(config, tmp_path / "unbroken", program)
     with pytest.raises(KilledError):
         run(config, tmp_path / "killed", stop_after(program, 7, kill))
@@ -366,7 +367,7 @@ def test_a_killed_and_resumed_stream_is_the_unbroken_one_to_the_bit(config, tmp_
 def assert_devices_change_nothing_but_rounding(config, workdir):
     figures = {}
     for count in (1, 2, 4):
-        run(config, workdir / str(count), loop.make_program(config, jax.devices()[:count]))
+        run(config, workdir / str(count), programs.make_program(config, jax.devices()[:count]))
         figures[count] = rows(workdir / str(count))
     assert any("running/loss" in row for row in figures[1])
     for count in (2, 4):
@@ -391,8 +392,8 @@ def test_without_global_batch_statistics_the_number_of_devices_matters(data_dir)
     for count, together in ((1, True), (4, True), (4, False)):
         config = tiny_resnet(data_dir)
         config.sync_batch_norm = together
-        program = loop.make_program(config, jax.devices()[:count])
-        state = devices.replicate(loop.first_state(config, program), program.devices)
+        program = programs.make_program(config, jax.devices()[:count])
+        state = devices.replicate(program.first_state(config.seed), program.devices)
         batch = jax.tree.map(lambda leaf: leaf[None], next(program.feed.train_batches(config.seed, 0)))
         _, metrics = program.train(state, program.arrays, devices.shard(batch, count, axis=1))
         first_losses.append(metrics["loss"].item())
@@ -403,7 +404,7 @@ def test_without_global_batch_statistics_the_number_of_devices_matters(data_dir)
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_evaluation_counts_every_example_exactly_once(num_devices, config):
     config.evaluation.batch_size = 48  # 185 = 3 * 48 + 41
-    program = loop.make_program(config, jax.devices()[:num_devices])
+    program = programs.make_program(config, jax.devices()[:num_devices])
     counts = []
 
     def evaluate(state, arrays, batch):
@@ -411,8 +412,8 @@ def test_evaluation_counts_every_example_exactly_once(num_devices, config):
         counts.append(float(sums["count"]))
         return sums
 
-    state = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
-    values = loop.evaluate(program._replace(evaluate=evaluate), state, "validation")
+    state = program.first_state(0)
+    values = programs.evaluate(program._replace(evaluate=evaluate), state, "validation")
     assert (sum(counts), len(counts)) == (185, 4)
     whole = [batch["index"][batch["mask"] == 1] for batch in program.feed.eval_batches("validation")]
     image, label = program.feed.prepare(program.feed.arrays, {"index": np.concatenate(whole)}, None)
@@ -424,10 +425,10 @@ def test_evaluation_counts_every_example_exactly_once(num_devices, config):
 def test_the_single_view_of_a_stream_is_the_one_that_the_loop_evaluates(crop, config):
     config = streamed(config)
     config.data.crop.name = crop
-    program = loop.make_program(config, jax.devices()[:1])
-    state = loop.init_state(program.model, program.tx, program.feed.image_shape, 0)
-    expected = loop.evaluate(program, state, "test")
-    found = predictions.scores(*loop.predict(program, state, "test", "single", batch_size=200))
+    program = programs.make_program(config, jax.devices()[:1])
+    state = program.first_state(0)
+    expected = programs.evaluate(program, state, "test")
+    found = predictions.scores(*programs.predict(program, state, "test", "single", batch_size=200))
     assert found["error"] == pytest.approx(expected["test/error"])
     assert found["loss"] == pytest.approx(expected["test/loss"], rel=1e-5)
 
@@ -436,7 +437,7 @@ def test_computing_in_bfloat16_leaves_float32_parameters(data_dir, tmp_path):
     config = tiny_resnet(data_dir)
     config.num_steps = 2
     config.dtype = "bfloat16"
-    program = loop.make_program(config, jax.devices()[:1])
+    program = programs.make_program(config, jax.devices()[:1])
     run(config, tmp_path, program)
     state = last_state(tmp_path, program)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
@@ -475,7 +476,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 def test_a_learning_rate_out_of_all_bounds_diverges_for_real(config, tmp_path):
     config.optimizer.learning_rate = 1e20
     with pytest.raises(loop.DivergedError, match="diverged at step"):
-        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+        run(config, tmp_path, programs.make_program(config, jax.devices()[:1]))
 
 
 def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, tmp_path):
@@ -484,7 +485,7 @@ def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, t
     config.log_every_steps = 1
     config.optimizer.learning_rate = 1e38
     with pytest.raises(loop.DivergedError, match=r"diverged at step 1: .*; there is no checkpoint yet"):
-        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+        run(config, tmp_path, programs.make_program(config, jax.devices()[:1]))
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
 
 
@@ -526,7 +527,7 @@ def test_a_profile_is_of_the_calls_in_which_its_steps_are(config, tmp_path):
     config.log_every_steps = 4
     config.profile_steps = (6, 9)
     config.evaluation.final_splits = ("test",)
-    run(config, tmp_path, loop.make_program(config, jax.devices()[:1])._replace(steps_per_call=4))
+    run(config, tmp_path, programs.make_program(config, jax.devices()[:1])._replace(steps_per_call=4))
     assert calls_of_profile(tmp_path) == 2  # of steps 5 to 8 and 9 to 12
 
 
@@ -537,7 +538,7 @@ def test_steps_are_not_skipped_for_ever(config, tmp_path):
     config.optimizer.learning_rate = 1e38
     config.schedule.warmup_steps = 0
     with pytest.raises(loop.DivergedError, match=r"at step 1\d: 10 steps in a row had to be skipped"):
-        run(config, tmp_path, loop.make_program(config, jax.devices()[:1]))
+        run(config, tmp_path, programs.make_program(config, jax.devices()[:1]))
 
 
 def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_batches_if_the_config_says_so(
@@ -612,7 +613,7 @@ def test_augmentation_depends_neither_on_devices_nor_on_microbatches(config, tmp
     only_train(config)
     config.num_microbatches = 3
     for count in (1, 2):
-        run(config, tmp_path / str(count), loop.make_program(config, jax.devices()[:count]))
+        run(config, tmp_path / str(count), programs.make_program(config, jax.devices()[:count]))
         np.testing.assert_allclose(losses_of(tmp_path / str(count)), losses_of(unbroken), rtol=1e-3)
 
 
@@ -622,7 +623,7 @@ def test_mixing_does_not_depend_on_devices(config, tmp_path):
     only_train(config)
     losses = []
     for count in (1, 2):  # tests/data/test_resident.py has four
-        run(config, tmp_path / str(count), loop.make_program(config, jax.devices()[:count]))
+        run(config, tmp_path / str(count), programs.make_program(config, jax.devices()[:count]))
         losses += losses_of(tmp_path / str(count))
     np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
 
@@ -634,7 +635,7 @@ def test_a_loss_of_one_class_refuses_mixed_examples(key, config):
     with pytest.raises(
         ValueError, match=rf"data.augment.{key} = 0.2 gives an example shares of two classes, .*'rbf_map'"
     ):
-        loop.make_program(config)
+        programs.make_program(config)
 
 
 def change(config, key, value):
