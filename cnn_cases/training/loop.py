@@ -317,26 +317,29 @@ class _Training:
         Raises:
           DivergedError, InterruptedRun, OSError: see `train_and_evaluate`.
         """
-        num_steps, final, resumed = self._config.num_steps, None, not evaluated
-        while resumed or step < num_steps:
-            if not resumed:
-                step = self._call(step)
-            last = step == num_steps
-            values = {}
-            if last or _is_due(step, self._config.evaluation.every_steps):
-                values = self._evaluate(step)
+        config, values = self._config, {}
+        if not evaluated:
+            values = self._evaluate(step)
+            if values is None:
+                self._interrupt(step, self._stop.number)
+            self._checkpoints.note_error(step, self._error_of(values))
+        while step < config.num_steps:
+            step = self._call(step)
+            last = step == config.num_steps
+            is_due = last or _is_due(step, config.evaluation.every_steps)
+            values = self._evaluate(step) if is_due else {}
             # Read once: it can come at any moment. Several processes go by what all have heard at one step.
-            stopping = self._heard if self._of_all else self._stop.number
-            if not resumed and (last or stopping or _is_due(step, self._config.checkpoint.every_steps)):
+            number = self._heard if self._of_all else self._stop.number
+            if last or number or _is_due(step, config.checkpoint.every_steps):
                 self._save(step, values, final=values if last else None)
-            if resumed and values is not None:
-                self._checkpoints.note_error(step, self._error_of(values))
-            if stopping and (not last or values is None):
-                devices_lib.from_lead(self._checkpoints.wait)  # or it would not be true
-                name = signal.Signals(stopping).name
-                raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", stopping)
-            final, resumed = values, False
-        return final
+            if number and (not last or values is None):
+                self._interrupt(step, number)
+        return values
+
+    def _interrupt(self, step, number):
+        devices_lib.from_lead(self._checkpoints.wait)  # or it would not be true
+        name = signal.Signals(number).name
+        raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", number)
 
     def _call(self, step):
         """Sends the next steps to the devices; returns how many are done after them."""
