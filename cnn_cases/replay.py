@@ -81,7 +81,7 @@ def replay(workdir, step=None, data_dir=""):
                 f"step = {step}: with on_nonfinite = 'rewind' the run may have gone back, and there is no "
                 f"checkpoint of step {last} or later to tell; name a step up to {max(saved, default=0)}"
             )
-        rewound_to = loop.rewinds_of(checkpoint.read_extra(workdir / "checkpoints", after))
+        rewound_to = checkpoint.read_extra(workdir / "checkpoints", after)["rewound_to"]
 
     def seed_after(done):
         if diverged and done >= diverged["checkpoint"]:

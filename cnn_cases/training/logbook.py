@@ -118,23 +118,20 @@ class Logbook:
 
         Args:
           step: number of steps done.
-          rows: what `flush` returned at that step; None where that is not known.
+          rows: what `flush` returned at that step; None for none, before the first step.
 
         Raises:
           ValueError: the rows up to `step` are not what they were, or no row can be written.
         """
         self.stop_profile()  # one that was under way where the run went back
         path = self._rows_path
-        if rows is None:
-            kept = [row for row in read_rows(path) if row["step"] <= step]
-            kept = "".join(json.dumps(row) + "\n" for row in kept).encode()
-        else:
-            kept = path.read_bytes()[: rows["bytes"]] if path.exists() else b""
-            if _mark(kept) != rows:
-                raise ValueError(
-                    f"{path} is damaged: its rows up to step {step} are not those that were there when step "
-                    f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
-                )
+        rows = rows or _mark(b"")
+        kept = path.read_bytes()[: rows["bytes"]] if path.exists() else b""
+        if _mark(kept) != rows:
+            raise ValueError(
+                f"{path} is damaged: its rows up to step {step} are not those that were there when step "
+                f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
+            )
         with _writing(self._workdir):
             if self._rows is not None:
                 self._rows.close()

@@ -190,7 +190,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         nonfinite = extra["nonfinite"] + nonfinite[saved:]
         if config.on_nonfinite == "rewind":
             # Where a damaged checkpoint was left out, it is an earlier one than was said.
-            rewound_to = rewinds_of(extra) + [min(kept, step) for kept in rewound_to[saved:]]
+            rewound_to = extra["rewound_to"] + [min(kept, step) for kept in rewound_to[saved:]]
         seed = seed_of_batches(config.seed, rewound_to, step)
         if step:
             rewinds = len(rewound_to)
@@ -209,8 +209,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         checkpoints=checkpoints,
                         stop=stop,
                     )
-                    # Older checkpoints do not tell: theirs was always done.
-                    final = training.run(step, evaluated=extra.get("evaluated", True))
+                    final = training.run(step, evaluated=extra["evaluated"])
             devices_lib.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
             devices_lib.from_lead(checkpoints.wait)
@@ -245,19 +244,18 @@ def _restore(state, log, checkpoints):
     Process 0 reads it for all.
     """
     restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
-    nothing = {"window": [], "nonfinite": [], "rewound_to": [], "final": None, "rows": None}
+    nothing = {
+        "window": [],
+        "nonfinite": [],
+        "rewound_to": [],
+        "evaluated": True,
+        "final": None,
+        "rows": None,
+    }
     step, state, extra = restored or (0, state, nothing)
     step, extra = devices_lib.from_lead(lambda: (step, extra))
     devices_lib.lead_first(lambda: log.start(step, extra["rows"]))
     return step, devices_lib.broadcast(state), extra
-
-
-def rewinds_of(extra):
-    """`rewound_to` of what was saved with a state, see `running.Running`; in rewind mode.
-
-    Of checkpoints from before it was kept only the number is known.
-    """
-    return extra.get("rewound_to", [0] * len(extra["nonfinite"]))
 
 
 def seed_of_batches(seed, rewound_to, step):

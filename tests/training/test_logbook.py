@@ -22,36 +22,41 @@ def open_log(workdir, config=CONFIG):
     )
 
 
-def write_rows(workdir, start, steps):
+def write_rows(workdir, steps, start=0, rows=None):
+    """Goes on after step `start`, whose mark is `rows`; returns the mark after the second row."""
     log = open_log(workdir)
-    log.start(start)
-    for step in steps:
+    log.start(start, rows)
+    for number, step in enumerate(steps, start=1):
         log.write(step, {"running/loss": step / 10})
+        if number == 2:
+            rows = log.flush()
     log.close()
+    return rows
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
-    write_rows(tmp_path, 0, [1, 2])
+    write_rows(tmp_path, [1, 2])
     rows = logbook.read_rows(tmp_path / "metrics.jsonl")
     assert rows == [{"step": 1, "running/loss": 0.1}, {"step": 2, "running/loss": 0.2}]
 
 
 def test_rows_after_the_step_of_the_restart_are_dropped(tmp_path):
-    write_rows(tmp_path, 0, [1, 2, 3, 4])
-    write_rows(tmp_path, 2, [3])
+    mark = write_rows(tmp_path, [1, 2, 3, 4])
+    write_rows(tmp_path, [3], 2, mark)
     assert [row["step"] for row in logbook.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    write_rows(tmp_path, [1])
+    assert [row["step"] for row in logbook.read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
-def test_a_line_that_was_cut_short_is_dropped(tmp_path):
-    write_rows(tmp_path, 0, [1, 2])
+def test_a_line_that_was_cut_short_is_no_row(tmp_path):
+    write_rows(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-5])
-    write_rows(tmp_path, 2, [3])
-    assert [row["step"] for row in logbook.read_rows(path)] == [1, 3]
+    assert [row["step"] for row in logbook.read_rows(path)] == [1]
 
 
 def test_a_line_in_the_middle_that_is_no_row_is_an_error_with_its_number(tmp_path):
-    write_rows(tmp_path, 0, [1, 2, 3])
+    write_rows(tmp_path, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes().splitlines(keepends=True)
     for spoiled in (b"#####\n", b"\xff\xfe\n", b"3\n", b"{}\n"):
@@ -60,20 +65,8 @@ def test_a_line_in_the_middle_that_is_no_row_is_an_error_with_its_number(tmp_pat
             logbook.read_rows(path)
 
 
-def marked_rows(workdir):
-    """Rows of the steps 1 to 4; returns the mark after the second."""
-    log = open_log(workdir)
-    log.start(0)
-    log.write(1, {"running/loss": 0.1})
-    log.write(2, {"running/loss": 0.2})
-    mark = log.flush()
-    log.write(3, {"running/loss": 0.3})
-    log.close()
-    return mark
-
-
 def test_rows_are_those_of_the_mark_or_refused(tmp_path):
-    mark = marked_rows(tmp_path)
+    mark = write_rows(tmp_path, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     for damaged in (b"", whole[:40], b"#" + whole[1:], whole.replace(b"0.2", b"0.1"), None):
@@ -163,7 +156,7 @@ def test_a_damaged_result_is_named(content, tmp_path):
 
 
 def test_a_run_without_its_config_is_nobodys(tmp_path):
-    write_rows(tmp_path, 0, [1])
+    write_rows(tmp_path, [1])
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"holds metrics\.jsonl, but no config\.json"):
         open_log(tmp_path)
@@ -194,7 +187,7 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
-    write_rows(tmp_path, 0, [1, 2])
+    write_rows(tmp_path, [1, 2])
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents")
     assert b"running/loss" in events.read_bytes()

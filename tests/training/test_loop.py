@@ -268,16 +268,6 @@ def test_deleted_checkpoints_do_not_make_a_run_start_anew(config, tmp_path, prog
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_from_before_rows_were_checked_will_do(config, tmp_path, program, unbroken, monkeypatch):
-    flush = logbook.Logbook.flush
-    monkeypatch.setattr(logbook.Logbook, "flush", lambda log: flush(log) and None)
-    with pytest.raises(KilledError):
-        run(config, tmp_path, stop_after(program, 6, kill))
-    monkeypatch.undo()
-    run(config, tmp_path, program)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-
-
 def test_names_of_splits_that_would_leave_the_workdir_are_refused(config):
     with config.unlocked():
         config.data.splits["/x"] = "test"
@@ -569,10 +559,6 @@ def test_a_run_does_not_go_back_for_ever(config, tmp_path, program):
     assert caught.value.step == 7
     seed = json.loads((tmp_path / "result.json").read_text())["seed_of_batches"]
     assert seed == loop.seed_of_batches(config.seed, [4] * loop.MAX_REWINDS, 4)
-
-
-def test_of_a_checkpoint_from_before_they_were_kept_only_the_number_of_rewinds_is_known():
-    assert loop.rewinds_of({"nonfinite": [7, 9]}) == [0, 0]
 
 
 def test_a_checkpoint_of_a_signal_counts_its_own_rewinds(config, tmp_path, program):
