@@ -22,7 +22,7 @@ class Mean(nn.Module):
 
 
 def halve(window=3):
-    """`inception.halve`."""
+    """`layers.halve`."""
     return nn.MaxPool2d(window, 2, ceil_mode=True)
 
 

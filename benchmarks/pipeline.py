@@ -20,6 +20,7 @@ stream is held to one core besides.
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -80,7 +81,7 @@ class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
 
 
 def resident_feed(data_dir, turns, steps_a_turn, dtype):
-    """Seconds a step, of the feed and of a fixed batch, and the overhead in percent, each of every turn."""
+    """Seconds a step, of the feed and of a fixed batch, and the overhead in percent, each over the turns."""
     config = _cifar10_or_digits(data_dir)
     config.dtype = dtype
     program = programs.make_program(config, jax.local_devices()[:1])
@@ -183,7 +184,7 @@ def _beside_bare(run, config, program, turns, num_steps):
 
 
 def streams(name, data_dir, turns, batches_a_turn):
-    """Images a second of one core, of our feed and of its peers, each of every turn."""
+    """Images a second of one core, of our feed and of its peers, each over the turns."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})  # of this thread and those that it starts
     try:
@@ -230,18 +231,14 @@ def _our_batches(name, data_dir):
         yield batch
 
 
-_FEEDS = {}
-
-
+@functools.cache
 def _our_feed(name, data_dir):
-    if name not in _FEEDS:
-        data = common.get_config().data
-        data.name, data.data_dir, data.feed, data.image_size = name, data_dir, "stream", IMAGE_SIZE
-        data.splits = {"train": "train"}
-        data.crop.name = "area"
-        data.stream.buffer = 1
-        _FEEDS[name] = feeds.make_feed(**data, batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE)
-    return _FEEDS[name]
+    data = common.get_config().data
+    data.name, data.data_dir, data.feed, data.image_size = name, data_dir, "stream", IMAGE_SIZE
+    data.splits = {"train": "train"}
+    data.crop.name = "area"
+    data.stream.buffer = 1
+    return feeds.make_feed(**data, batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE)
 
 
 def _tf_dataset(name, data_dir, path):

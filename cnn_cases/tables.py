@@ -32,8 +32,15 @@ def markdown(rows, words=()):
 def comma_separated(rows):
     """The same as CSV; cells may be numbers, too."""
     out = io.StringIO()
-    csv.writer(out).writerows(rows)
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
+
+
+def render(rows, form, words=()):
+    """The rows as "text", "markdown" or "csv"; see `aligned`."""
+    if form == "csv":
+        return comma_separated(rows)
+    return (markdown if form == "markdown" else aligned)(rows, words)
 
 
 def mean_and_deviation(values, digits):

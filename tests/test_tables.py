@@ -14,7 +14,7 @@ def test_markdown_says_so_by_its_rule():
 
 
 def test_csv_quotes_what_needs_it():
-    assert tables.comma_separated([["a, b", 1.5], ["", 2]]) == '"a, b",1.5\r\n,2\r\n'
+    assert tables.comma_separated([["a, b", 1.5], ["", 2]]) == '"a, b",1.5\n,2\n'
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ have totals of their own.
 import argparse
 import collections
 import contextlib
-import csv
-import io
 import json
 import math
 import pathlib
@@ -322,16 +320,14 @@ def render(reports, form):
     if form == "json":
         return json.dumps([_as_dict(report) for report in reports], indent=2) + "\n"
     if form == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["config", *Layer._fields])
+        lines = [["config", *Layer._fields]]
         for report in reports:
             for layer in report.layers:
                 cells = layer._replace(
                     kernel=_times(layer.kernel), stride=_times(layer.stride), output=_times(layer.output)
                 )
-                writer.writerow([report.config, *cells])
-        return out.getvalue()
+                lines.append([report.config, *cells])
+        return tables.comma_separated(lines)
     parts = [f"{_title(report)}\n\n{_table(_rows(report), form)}" for report in reports]
     if len(reports) > 1:
         parts.append(f"Side by side\n\n{_table(_comparison(reports), form)}")
@@ -407,7 +403,7 @@ def _comparison(reports):
 
 def _table(rows, form):
     words = [number for number, title in enumerate(rows[0]) if title in ("layer", "kind", "config")]
-    return (tables.markdown if form == "markdown" else tables.aligned)(rows, words)
+    return tables.render(rows, form, words)
 
 
 def _times(shape):

@@ -96,6 +96,4 @@ def table(rows, titles, form):
                 cells.append("" if mean is None else f"{100 * mean:z.2f}")
                 cells.append(f"{100 * ends[0]:z.2f} to {100 * ends[1]:z.2f}" if ends else "")
         lines.append([*cells, str(row["pairs"]), str(row["left_out"])])
-    if form == "csv":
-        return tables.comma_separated(lines)
-    return (tables.markdown if form == "markdown" else tables.aligned)(lines)
+    return tables.render(lines, form)

@@ -110,12 +110,12 @@ def table(record, form):
                 values = row[f"{kind} {name}"]
                 mean = statistics.mean(values) if values else ""
                 lines[-1] += [mean, statistics.stdev(values) if len(values) > 1 else "", len(values)]
-        return tables.comma_separated(lines)
+        return tables.render(lines, form)
     heads = [f"{kind} {titles[name]}{' %' * name.endswith('error')}" for kind, name in columns]
     lines = [["depth", *code, *heads]]
     for row in rows:
         lines.append([str(row["depth"]), *(row[key] for key in code), *(_cell(row, *one) for one in columns)])
-    return (tables.markdown if form == "markdown" else tables.aligned)(lines)
+    return tables.render(lines, form)
 
 
 def draw_panels(record, curves):

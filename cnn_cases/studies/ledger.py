@@ -15,11 +15,12 @@ by the head of the run's config.
 
 import argparse
 import collections
-import copy
 import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
+
+from flax import traverse_util
 
 from cnn_cases import tables
 from cnn_cases.studies import records
@@ -227,26 +228,15 @@ def collect(studies):
 
 def config_of(study, point):
     """The config of a point of a study, as `sweep.expand` makes it: the base, the point, its adjustments."""
-    config = copy.deepcopy(study["base"])
-    for key, value in (*point.items(), *records.adjustments(study, point)):
-        *groups, last = key.split(".")
-        owner = config
-        for group in groups:
-            owner = owner[group]
-        owner[last] = value
-    return config
+    flat = traverse_util.flatten_dict(study["base"], sep=".")
+    return traverse_util.unflatten_dict(flat | point | dict(records.adjustments(study, point)), sep=".")
 
 
 def recipe(config):
-    """A config without what no result depends on."""
-    left = copy.deepcopy(config)
-    for key in ASIDE:
-        *groups, last = key.split(".")
-        owner = left
-        for group in groups:
-            owner = owner.get(group, {})
-        owner.pop(last, None)
-    return left
+    """A config without what no result depends on, as {key with its place: value}."""
+    flat = traverse_util.flatten_dict(config, sep=".")
+    groups = tuple(f"{key}." for key in ASIDE)
+    return {key: value for key, value in flat.items() if key not in ASIDE and not key.startswith(groups)}
 
 
 def counterpart(config, metric):

@@ -53,16 +53,12 @@ class Checkpoints:
         """Opens or creates `directory`.
 
         Args:
-          directory: where the checkpoints lie, one directory a step.
-          keep_last: how many of the latest are kept, besides the one with the lowest `error`.
+          directory: where the checkpoints lie, one directory a step; one that `check_path` has passed.
+          keep_last: how many of the latest, at least one, are kept, besides the one with the lowest `error`.
 
         Raises:
-          ValueError: `keep_last` is below 1, or the path is not possible; see `check_path`.
           OSError: `directory` cannot be made.
         """
-        check_path(directory)
-        if keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last = {keep_last} must be 1 or more")
         self._directory = pathlib.Path(directory).absolute()
         self._newest = self._directory.with_name(NEWEST)
         self._directory.mkdir(parents=True, exist_ok=True)

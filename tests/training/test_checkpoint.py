@@ -253,8 +253,3 @@ def test_nothing_in_a_checkpoint_is_unpickled(two_checkpoints, tmp_path):
             (newest / "checksums.json").write_text(json.dumps(sums))
         restore(copy / "checkpoints")
         assert not trace.exists(), file
-
-
-def test_keeping_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint.keep_last = 0 must be 1 or more"):
-        Checkpoints(tmp_path, 0)
