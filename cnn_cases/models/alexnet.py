@@ -41,7 +41,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import MAX_DENSE_FEATURES, Conv, Dropout, local_response_norm, max_pool
+from cnn_cases.models.layers import (
+    MAX_DENSE_FEATURES,
+    Conv,
+    Dropout,
+    check_image_size,
+    local_response_norm,
+    max_pool,
+)
 
 
 class Variant(NamedTuple):
@@ -99,11 +106,7 @@ class AlexNet(nn.Module):
         variant = VARIANTS[self.variant]
         # One pixel is left after the three poolings of 3, of 7, of 15 pixels; 15 takes 14 * 4 + 11 = 67.
         smallest = 67 - 2 * variant.padding
-        if min(x.shape[1:3]) < smallest:
-            raise ValueError(
-                f"AlexNet {self.variant} needs images of at least {smallest}x{smallest} pixels, "
-                f"got {x.shape[1]}x{x.shape[2]} (data.image_size, data.border)"
-            )
+        check_image_size(f"AlexNet {self.variant}", x, smallest)
 
         def conv(number, size, stride, padding, bias):
             return Conv(

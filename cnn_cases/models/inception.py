@@ -46,7 +46,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, halve, local_response_norm, max_pool
+from cnn_cases.models.layers import (
+    BatchNorm,
+    ConvUnit,
+    Dropout,
+    check_image_size,
+    halve,
+    local_response_norm,
+    max_pool,
+)
 
 # Filters of each module, by the columns of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -182,18 +190,9 @@ class GoogLeNet(nn.Module):
         """
         # The side branches' parameters have to exist although the initialising call is not a training call.
         run_sides = self.side_branches and (train or self.is_initializing())
-        height, width = x.shape[1:3]
-        if run_sides and min(height, width) < 79:
-            raise ValueError(
-                f"GoogLeNet with side branches needs images of at least 79x79 pixels, got "
-                f"{height}x{width} (data.image_size, data.border); without them "
-                "(model.side_branches = False) it needs 31x31"
-            )
-        if min(height, width) < 31:
-            raise ValueError(
-                f"GoogLeNet needs images of at least 31x31 pixels, got {height}x{width} "
-                "(data.image_size, data.border)"
-            )
+        check_image_size("GoogLeNet", x, 31)
+        if run_sides:
+            check_image_size("GoogLeNet with its side branches (model.side_branches)", x, 79)
         norm = functools.partial(
             BatchNorm,
             use_running_average=not train,

@@ -52,7 +52,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, max_pool
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, check_image_size, max_pool
 
 # Filters of the pool projection in the modules of figure 5, and of the 7-pixel windows in those of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}
@@ -240,18 +240,9 @@ class InceptionV3(nn.Module):
         """
         # The side branch's parameters have to exist although the initialising call is not a training call.
         run_side = self.side_branches and (train or self.is_initializing())
-        height, width = x.shape[1:3]
-        if run_side and min(height, width) < 299:
-            raise ValueError(
-                f"Inception-v3 with its side branch needs images of at least 299x299 pixels, got "
-                f"{height}x{width} (data.image_size, data.border); without it "
-                "(model.side_branches = False) it needs 75x75"
-            )
-        if min(height, width) < 75:
-            raise ValueError(
-                f"Inception-v3 needs images of at least 75x75 pixels, got {height}x{width} "
-                "(data.image_size, data.border)"
-            )
+        check_image_size("Inception-v3", x, 75)
+        if run_side:
+            check_image_size("Inception-v3 with its side branch (model.side_branches)", x, 299)
         norm = functools.partial(
             BatchNorm,
             use_running_average=not train,

@@ -233,6 +233,16 @@ class BatchNorm(nn.Module):
         return (x * factor + (bias - mean * factor)).astype(self.dtype)
 
 
+def check_image_size(network, x, smallest):
+    """Raises ValueError where images x [B, H, W, C] have a side below `smallest` pixels."""
+    height, width = x.shape[1:3]
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"{network} needs images of at least {smallest}x{smallest} pixels, got {height}x{width} "
+            "(data.image_size, data.border)"
+        )
+
+
 def max_pool(x, window_shape, strides, padding="VALID"):
     """`nn.max_pool`, written so that XLA is quick with its gradient on a CPU and on a GPU.
 

@@ -49,7 +49,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from cnn_cases.models.layers import Conv
+from cnn_cases.models.layers import Conv, check_image_size
 
 # Table I: the maps of S2 that feed each of C3's sixteen maps.
 C3_INPUTS = (
@@ -130,11 +130,7 @@ class LeNet5(nn.Module):
           ValueError: the image is smaller than 16x16.
         """
         del train  # no layer behaves differently in training
-        if min(x.shape[1:3]) < 16:
-            raise ValueError(
-                f"LeNet-5 needs images of at least 16x16 pixels, got {x.shape[1]}x{x.shape[2]} "
-                "(data.image_size, data.border)"
-            )
+        check_image_size("LeNet-5", x, 16)
         x = nn.relu(Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
         x = nn.relu(Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Conv, Dropout, halve
+from cnn_cases.models.layers import Conv, Dropout, check_image_size, halve
 
 
 class MLPConv(nn.Module):
@@ -123,12 +123,7 @@ class NIN(nn.Module):
         """
         if self.variant not in VARIANTS:
             raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
-        smallest = SMALLEST[self.variant]
-        if min(x.shape[1:3]) < smallest:
-            raise ValueError(
-                f"NIN {self.variant} needs images of at least {smallest}x{smallest} pixels, "
-                f"got {x.shape[1]}x{x.shape[2]} (data.image_size, data.border)"
-            )
+        check_image_size(f"NIN {self.variant}", x, SMALLEST[self.variant])
         for number, stage in enumerate(VARIANTS[self.variant], start=1):
             if number > 1:
                 x = halve(x)

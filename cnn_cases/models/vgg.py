@@ -41,6 +41,7 @@ from cnn_cases.models.layers import (
     BatchNorm,
     Conv,
     Dropout,
+    check_image_size,
     local_response_norm,
     max_pool,
 )
@@ -110,13 +111,7 @@ class VGG(nn.Module):
                 f"model.dense_features = {self.dense_features} must be between 1 and {MAX_DENSE_FEATURES}"
             )
         last_map = self.image_size // 32
-        smallest = last_map * 32
-        if min(x.shape[1:3]) < smallest:
-            raise ValueError(
-                f"VGG with model.image_size = {self.image_size} needs images of at least "
-                f"{smallest}x{smallest} pixels, got {x.shape[1]}x{x.shape[2]}; "
-                "set model.image_size to the size of the training images (data.image_size, data.border)"
-            )
+        check_image_size(f"VGG with model.image_size = {self.image_size}", x, last_map * 32)
         conv = functools.partial(
             Conv,
             padding=0,
