@@ -7,12 +7,9 @@ from flax import linen as nn
 from cnn_cases.models import make_model
 from cnn_cases.models.alexnet import VARIANTS, AlexNet
 from cnn_cases.models.layers import Dropout, local_response_norm
+from tests.models.tracing import count
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "dense1", "dense2", "logits"]
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize(

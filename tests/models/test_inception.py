@@ -1,15 +1,23 @@
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from cnn_cases.models import make_model
 from cnn_cases.models.inception import TABLE_1, GoogLeNet, InceptionModule, NaiveInceptionModule, halve
 from cnn_cases.models.layers import BatchNorm, Dropout
+from tests.models.tracing import (
+    apply,
+    count,
+    image_shape,
+    modules_of_initialisation,
+    output_shapes,
+    trace_initialisation,
+    variable_shapes,
+    visited,
+)
 
 # Table 1 of the paper: output channels of each module, and its parameters as added up in the file's head.
 MODULES = {
@@ -34,50 +42,6 @@ LECTURE_FILTERS = {
     "conv_5x5": 32,
     "project_pool": 32,
 }
-
-
-def image_shape(size, channels=3):
-    return jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
-
-
-def trace_initialisation(model, size, channels=3):
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image_shape(size, channels))
-
-
-variable_shapes = functools.cache(trace_initialisation)
-
-
-def apply(model, variables, x, train):
-    rngs = {"dropout": jax.random.key(1)}
-    return model.apply(variables, x, train, rngs=rngs, mutable=["batch_stats"])[0]
-
-
-def output_shapes(model, variables, size, train):
-    return jax.eval_shape(lambda v, x: apply(model, v, x, train), variables, image_shape(size))
-
-
-def count(params):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def visited(call):
-    """Every module that `call` runs: path -> (module, shape of its output)."""
-    found = {}
-
-    def note(function, args, kwargs, context):
-        y = function(*args, **kwargs)
-        if context.method_name == "__call__" and hasattr(y, "shape"):
-            found["/".join(context.module.path)] = (context.module, y.shape)
-        return y
-
-    with nn.intercept_methods(note):
-        call()
-    return found
-
-
-@functools.cache
-def modules_of_initialisation(model, size):
-    return visited(lambda: trace_initialisation(model, size))
 
 
 def module_shapes(module, height, width, channels):

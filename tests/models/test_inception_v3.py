@@ -1,11 +1,7 @@
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from cnn_cases.models import make_model
 from cnn_cases.models.inception_v3 import (
@@ -18,6 +14,14 @@ from cnn_cases.models.inception_v3 import (
     average_in_place,
 )
 from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout
+from tests.models.tracing import (
+    apply,
+    count,
+    image_shape,
+    modules_of_initialisation,
+    output_shapes,
+    variable_shapes,
+)
 
 # Side of the map, channels and parameters, as in the file's head.
 STEM = {
@@ -41,46 +45,6 @@ MODULES = {
     "inception_7c": (8, 2048, 6_076_800),
 }
 ABOVE_THE_SIDE_BRANCH = {"inception_7a", "inception_7b", "inception_7c", "logits"}
-
-
-def image_shape(size, channels=3):
-    return jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
-
-
-def trace_initialisation(model, size, channels=3):
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image_shape(size, channels))
-
-
-variable_shapes = functools.cache(trace_initialisation)
-
-
-def apply(model, variables, x, train):
-    rngs = {"dropout": jax.random.key(1)}
-    return model.apply(variables, x, train, rngs=rngs, mutable=["batch_stats"])[0]
-
-
-def output_shapes(model, variables, size, train):
-    return jax.eval_shape(lambda v, x: apply(model, v, x, train), variables, image_shape(size))
-
-
-def count(params):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-@functools.cache
-def modules_of_initialisation(model, size):
-    """Every module of the net: path -> (module, shape of its output)."""
-    found = {}
-
-    def note(function, args, kwargs, context):
-        y = function(*args, **kwargs)
-        if context.method_name == "__call__" and hasattr(y, "shape"):
-            found["/".join(context.module.path)] = (context.module, y.shape)
-        return y
-
-    with nn.intercept_methods(note):
-        trace_initialisation(model, size)
-    return found
 
 
 def test_padding_counts_as_zeros_in_the_average_pool():

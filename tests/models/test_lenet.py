@@ -18,6 +18,7 @@ from cnn_cases.models.lenet import (
     digit_codes,
     squash,
 )
+from tests.models.tracing import count
 
 # What runs once had better compile fast: four times as fast as by default.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -38,10 +39,6 @@ def shapes(model, *image_shape):
         if layer != "__call__"
     }
     return variables["params"], outputs, state["intermediates"]["__call__"][0]
-
-
-def count(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def init(model, image):

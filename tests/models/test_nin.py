@@ -7,6 +7,7 @@ from flax import linen as nn
 from cnn_cases.models import make_model
 from cnn_cases.models.layers import Dropout
 from cnn_cases.models.nin import NIN, MLPConv, halve
+from tests.models.tracing import count
 
 NETS = {"cifar": (NIN(), 32), "imagenet": (NIN(variant="imagenet", num_classes=1000), 224)}
 COUNTS = {
@@ -29,10 +30,6 @@ SHAPES = {  # input and output of each mlpconv
         ((6, 6, 384), (6, 6, 1000)),
     ],
 }
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize(("variant", "total"), [("cifar", 966_986), ("imagenet", 7_595_176)])

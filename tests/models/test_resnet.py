@@ -19,6 +19,7 @@ from cnn_cases.models.resnet import (
     identity_shortcut,
     make_layers,
 )
+from tests.models.tracing import count
 
 # What runs once had better compile fast: four times as fast as by default.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -46,10 +47,6 @@ def shapes(model, *image_shape):
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, *image_shape)), False))
     return variables, outputs
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def num_parameters(model, *image_shape):

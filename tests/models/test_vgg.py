@@ -7,6 +7,7 @@ from flax import linen as nn
 from cnn_cases.models import make_model, vgg
 from cnn_cases.models.layers import BatchNorm, Dropout, local_response_norm
 from cnn_cases.models.vgg import VARIANTS, VGG, glorot_dense
+from tests.models.tracing import count
 
 COUNTS = {  # without and with batch normalisation
     "A": (132_863_336, 132_868_840),
@@ -16,10 +17,6 @@ COUNTS = {  # without and with batch normalisation
     "D": (138_357_544, 138_365_992),
     "E": (143_667_240, 143_678_248),
 }
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""What tests of networks ask of one without computing anything."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def count(params):
+    """How many numbers a tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def image_shape(size, channels=3):
+    return jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+
+
+def trace_initialisation(model, size, channels=3):
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), image_shape(size, channels))
+
+
+variable_shapes = functools.cache(trace_initialisation)
+
+
+def apply(model, variables, x, train):
+    rngs = {"dropout": jax.random.key(1)}
+    return model.apply(variables, x, train, rngs=rngs, mutable=["batch_stats"])[0]
+
+
+def output_shapes(model, variables, size, train):
+    return jax.eval_shape(lambda v, x: apply(model, v, x, train), variables, image_shape(size))
+
+
+def visited(call):
+    """Every module that `call` runs: path -> (module, shape of its output)."""
+    found = {}
+
+    def note(function, args, kwargs, context):
+        y = function(*args, **kwargs)
+        if context.method_name == "__call__" and hasattr(y, "shape"):
+            found["/".join(context.module.path)] = (context.module, y.shape)
+        return y
+
+    with nn.intercept_methods(note):
+        call()
+    return found
+
+
+@functools.cache
+def modules_of_initialisation(model, size):
+    return visited(lambda: trace_initialisation(model, size))
