@@ -304,7 +304,7 @@ def _read_only(directory, step):
     except Exception as error:  # whatever a damaged file makes the libraries below raise
         raise ValueError(
             f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "
-            "nothing was changed; name another one by its step"
+            "nothing was changed; move it away, or name another one by its step"
         ) from error
 
 
