@@ -2,7 +2,7 @@
 
 Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` or, on a GPU,
 `devices.make_deterministic` sets, and under what else might help; on a CPU also with Flax's own convolutions
-and poolings in place of those of `cnn_cases.models.layers`. Each has a process of its own, which compiles
+and poolings in place of those of `cnn_cases.models.fast`. Each has a process of its own, which compiles
 once, on a GPU beside the others; then the processes take turns. Figures are medians over the turns with the
 lowest and the highest, a ratio the median of the ratios of a turn to that of the defaults. Flags that this
 version of XLA does not know end their process and are told.
@@ -15,7 +15,7 @@ from unittest import mock
 
 from benchmarks import contenders, record, throughput
 from cnn_cases import tables
-from cnn_cases.models import layers
+from cnn_cases.models import fast
 from cnn_cases.training import devices
 
 DEFAULTS, FLAX = "defaults", "chosen, Flax's layers"
@@ -58,8 +58,8 @@ DEFAULT_CASES = {
 
 def ours(case, dtype, layers_of_flax):
     """`throughput.ours`, with Flax's own layers where wanted."""
-    for_cpu = layers.is_for_cpu() and not layers_of_flax
-    with mock.patch.object(layers, "is_for_cpu", return_value=for_cpu):
+    for_cpu = fast.is_for_cpu() and not layers_of_flax
+    with mock.patch.object(fast, "is_for_cpu", return_value=for_cpu):
         return throughput.ours(case, dtype)
 
 

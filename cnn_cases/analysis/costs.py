@@ -44,10 +44,10 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from cnn_cases import settings, tables
-from cnn_cases.models import layers as model_layers
-from cnn_cases.models import make_model
+from cnn_cases.models import fast, make_model
+from cnn_cases.models.layers import BatchNorm
 
-KINDS = {nn.Conv: "conv", nn.Dense: "dense", model_layers.BatchNorm: "batch norm"}
+KINDS = {nn.Conv: "conv", nn.Dense: "dense", BatchNorm: "batch norm"}
 
 # Height, width and channels of the images, and number of classes, of the sets that configs are made for; no
 # size where the images differ in it.
@@ -206,8 +206,8 @@ def _trace(run, *inputs):
     poolings = (
         (nn, "max_pool", "max pool"),
         (nn, "avg_pool", "average pool"),
-        (model_layers, "max_pool_by_shifts", "max pool"),
-        (model_layers, "max_pool_by_place", "max pool"),
+        (fast, "max_pool_by_shifts", "max pool"),
+        (fast, "max_pool_by_place", "max pool"),
     )
     # Flax tells of its modules' methods; poolings are plain functions.
     with contextlib.ExitStack() as stack:

@@ -41,14 +41,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import (
-    MAX_DENSE_FEATURES,
-    Conv,
-    Dropout,
-    check_image_size,
-    local_response_norm,
-    max_pool,
-)
+from cnn_cases.models.fast import max_pool
+from cnn_cases.models.layers import MAX_DENSE_FEATURES, Conv, Dropout, check_image_size, local_response_norm
 
 
 class Variant(NamedTuple):

@@ -46,15 +46,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import (
-    BatchNorm,
-    ConvUnit,
-    Dropout,
-    check_image_size,
-    halve,
-    local_response_norm,
-    max_pool,
-)
+from cnn_cases.models.fast import max_pool
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, check_image_size, halve, local_response_norm
 
 # Filters of each module, by the columns of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.

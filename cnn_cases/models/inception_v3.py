@@ -52,7 +52,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, check_image_size, max_pool
+from cnn_cases.models.fast import max_pool
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, check_image_size
 
 # Filters of the pool projection in the modules of figure 5, and of the 7-pixel windows in those of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}

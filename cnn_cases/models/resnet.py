@@ -74,7 +74,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import BatchNorm, Conv, max_pool
+from cnn_cases.models.fast import max_pool
+from cnn_cases.models.layers import BatchNorm, Conv
 
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",

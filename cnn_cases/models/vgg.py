@@ -36,6 +36,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import (
     MAX_DENSE_FEATURES,
     BatchNorm,
@@ -43,7 +44,6 @@ from cnn_cases.models.layers import (
     Dropout,
     check_image_size,
     local_response_norm,
-    max_pool,
 )
 
 FILTERS = (64, 128, 256, 512, 512)  # of the convolutions of each stage

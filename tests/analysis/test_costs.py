@@ -15,8 +15,7 @@ from flax import linen as nn
 
 from cnn_cases.analysis import costs
 from cnn_cases.data import sources
-from cnn_cases.models import layers as model_layers
-from cnn_cases.models import make_model
+from cnn_cases.models import fast, make_model
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet, InceptionModule
 from cnn_cases.models.inception_v3 import InceptionV3
@@ -343,7 +342,7 @@ def test_an_input_of_several_branches_is_kept_once():
 @pytest.fixture
 def layers_of_accelerators(monkeypatch):
     """Those of a CPU multiply zeros, and keep patches of their input."""
-    monkeypatch.setattr(model_layers, "is_for_cpu", lambda: False)
+    monkeypatch.setattr(fast, "is_for_cpu", lambda: False)
 
 
 @pytest.mark.usefixtures("layers_of_accelerators")

@@ -1,0 +1,195 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from cnn_cases.models import fast
+from cnn_cases.models.fast import conv_general_dilated, max_pool
+
+PLAIN = dict(
+    lhs_dilation=(1, 1),
+    rhs_dilation=(1, 1),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=1,
+)
+
+
+def value_and_gradients(function, make_cotangent, *arguments):
+    """As one program: to compile one takes a fraction of the time of its operations one by one."""
+
+    def both(*arguments):
+        value, pull = jax.vjp(function, *arguments)
+        return value, pull(make_cotangent(value.shape))
+
+    return jax.jit(both)(*arguments)
+
+
+def assert_same_convolution(x, kernel, strides, padding, options):
+    """Ours against XLA's, in value and in both gradients."""
+    (ours, our_gradients), (xla, xla_gradients) = (
+        value_and_gradients(
+            lambda x, kernel, conv=conv: conv(x, kernel, strides, padding, **PLAIN | options),
+            lambda shape: np.random.default_rng(2).normal(size=shape).astype(np.float32),
+            x,
+            kernel,
+        )
+        for conv in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    np.testing.assert_allclose(ours, xla, atol=1e-5)
+    for one, other in zip(our_gradients, xla_gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Layers as they are written for a GPU, computed by what is here."""
+    monkeypatch.setattr(fast, "is_for_cpu", lambda: False)
+    monkeypatch.setattr(fast.jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("image_shape", "window", "filters", "padding", "size"),
+    [
+        ((32, 32, 16), 3, 16, ((1, 1), (1, 1)), 4),  # a ResNet for CIFAR-10, and its first layer
+        ((32, 32, 3), 3, 16, "SAME", 4),
+        ((9, 16, 8), 5, 16, "VALID", 4),
+        ((6, 16, 4), 4, 16, ((1, 2), (1, 2)), 4),
+        ((6, 24, 8), 3, 8, ((0, 0), (0, 2)), 8),
+        ((32, 32, 1), 5, 6, "VALID", 1),  # LeNet-5: ten pixels do not go into 32
+        ((14, 14, 6), 5, 16, "VALID", 1),
+        ((6, 8, 4), 2, 16, "VALID", 1),  # eight in, seven out
+        ((8, 8, 16), 1, 16, "VALID", 1),
+        ((8, 8, 32), 3, 16, "SAME", 1),
+        ((8, 8, 16), 3, 32, "SAME", 1),
+    ],
+    ids=str,
+)
+def test_wide_pixels_have_the_same_convolution(image_shape, window, filters, padding, size, monkeypatch):
+    asked = []
+    wide = fast.conv_of_wide_pixels
+    monkeypatch.setattr(
+        fast,
+        "conv_of_wide_pixels",
+        lambda *args, **options: asked.append(args[3]) or wide(*args, **options),
+    )
+    x = jax.random.normal(jax.random.key(0), (2, *image_shape))
+    kernel = 0.1 * jax.random.normal(jax.random.key(1), (window, window, image_shape[-1], filters))
+    assert_same_convolution(x, kernel, (1, 1), padding, {})
+    assert asked == [size] * (size > 1)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("strides", "options"),
+    [((2, 2), {}), ((1, 1), {"rhs_dilation": (2, 2)}), ((1, 1), {"feature_group_count": 2})],
+    ids=str,
+)
+def test_wide_pixels_are_for_plain_convolutions(strides, options, monkeypatch):
+    monkeypatch.setattr(fast, "conv_of_wide_pixels", pytest.fail)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 8))
+    channels = 8 // options.get("feature_group_count", 1)
+    kernel = 0.1 * jax.random.normal(jax.random.key(1), (3, 3, channels, 16))
+    assert_same_convolution(x, kernel, strides, "SAME", options)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), "SAME"])
+def test_the_matrix_product_is_the_convolution(size, window, stride, padding):
+    x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
+    kernel = jax.random.normal(jax.random.key(1), (window, window, 5, 4))
+    assert_same_convolution(x, kernel, (stride, stride), padding, {})
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "window", "stride", "padding"),
+    [
+        (32, 1, 5, 1, "VALID"),  # LeNet-5's first
+        (14, 6, 5, 1, "VALID"),  # and its second
+        (32, 3, 3, 1, "SAME"),  # a ResNet's first, for CIFAR-10
+        (13, 2, 3, 2, ((0, 2), (2, 3))),
+    ],
+)
+def test_the_banded_product_is_the_convolution(size, channels, window, stride, padding, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, size, size, channels))
+    kernel = jax.random.normal(jax.random.key(1), (window, window, channels, 4))
+
+    def text():
+        program = jax.jit(lambda x: conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN))
+        return program.lower(x).as_text()
+
+    assert "stablehlo.convolution" in text()  # of two images it is not worth to compile more
+    monkeypatch.setattr(fast, "_WORTH_A_BAND", 0)
+    assert "stablehlo.convolution" not in text()
+    assert_same_convolution(x, kernel, (stride, stride), padding, {})
+
+
+@pytest.mark.parametrize(
+    "options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}]
+)
+@pytest.mark.parametrize("size", [2, 8])
+def test_groups_and_dilation_are_xla_s(options, size):
+    x = jax.random.normal(jax.random.key(0), (3, size, size, 4))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4 // options.get("feature_group_count", 1), 6))
+    assert_same_convolution(x, kernel, (2, 2), ((2, 2), (2, 2)), options)
+
+
+def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
+    def loss(kernel, x):
+        y = conv_general_dilated(jnp.maximum(x, 0), kernel, (1, 1), ((1, 1), (1, 1)), **PLAIN)
+        return (y**2).sum()
+
+    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    program = jax.jit(jax.grad(loss)).lower(kernel, x).compile().as_text()
+    assert len(re.findall(r" maximum\(", program)) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("window", [(2, 2), (3, 3), (2, 3)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("padding", "dtype"),
+    [
+        ("VALID", jnp.float32),
+        ("SAME", jnp.float32),
+        (((0, 1), (0, 1)), jnp.bfloat16),
+        (((1, 1), (1, 0)), jnp.float32),
+    ],
+)
+def test_max_pool_is_flax_s_in_value_and_gradient(backend, window, strides, padding, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    # ReLU's zeros and small integers, so that many cells of a window are equal; and gradients that add up
+    # without rounding.
+    x = np.random.default_rng(0).integers(-4, 3, (2, 8, 9, 4)).clip(0).astype(dtype)
+    (ours, our_gradients), (flax, flax_gradients) = (
+        value_and_gradients(
+            lambda x, pool=pool: pool(x, window, strides, padding),
+            lambda shape: np.random.default_rng(1).integers(1, 5, shape).astype(dtype),
+            x,
+        )
+        for pool in (max_pool, nn.max_pool)
+    )
+    np.testing.assert_array_equal(ours, flax)
+    assert ours.dtype == dtype
+    np.testing.assert_array_equal(*our_gradients, *flax_gradients)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_max_pool_hides_no_nan(backend, place, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = jnp.ones((1, 4, 4, 1)).at[0, *place, 0].set(jnp.nan)
+    assert np.isnan(max_pool(x, (2, 2), (2, 2))).ravel().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("backend", "scatters"), [("cpu", False), ("gpu", False), ("tpu", True)])
+def test_max_pool_has_no_scatter_on_a_cpu_or_gpu_and_is_flax_s_on_a_tpu(backend, scatters, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((0, 1), (0, 1))).sum())
+    assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
