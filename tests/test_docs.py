@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from benchmarks import report
 from cnn_cases import models
-from cnn_cases.studies import depth_curves, ledger
+from cnn_cases.studies import depth_curves, ledger, records
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
@@ -364,12 +364,27 @@ def one_line(text):
     return " ".join(text.split())
 
 
+@functools.cache
+def heads():
+    """{name of a config: its docstring}."""
+    return {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("configs/*.py")}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/digits/*.json")), ids=name_of)
+def test_errors_on_digits_are_those_of_their_record(path):
+    runs = sorted(records.read(path)["runs"], key=lambda run: run["seed"])
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    errors = [f"{100 * run['metrics']['test/error']:.1f}" for run in runs]
+    head = one_line(heads()[path.stem])
+    assert f"Result: {errors[0]}, {errors[1]} and {errors[2]} % test error with seeds 0, 1 and 2" in head
+    assert f"({name_of(path)})" in head
+
+
 def test_results_are_quoted_from_the_heads_of_their_configs():
     quoted = {}
     for table in tables(ROOT / "docs/case_studies.md"):
         if table.titles == ["config", "measured"]:
             quoted |= {LINK.match(config)[1]: result for config, result in table.rows}
-    heads = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in ROOT.glob("configs/*.py")}
-    assert set(quoted) == set(heads) - {"__init__", "common"}
-    wrong = [name for name, result in quoted.items() if one_line(result) not in one_line(heads[name])]
+    assert set(quoted) == set(heads()) - {"__init__", "common"}
+    wrong = [name for name, result in quoted.items() if one_line(result) not in one_line(heads()[name])]
     assert [name for name in wrong if quoted[name] != "not yet measured"] == []
