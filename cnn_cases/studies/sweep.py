@@ -217,7 +217,10 @@ def make_record(study, workdir):
             raise ValueError(f"{run_dir} is not finished; start the study again, without --figures_only")
         logbook.check_owner(run_dir, run.config.to_dict())
         numbers = []
-        for start in logbook.read_environments(run_dir):
+        starts = logbook.read_environments(run_dir)
+        if not starts:
+            raise ValueError(f"{run_dir} has no environment.json, which tells its code; put it back")
+        for start in starts:
             if start not in environments:
                 environments.append(start)
             numbers.append(environments.index(start))

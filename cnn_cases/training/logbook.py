@@ -487,7 +487,10 @@ def read_environments(workdir):
       ValueError: the file is damaged.
     """
     path = pathlib.Path(workdir) / "environment.json"
-    return read_json(path, list, ANEW) if path.exists() else []
+    remedy = (
+        "put a whole copy of it back, or delete it, if the run has not ended: the next start writes it anew"
+    )
+    return read_json(path, list, remedy) if path.exists() else []
 
 
 def read_result(workdir):

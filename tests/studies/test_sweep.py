@@ -291,6 +291,13 @@ def test_a_record_can_be_of_a_part_of_a_study_and_of_no_other(finished, study, d
     assert json.loads((finished / "config.json").read_text())["seeds"] == [0, 1], "it is only read"
 
 
+def test_a_record_of_runs_of_unknown_code_is_refused(finished, study, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy/runs/momentum-0.0_flip-True_seed-1/environment.json").unlink()
+    with pytest.raises(ValueError, match=r"flip-True_seed-1 has no environment.json, which tells its code"):
+        sweep.make_record(study, tmp_path / "copy")
+
+
 def test_a_record_is_made_where_nothing_can_be_written(finished, study, monkeypatch):
     monkeypatch.setattr(logbook, "write_json", pytest.fail)
     study.base.data.data_dir = "/elsewhere"
