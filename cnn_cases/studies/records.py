@@ -91,7 +91,11 @@ def code_of(environment):
     The code is a checksum of what a training runs; older environments have the commit alone.
     """
     code = environment.get("code", environment["commit"])
-    return code, *sorted(environment["versions"].items()), *sorted(set(environment.get("devices", ())))
+    return code, *sorted(environment["versions"].items()), *_kinds_of_devices(environment)
+
+
+def _kinds_of_devices(environment):
+    return tuple(sorted(set(environment.get("devices", ()))))
 
 
 def split_by_code(record):
@@ -107,7 +111,7 @@ def split_by_code(record):
     versions = [environment["versions"] for environment in environments]
     packages = sorted({name for one in versions for name in one})
     changed = [name for name in packages if len({one.get(name) for one in versions}) > 1]
-    several_devices = len({tuple(one.get("devices", ())) for one in environments}) > 1
+    several_kinds = len(set(map(_kinds_of_devices, environments))) > 1
 
     def starts_of(run):
         return [environments[number] for number in run.get("environments", range(len(environments)))]
@@ -124,8 +128,8 @@ def split_by_code(record):
         commit = environment["commit"]
         parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with what follows of local changes
         parts += [f"{name} {environment['versions'].get(name)}" for name in changed]
-        if several_devices:
-            parts.append(f"on {', '.join(sorted(set(environment.get('devices', ('unknown',)))))}")
+        if several_kinds:
+            parts.append(f"on {', '.join(_kinds_of_devices(environment)) or 'unknown'}")
         if other_data:
             parts.append(f"data {zlib.crc32(data_of(environment).encode()):08x}")
         return " ".join(parts)

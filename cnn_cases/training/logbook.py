@@ -273,10 +273,7 @@ def claim(workdir, config, suits=None):
     check_owner(workdir, config, suits)
     path = pathlib.Path(workdir) / "config.json"
     config = _as_json(config)
-    if path.exists():
-        if read_json(path, dict, PUT_BACK) != config:
-            with _writing(workdir):
-                write_json(path, config)
+    if path.exists() and read_json(path, dict, PUT_BACK) == config:
         return
     with _writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
