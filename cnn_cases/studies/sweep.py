@@ -161,10 +161,11 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
     if num_jobs > len(groups):
         groups = [[run] for run in runs]  # seeds share what is compiled, but one process is too few here
-    # Now, and not after hours of other runs; the seeds are the same for all groups.
-    for run in (*groups[0], *(group[0] for group in groups[1:])):
-        if not (workdir / "runs" / run.name / "config.json").exists():
-            programs.check(run.config)
+    if not _was_checked(study, workdir):
+        # Now, and not after hours of other runs; the seeds are the same for all groups.
+        for run in (*groups[0], *(group[0] for group in groups[1:])):
+            if not (workdir / "runs" / run.name / "config.json").exists():
+                programs.check(run.config)
     with logbook.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
         logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"
@@ -176,6 +177,14 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
             ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
         for number, (name, news) in enumerate(ended, start=1):
             devices.tell(f"[{number}/{len(runs)}] {name}: {news}")
+
+
+def _was_checked(study, workdir):
+    """Whether an earlier start had this very study: its config.json is written when all runs are checked."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return False
+    return settings.from_json(logbook.read_json(path, dict, logbook.PUT_BACK)) == study.to_dict()
 
 
 def _is_part(study, known):

@@ -240,6 +240,18 @@ def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(
     assert json.loads(path.read_text())["seeds"] == [1]
 
 
+def test_a_later_start_checks_nothing_but_what_is_new(finished, data_dir, tmp_path, monkeypatch):
+    workdir, checked = tmp_path / "copy", []
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "runs/momentum-0.9_flip-True_seed-0")
+    monkeypatch.setattr(sweep.jobs, "run_here", lambda *_: [])
+    monkeypatch.setattr(programs, "check", lambda config: checked.append(config.seed))
+    sweep.run_all(tiny_study(data_dir), workdir)
+    assert checked == []
+    sweep.run_all(tiny_study(data_dir, seeds=(0, 1, 2)), workdir)
+    assert checked == [2, 0]  # of the first point the new seed, and of the others the one that is gone
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
