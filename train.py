@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cnn_cases import command
-from cnn_cases.training import devices, loop
+from cnn_cases.training import loop, processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of this run; process 0 alone uses it.")
@@ -35,7 +35,7 @@ _MEETING = flags.DEFINE_integer(
 
 def main():
     """Trains, or goes on, as the flags say."""
-    devices.join(
+    processes.join(
         _DISTRIBUTED.value,
         coordinator_address=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,

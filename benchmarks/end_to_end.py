@@ -31,7 +31,7 @@ from benchmarks import contenders, record
 from cnn_cases import tables
 from cnn_cases.data import sources
 from cnn_cases.studies import jobs, sweep
-from cnn_cases.training import logbook, optimizer
+from cnn_cases.training import logbook, optimizer, provenance
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -133,7 +133,7 @@ def _run_theirs(settings, directory, cache, processes):
         commands.append(["-m", "benchmarks.torch_training", path])
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     if processes > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, logbook.cpu_threads() // processes))
+        environment["OMP_NUM_THREADS"] = str(max(1, provenance.cpu_threads() // processes))
     cost, outputs = _timed(commands, environment)
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     errors = itertools.chain(*(one["test"] for one in found))

@@ -27,7 +27,8 @@ import tempfile
 import time
 
 from benchmarks import faults, record
-from cnn_cases.training import devices, logbook
+from cnn_cases.training import logbook
+from cnn_cases.training.processes import LOST
 
 COUNT = 4
 STARTUP_SECONDS = 3.0
@@ -163,7 +164,7 @@ def _strike(processes, workdir, number, moment, struck):
     print(blow, flush=True)
     # JAX aborts all at once when process 0, on which they count, is gone; Gloo, at times, when any is.
     clear = all(re.match("error: |Terminating process|terminate called", said) for said in blow["messages"])
-    if not (clear and {devices.LOST, ABORT}.issuperset(blow["exit_codes"])):
+    if not (clear and {LOST, ABORT}.issuperset(blow["exit_codes"])):
         raise RuntimeError(f"not as it should be: {blow}")
     return blow
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from cnn_cases.training import logbook
+from cnn_cases.training import disk, provenance
 
 
 def write_section(path, name, command, figures):
@@ -17,5 +17,5 @@ def write_section(path, name, command, figures):
     """
     path = pathlib.Path(path)
     sections = json.loads(path.read_text()) if path.exists() else {}
-    head = {"command": command, **logbook.provenance()}
-    logbook.write_json(path, sections | {name: head | figures})
+    head = {"command": command, **provenance.stamp()}
+    disk.write_json(path, sections | {name: head | figures})

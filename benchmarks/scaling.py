@@ -24,6 +24,7 @@ import jax
 from benchmarks import contenders, flags, record, throughput
 from cnn_cases import tables
 from cnn_cases.training import devices as devices_lib
+from cnn_cases.training import processes
 
 JIT, ONE = "jax.jit", "1 device"
 DEVICES, PROCESSES = (2, 4), (2, 4)
@@ -59,7 +60,7 @@ def _on_cpu(num_devices):
 def _make(case, num_devices=1, over_devices=devices_lib.pmap_train, job=None):
     devices_lib.choose_cpu_flags()
     if job:
-        devices_lib.join(**job)
+        processes.join(**job)
     return throughput.ours(case, DTYPE, num_devices=num_devices, over_devices=over_devices)
 
 
@@ -71,7 +72,7 @@ def _jit_train(train_steps, _):
 
 def _leave(group):
     """Ends the processes of a job; all at once, since they wait for each other."""
-    for left in [one.also(devices_lib.leave, 0, 30) for one in group]:
+    for left in [one.also(processes.leave, 0, 30) for one in group]:
         left.exception()  # BrokenProcessPool, as the process is gone
 
 

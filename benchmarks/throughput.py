@@ -36,7 +36,7 @@ from cnn_cases import tables
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import losses, optimizer, steps
+from cnn_cases.training import losses, optimizer, processes, steps
 from cnn_cases.training.state import init_state
 
 SIDE_WEIGHT = 0.3
@@ -152,7 +152,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     began = time.perf_counter()
     train = over_devices(train_steps, devices)
     # With other processes, pmap can only be compiled by a call (JAX 0.10).
-    if facts["platform"] == "cpu" and not devices_lib.is_one_of_several():
+    if facts["platform"] == "cpu" and not processes.is_one_of_several():
         counted = train.lower(state, arrays, nothing).compile().cost_analysis()  # not compiled again below
         counted = counted[0] if isinstance(counted, list) else counted
         facts |= {"xla_flops_a_step": counted["flops"], "xla_bytes_a_step": counted["bytes accessed"]}

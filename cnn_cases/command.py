@@ -25,7 +25,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
-from cnn_cases.training import devices, logbook, loop, stopping
+from cnn_cases.training import devices, loop, processes, provenance, stopping
 
 _DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
@@ -60,17 +60,17 @@ def run(main):
         except KeyboardInterrupt:
             _leave_at_once("SIGINT", 130)
         except Exception as error:
-            if devices.is_loss(error):
-                devices.lose(f"another process died or left: {error}")
+            if processes.is_loss(error):
+                processes.lose(f"another process died or left: {error}")
             refusal = devices.refusal(error)
             if refusal is None:
-                if devices.is_one_of_several():  # else they and Python's way out would wait for each other
+                if processes.is_one_of_several():  # else they and Python's way out would wait for each other
                     traceback.print_exc()
                     _leave("error: see above", 1)
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
             _leave(f"error: {refusal}", 2)
-        devices.leave(0, _ALL_END)
+        processes.leave(0, _ALL_END)
 
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("cnn_cases."):  # absl's --help shows those of the main module alone
@@ -108,7 +108,7 @@ def separate_compiled():
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         place = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-        place /= f"{_kind_of_cpu()}-{logbook.cpu_threads()}-threads"
+        place /= f"{_kind_of_cpu()}-{provenance.cpu_threads()}-threads"
         jax.config.update("jax_compilation_cache_dir", str(place))
 
 
@@ -184,11 +184,11 @@ def _terminated(*_):
 def _leave_at_once(signal_name, code):
     # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
     # in a segmentation fault: that is what one of 55 signals at random times led to.
-    devices.tell(f"{signal_name}: stopped; no training was under way")
-    devices.exit_at_once(code)
+    processes.tell(f"{signal_name}: stopped; no training was under way")
+    processes.exit_at_once(code)
 
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
-    devices.tell(message)
-    devices.leave(code, patience_seconds)
+    processes.tell(message)
+    processes.leave(code, patience_seconds)
     sys.exit(code)

@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 from cnn_cases import command, preview, saved_runs, tables
 from cnn_cases.data import feeds
-from cnn_cases.training import checkpoint, devices, logbook, predictions, programs
+from cnn_cases.training import checkpoint, devices, disk, predictions, programs, provenance
 
 NUM_MISTAKES = 24
 MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
@@ -89,7 +89,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
         **({"top_5_accuracy": 1 - scores["top_5_error"]} if "top_5_error" in scores else {}),
         "loss": scores["loss"],
         "seconds": round(seconds, 2),
-        "environment": logbook.environment(),
+        "environment": provenance.environment(),
     }
     names = feeds.class_names(config.data.name, config.data.data_dir)
     write_report(out, metrics, names, probabilities, label, program.feed.examples(split))
@@ -109,8 +109,8 @@ def write_report(out, metrics, names, probabilities, label, examples):
     """
     predicted = probabilities.argmax(axis=1)
     counts = confusion(predicted, label, len(names))
-    logbook.write_json(out / "metrics.json", metrics)
-    logbook.write_text(out / "confusion.csv", confusion_csv(counts, names))
+    disk.write_json(out / "metrics.json", metrics)
+    disk.write_text(out / "confusion.csv", confusion_csv(counts, names))
     title = f"{metrics['examples_of']}, step {metrics['step']}, {metrics['protocol']}"
     title += f": {(predicted != label).sum():,} of {len(label):,} are wrong"
     mistakes = surest_mistakes(probabilities, label, NUM_MISTAKES)

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from cnn_cases import settings
-from cnn_cases.training import logbook
+from cnn_cases.training import disk, logbook
 from configs import common
 
 
@@ -26,7 +26,7 @@ def load_config(workdir, data_dir=""):
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
-        saved = logbook.read_json(path, dict, logbook.PUT_BACK)
+        saved = disk.read_json(path, dict, logbook.PUT_BACK)
     except OSError as error:
         raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
     if not {"model", "data"} <= set(saved):

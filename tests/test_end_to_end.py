@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import end_to_end
 from cnn_cases.studies import sweep
-from cnn_cases.training import logbook
+from cnn_cases.training import provenance
 from configs import resnet_digits
 from configs.studies import depth_digits
 
@@ -62,7 +62,7 @@ def test_two_processes_train_all_networks_between_them(tmp_path, monkeypatch):
     told = []
 
     def timed(commands, environment):
-        assert environment["OMP_NUM_THREADS"] == str(logbook.cpu_threads() // 2)
+        assert environment["OMP_NUM_THREADS"] == str(provenance.cpu_threads() // 2)
         for *_, path in commands:
             told.append(json.loads(path.read_text())["networks"])
         found = [{"platform": "cpu", "test": [0.1] * len(networks)} for networks in told]

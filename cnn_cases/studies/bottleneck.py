@@ -35,7 +35,7 @@ from cnn_cases.analysis import costs
 from cnn_cases.models.inception import TABLE_1, InceptionModule, NaiveInceptionModule
 from cnn_cases.models.layers import ConvUnit
 from cnn_cases.studies import figures
-from cnn_cases.training import devices, logbook
+from cnn_cases.training import devices, disk, provenance
 
 IMAGE_SHAPE = (28, 28, 192)
 REPEATS = 15
@@ -114,7 +114,7 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
             call().block_until_ready()
             row["seconds"].append(time.perf_counter() - started)
     return {
-        **logbook.provenance(),
+        **provenance.stamp(),
         "image_shape": image_shape,
         "batch_size": batch_size,
         "networks": rows,
@@ -220,8 +220,8 @@ def write_report(record, workdir):
     """Writes record.json, table.txt and the figure (bottleneck.png, bottleneck.svg)."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    logbook.write_json(workdir / "record.json", record)
-    logbook.write_text(workdir / "table.txt", table(record))
+    disk.write_json(workdir / "record.json", record)
+    disk.write_text(workdir / "table.txt", table(record))
     figures.save(draw(record), workdir / "bottleneck")
 
 

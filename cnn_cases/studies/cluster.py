@@ -27,7 +27,7 @@ from submitit.helpers import Checkpointable
 
 from cnn_cases import command, saved_runs
 from cnn_cases.studies import jobs
-from cnn_cases.training import devices, logbook, loop, stopping
+from cnn_cases.training import logbook, loop, processes, stopping
 
 COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
 MAX_TIMEOUTS = 100  # of one run, each of which goes on from a checkpoint
@@ -125,7 +125,7 @@ def run_on_cluster(runs, workdir, cluster):
         told = {name: paths.job_id for name, paths in waiting.items()}
         if told:
             again = sum(before[name] is paths for name, paths in waiting.items())
-            devices.tell(
+            processes.tell(
                 f"{len(told) - again} jobs submitted to {cluster.name}, {again} under way before: "
                 f"{' '.join(told.values())}; their logs are in {workdir / 'jobs'}"
             )
@@ -203,9 +203,9 @@ class Training(Checkpointable):
         try:
             loop.train_and_evaluate(saved_runs.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
-            devices.tell(error)  # result.json says so, too: no failure of the job
+            processes.tell(error)  # result.json says so, too: no failure of the job
         except stopping.InterruptedRun as interruption:
-            devices.tell(interruption)
+            processes.tell(interruption)
             end(interruption.signal_number)
 
 

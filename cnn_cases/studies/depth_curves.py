@@ -16,7 +16,7 @@ from matplotlib.transforms import offset_copy
 
 from cnn_cases import command, tables
 from cnn_cases.studies import comparison, figures, page, records, sweep
-from cnn_cases.training import logbook
+from cnn_cases.training import disk
 
 KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
@@ -302,10 +302,10 @@ def write_report(record, workdir):
       depth and difference.
     """
     workdir = pathlib.Path(workdir)
-    logbook.write_text(workdir / "record.json", sweep.record_text(record))
+    disk.write_text(workdir / "record.json", sweep.record_text(record))
     for form, suffix in (("csv", "csv"), ("markdown", "md")):
-        logbook.write_text(workdir / f"table.{suffix}", table(record, form))
-        logbook.write_text(workdir / f"comparison.{suffix}", comparison_table(record, form))
+        disk.write_text(workdir / f"table.{suffix}", table(record, form))
+        disk.write_text(workdir / f"comparison.{suffix}", comparison_table(record, form))
     drawings = {"curves": draw_curves, "depth": draw_depth, "difference": draw_difference}
     if figures.has(record, "running/loss"):
         drawings["loss"] = draw_loss

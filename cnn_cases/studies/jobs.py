@@ -17,7 +17,7 @@ import time
 import jax
 
 from cnn_cases import command
-from cnn_cases.training import devices, logbook, loop, programs, stopping
+from cnn_cases.training import devices, logbook, loop, processes, programs, provenance, stopping
 
 _POLL_SECONDS = 0.2
 
@@ -118,7 +118,7 @@ def _threads_each(num_jobs):
         return None
     if "PJRT_NPROC" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return None
-    return max(1, logbook.cpu_threads() // num_jobs)
+    return max(1, provenance.cpu_threads() // num_jobs)
 
 
 def _collect(workers, stop):
@@ -170,7 +170,7 @@ def _work(todo, telling, workdir, parent, num_threads):
         with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
             telling.send(("refused", refusal))
     except stopping.InterruptedRun as interruption:
-        devices.tell(interruption)
+        processes.tell(interruption)
         sys.exit(128 + interruption.signal_number)
 
 

@@ -37,7 +37,7 @@ from cnn_cases import command, saved_runs, tables
 from cnn_cases.models.layers import BatchNorm
 from cnn_cases.studies import figures
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
-from cnn_cases.training import checkpoint, devices, logbook, programs, steps
+from cnn_cases.training import checkpoint, devices, disk, logbook, programs, provenance, steps
 
 NUM_BATCHES = 8
 
@@ -173,7 +173,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     config = runs[0][1]
     batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
     return {
-        **logbook.provenance(),
+        **provenance.stamp(),
         "data": config.data.name,
         "num_batches": num_batches,
         "gradient_batch_size": config.batch_size,
@@ -367,8 +367,8 @@ def _caption(record, how):
 def write_report(record, out):
     """Writes record.json, table.md and the figures (gradients, responses: .png and .svg) into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    logbook.write_json(out / "record.json", record)
-    logbook.write_text(out / "table.md", tables.markdown(table(record), words=(1,)))
+    disk.write_json(out / "record.json", record)
+    disk.write_text(out / "table.md", tables.markdown(table(record), words=(1,)))
     drawn = {"gradients": draw_gradients(record)}
     if values_of(record, "step") != [0]:
         drawn["responses"] = draw_responses(record)

@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from cnn_cases import tables
 from cnn_cases.studies import records
-from cnn_cases.training import logbook
+from cnn_cases.training import disk, logbook
 
 ROOT = pathlib.Path(__file__).parents[2]
 MARKERS = "<!-- The ledger: written by `python -m cnn_cases.studies.ledger --write`. -->", "<!-- End. -->"
@@ -393,7 +393,7 @@ def main(arguments=None):
         ledger = markdown(collect(studies))
         if options.write:
             document = pathlib.Path(options.document)
-            logbook.write_text(document, insert(document.read_text(), ledger))
+            disk.write_text(document, insert(document.read_text(), ledger))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from bokeh.resources import INLINE
 from matplotlib.colors import to_hex, to_rgb
 
 from cnn_cases.studies import figures, records
-from cnn_cases.training import logbook
+from cnn_cases.training import disk
 
 _DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # of training, and of the splits
 
@@ -71,7 +71,7 @@ def write(record, path, panel_key=None, panels=None):
       panel_key: a key of the grid whose values have a column of panels each; None for one column.
       panels: {value of that key: title of its column}.
     """
-    logbook.write_text(path, to_html(record, panel_key, panels))
+    disk.write_text(path, to_html(record, panel_key, panels))
 
 
 def to_html(record, panel_key=None, panels=None):

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
 from cnn_cases.studies import figures, jobs, page, records
-from cnn_cases.training import checkpoint, devices, logbook, programs
+from cnn_cases.training import checkpoint, disk, logbook, processes, programs
 
 
 class Run(NamedTuple):
@@ -166,7 +166,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         for run in (*groups[0], *(group[0] for group in groups[1:])):
             if not (workdir / "runs" / run.name / "config.json").exists():
                 programs.check(run.config)
-    with logbook.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
+    with disk.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
         logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"
         if cluster:
@@ -176,7 +176,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         else:
             ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
         for number, (name, news) in enumerate(ended, start=1):
-            devices.tell(f"[{number}/{len(runs)}] {name}: {news}")
+            processes.tell(f"[{number}/{len(runs)}] {name}: {news}")
 
 
 def _was_checked(study, workdir):
@@ -184,7 +184,7 @@ def _was_checked(study, workdir):
     path = workdir / "config.json"
     if not path.exists():
         return False
-    return settings.from_json(logbook.read_json(path, dict, logbook.PUT_BACK)) == study.to_dict()
+    return settings.from_json(disk.read_json(path, dict, logbook.PUT_BACK)) == study.to_dict()
 
 
 def _is_part(study, known):
@@ -286,8 +286,8 @@ def table(record):
 def write_report(record, workdir):
     """Writes record.json, table.md and the curves: curves.png, curves.svg and the page curves.html."""
     workdir = pathlib.Path(workdir)
-    logbook.write_text(workdir / "record.json", record_text(record))
-    logbook.write_text(workdir / "table.md", tables.markdown(table(record)))
+    disk.write_text(workdir / "record.json", record_text(record))
+    disk.write_text(workdir / "table.md", tables.markdown(table(record)))
     figures.save(figures.draw_curves(record), workdir / "curves")
     page.write(record, workdir / "curves.html")
 

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cnn_cases.training import disk
+
 CHECKSUMS = "checksums.json"
 LATER_ERROR = "error.json"  # in a checkpoint; see Checkpoints.note_error
 NEWEST = "newest_checkpoint"  # beside the checkpoints; holds the step of the last that was committed
@@ -103,7 +105,7 @@ class Checkpoints:
         """Notes the error of an evaluation that was done when the state had been saved; see `save`."""
         self.wait()
         self._policy.errors[step] = error
-        _write(self._directory / str(step) / LATER_ERROR, json.dumps(error))
+        disk.write_text(self._directory / str(step) / LATER_ERROR, json.dumps(error))
 
     def wait(self):
         """Waits for the save under way.
@@ -118,11 +120,11 @@ class Checkpoints:
 
     def _note_when_committed(self, step):
         self._manager.wait_until_finished()
-        _sync(self._directory)
+        disk.sync(self._directory)
         self._note(step)
 
     def _note(self, step):
-        _write(self._newest, f"{step}\n")
+        disk.write_text(self._newest, f"{step}\n")
 
     def _noted(self):
         """The step of the last checkpoint that was committed; None where there never was one."""
@@ -218,7 +220,7 @@ class Checkpoints:
             (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
             # Orbax leaves it to the system when to write them, and older checkpoints are deleted before that.
             for path in (*checkpoint.rglob("*"), checkpoint):
-                _sync(path)
+                disk.sync(path)
 
     def all_steps(self):
         """The steps that have a checkpoint."""
@@ -354,23 +356,6 @@ def _verify(checkpoint):
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(f"{name} is {'not as it was written' if name in found else 'missing'}")
-
-
-def _write(path, text):
-    """Writes a file, as a whole or not at all."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text)
-    _sync(draft)
-    draft.replace(path)
-
-
-def _sync(path):
-    """Brings a file, or the names in a directory, to the disk, where they outlive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error):

@@ -18,19 +18,11 @@ two runs of one config leave equal files.
 """
 
 import contextlib
-import datetime
-import fcntl
-import functools
-import hashlib
-import importlib.metadata
-import itertools
 import json
 import logging
 import os
 import pathlib
-import platform
 import shutil
-import subprocess
 import sys
 import time
 import zlib
@@ -40,19 +32,9 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
-# On which a result may depend: what computes, and what makes pixels of files.
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "tensorflow-datasets",
-    "numpy",
-    "grain",
-    "opencv-python-headless",
-    "simplejpeg",
-)
+from cnn_cases.training import disk
+from cnn_cases.training.provenance import environment
+
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
 _LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
@@ -86,7 +68,7 @@ class Logbook:
         """
         self._workdir = pathlib.Path(workdir)
         self._rows_path = self._workdir / "metrics.jsonl"
-        self._lock = lock(self._workdir)  # before `claim`: two that start at once must not both claim it
+        self._lock = disk.lock(self._workdir)  # first: two that start at once must not both claim it
         try:
             check_owner(self._workdir, config)
             starts = read_environments(self._workdir)
@@ -96,8 +78,8 @@ class Logbook:
                     "here (number and checksum of the examples of each split); see data.data_dir"
                 )
             claim(self._workdir, config)
-            with _writing(self._workdir):
-                write_json(self._workdir / "environment.json", [*starts, environment() | {"data": data}])
+            with disk.writing(self._workdir):
+                disk.write_json(self._workdir / "environment.json", [*starts, environment() | {"data": data}])
         except BaseException:
             self._lock.close()
             raise
@@ -132,10 +114,10 @@ class Logbook:
                 f"{path} is damaged: its rows up to step {step} are not those that were there when step "
                 f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
             )
-        with _writing(self._workdir):
+        with disk.writing(self._workdir):
             if self._rows is not None:
                 self._rows.close()
-            write_text(path, kept.decode())
+            disk.write_text(path, kept.decode())
             self._rows = path.open("a")
             self._tensorboard = self._tensorboard or _Events(self._workdir / "tensorboard")
             self._tensorboard.begin(step + 1)
@@ -150,7 +132,7 @@ class Logbook:
           ValueError: it cannot be written.
         """
         row = json.dumps({"step": step} | values) + "\n"
-        with _writing(self._workdir):
+        with disk.writing(self._workdir):
             self._rows.write(row)
             self._rows.flush()
             self._mark = _mark(row.encode(), self._mark)
@@ -207,7 +189,7 @@ class Logbook:
         Raises:
           ValueError: they cannot be written, or are not in the workdir any more.
         """
-        with _writing(self._workdir):
+        with disk.writing(self._workdir):
             os.fsync(self._rows.fileno())
             self._tensorboard.flush()
             # An open file lives on when it is deleted, and all that is written goes nowhere.
@@ -273,11 +255,11 @@ def claim(workdir, config, suits=None):
     check_owner(workdir, config, suits)
     path = pathlib.Path(workdir) / "config.json"
     config = _as_json(config)
-    if path.exists() and read_json(path, dict, PUT_BACK) == config:
+    if path.exists() and disk.read_json(path, dict, PUT_BACK) == config:
         return
-    with _writing(workdir):
+    with disk.writing(workdir):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, config)
+        disk.write_json(path, config)
 
 
 def check_owner(workdir, config, suits=None):
@@ -300,7 +282,7 @@ def check_owner(workdir, config, suits=None):
                 "put it back, or use another workdir"
             )
         return
-    known = read_json(path, dict, PUT_BACK)
+    known = disk.read_json(path, dict, PUT_BACK)
     lines = differences(known, _as_json(config), aside=OF_THE_MACHINE)
     if lines and not (suits and suits(known)):
         raise ValueError(
@@ -312,55 +294,6 @@ def check_owner(workdir, config, suits=None):
 
 def _as_json(config):
     return json.loads(json.dumps(config))  # tuples are lists there
-
-
-@contextlib.contextmanager
-def _writing(workdir):
-    """Raises ValueError, naming the workdir, where the disk says no: its own words may name no file."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"workdir = {workdir} cannot be written: {error}") from error
-
-
-def lock(workdir):
-    """Keeps other processes from training in `workdir`, a pathlib.Path, which is made if it is not there.
-
-    The lock is the kernel's: it goes with the process, however that ends, so that none is ever left behind.
-
-    Returns:
-      An open file; the lock is given back when it is closed.
-
-    Raises:
-      ValueError: another process has it (the message names that one and its host), or the workdir cannot be
-        written.
-    """
-    with _writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with file:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-        raise ValueError(
-            f"workdir = {workdir} is in use by {holder}; wait for its end, or use another workdir"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        logging.getLogger(__name__).warning(
-            "%s cannot be locked (%s): see to it that one process alone uses it", workdir, error
-        )
-    try:
-        with _writing(workdir):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-    except ValueError:
-        with contextlib.suppress(OSError):  # what could not be written cannot be now
-            file.close()
-        raise
-    return file
 
 
 def is_watched():
@@ -385,71 +318,6 @@ def differences(old, new, prefix="", aside=()):
         elif there != here and not name.endswith(aside):
             lines.append(f"{name}: {there!r} there, {here!r} here")
     return lines
-
-
-def provenance():
-    """{"date", "environment"}: when and where the figures of a record are measured."""
-    return {"date": datetime.date.today().isoformat(), "environment": environment()}
-
-
-def environment():
-    """What a result may depend on besides its config."""
-    return {
-        "commit": _commit(),
-        "code": _code(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": cpu_threads(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "versions": {package: _version(package) for package in PACKAGES},
-    }
-
-
-def cpu_threads():
-    """XLA's threads on a CPU: PJRT_NPROC, or else one for each core that this process may use."""
-    threads = os.environ.get("PJRT_NPROC", "")
-    if threads.isdecimal() and int(threads):
-        return int(threads)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version(package):
-    """Of a package; None where it is not there, as one that another package stands in for."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@functools.cache  # of this process: what lies there later is not what runs
-def _code():
-    """A checksum of the code that a training runs, on which its result may depend; 12 hexadecimal digits."""
-    package = pathlib.Path(__file__).parents[1]
-    rooms = (sorted((package / room).rglob("*.py")) for room in ("data", "models", "training"))
-    files = itertools.chain([package / "settings.py"], *rooms)
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
-
-@functools.cache
-def _commit():
-    """The commit of this code; None where no git checkout has it.
-
-    Where Python files differ from it or are new, with "-dirty-" and a checksum of them behind it.
-    """
-    root = pathlib.Path(__file__).parents[2]
-
-    def git(*arguments):
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, check=True).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", __file__)  # a checkout around an installation is another project's
-        commit = git("rev-parse", "HEAD").decode().strip()
-        changes = git("diff", "HEAD", "--no-ext-diff", "--binary", "--", "*.py")
-        for name in git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py").split(b"\0")[:-1]:
-            changes += name + (root / os.fsdecode(name)).read_bytes()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty-{zlib.crc32(changes):08x}" if changes else commit
 
 
 def read_rows(path):
@@ -487,7 +355,7 @@ def read_environments(workdir):
     remedy = (
         "put a whole copy of it back, or delete it, if the run has not ended: the next start writes it anew"
     )
-    return read_json(path, list, remedy) if path.exists() else []
+    return disk.read_json(path, list, remedy) if path.exists() else []
 
 
 def read_result(workdir):
@@ -499,7 +367,7 @@ def read_result(workdir):
     path = pathlib.Path(workdir) / "result.json"
     if not path.exists():
         return None
-    result = read_json(path, dict, ANEW)
+    result = disk.read_json(path, dict, ANEW)
     needed = {"finished": {"step", "metrics", "seconds"}, "diverged": {"step", "checkpoint"}}
     status = str(result.get("status"))
     if status not in needed or not needed[status] <= result.keys():
@@ -509,44 +377,5 @@ def read_result(workdir):
 
 def write_result(workdir, result):
     """Writes a run's result.json; raises ValueError where that is not possible."""
-    with _writing(workdir):
-        write_json(pathlib.Path(workdir) / "result.json", result)
-
-
-def read_json(path, kind, remedy):
-    """What a JSON file holds.
-
-    Args:
-      path: of the file.
-      kind: the type that it should hold, dict or list.
-      remedy: what to do about a damaged one, for the message.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} is damaged (it holds no {kind.__name__}); {remedy}")
-    return value
-
-
-def write_json(path, value):
-    """Writes a JSON file as a whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path, text):
-    """Writes a file as a whole or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        with draft.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    with disk.writing(workdir):
+        disk.write_json(pathlib.Path(workdir) / "result.json", result)

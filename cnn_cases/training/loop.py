@@ -19,17 +19,17 @@ import numpy as np
 
 from cnn_cases import settings
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import predictions, programs
+from cnn_cases.training import predictions, processes, programs
 from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.logbook import (
     OF_THE_MACHINE,
     Logbook,
     check_owner,
     differences,
-    environment,
     read_result,
     write_result,
 )
+from cnn_cases.training.provenance import environment
 from cnn_cases.training.running import DivergedError, Running, check_finite
 from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
@@ -75,7 +75,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     settings.check(config)  # a workdir could not even be compared with what JSON cannot hold
     check_path(workdir)
     _check_alike(config)
-    earlier = devices_lib.from_lead(lambda: _earlier_result(workdir, config))
+    earlier = processes.from_lead(lambda: _earlier_result(workdir, config))
     if earlier:
         if earlier["status"] == "diverged":
             raise DivergedError(
@@ -83,15 +83,15 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 "change its config, and its workdir",
                 earlier["step"],
             )
-        if show_progress and devices_lib.is_lead():
-            devices_lib.tell(f"{workdir}: finished before, {in_words(earlier['metrics'])}")
+        if show_progress and processes.is_lead():
+            processes.tell(f"{workdir}: finished before, {in_words(earlier['metrics'])}")
         return earlier
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
-    program, state = devices_lib.lead_first(lambda: _make_start(config, program))
+    program, state = processes.lead_first(lambda: _make_start(config, program))
     data = program.feed.fingerprint()
     _check_same_data(data)
-    log, checkpoints = devices_lib.lead_first(lambda: _open(workdir, config, data, show_progress))
+    log, checkpoints = processes.lead_first(lambda: _open(workdir, config, data, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         result = _train_to_the_end(
             config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
@@ -100,7 +100,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             "seconds": round(time.monotonic() - started, 2),
             "date": datetime.date.today().isoformat(),
         }
-        devices_lib.from_lead(lambda: write_result(workdir, result))
+        processes.from_lead(lambda: write_result(workdir, result))
         if result["status"] == "diverged":
             kept = result["checkpoint"]
             raise DivergedError(
@@ -111,7 +111,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             )
         final = result["metrics"]
         log.say(f"{workdir}: {in_words(final)}")
-    number = max(devices_lib.gather(stop.number))
+    number = max(processes.gather(stop.number))
     if number:  # it came too late for this run, but there may be others
         raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
     return result
@@ -119,10 +119,10 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
 
 def _check_alike(config):
     """Raises ValueError unless all processes of a training have the same config, code and packages."""
-    if not devices_lib.is_one_of_several():
+    if not processes.is_one_of_several():
         return
     ours = {name: value for name, value in environment().items() if name in ("code", "python", "versions")}
-    lead, *others = devices_lib.gather({"config": config.to_dict()} | ours)
+    lead, *others = processes.gather({"config": config.to_dict()} | ours)
     # Not the steps of a profile, where a process waits for its devices and would lose step with the others.
     aside = tuple(key for key in OF_THE_MACHINE if key.startswith("data."))
     for index, other in enumerate(others, start=1):
@@ -137,7 +137,7 @@ def _check_alike(config):
 
 def _check_same_data(data):
     """Raises ValueError unless all processes of a training read the same data, of that fingerprint."""
-    lead, *others = devices_lib.gather(data)
+    lead, *others = processes.gather(data)
     for index, other in enumerate(others, start=1):
         if other != lead:
             raise ValueError(
@@ -156,7 +156,7 @@ def _make_start(config, program):
 
 def _open(workdir, config, data, show_progress):
     """The log and the checkpoints."""
-    if not devices_lib.is_lead():
+    if not processes.is_lead():
         return Silence(), Silence()
     log = Logbook(
         workdir,
@@ -210,10 +210,10 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         stop=stop,
                     )
                     final = training.run(step, evaluated=extra["evaluated"])
-            devices_lib.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
+            processes.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
-            devices_lib.from_lead(checkpoints.wait)
-            kept = max(devices_lib.from_lead(checkpoints.all_steps), default=0)
+            processes.from_lead(checkpoints.wait)
+            kept = max(processes.from_lead(checkpoints.all_steps), default=0)
             # Of one that is newer than the one restored, this is the first.
             before = len(nonfinite) - saved if kept == step else 0
             nonfinite.append(error.step)
@@ -243,7 +243,7 @@ def _restore(state, log, checkpoints):
 
     Process 0 reads it for all.
     """
-    restored = devices_lib.lead_first(lambda: checkpoints.restore(state))
+    restored = processes.lead_first(lambda: checkpoints.restore(state))
     nothing = {
         "window": [],
         "nonfinite": [],
@@ -253,9 +253,9 @@ def _restore(state, log, checkpoints):
         "rows": None,
     }
     step, state, extra = restored or (0, state, nothing)
-    step, extra = devices_lib.from_lead(lambda: (step, extra))
-    devices_lib.lead_first(lambda: log.start(step, extra["rows"]))
-    return step, devices_lib.broadcast(state), extra
+    step, extra = processes.from_lead(lambda: (step, extra))
+    processes.lead_first(lambda: log.start(step, extra["rows"]))
+    return step, processes.broadcast(state), extra
 
 
 def seed_of_batches(seed, rewound_to, step):
@@ -295,7 +295,7 @@ class _Training:
         self._batches, self._running = batches, running
         self._log, self._checkpoints, self._stop = log, checkpoints, stop
         self._state = devices_lib.replicate(state, program.devices)
-        several = devices_lib.is_one_of_several()
+        several = processes.is_one_of_several()
         self._of_all = devices_lib.pmap_largest(program.devices) if several else None
         self._heard = 0  # the signal that came to any process, as of the last call that was collected
         self._ahead = devices_lib.calls_ahead(program.devices)
@@ -335,7 +335,7 @@ class _Training:
         return values
 
     def _interrupt(self, step, number):
-        devices_lib.from_lead(self._checkpoints.wait)  # or it would not be true
+        processes.from_lead(self._checkpoints.wait)  # or it would not be true
         name = signal.Signals(number).name
         raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", number)
 
@@ -442,7 +442,7 @@ class _Training:
 def _scores(probabilities, label):
     """`predictions.scores` of the examples of all processes, each of which has predicted its own."""
     own = len(label), predictions.scores(probabilities, label)
-    counts, parts = zip(*devices_lib.gather(own), strict=True)
+    counts, parts = zip(*processes.gather(own), strict=True)
     if not parts[1:]:
         return parts[0]
     return {name: float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}

@@ -17,7 +17,7 @@ from cnn_cases.data.feeds import make_feed
 from cnn_cases.data.views import make_views
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import predictions, steps
+from cnn_cases.training import predictions, processes, steps
 from cnn_cases.training.logbook import is_watched
 from cnn_cases.training.losses import make_loss, of_classes
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
@@ -73,7 +73,7 @@ def make_program(config, devices=None):
     settings.check(config)
     devices = devices or jax.local_devices()
     _check_numbers(config, len(devices_lib.of_all_processes(devices)))
-    process_index, process_count = devices_lib.process()
+    process_index, process_count = processes.process()
     feed = make_feed(
         **config.data,
         batch_size=config.batch_size,

@@ -14,7 +14,7 @@ import pytest
 
 from cnn_cases import command
 from cnn_cases.studies import jobs, sweep
-from cnn_cases.training import logbook, programs, stopping
+from cnn_cases.training import disk, programs, provenance, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_processes_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("PJRT_NPROC")
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setattr(logbook, "cpu_threads", lambda: 6)
+    monkeypatch.setattr(provenance, "cpu_threads", lambda: 6)
     place = tmp_path / f"compiled/{command._kind_of_cpu()}-3-threads"
     with pytest.raises(ValueError, match=f"^3 threads, {place}$"):
         list(jobs.run_side_by_side([[Telling()]], tmp_path, 2))
@@ -98,7 +98,7 @@ def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):
 def test_the_users_threads_and_those_of_virtual_devices_are_left_alone(variable, value, monkeypatch):
     monkeypatch.delenv("PJRT_NPROC")
     monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setattr(logbook, "cpu_threads", lambda: 6)
+    monkeypatch.setattr(provenance, "cpu_threads", lambda: 6)
     assert [jobs._threads_each(number) for number in (1, 2, 4, 9)] == [6, 3, 1, 1]
     monkeypatch.setenv(variable, value)
     assert jobs._threads_each(2) is None
@@ -156,7 +156,7 @@ if __name__ == "__main__":
     deadline = time.monotonic() + 60
     while True:
         try:
-            with logbook.lock(run_dir):
+            with disk.lock(run_dir):
                 break
         except ValueError:
             assert time.monotonic() < deadline, "the run goes on"

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
-from cnn_cases.training import logbook, programs, stopping
+from cnn_cases.training import disk, logbook, programs, stopping
 from tests.conftest import metrics_of, tiny_config
 
 
@@ -288,7 +288,7 @@ def test_a_workdir_that_no_run_could_have_is_refused_at_once(workdir, study, tmp
 
 
 def test_a_study_is_run_by_one_process_at_a_time(study, tmp_path):
-    with logbook.lock(tmp_path), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
+    with disk.lock(tmp_path), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
         sweep.run_all(study, tmp_path)
     assert os.listdir(tmp_path) == ["lock"]
 

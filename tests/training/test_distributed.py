@@ -204,10 +204,10 @@ def test_a_process_that_waits_in_vain_for_the_others_ends(digits, tmp_path):
 def test_process_0_ends_last():
     program = """if True:
         import sys
-        from cnn_cases.training import devices
+        from cnn_cases.training import processes
         index = int(sys.argv[2])
-        devices.join(coordinator_address=sys.argv[1], num_processes=3, process_id=index)
-        devices.leave(index, patience_seconds=100)
+        processes.join(coordinator_address=sys.argv[1], num_processes=3, process_id=index)
+        processes.leave(index, patience_seconds=100)
         raise AssertionError("it goes on")
     """
     command = [sys.executable, "-c", program, f"localhost:{free_port()}"]
@@ -223,10 +223,10 @@ def test_process_0_ends_last():
 def test_a_process_ends_with_its_code_where_nobody_reads_what_it_says():
     program = """if True:
         import sys
-        from cnn_cases.training import devices
+        from cnn_cases.training import processes
         sys.stdin.readline()  # until the reader is gone
-        devices.tell("once")
-        devices.exit_at_once(5)
+        processes.tell("once")
+        processes.exit_at_once(5)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT

@@ -1,17 +1,14 @@
 import contextlib
 import json
 import os
-import pathlib
 import platform
-import shutil
-import subprocess
 import sys
 from unittest import mock
 
 import jax
 import pytest
 
-from cnn_cases.training import logbook
+from cnn_cases.training import logbook, provenance
 
 CONFIG = {"seed": 0, "optimizer": {"momentum": 0.9, "name": "sgd"}, "splits": ("test",)}
 
@@ -173,19 +170,6 @@ def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
     open_log(tmp_path).close()
 
 
-def test_the_lock_of_a_killed_process_is_gone(tmp_path):
-    code = "import pathlib, sys, time; from cnn_cases.training import logbook\n"
-    code += "file = logbook.lock(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
-            open_log(tmp_path)
-        process.kill()
-    open_log(tmp_path).close()
-
-
 def test_tensorboard_gets_the_same_figures(tmp_path):
     write_rows(tmp_path, [1, 2])
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -201,54 +185,7 @@ def test_the_config_and_every_start_are_noted(tmp_path):
     assert len(starts) == 2
     assert {"commit", "code", "python", "devices", "versions"} <= starts[0].keys()
     assert starts[0]["data"] == {"train": [9, 7]}
-    assert starts[0]["versions"].keys() == set(logbook.PACKAGES)
-
-
-def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
-    commit_now = logbook._commit.__wrapped__
-    file = tmp_path / "cnn_cases/training/logbook.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("")
-    monkeypatch.setattr(logbook, "__file__", str(file))
-    assert commit_now() is None  # no checkout
-    (tmp_path / "model.py").write_text("LAYERS = 3")
-    who = ("-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "--message=x")
-    for arguments in (("init", "--quiet"), ("add", "model.py"), who):
-        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
-    assert commit_now() is None  # somebody else's checkout, around an installation
-    for arguments in (("add", "."), who):
-        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
-    commit = commit_now()
-    assert len(commit) == 40
-    (tmp_path / "notes.txt").write_text("no code")
-    assert commit_now() == commit
-    seen = {commit}
-    for name, text in (
-        ("model.py", "LAYERS = 4"),
-        ("model.py", "LAYERS = 5"),
-        ("new.py", ""),
-        ("new.py", "A = 1"),
-    ):
-        (tmp_path / name).write_text(text)
-        seen.add(commit_now())
-    assert len(seen) == 5
-    assert all(one.startswith(f"{commit}-dirty-") for one in seen - {commit})
-
-
-def test_the_code_is_what_a_training_runs(tmp_path, monkeypatch):
-    package = pathlib.Path(logbook.__file__).parents[1]
-    shutil.copytree(package, tmp_path / "cnn_cases", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(logbook, "__file__", str(tmp_path / "cnn_cases/training/logbook.py"))
-    code_now = logbook._code.__wrapped__
-    code = code_now()
-    assert len(code) == 12
-    (tmp_path / "cnn_cases/studies/page.py").write_text("")
-    assert code_now() == code
-    seen = {code}
-    for name in ("models/vgg.py", "data/new.py", "settings.py"):
-        (tmp_path / "cnn_cases" / name).write_text("A = 1")
-        seen.add(code_now())
-    assert len(seen) == 4
+    assert starts[0]["versions"].keys() == set(provenance.PACKAGES)
 
 
 def test_other_data_are_refused(tmp_path):
@@ -265,13 +202,6 @@ def test_other_data_are_refused(tmp_path):
     del starts[0]["data"]  # as of a run from before it was kept
     (tmp_path / "environment.json").write_text(json.dumps(starts))
     open_log(tmp_path).close()
-
-
-def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr(logbook, "PACKAGES", ("numpy", "no-such-package"))
-    versions = logbook.environment()["versions"]
-    assert versions["numpy"]
-    assert versions["no-such-package"] is None
 
 
 def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
@@ -341,15 +271,3 @@ def test_a_start_that_fails_gives_the_lock_back(tmp_path, monkeypatch):
     monkeypatch.undo()
     open_log(tmp_path).close()
     del kept
-
-
-def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    logbook.write_json(path, {"a": 1})
-    monkeypatch.setattr(logbook.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        logbook.write_json(path, {"a": 2})
-    with pytest.raises(ValueError, match=rf"workdir = {tmp_path} cannot be written: disk full"):
-        logbook.write_result(tmp_path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path], "no half of it is left"

@@ -1,0 +1,59 @@
+import pathlib
+import shutil
+import subprocess
+
+from cnn_cases.training import provenance
+
+
+def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
+    commit_now = provenance._commit.__wrapped__
+    file = tmp_path / "cnn_cases/training/provenance.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    assert commit_now() is None  # no checkout
+    (tmp_path / "model.py").write_text("LAYERS = 3")
+    who = ("-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "--message=x")
+    for arguments in (("init", "--quiet"), ("add", "model.py"), who):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
+    assert commit_now() is None  # somebody else's checkout, around an installation
+    for arguments in (("add", "."), who):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
+    commit = commit_now()
+    assert len(commit) == 40
+    (tmp_path / "notes.txt").write_text("no code")
+    assert commit_now() == commit
+    seen = {commit}
+    for name, text in (
+        ("model.py", "LAYERS = 4"),
+        ("model.py", "LAYERS = 5"),
+        ("new.py", ""),
+        ("new.py", "A = 1"),
+    ):
+        (tmp_path / name).write_text(text)
+        seen.add(commit_now())
+    assert len(seen) == 5
+    assert all(one.startswith(f"{commit}-dirty-") for one in seen - {commit})
+
+
+def test_the_code_is_what_a_training_runs(tmp_path, monkeypatch):
+    package = pathlib.Path(provenance.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "cnn_cases", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "cnn_cases/training/provenance.py"))
+    code_now = provenance._code.__wrapped__
+    code = code_now()
+    assert len(code) == 12
+    (tmp_path / "cnn_cases/studies/page.py").write_text("")
+    assert code_now() == code
+    seen = {code}
+    for name in ("models/vgg.py", "data/new.py", "settings.py"):
+        (tmp_path / "cnn_cases" / name).write_text("A = 1")
+        seen.add(code_now())
+    assert len(seen) == 4
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package"))
+    versions = provenance.environment()["versions"]
+    assert versions["numpy"]
+    assert versions["no-such-package"] is None
