@@ -51,12 +51,12 @@ def get_config():
     # Pixels of the shorter side before the central crop of evaluation; of "squeeze" none.
     config.data.crop.eval_shorter_side = 256
     config.data.stream = ConfigDict()  # of the feed "stream"
-    # Processes that make training batches; 0: threads of this process, which is enough for a few cores. What
-    # workers made lies in shared memory (/dev/shm): workers * buffer batches and a few more. A container may
-    # have too little of it (`docker run --shm-size`).
+    # Processes that make training batches; 0: threads of this process, enough for a few cores. Workers keep
+    # their batches in shared memory (/dev/shm), workers * buffer of them and a few more, of which a container
+    # may have too little (`docker run --shm-size`).
     config.data.stream.workers = 0
-    # Batches made in advance by each worker; without workers, by as many threads, one each. In evaluation by
-    # as many threads as this or `workers` says, whichever is more.
+    # Batches that each worker makes in advance; without workers, the number of threads, one batch each.
+    # Evaluation always uses threads, max(buffer, workers) of them.
     config.data.stream.buffer = 2
     # Fraction of a split's records that may be unreadable; they are named in warnings and left out. 0: the
     # first one ends the run. Each of several processes counts those that it meets.
@@ -106,8 +106,8 @@ def get_config():
     # other batches, up to three times from each.
     config.on_nonfinite = "stop"
     config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
-    # Share of the average of the parameters and the running statistics that a step keeps (less in the first
-    # steps); the net is evaluated with this average. 0: no average.
+    # Decay of the exponential moving average of parameters and running statistics, with which the net is
+    # evaluated (less in the first steps). 0: no average.
     config.ema_decay = 0.0
 
     config.schedule = ConfigDict()
@@ -137,14 +137,14 @@ def get_config():
     config.checkpoint.best_on = "validation"
 
     config.log_every_steps = 20  # steps between rows of the running metrics
-    # The first and the last step of which a profile is written to the workdir, such as (10, 15); (): none.
-    # Where `steps_per_call` is left open, it is of the calls in which these are.
+    # First and last step to profile, as in (10, 15); the trace goes to the workdir. (): none. With
+    # steps_per_call = 0, the profile covers the whole calls that contain these steps.
     config.profile_steps = ()
     return config
 
 
 def split_training_set(config, protocol, *, size, num_held_out):
-    """Sets what to train on and what to choose by: an honest test needs both apart from the test images.
+    """Sets the training and validation splits, so that nothing is trained on or chosen by test images.
 
     Args:
       protocol: what stands behind the colon in `--config=configs/<name>.py:<protocol>`. "held_out", the
@@ -168,9 +168,9 @@ def split_training_set(config, protocol, *, size, num_held_out):
 
 
 def depth_study(config):
-    """Sets what the curves of He et al. 2015, figure 6, are made of: the error on the test set on the way.
+    """Evaluates on the test set during training, for curves as in figure 6 of He et al. 2015.
 
-    Nothing is chosen by it: no checkpoint is kept for being the best, and the last figures are reported.
+    Nothing is chosen by it: no best checkpoint is kept, and the final figures are reported.
     """
     config.evaluation.splits = ("test",)
     config.evaluation.final_splits = ("train", "test")

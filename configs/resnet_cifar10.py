@@ -20,8 +20,8 @@ The paper's recipe, item by item, all of it kept:
   figures may be of nets trained on all 50,000, as --config=configs/resnet_cifar10.py:full_train does.
 
 Where the paper is silent: which images are held out (here the last 5,000), and whether biases and batch
-normalisation decay (here they do, as in fb.resnet.torch). Batch statistics are those of the global batch;
-the paper trained on two GPUs, each with its own.
+normalisation decay (here they do, as in fb.resnet.torch, whose README counts that as a departure from the
+paper). Batch statistics are those of the global batch; the paper trained on two GPUs, each with its own.
 Result: 8.84 % test error with seed 0 (the paper's: 8.75 %), 0.22 % training error, with
 --config.dtype=bfloat16, as a run of the study depth_cifar10, which has other depths and plain nets too; one
 H100, 2026-11-27 (results/depth_cifar10.json). Not run in float32 yet.

@@ -15,7 +15,8 @@ The paper's recipe, item by item:
   5), which --config.evaluation.protocol=resnet_dense shows.
 
 Where the paper is silent: when the rate fell (here after 30 and 60 epochs, as in the appendix of the authors'
-paper of 2016), and whether biases and batch normalisation decay (here they do, as in fb.resnet.torch).
+paper of 2016), and whether biases and batch normalisation decay (here they do, as in fb.resnet.torch, whose
+README counts that as a departure from the paper).
 Departures: 90 epochs, as is usual since fb.resnet.torch; the mean image is that of a sample, of central
 crops.
 Not run yet.

@@ -16,8 +16,8 @@ The paper's recipe, item by item, all of it kept:
   5,000 training images held out for validation.
 
 Where both papers are silent: which images are held out (the last ones), and whether biases and batch
-normalisation decay (they do, as in fb.resnet.torch). Batch statistics are those of the global batch; the
-paper trained on two GPUs, each with its own.
+normalisation decay (they do, as in fb.resnet.torch, on which the authors' released code builds). Batch
+statistics are those of the global batch; the paper trained on two GPUs, each with its own.
 Not run yet.
 """
 

@@ -332,17 +332,17 @@ def test_large_numbers_in_the_lectures_text_stand_in_a_checked_table():
     assert set(re.findall(r"\d{3},\d{3}(?:,\d{3})*|\d{1,3},\d{3},\d{3}", prose)) <= checked
 
 
-@pytest.mark.parametrize("name", ["depth_digits", "depth_cifar10"])
-def test_the_table_of_a_depth_study_is_that_of_its_record(name):
+@pytest.mark.parametrize(
+    ("name", "document"), [("depth_cifar10", "README.md"), ("depth_digits", "docs/results.md")]
+)
+def test_the_table_of_a_depth_study_is_that_of_its_record(name, document):
     record = json.loads((ROOT / f"results/{name}.json").read_text())
-    table = depth_curves.table(record, "markdown")
-    assert table in (ROOT / "README.md").read_text()
+    assert depth_curves.table(record, "markdown") in (ROOT / document).read_text()
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("results/depth_digits.json")], ids=name_of)
-def test_the_comparison_of_the_depth_study_is_that_of_its_record(path):
-    table = depth_curves.comparison_table(json.loads(path.read_text()), "markdown")
-    assert table in (ROOT / "README.md").read_text()
+def test_the_comparison_of_the_depth_study_is_that_of_its_record():
+    record = json.loads((ROOT / "results/depth_digits.json").read_text())
+    assert depth_curves.comparison_table(record, "markdown") in (ROOT / "docs/results.md").read_text()
 
 
 def test_the_tables_of_speed_are_those_of_the_records():
@@ -350,11 +350,11 @@ def test_the_tables_of_speed_are_those_of_the_records():
     assert text == report.fill(text), "run `python -m benchmarks.report`"
 
 
-def test_the_ledger_is_that_of_the_records():
+@pytest.mark.parametrize("document", ledger.DOCUMENTS, ids=name_of)
+def test_the_ledger_is_that_of_the_records(document):
     studies, _ = ledger.read_records(ROOT / "results")
-    text = (ROOT / "README.md").read_text()
-    written = ledger.insert(text, ledger.markdown(ledger.collect(studies)))
-    assert text == written, "run `python -m cnn_cases.studies.ledger --write`"
+    written = ledger.fill(document, ledger.collect(studies), ROOT / "results")
+    assert document.read_text() == written, "run `python -m cnn_cases.studies.ledger --write`"
 
 
 # Results.

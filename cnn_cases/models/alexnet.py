@@ -25,10 +25,10 @@ and 2, and conv 2, 4 and 5 have two groups: each of the paper's two GPUs sees it
 Half of the hidden dense units drop out. Weights start normal with standard deviation 0.01; biases start at 1
 in conv 2, 4, 5 and the hidden dense layers, at 0 elsewhere (section 5).
 
-Departures from the 2012 paper: images of 227 pixels, since its 224 do not give its 55x55 maps; response
-normalisation runs across the border between the two groups, as its formula reads, though its two GPUs could
-not see each other's maps there; what survives dropout is doubled in training, where the paper halves every
-unit's output in the test. The lecture draws neither groups nor response normalisation.
+Departures from the 2012 paper: images have 227 pixels, since 224 do not give the paper's 55x55 maps; response
+normalisation crosses the border between the two groups, as the formula reads, though the paper's two GPUs
+could not see each other's maps there; dropout doubles the surviving units in training, where the paper halves
+every unit at test time. The lecture draws neither groups nor response normalisation.
 
 one_tower follows the widespread public weights (torchvision): padding of 2 in the first convolution and no
 response normalisation, both unlike the author's own file for that net, as are its initial values; the text of
@@ -66,8 +66,8 @@ normal = nn.initializers.normal(0.01)
 class AlexNet(nn.Module):
     """AlexNet in one of its three versions.
 
-    The first dense layer has an input for every pixel of the last maps, so a net works on the image size it
-    was initialised with and no other.
+    The first dense layer has an input for every pixel of the last maps, so a net works only on images of the
+    size it was initialised with.
 
     Attributes:
       variant: a key of VARIANTS.

@@ -1,7 +1,7 @@
-"""What XLA is slow with as Flax says it, said otherwise: the same values and gradients.
+"""Faster formulations, for XLA, of some Flax operations: the same values and gradients.
 
-Whoever reads a network can pass this by: `conv_general_dilated` is `lax`'s, and `max_pool` is `nn`'s.
-`docs/speed.md` has what was measured.
+Readers of the networks can skip this file: read `conv_general_dilated` as `lax`'s and `max_pool` as `nn`'s.
+`docs/speed.md` has the measurements.
 """
 
 import functools
@@ -57,9 +57,9 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
       the product of its strips with a banded matrix, and takes a quarter to a half of the time. It takes a
       third of a second more to compile, for which a small batch is not worth it.
     - With more channels, or larger maps, XLA's own is the faster one.
-    - Barriers make XLA keep what goes in and what comes out. Without them it computes the one again for the
-      gradient of the kernel, while it transposes it, back to the convolution before or through all shortcuts
-      of a stage, and likewise the gradient of the other: a ResNet-20's step takes a quarter longer.
+    - Barriers make XLA keep the input and the output. Without them it recomputes the input, transposed, for
+      the gradient of the kernel, all the way back to the previous convolution or through all shortcuts of a
+      stage, and likewise the gradient of the output: a ResNet-20's step takes a quarter longer.
     """
     groups = options["feature_group_count"]
     if groups > 1:
@@ -278,5 +278,5 @@ def _larger(a, b):
 
 
 def _is_larger(a, b):
-    """Whether to take a, as of two that are equal, and as what is not a number, which should go on."""
+    """Whether a wins over b: where it is larger or equal, and where it is NaN, which must propagate."""
     return (a >= b) | jnp.isnan(a)

@@ -24,8 +24,9 @@ Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich, "Goin
     average pool, dropout 0.4  1024
     dense                      1000            1,025,000    6,998,552 in all, 13,378,280 with side branches
 
-A side branch (section 5) stands on 4a and on 4d, in training only: average pool 5x5 with stride 3 (4x4),
-conv 1x1 with 128 filters, dense 1024, dropout 0.7, dense. Its loss counts 0.3 in the sum.
+A side branch (the paper's auxiliary classifier, section 5) takes the output of 4a and of 4d, in training
+only: average pool 5x5 with stride 3 (4x4), conv 1x1 with 128 filters, dense 1024, dropout 0.7, dense. Its
+loss is added with weight 0.3.
 
 `batch_norm=True` is the form that public weights use, torchvision's: batch normalisation in place of biases
 and of local response normalisation, 3x3 windows where the table says 5x5 (an old slip that the weights have

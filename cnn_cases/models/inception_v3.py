@@ -25,9 +25,9 @@ in the form that its public weights have:
     average pool, dropout 0.2      2048
     dense                          1000            2,049,000    23,834,568 in all, 27,161,264 with side branch
 
-Every convolution is followed by batch normalisation and ReLU. Nothing is padded but what says so, and what
-keeps the size of the map inside a module. The side branch (figure 8) stands on 6e, in training only: average
-pool 5x5 with stride 3 (5x5), conv 1x1 with 128 filters, conv 5x5 with 768 (1x1), dense.
+Batch normalisation and ReLU follow every convolution. Only layers marked "padded", and those inside a module
+that keep the map's size, are padded. The side branch (figure 8) takes the output of 6e, in training only:
+average pool 5x5 with stride 3 (5x5), conv 1x1 with 128 filters, conv 5x5 with 768 (1x1), dense.
 
 Departures from the paper, all made by the authors' code and kept in the public weights; the filters inside
 the modules are theirs too, the paper leaves them to a file beside its source, which was not consulted:

@@ -20,11 +20,11 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe, Szegedy 2015, algorithms 1 and 2), in few passes over the maps.
 
-    Names, and numbers but for their rounding, are those of `nn.BatchNorm`. That one takes the mean away first
-    and keeps the difference for the gradient. Here each channel has a factor and a summand, and what is kept
-    is the input, in float32. Rounding is coarser where the mean of a channel is large beside its deviation.
-    The running variance is of the variances of batches as they are, like that of `nn.BatchNorm`; the paper's
-    algorithm 2 enlarges it by m / (m - 1), for batches of m values of a channel.
+    Variable names, and results up to rounding, are those of `nn.BatchNorm`. That subtracts the mean first and
+    keeps the difference for the gradient. Here each channel has one factor and one summand, and the input is
+    kept, in float32. Rounding is coarser where a channel's mean is large beside its standard deviation. Like
+    that of `nn.BatchNorm`, the running variance averages the biased variances of the batches; the paper's
+    algorithm 2 multiplies it by m / (m - 1), for batches of m values of a channel.
 
     Attributes:
       use_running_average: normalise by the running statistics, as in evaluation.
@@ -80,10 +80,10 @@ def check_image_size(network, x, smallest):
 
 
 def halve(x, window=3):
-    """Max pooling with stride 2, sizes rounded up as in Caffe and cuda-convnet: 112 -> 56 -> 28 -> 14 -> 7.
+    """Max pooling with stride 2 that halves a map, as in Caffe and cuda-convnet: 112 -> 56 -> 28 -> 14 -> 7.
 
-    [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window. On an even map the last window reaches one
-    pixel over the lower and the right edge; that pixel is padding and never the maximum.
+    [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window, [B, ceil(H / 2), ceil(W / 2), C] with 2x2. The
+    last window may reach one pixel over the lower and right edge; that is padding and never the maximum.
     """
     return max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
 
@@ -117,7 +117,7 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
 
 
 class Dropout(nn.Module):
-    """Inverted dropout (Hinton et al. 2012) whose mask does not depend on the number of devices.
+    """Dropout (Hinton et al. 2012), scaled in training, with a mask independent of the number of devices.
 
     The mask of an example is a function of the `dropout` key and of the example's position in the
     global batch, so a batch that is split over devices is masked as if it were whole. `nn.Dropout`

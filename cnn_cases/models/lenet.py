@@ -14,9 +14,9 @@ LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document rec
     dense        84              10,164
     dense        10                 850     61,706 in all
 
-Departures from the paper: with the lecture, plain average pooling for the trainable subsampling, a full
-second convolution for the connection table, and softmax for the RBF output; and today's ReLU, where the slide
-recalls the sigmoid and tanh of the time.
+Departures from the paper, as in the lecture: plain average pooling instead of trainable subsampling, a full
+second convolution instead of the connection table, softmax instead of the RBF output. And ReLU, where the
+slide recalls the sigmoid and tanh of the time.
 
 `LeNet5Original`, the paper's (section II.B and figure 2):
 
@@ -98,12 +98,12 @@ def digit_codes():
 
 
 def squash(x):
-    """The paper's f(a) = A tanh(S a) with A = 1.7159 and S = 2/3, for which f(1) = 1 and f(-1) = -1."""
+    """f(a) = A tanh(S a), A = 1.7159, S = 2/3, so that f(1) = 1 and f(-1) = -1 (equation 6, appendix A)."""
     return 1.7159 * jnp.tanh(x * (2 / 3))
 
 
 def uniform_by_fan_in(fan_in):
-    """An initialiser, uniform in +-2.4 / fan_in; `fan_in` may be an array that broadcasts to the shape."""
+    """An initialiser, uniform in +-2.4 / fan_in (appendix A); an array `fan_in` broadcasts to the shape."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1, 1) * (2.4 / jnp.asarray(fan_in, dtype))

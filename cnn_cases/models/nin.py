@@ -1,7 +1,7 @@
 """Network in Network: the authors' nets for CIFAR and for ImageNet.
 
-Lin, Chen, Yan, "Network in network", 2013. The paper gives neither net in full; both are the authors'
-published definitions, for cuda-convnet the first and for Caffe the second.
+Lin, Chen, Yan, "Network in network", 2013. The paper gives neither net in full; both follow the authors'
+published definitions: mavenlin/cuda-convnet (NIN/cifar-10_def) for the first, Caffe for the second.
 
     cifar              output       parameters     imagenet            output       parameters
     image              32x32x3                     image               224x224x3
@@ -23,9 +23,9 @@ published definitions, for cuda-convnet the first and for Caffe the second.
                                                    average             1000
                                        966,986                                       7,595,176
 
-Half of what enters the second and third mlpconv of cifar, and the fourth of imagenet, drops out in training.
-ReLU follows every convolution, the last one too: no logit is negative. Weights start normal, with the
-standard deviation of the authors' definitions; biases start at 0.
+Dropout of one half precedes the second and third mlpconv of cifar, and the fourth of imagenet. ReLU follows
+every convolution, even the last, so no logit is negative. Weights start normal, with the standard deviations
+of the authors' definitions; biases start at 0.
 
 Departures: none in the nets. Global average pooling takes the map whatever its size, where the definitions
 name 8x8 and 6x6, so the nets take other image sizes with the same parameters.

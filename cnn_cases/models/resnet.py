@@ -1,6 +1,6 @@
 """Residual networks and their plain twins, for ImageNet and for CIFAR.
 
-He, Zhang, Ren, Sun, "Deep residual learning for image recognition", 2015, if nothing else is said.
+He, Zhang, Ren, Sun, "Deep residual learning for image recognition", 2015, unless another paper is named.
 
 `ResNet`, for ImageNet (table 1), in blocks a stage:
 
@@ -33,11 +33,11 @@ and 512 filters; the last convolution of a bottleneck block has four times as ma
 then global average pooling and a dense layer. Parameters, with option A: 269,722 at depth 20, 464,154 at 32,
 658,586 at 44, 853,018 at 56, 1,727,962 at 110, 19,421,274 at 1202. Option B adds 2,752.
 
-Every convolution of these two is followed by batch normalisation. The first block of every stage but the
-first has stride 2. A plain net is the same net without the additions (section 3.3). With shortcut option A it
-has the same parameters, with the same names, so that both start from the same values: 11,515,688 for plain-18
-and 21,623,848 for plain-34, less than option B by its projections, 64*128 + 128*256 + 256*512 weights, and
-their norms, 2 * (128 + 256 + 512).
+In both, batch normalisation follows every convolution, and the first block of every stage but the first has
+stride 2. A plain net is the same net without the additions (section 3.3). With shortcut option A it has the
+same parameters under the same names, so that both start from the same values: 11,515,688 for plain-18 and
+21,623,848 for plain-34. Option B adds its projections, 64*128 + 128*256 + 256*512 weights, and their norms,
+2 * (128 + 256 + 512).
 
 `PreactCifarResNet`, of depth 9n + 2 (He, Zhang, Ren, Sun, "Identity mappings in deep residual networks",
 2016): the same maps, in stages of n bottleneck blocks with 16, 32 and 64 filters, hence 64, 128 and 256
@@ -45,7 +45,7 @@ channels. Norm and ReLU precede a block's convolutions; one more pair follows th
 
            stem    stage 1      stage 2      stage 3    norm    dense        in all
     164     432     81,952      326,272    1,291,520     512    2,570     1,703,258
-    1001    432    504,544    1,980,928    7,838,720     512    2,570    10,327,706
+    1001    432    504,544    1,980,928    7,838,720     512    2,570    10,327,706 (10,178,490 without norms)
 
 Very deep nets: `scan_blocks=True` runs blocks 2 to n of each stage of a CIFAR net as one `nn.scan`, so that a
 stage compiles two blocks, whatever its depth. Their parameters and statistics are then stacked along a new
@@ -61,11 +61,12 @@ compiled, then run, on two CPU cores, 2026-11-23:
     scanned   compile    4.7 s     4.4 s     4.9 s
               step       14 ms     88 ms     1.1 s
 
-Departures from the papers: none in the networks, as their fields stand by default. Where they are silent,
-batch normalisation uses fb.resnet.torch's epsilon of 1e-5 and keeps 0.9 of its running statistics at each
-step; the dense layer starts like the convolutions; a pre-activation block has its stride, and a projection
-without a norm, where the authors' code (KaimingHe/resnet-1k-layers) has them. Beyond the papers, and only
-where asked for: stride placement "v1.5", last gammas of zero, plain nets of bottleneck blocks.
+Departures from the papers: none in the networks, with their default fields. Where the papers are silent:
+batch normalisation has fb.resnet.torch's epsilon of 1e-5 and running statistics that keep 0.9 at each step
+(the authors' released models average exactly, after training); the dense layer is initialised like the
+convolutions; a pre-activation block has its stride, and a projection without a norm, where the authors' code
+(KaimingHe/resnet-1k-layers) has them. Beyond the papers, only on request: stride placement "v1.5", zero last
+gammas, plain nets of bottleneck blocks.
 """
 
 import functools
@@ -84,7 +85,7 @@ SHORTCUTS = {
 }
 
 STRIDE_PLACEMENTS = {
-    "v1": "in the first 1x1 convolution of a bottleneck block, as in the paper",
+    "v1": "in the first 1x1 convolution of a bottleneck block, as in the authors' models",
     "v1.5": "in its 3x3 convolution, as in fb.resnet.torch and most public weights",
 }
 
@@ -129,9 +130,9 @@ def identity_shortcut(x, filters, stride):
 
 
 def shortcut_branch(x, filters, stride, shortcut, conv, norm):
-    """The second term of a block's sum, by the rule `shortcut`. [B, H, W, C] -> [B, H', W', filters].
+    """The shortcut's term of a block's sum, by option `shortcut`. [B, H, W, C] -> [B, H', W', filters].
 
-    To be called inside a block, whose `projection` and `projection_norm` it creates where there is one.
+    Call it inside the block, which then owns the `projection` and `projection_norm`, if there are any.
     """
     changes_shape = stride != 1 or x.shape[-1] != filters
     if shortcut == "C" or (shortcut == "B" and changes_shape):
@@ -167,7 +168,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """[B, H, W, C] -> [B, H/stride, W/stride, filters]."""
+        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), filters]."""
         y = self.conv(self.filters, (3, 3), self.stride, padding=1, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
         y = self.conv(self.filters, (3, 3), padding=1, name="conv2")(y)
@@ -198,7 +199,7 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """[B, H, W, C] -> [B, H/stride, W/stride, 4 filters]."""
+        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), 4 filters]."""
         stride1, stride2 = (self.stride, 1) if self.stride_placement == "v1" else (1, self.stride)
         y = self.conv(self.filters, (1, 1), stride1, padding=0, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
@@ -310,7 +311,7 @@ class PreactBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """[B, H, W, C] -> [B, H/stride, W/stride, 4 filters]."""
+        """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), 4 filters]."""
         y = nn.relu(self.norm(name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != 4 * self.filters:
             x = self.conv(4 * self.filters, (1, 1), self.stride, padding=0, name="projection")(y)
@@ -342,7 +343,10 @@ def cifar_blocks_per_stage(depth, layers):
 
 
 def cifar_stages(x, block, blocks_per_stage, scan_blocks):
-    """The three stages of a CIFAR network, whose blocks `block` makes. To be called inside the network."""
+    """The three stages of a CIFAR network, of blocks made by `block`; call it inside the network.
+
+    [B, H, W, 16] -> [B, ceil(H / 4), ceil(W / 4), C], with C = 64 for basic blocks and 256 for bottlenecks.
+    """
     repeat = nn.scan(
         lambda block, x, _: (block(x), None),
         variable_axes={"params": 0, "batch_stats": 0},

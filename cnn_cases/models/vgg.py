@@ -64,7 +64,7 @@ glorot = nn.initializers.glorot_uniform()
 def glorot_dense(key, shape, dtype):
     """Initialises a convolution [h, w, C, F] as the dense layer of h * w * C inputs that it stands for.
 
-    Seen as a convolution, it would be taken to feed each unit to h * w places, and start too small.
+    Glorot's rule for a convolution would count h * w times the fan-out, and start the weights too small.
     """
     *window, features = shape
     return glorot(key, (math.prod(window), features), dtype).reshape(shape)

@@ -1,7 +1,8 @@
 """All recorded studies in one table, beside what the papers published.
 
     python -m cnn_cases.studies.ledger              prints it, in Markdown
-    python -m cnn_cases.studies.ledger --write      puts it into README.md, between its two markers
+    python -m cnn_cases.studies.ledger --write      puts it into docs/results.md, and into README.md the rows
+                                                    that have a published figure, between their markers
 
 A row is made of runs that differ in nothing but the seed: the recipe (the config without the seed, without
 the place of the data and without what is kept and logged) and the environment (commit, versions, devices) are
@@ -16,6 +17,7 @@ by the head of the run's config.
 import argparse
 import collections
 import json
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -27,7 +29,13 @@ from cnn_cases.studies import records
 from cnn_cases.training import disk, logbook
 
 ROOT = pathlib.Path(__file__).parents[2]
-MARKERS = "<!-- The ledger: written by `python -m cnn_cases.studies.ledger --write`. -->", "<!-- End. -->"
+DOCUMENTS = ROOT / "README.md", ROOT / "docs/results.md"
+# The line of a document behind which the table begins, and whether it has only rows with a published figure.
+BEGINNINGS = {
+    "<!-- The results beside the papers: written by `python -m cnn_cases.studies.ledger --write`. -->": True,
+    "<!-- All results: written by `python -m cnn_cases.studies.ledger --write`. -->": False,
+}
+END = "<!-- End of the results. -->"
 
 # Of a config, what no result depends on: groups, and keys with their place.
 ASIDE = (
@@ -303,8 +311,14 @@ TITLES = (
 )
 
 
-def table(rows):
-    """Lists of cells, the head first. A difference is in points, ours less the published."""
+def table(rows, place="results", published_only=False):
+    """Lists of cells, the head first. A difference is in points, ours minus the published.
+
+    Args:
+      rows: of `collect`.
+      place: of the records, for links to them.
+      published_only: leave out the rows that have no published figure beside them.
+    """
     lines = [list(TITLES)]
     for row in rows:
         metric = metric_of(row)
@@ -315,6 +329,8 @@ def table(rows):
         if published and steps * batch_size < published.examples:
             steps_cell += f" (shortened: the paper's are {round(published.examples / batch_size):,})"
             published = None
+        if published_only and not published:
+            continue
         others = [
             f"{key} {value}"
             for key, value in row.point.items()
@@ -333,7 +349,7 @@ def table(rows):
                 f"{sum(values) / len(values) - published.error:+.2f}" if published and values else "",
                 hardware(row.environments),
                 dates(row.runs),
-                f"[{row.name.removesuffix('.json')}](results/{row.name})",
+                f"[{row.name.removesuffix('.json')}]({place}/{row.name})",
             ]
         )
     return lines
@@ -360,23 +376,34 @@ def _published_cell(published):
     return f"{published.error} ({published.source}{label})"
 
 
-def markdown(rows):
-    """The table of the rows, columns of words to the left."""
+def markdown(rows, place="results", published_only=False):
+    """The table in Markdown, columns of words to the left."""
     words = [number for number, title in enumerate(TITLES) if title not in ("steps", "%", "difference")]
-    return tables.markdown(table(rows), words=words)
+    return tables.markdown(table(rows, place, published_only), words=words)
 
 
-def insert(text, ledger):
-    """A document with the ledger between its markers in place of what is there.
+def fill(document, rows, results):
+    """The text of a document with the table between its two markers in place of what is there.
+
+    Args:
+      document: a pathlib.Path.
+      rows: of `collect`.
+      results: the directory of the records.
 
     Raises:
-      ValueError: a marker is missing or there twice.
+      ValueError: the document has not one of BEGINNINGS, once, and END behind it.
     """
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"the document must have each of these lines once: {' and '.join(MARKERS)}")
-    head, _, rest = text.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    return f"{head}{MARKERS[0]}\n\n{ledger}\n{MARKERS[1]}{tail}"
+    text = document.read_text()
+    beginnings = [marker for marker in BEGINNINGS if marker in text]
+    head, _, rest = text.partition(beginnings[0] if beginnings else END)
+    _, _, tail = rest.partition(END)
+    if len(beginnings) != 1 or text.count(beginnings[0]) != 1 or rest.count(END) != 1:
+        raise ValueError(
+            f"{document} must have one of these lines: {' or '.join(BEGINNINGS)}; and then {END}"
+        )
+    place = pathlib.PurePath(os.path.relpath(results, document.parent)).as_posix()
+    ledger = markdown(rows, place, BEGINNINGS[beginnings[0]])
+    return f"{head}{beginnings[0]}\n\n{ledger}\n{END}{tail}"
 
 
 def main(arguments=None):
@@ -385,20 +412,20 @@ def main(arguments=None):
         prog="python -m cnn_cases.studies.ledger", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--results", default=ROOT / "results", help="the records; default: %(default)s")
-    parser.add_argument("--write", action="store_true", help="write it into the document, and print nothing")
-    parser.add_argument("--document", default=ROOT / "README.md", help="default: %(default)s")
+    parser.add_argument("--write", action="store_true", help="into the documents, and print nothing")
+    parser.add_argument("--documents", nargs="+", type=pathlib.Path, default=DOCUMENTS, help="their files")
     options = parser.parse_args(arguments)
     try:
         studies, others = read_records(options.results)
-        ledger = markdown(collect(studies))
-        if options.write:
-            document = pathlib.Path(options.document)
-            disk.write_text(document, insert(document.read_text(), ledger))
+        rows = collect(studies)
+        texts = [(path, fill(path, rows, options.results)) for path in options.documents if options.write]
+        for path, text in texts:
+            disk.write_text(path, text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not options.write:
-        print(ledger, end="")
+        print(markdown(rows, options.results), end="")
     if others:
         print(f"no studies, left out: {', '.join(others)}", file=sys.stderr)
 

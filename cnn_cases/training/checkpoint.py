@@ -311,7 +311,7 @@ def _read_only(directory, step):
 
 
 class _LastAndBest:
-    """Orbax's question which checkpoints to keep: the last ones, and the one with the lowest error."""
+    """Orbax's preservation policy: keep the last checkpoints, and the one with the lowest error."""
 
     def __init__(self, keep_last):
         self._keep_last = keep_last

@@ -176,10 +176,10 @@ def _open(workdir, config, data, show_progress):
 def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop):
     """Trains from the last checkpoint, or from `state`, to the end; returns what result.json is to hold.
 
-    A training that rewinds comes by its checkpoint more than once, each time with other batches. How often,
-    and so with which, does not depend on whether it was killed in between: a checkpoint holds the steps
-    that had gone wrong before it was saved, and those that went wrong after that do so again. A signal makes
-    a checkpoint more, to which it may then go back.
+    A run that rewinds passes its checkpoint more than once, each time with other batches. How often, and so
+    with which batches, does not depend on kills in between: a checkpoint lists the steps that had failed
+    before it was saved, and those that failed later fail again. A signal saves one more checkpoint, to which
+    the run may then rewind.
     """
     nonfinite, rewound_to = [], []
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
@@ -449,8 +449,8 @@ def _scores(probabilities, label):
 
 
 def largest(state):
-    """The largest absolute value of all numbers of a state but its counters; NaN where there is any."""
-    # By NumPy, on what is copied off the devices to be saved anyhow: JAX would compile two programs a shape.
+    """The largest absolute value in a state, integer counters aside; NaN if any value is NaN."""
+    # In NumPy, on a host copy that saving needs anyway: JAX would compile two programs per shape.
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return float(np.max([np.abs(leaf).max() for leaf in jax.device_get(leaves)]))
 

@@ -37,7 +37,7 @@ def make_loss(*, name, label_smoothing, map_constant):
 
 
 def of_classes(loss, num_classes):
-    """The same loss, but one that refuses logits of another length, which it would take without a word.
+    """The same loss, except that it refuses logits of another length instead of silently accepting them.
 
     Raises:
       ValueError: once it is called.

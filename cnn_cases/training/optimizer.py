@@ -95,10 +95,10 @@ def make_optimizer(
         Hinton 2012); "adam" (Kingma and Ba 2014); "adamw" (Loshchilov and Hutter 2017).
       momentum: in [0, 1); 0 for none; the beta1 of Adam.
       nesterov: Nesterov's form of the momentum.
-      second_moment: how much of the mean square each step keeps: of "rmsprop", and the beta2 of Adam.
+      second_moment: share of the mean squared gradient that each step keeps: rmsprop's decay, Adam's beta2.
       epsilon: added to the mean square of "rmsprop", and to the root of Adam's.
-      weight_decay: this times w is added to the gradient of a parameter w, as the papers of the time do it;
-        with "adamw" the rate times this times w is taken from w instead.
+      weight_decay: weight_decay * w is added to the gradient of each parameter w, as in the papers of the
+        time; with "adamw" it is decoupled: rate * weight_decay * w is subtracted from w.
       decayed: one of DECAYED: "all" parameters, or "kernels" without biases and normalisation.
       clip_norm: the greatest norm of the whole gradient, weight decay included; 0 for no limit.
 

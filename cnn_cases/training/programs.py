@@ -31,10 +31,17 @@ MAX_STEPS_PER_CALL = 50  # where the config leaves it open; a signal waits for t
 
 
 class Program(NamedTuple):
-    """All of a run that does not depend on its seed; runs that share it share the compiled steps.
+    """Everything in a run that does not depend on its seed; runs that share it share the compiled steps.
 
-    `devices` are those of this process; `train_steps` is the function that `train` is made of. It does as
-    many steps as it is given batches, which in a training are those of `steps_per_call`.
+    Attributes:
+      model, tx, loss, schedule: Linen module, optax optimizer, loss of `losses`, and step -> learning rate.
+      with_ema: whether the state has a moving average of the parameters.
+      feed, arrays: see `data.feeds`; the arrays are replicated over the devices.
+      steps_per_call: batches that a training gives `train` at once; it does one step for each.
+      train_steps, train: (state, arrays, batches) -> (state, metrics), of one device's share, and its pmap.
+      evaluate: (state, arrays, batch) -> {"loss", "error", "count"}, sums over the batch.
+      predict: (state, arrays, image) -> log-probabilities, float32 [devices, B, K].
+      devices: those of this process.
     """
 
     model: Any
@@ -128,9 +135,9 @@ def make_program(config, devices=None):
 def steps_per_call(config, platform):
     """How many steps one call to the devices does.
 
-    Where the config leaves it open, by 0, it is one on a CPU, whose convolutions lose their threads inside
-    XLA's loops, and of a stream, whose images for all the steps would be in memory at once. On accelerators
-    it is the most that goes into all intervals of the run, so that each launch pays for many steps.
+    If the config says 0, it is 1 on a CPU, where convolutions lose their threads inside XLA's loops, and with
+    a stream, since the images of all steps would be in memory at once. Otherwise it is the largest number up
+    to MAX_STEPS_PER_CALL that divides all intervals of the run, so that one launch serves many steps.
 
     Args:
       config: of `configs/`.
@@ -183,7 +190,7 @@ def check_protocol(program, state, protocol):
 
 
 def evaluate(program, state, split, *, heed=lambda: None):
-    """{"<split>/loss", "<split>/error"} of a state, every example of the split counted once.
+    """{"<split>/loss": mean, "<split>/error": fraction} of a state, every example of the split counted once.
 
     `heed()` is called before each batch; what it raises ends the evaluation.
     """

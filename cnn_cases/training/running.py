@@ -1,4 +1,4 @@
-"""The metrics of the training steps on their way to the log, and what is said where they are no numbers."""
+"""Running means of the training metrics for the log, and the check that all values are finite."""
 
 import math
 
@@ -22,9 +22,9 @@ class Running:
     Attributes:
       window: of each step that was not skipped, a list in the order of NAMES.
       nonfinite: the numbers of the steps that were skipped, or that led to a rewind, of the whole run.
-      rewound_to: for each step that led to a rewind, that of the checkpoint from which the run went on.
+      rewound_to: for each step that led to a rewind, the step of the checkpoint that the run went back to.
 
-    They are saved with the state, so that the row in which a run was stopped is that of an unbroken run.
+    All three are saved with the state, so that a row interrupted by a stop equals that of an unbroken run.
     """
 
     def __init__(self, window, nonfinite, rewound_to):

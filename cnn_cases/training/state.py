@@ -43,8 +43,8 @@ def init_state(model, tx, image_shape, seed, *, with_ema=False):
     Raises:
       ValueError: the model refuses its settings or the image size.
     """
-    # All is drawn in one program, since many small ones take longer to compile and to load; and in one that
-    # is quick to compile, since it runs once.
+    # One program, since many small ones take longer to compile and load; it is compiled with few
+    # optimisations, since it runs once.
     return _jitted(model, tx, tuple(image_shape), with_ema)(seed)
 
 

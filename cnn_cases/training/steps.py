@@ -24,14 +24,13 @@ def make_train_steps(
     Args:
       apply: `model.apply`.
       tx: an optax optimizer.
-      prepare: (arrays, batch, key) -> image, label; the feed's.
-      loss: logits [B, K], label -> [B].
+      prepare: (arrays, batch, key) -> image, label; the feed's, whose `arrays` live on the devices.
+      loss: logits [B, K], label int [B] or target float [B, K] -> float32 [B].
       axis_name: the pmap axis over which the batch is split.
       side_weight: weight of the loss of each side branch, where the model has any.
-      num_microbatches: into how many parts a device's share is split. They are computed one after another,
-        which saves memory, and give one update. Batch statistics and dropout are those of each part, and
-        where examples are mixed, they are mixed within the parts that are computed at once: all three then
-        depend on the number of devices.
+      num_microbatches: parts into which a device's share is split. They are computed one after another, which
+        saves memory, and give one update. Batch statistics, dropout and the mixing of examples are then per
+        part, and so depend on the number of devices.
       ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average. Step
         n, from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
         TensorFlow's ExponentialMovingAverage with `num_updates`.
@@ -40,10 +39,10 @@ def make_train_steps(
         number of the new state is NaN or infinite.
 
     Returns:
-      (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...];
-      those of `metrics` [steps]: "loss" (mean over the examples, without the weight decay and the side
-      branches), "error" (fraction; of a mixed example, the class with the larger share is the right one) and
-      "grad_norm", of the global batch and before the step's update; and "skipped", whether the update was.
+      (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...],
+      those of `metrics` [steps]. "loss" (mean over the examples, without weight decay and side branches),
+      "error" (fraction; a mixed example counts as the class with the larger share) and "grad_norm" are of the
+      global batch, before the step's update; "skipped" is whether that update was skipped.
     """
 
     def gradient(state, arrays, batch, batch_stats, augment_key, dropout_key):
@@ -89,8 +88,8 @@ def make_train_steps(
 
     def train_step(state, arrays, batch):
         grads, batch_stats, metrics = accumulated_gradient(state, arrays, batch)
-        # Statistics of the global batch are equal on all devices already; those of each device's own are not.
-        if lax.axis_size(axis_name) > 1:  # else XLA would copy all on a CPU, which is long for VGG's
+        # Batch statistics of the global batch already agree on all devices; each device's own do not.
+        if lax.axis_size(axis_name) > 1:  # on one device, XLA's CPU compiler would copy every gradient
             grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -139,11 +138,14 @@ def step_keys(seed, step):
 
 
 def make_eval_step(apply, prepare, loss, axis_name):
-    """A function that evaluates one batch, with the average net where the state has one.
+    """A function that evaluates one batch, with the averaged parameters if the state has them.
+
+    Args:
+      apply, prepare, loss, axis_name: as in `make_train_steps`.
 
     Returns:
-      (state, arrays, batch) -> sums over the examples of the global batch whose "mask" is 1: "loss",
-      "error" and "count".
+      (state, arrays, batch) -> {"loss", "error", "count"}: float32 scalars, summed over the examples of the
+      global batch whose "mask" (float32 [B]) is 1.
     """
 
     def eval_step(state, arrays, batch):

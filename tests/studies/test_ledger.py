@@ -197,17 +197,25 @@ def results(tmp_path):
     return directory
 
 
-def test_a_document_is_rewritten_between_the_markers_alone(results, tmp_path, capsys):
-    document = tmp_path / "README.md"
-    document.write_text(f"Before.\n\n{ledger.MARKERS[0]}\n\nOld.\n\n{ledger.MARKERS[1]}\n\nAfter.\n")
-    arguments = [f"--results={results}", f"--document={document}", "--write"]
+def test_documents_are_rewritten_between_the_markers_alone(results, tmp_path, capsys):
+    (results / "shallow.json").write_text(json.dumps(record(outcome(0, 0.2, depth=8))))
+    (tmp_path / "docs").mkdir()
+    documents = [tmp_path / "README.md", tmp_path / "docs/results.md"]
+    for document, beginning in zip(documents, ledger.BEGINNINGS, strict=True):
+        document.write_text(f"Before.\n\n{beginning}\n\nOld.\n\n{ledger.END}\n\nAfter.\n")
+    arguments = [f"--results={results}", "--write", "--documents", *map(str, documents)]
     ledger.main(arguments)
-    text = document.read_text()
-    assert text.startswith("Before.\n\n" + ledger.MARKERS[0] + "\n\n| network |")
-    assert text.endswith("| [depth](results/depth.json) |\n\n" + ledger.MARKERS[1] + "\n\nAfter.\n")
-    assert "Old." not in text
+    texts = [document.read_text() for document in documents]
+    for text, beginning in zip(texts, ledger.BEGINNINGS, strict=True):
+        assert text.startswith(f"Before.\n\n{beginning}\n\n| network |")
+        assert text.endswith(f" |\n\n{ledger.END}\n\nAfter.\n")
+        assert "Old." not in text
+    assert "| [depth](results/depth.json) |" in texts[0]
+    assert "shallow" not in texts[0], "no paper has a figure of it"
+    assert "| [depth](../results/depth.json) |" in texts[1]
+    assert "| [shallow](../results/shallow.json) |" in texts[1]
     ledger.main(arguments)
-    assert document.read_text() == text
+    assert [document.read_text() for document in documents] == texts
     assert capsys.readouterr().out == ""
 
 
@@ -221,18 +229,26 @@ def test_without_writing_the_table_is_printed_and_others_are_named(results, caps
 
 
 def test_bad_input_is_one_message(results, tmp_path, capsys):
+    beginning, other = ledger.BEGINNINGS
+    texts = ["No markers.", beginning, f"{ledger.END} {beginning}", f"{beginning} {other} {ledger.END}"]
+    good = tmp_path / "good.md"
+    good.write_text(f"{beginning} {ledger.END}")
     document = tmp_path / "README.md"
-    document.write_text("No markers.")
-    cases = [
-        ([f"--results={tmp_path / 'nowhere'}"], "nowhere holds no records; name a directory"),
-        ([f"--results={results}", f"--document={document}", "--write"], "must have each of these lines once"),
-    ]
-    for arguments, message in cases:
+    for text in (None, *texts):
+        document.write_text(text or "")
+        arguments, message = (
+            [f"--results={tmp_path / 'nowhere'}"],
+            "nowhere holds no records; name a directory",
+        )
+        if text:
+            arguments = [f"--results={results}", "--write", "--documents", str(good), str(document)]
+            message = "README.md must have one of these lines"
         with pytest.raises(SystemExit) as stop:
             ledger.main(arguments)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert document.read_text() == "No markers."
+        assert document.read_text() == (text or "")
+        assert good.read_text() == f"{beginning} {ledger.END}"
     (results / "torn.json").write_text('{"config": ')
     with pytest.raises(ValueError, match=r"torn\.json is damaged: .*; mend or remove it"):
         ledger.read_records(results)
