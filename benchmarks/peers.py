@@ -21,8 +21,8 @@ class Mean(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def halve(window=3):
-    """`layers.halve`."""
+def halving_max_pool(window=3):
+    """`layers.halving_max_pool`."""
     return nn.MaxPool2d(window, 2, ceil_mode=True)
 
 
@@ -102,7 +102,7 @@ def nin_net(variant="cifar", num_classes=10):
     layers, channels = [], 3
     for number, stage in enumerate(nin.VARIANTS[variant]):
         if number:
-            layers.append(halve())
+            layers.append(halving_max_pool())
         if stage.dropout:
             layers.append(nn.Dropout(0.5))
         first, second, third = stage.filters if len(stage.filters) == 3 else (*stage.filters, num_classes)
@@ -250,12 +250,12 @@ def googlenet(num_classes=1000):
         layers += [nn.Linear(128 * 16, 1024), nn.ReLU(inplace=True), nn.Dropout(0.7)]
         return nn.Sequential(*layers, nn.Linear(1024, num_classes))
 
-    layers = [*conv_relu(3, 64, 7, 2, 3), halve(), norm(), *conv_relu(64, 64, 1)]
-    layers += [*conv_relu(64, 192, 3, padding=1), norm(), halve()]
+    layers = [*conv_relu(3, 64, 7, 2, 3), halving_max_pool(), norm(), *conv_relu(64, 64, 1)]
+    layers += [*conv_relu(64, 192, 3, padding=1), norm(), halving_max_pool()]
     parts, sides, channels = [], [], 192
     for name, (one, reduce3, three, reduce5, five, pool) in inception.TABLE_1.items():
         if name in ("4a", "5a"):
-            layers.append(halve())
+            layers.append(halving_max_pool())
         layers.append(module(channels, one, reduce3, three, reduce5, five, pool))
         channels = one + three + five + pool
         if name in inception.SIDE_BRANCHES:

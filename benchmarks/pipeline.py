@@ -135,7 +135,7 @@ def _calls(program, batches):
 def _runner(program, train, arrays, calls, num_steps):
     """A function that does so many steps and tells seconds a step."""
     clock = _clock(program)
-    state = devices_lib.replicate(program.first_state(0), program.devices)
+    state = devices_lib.replicate(program.init_state(0), program.devices)
 
     def run():
         nonlocal state

@@ -72,7 +72,7 @@ def _jit_train(train_steps, _):
 
 def _leave(group):
     """Ends the processes of a job; all at once, since they wait for each other."""
-    for left in [one.also(processes.leave, 0, 30) for one in group]:
+    for left in [one.also(processes.end_together, 0, 30) for one in group]:
         left.exception()  # BrokenProcessPool, as the process is gone
 
 

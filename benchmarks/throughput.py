@@ -161,7 +161,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     jax.block_until_ready(last)
     facts["first_step_seconds"] = time.perf_counter() - began
     images = jnp.repeat(arrays["image"][None], len(devices), axis=0)
-    wait_each = devices_lib.calls_ahead(devices) == 0
+    wait_each = devices_lib.max_in_flight(devices) == 0
 
     def wait():
         jax.block_until_ready(last)

@@ -61,7 +61,7 @@ def run(main):
             _leave_at_once("SIGINT", 130)
         except Exception as error:
             if processes.is_loss(error):
-                processes.lose(f"another process died or left: {error}")
+                processes.end_after_loss(f"another process died or left: {error}")
             refusal = devices.refusal(error)
             if refusal is None:
                 if processes.is_one_of_several():  # else they and Python's way out would wait for each other
@@ -70,7 +70,7 @@ def run(main):
                 raise
             logging.debug("where it was raised", exc_info=True)  # shown with --verbosity=1
             _leave(f"error: {refusal}", 2)
-        processes.leave(0, _ALL_END)
+        processes.end_together(0, _ALL_END)
 
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("cnn_cases."):  # absl's --help shows those of the main module alone
@@ -190,5 +190,5 @@ def _leave_at_once(signal_name, code):
 
 def _leave(message, code, patience_seconds=_MAY_BE_ALONE):
     processes.tell(message)
-    processes.leave(code, patience_seconds)
+    processes.end_together(code, patience_seconds)
     sys.exit(code)

@@ -68,7 +68,7 @@ def replay(workdir, step=None, data_dir=""):
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
-    state = program.first_state(config.seed)
+    state = program.init_state(config.seed)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, state)
     rewound_to = []
@@ -101,7 +101,7 @@ def replay(workdir, step=None, data_dir=""):
         state, metrics = program.train(state, program.arrays, batch)
     batches.close()
     metrics = {name: metrics[name].item() for name in running.NAMES}
-    metrics["largest number of the state"] = loop.largest(state)
+    metrics["largest number of the state"] = loop.max_abs(state)
     culprit = None
     if not all(map(math.isfinite, metrics.values())):
         culprit = _culprit(program, before, batch, infs=False) or _culprit(program, before, batch, infs=True)

@@ -2,7 +2,7 @@
 
 import os
 
-# Before JAX starts. Four devices need more threads than two cores would get (see devices.calls_ahead).
+# Before JAX starts. Four devices need more threads than two cores would get (see devices.max_in_flight).
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compiling, and little into running what was compiled.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"

@@ -50,7 +50,7 @@ def trained(data_dir, program, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state(program):
-    return program.first_state(3)
+    return program.init_state(3)
 
 
 def contents(directory):

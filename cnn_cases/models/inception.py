@@ -48,7 +48,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, check_image_size, halve, local_response_norm
+from cnn_cases.models.layers import (
+    BatchNorm,
+    ConvUnit,
+    Dropout,
+    check_image_size,
+    halving_max_pool,
+    local_response_norm,
+)
 
 # Filters of each module, by the columns of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
@@ -67,7 +74,7 @@ TABLE_1 = {
 SIDE_BRANCHES = {"4a": "side1", "4d": "side2"}
 
 
-def pool_in_place(x):
+def max_pool_same(x):
     """3x3 max pooling with stride 1, the fourth branch of a module. [B, H, W, C] -> [B, H, W, C]."""
     return max_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
 
@@ -92,7 +99,7 @@ class NaiveInceptionModule(nn.Module):
             self.unit(self.filters_1x1, (1, 1), name="conv_1x1")(x),
             self.unit(self.filters_3x3, (3, 3), name="conv_3x3")(x),
             self.unit(self.filters_5x5, (5, 5), name="conv_5x5")(x),
-            pool_in_place(x),
+            max_pool_same(x),
         ]
         return jnp.concatenate(branches, axis=-1)
 
@@ -102,7 +109,7 @@ class InceptionModule(nn.Module):
 
     Attributes:
       filters_1x1, reduce_3x3, filters_3x3, reduce_5x5, filters_5x5, filters_pool: a row of TABLE_1.
-      wide_window: side of the window that table 1 calls 5x5.
+      wide_kernel_size: side of the window that table 1 calls 5x5.
       unit: `ConvUnit` with the network's settings.
     """
 
@@ -112,20 +119,20 @@ class InceptionModule(nn.Module):
     reduce_5x5: int
     filters_5x5: int
     filters_pool: int
-    wide_window: int = 5
+    wide_kernel_size: int = 5
     unit: Any = ConvUnit
 
     @nn.compact
     def __call__(self, x):
         """[B, H, W, C] -> [B, H, W, filters_1x1 + filters_3x3 + filters_5x5 + filters_pool]."""
-        wide = (self.wide_window, self.wide_window)
+        wide = (self.wide_kernel_size, self.wide_kernel_size)
         narrow_3x3 = self.unit(self.reduce_3x3, (1, 1), name="reduce_3x3")(x)
         narrow_5x5 = self.unit(self.reduce_5x5, (1, 1), name="reduce_5x5")(x)
         branches = [
             self.unit(self.filters_1x1, (1, 1), name="conv_1x1")(x),
             self.unit(self.filters_3x3, (3, 3), name="conv_3x3")(narrow_3x3),
             self.unit(self.filters_5x5, wide, name="conv_5x5")(narrow_5x5),
-            self.unit(self.filters_pool, (1, 1), name="project_pool")(pool_in_place(x)),
+            self.unit(self.filters_pool, (1, 1), name="project_pool")(max_pool_same(x)),
         ]
         return jnp.concatenate(branches, axis=-1)
 
@@ -197,22 +204,22 @@ class GoogLeNet(nn.Module):
         unit = functools.partial(ConvUnit, norm=norm if self.batch_norm else None, dtype=self.dtype)
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
 
-        x = halve(unit(64, (7, 7), 2, name="conv1")(x))
+        x = halving_max_pool(unit(64, (7, 7), 2, name="conv1")(x))
         if not self.batch_norm:
             x = local_response_norm(x)
         x = unit(64, (1, 1), name="conv2_reduce")(x)
         x = unit(192, (3, 3), name="conv2")(x)
         if not self.batch_norm:
             x = local_response_norm(x)
-        x = halve(x)
+        x = halving_max_pool(x)
         side_logits = []
         for module, filters in TABLE_1.items():
             if module == "4a":
-                x = halve(x)
+                x = halving_max_pool(x)
             if module == "5a":
-                x = halve(x, window=2 if self.batch_norm else 3)
-            wide_window = 3 if self.batch_norm else 5
-            x = InceptionModule(*filters, wide_window, unit, name=f"inception_{module}")(x)
+                x = halving_max_pool(x, window=2 if self.batch_norm else 3)
+            wide_kernel_size = 3 if self.batch_norm else 5
+            x = InceptionModule(*filters, wide_kernel_size, unit, name=f"inception_{module}")(x)
             if run_sides and module in SIDE_BRANCHES:
                 side = SideBranch(unit, dense, self.num_classes, self.axis_name, name=SIDE_BRANCHES[module])
                 side_logits.append(side(x, train))

@@ -61,7 +61,7 @@ FIGURE_6 = {"6b": 128, "6c": 160, "6d": 160, "6e": 192}
 FIGURE_7 = ("7b", "7c")
 
 
-def average_in_place(x):
+def avg_pool_same(x):
     """3x3 average with stride 1, padding counted as zeros. [B, H, W, C] -> [B, H, W, C]."""
     return nn.avg_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
 
@@ -89,7 +89,7 @@ class Figure5Module(nn.Module):
         double = self.unit(96, (3, 3), name="double1_3x3")(double)
         double = self.unit(96, (3, 3), name="double2_3x3")(double)
 
-        pool = self.unit(self.filters_pool, (1, 1), name="project_pool")(average_in_place(x))
+        pool = self.unit(self.filters_pool, (1, 1), name="project_pool")(avg_pool_same(x))
         return jnp.concatenate([one, five, double, pool], axis=-1)
 
 
@@ -140,7 +140,7 @@ class Figure6Module(nn.Module):
         double = self.unit(self.filters, (7, 1), name="double2_7x1")(double)
         double = self.unit(192, (1, 7), name="double2_1x7")(double)
 
-        pool = self.unit(192, (1, 1), name="project_pool")(average_in_place(x))
+        pool = self.unit(192, (1, 1), name="project_pool")(avg_pool_same(x))
         return jnp.concatenate([one, seven, double, pool], axis=-1)
 
 
@@ -190,7 +190,7 @@ class Figure7Module(nn.Module):
         double_row = self.unit(384, (1, 3), name="double2_1x3")(double)
         double_column = self.unit(384, (3, 1), name="double2_3x1")(double)
 
-        pool = self.unit(192, (1, 1), name="project_pool")(average_in_place(x))
+        pool = self.unit(192, (1, 1), name="project_pool")(avg_pool_same(x))
         return jnp.concatenate([one, row, column, double_row, double_column, pool], axis=-1)
 
 

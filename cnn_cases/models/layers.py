@@ -79,7 +79,7 @@ def check_image_size(network, x, smallest):
         )
 
 
-def halve(x, window=3):
+def halving_max_pool(x, window=3):
     """Max pooling with stride 2 that halves a map, as in Caffe and cuda-convnet: 112 -> 56 -> 28 -> 14 -> 7.
 
     [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window, [B, ceil(H / 2), ceil(W / 2), C] with 2x2. The
@@ -149,7 +149,7 @@ class ConvUnit(nn.Module):
 
     Attributes:
       filters: output channels.
-      window: height and width of the kernel.
+      kernel_size: height and width.
       stride: in both directions.
       padding: zero pixels above and below, and left and right; None for half the window, with which an odd
         window at stride 1 keeps the size of the map.
@@ -158,7 +158,7 @@ class ConvUnit(nn.Module):
     """
 
     filters: int
-    window: tuple[int, int]
+    kernel_size: tuple[int, int]
     stride: int = 1
     padding: tuple[int, int] | None = None
     norm: Any = None
@@ -167,10 +167,10 @@ class ConvUnit(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[B, H, W, C] -> [B, H', W', filters]."""
-        height, width = self.window
+        height, width = self.kernel_size
         x = Conv(
             self.filters,
-            self.window,
+            self.kernel_size,
             self.stride,
             padding=(height // 2, width // 2) if self.padding is None else self.padding,
             use_bias=self.norm is None,

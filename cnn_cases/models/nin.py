@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.layers import Conv, Dropout, check_image_size, halve
+from cnn_cases.models.layers import Conv, Dropout, check_image_size, halving_max_pool
 
 
 class MLPConv(nn.Module):
@@ -44,13 +44,13 @@ class MLPConv(nn.Module):
 
     Attributes:
       filters: channels of the three convolutions.
-      size: side of the spatial convolution's square kernel; `stride` and `padding` are also its.
+      kernel_size: side of the spatial convolution's square kernel; `stride` and `padding` are also its.
       stds: standard deviation of the three convolutions' weights at the start.
       dtype: compute type; parameters are float32.
     """
 
     filters: tuple[int, int, int]
-    size: int
+    kernel_size: int
     stride: int
     padding: int
     stds: tuple[float, float, float]
@@ -60,7 +60,9 @@ class MLPConv(nn.Module):
     def __call__(self, x):
         """[B, H, W, C] -> [B, H', W', filters[2]]."""
         normals = [nn.initializers.normal(std) for std in self.stds]
-        spatial = dict(kernel_size=(self.size, self.size), strides=self.stride, padding=self.padding)
+        spatial = dict(
+            kernel_size=(self.kernel_size, self.kernel_size), strides=self.stride, padding=self.padding
+        )
         x = Conv(self.filters[0], **spatial, kernel_init=normals[0], dtype=self.dtype, name="conv")(x)
         x = nn.relu(x)
         x = Conv(self.filters[1], (1, 1), kernel_init=normals[1], dtype=self.dtype, name="mlp1")(x)
@@ -73,7 +75,7 @@ class Stage(NamedTuple):
     """An MLPConv and what goes before it; a pooling stands between two stages."""
 
     filters: tuple[int, ...]  # the last stage has two: its third layer has a channel for each class
-    size: int
+    kernel_size: int
     stride: int
     padding: int
     stds: tuple[float, float, float]
@@ -126,12 +128,12 @@ class NIN(nn.Module):
         check_image_size(f"NIN {self.variant}", x, SMALLEST[self.variant])
         for number, stage in enumerate(VARIANTS[self.variant], start=1):
             if number > 1:
-                x = halve(x)
+                x = halving_max_pool(x)
             if stage.dropout:
                 x = Dropout(0.5, self.axis_name, name=f"dropout{number}")(x, train)
             x = MLPConv(
                 stage.filters if len(stage.filters) == 3 else (*stage.filters, self.num_classes),
-                stage.size,
+                stage.kernel_size,
                 stage.stride,
                 stage.padding,
                 stage.stds,

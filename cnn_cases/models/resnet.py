@@ -92,17 +92,12 @@ STRIDE_PLACEMENTS = {
 MAX_DEPTH = 5_000  # of the nets for CIFAR; the papers' deepest has 1202 layers
 
 # He et al. 2015b ("Delving deep into rectifiers"): standard deviation sqrt(2 / fan_in), not truncated.
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+gaussian_he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def make_layers(train, dtype, axis_name):
     """`Conv` and `BatchNorm` with the settings that every network of this file shares."""
-    conv = functools.partial(
-        Conv,
-        use_bias=False,
-        kernel_init=he_normal,
-        dtype=dtype,
-    )
+    conv = functools.partial(Conv, use_bias=False, kernel_init=gaussian_he, dtype=dtype)
     norm = functools.partial(
         BatchNorm,
         use_running_average=not train,
@@ -289,7 +284,7 @@ class ResNet(nn.Module):
                     name=f"stage{stage}_block{block}",
                 )(x)
         x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=he_normal, dtype=self.dtype, name="logits")(x)
+        return nn.Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
 
 
 class PreactBlock(nn.Module):
@@ -399,7 +394,7 @@ class CifarResNet(nn.Module):
         block = functools.partial(BasicBlock, shortcut=self.shortcut, plain=self.plain, conv=conv, norm=norm)
         x = cifar_stages(x, block, blocks_per_stage, self.scan_blocks)
         x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=he_normal, dtype=self.dtype, name="logits")(x)
+        return nn.Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
 
 
 class PreactCifarResNet(nn.Module):
@@ -433,4 +428,4 @@ class PreactCifarResNet(nn.Module):
         x = cifar_stages(x, block, blocks_per_stage, self.scan_blocks)
         x = nn.relu(norm(name="final_norm")(x))
         x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=he_normal, dtype=self.dtype, name="logits")(x)
+        return nn.Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)

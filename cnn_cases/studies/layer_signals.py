@@ -184,7 +184,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
 
 def saved_states(program, config, directory):
     """Yields (step, state) of a run: first its initial state, then those of its checkpoints."""
-    initial = program.first_state(config.seed)
+    initial = program.init_state(config.seed)
     yield 0, initial
     for step in checkpoint.steps(directory):
         yield step, checkpoint.read(directory, step, initial)

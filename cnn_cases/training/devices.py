@@ -150,7 +150,7 @@ def pmap_predict(predict_step, devices):
     return jax.pmap(predict_step, AXIS, in_axes=(None, None, 0), out_axes=0, devices=devices)
 
 
-def pmap_largest(devices):
+def pmap_max(devices):
     """(number, after) -> the largest of all processes' numbers, int32 on the devices: it may be read later.
 
     So a signal that comes to one process stops all at the same step, and no step waits for it. It is computed
@@ -187,7 +187,7 @@ def replicate(tree, devices):
     return jax.device_put(tree, sharding)
 
 
-def calls_ahead(devices):
+def max_in_flight(devices):
     """How many calls may be under way before the host waits for the first of them.
 
     Virtual CPU devices share threads: collectives of several calls at once can wait for each other for ever.

@@ -30,7 +30,7 @@ from cnn_cases.training.logbook import (
     write_result,
 )
 from cnn_cases.training.provenance import environment
-from cnn_cases.training.running import DivergedError, Running, check_finite
+from cnn_cases.training.running import DivergedError, RunningMetrics, check_finite
 from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
 MAX_REWINDS = 3  # to one checkpoint
@@ -149,7 +149,7 @@ def _check_same_data(data):
 def _make_start(config, program):
     """The program, made where it is None, and the state before the first step."""
     program = program or programs.make_program(config)
-    state = program.first_state(config.seed)
+    state = program.init_state(config.seed)
     programs.check_protocol(program, state, config.evaluation.protocol)
     return program, state
 
@@ -204,7 +204,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         program,
                         state.replace(seed=np.int32(seed)),
                         batches,
-                        Running(extra["window"], nonfinite, rewound_to),
+                        RunningMetrics(extra["window"], nonfinite, rewound_to),
                         log=log,
                         checkpoints=checkpoints,
                         stop=stop,
@@ -220,7 +220,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
                 rewound_to.append(kept)
-                state = program.first_state(config.seed)  # the one before has been given away
+                state = program.init_state(config.seed)  # the one before has been given away
                 continue
             return {
                 "status": "diverged",
@@ -263,7 +263,7 @@ def seed_of_batches(seed, rewound_to, step):
 
     Args:
       seed: the config's.
-      rewound_to: see `running.Running`.
+      rewound_to: see `running.RunningMetrics`.
       step: number of steps done before.
     """
     rewinds = sum(kept <= step for kept in rewound_to)
@@ -296,10 +296,10 @@ class _Training:
         self._log, self._checkpoints, self._stop = log, checkpoints, stop
         self._state = devices_lib.replicate(state, program.devices)
         several = processes.is_one_of_several()
-        self._of_all = devices_lib.pmap_largest(program.devices) if several else None
+        self._of_all = devices_lib.pmap_max(program.devices) if several else None
         self._heard = 0  # the signal that came to any process, as of the last call that was collected
-        self._ahead = devices_lib.calls_ahead(program.devices)
-        self._under_way = collections.deque()
+        self._max_in_flight = devices_lib.max_in_flight(program.devices)
+        self._in_flight = collections.deque()
         self._restart_clock()
 
     def run(self, step, evaluated):
@@ -357,8 +357,8 @@ class _Training:
         # Not when the row is written: the rate would then be computed behind the calls that are under way.
         row_is_due = step == config.num_steps or _is_due(step, config.log_every_steps)
         rate = program.schedule(step - 1) if row_is_due else None
-        self._under_way.append(_Call(step, metrics, number, rate))
-        self._collect(at_most=self._ahead)
+        self._in_flight.append(_Call(step, metrics, number, rate))
+        self._collect(at_most=self._max_in_flight)
         if before < last_profiled <= step:
             self._collect()
             self._log.stop_profile()
@@ -366,8 +366,8 @@ class _Training:
 
     def _collect(self, at_most=0):
         """Waits until `at_most` calls are under way; notes the metrics of the others."""
-        while len(self._under_way) > at_most:
-            call = self._under_way.popleft()
+        while len(self._in_flight) > at_most:
+            call = self._in_flight.popleft()
             metrics, self._heard = jax.device_get(call.metrics), int(call.signal)
             for line in self._running.add(call.step, metrics):
                 self._log.say(line)
@@ -401,9 +401,11 @@ class _Training:
         arguments = self._program, self._state
         try:
             for split in config.evaluation.final_splits if last else config.evaluation.splits:
-                values |= programs.evaluate(*arguments, split, heed=self._heed)
+                values |= programs.evaluate(*arguments, split, check_stop=self._check_stop)
                 if last and protocol != "single" and split != "train":  # many views of many images
-                    told = programs.predict(*arguments, split, protocol, batch_size=size, heed=self._heed)
+                    told = programs.predict(
+                        *arguments, split, protocol, batch_size=size, check_stop=self._check_stop
+                    )
                     values |= {f"{split}/{protocol}/{name}": value for name, value in _scores(*told).items()}
         except _StoppedError:
             return None
@@ -414,7 +416,7 @@ class _Training:
         self._log.say(f"step {step}/{config.num_steps}: {in_words(values)}")
         return values
 
-    def _heed(self):
+    def _check_stop(self):
         """Ends an evaluation where a signal came. One of several processes cannot do that on its own."""
         if self._stop.number and not self._of_all:
             raise _StoppedError
@@ -422,7 +424,7 @@ class _Training:
     def _save(self, step, values, final):
         self._collect()
         # The metrics of a step are those before its update, which may have gone wrong itself.
-        check_finite(step, {"largest number of the state": largest(self._state)})
+        check_finite(step, {"largest number of the state": max_abs(self._state)})
         extra = {
             "window": [*self._running.window],
             "nonfinite": [*self._running.nonfinite],
@@ -448,7 +450,7 @@ def _scores(probabilities, label):
     return {name: float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}
 
 
-def largest(state):
+def max_abs(state):
     """The largest absolute value in a state, integer counters aside; NaN if any value is NaN."""
     # In NumPy, on a host copy that saving needs anyway: JAX would compile two programs per shape.
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]

@@ -8,7 +8,7 @@ import collections
 
 import numpy as np
 
-TOP = 5  # of the "top-5 error"
+TOP_K = 5  # of the "top-5 error"
 
 
 def average_views(examples, views, run, *, batch_size, ahead=0):
@@ -89,6 +89,6 @@ def scores(probabilities, label):
     # A probability that vanished would make the loss infinite.
     result = {"loss": -np.log(np.maximum(of_label, np.finfo(np.float64).tiny)).mean()}
     result["error"] = (rank > 0).mean()
-    if probabilities.shape[1] > TOP:
-        result["top_5_error"] = (rank >= TOP).mean()
+    if probabilities.shape[1] > TOP_K:
+        result["top_5_error"] = (rank >= TOP_K).mean()
     return {name: float(value) for name, value in result.items()}

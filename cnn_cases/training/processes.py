@@ -112,7 +112,7 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     # JAX says why it aborts, and the stacks of all threads would bury that.
     faulthandler.disable()
-    # Process 0 ends last (see `lose`); where a launcher counts, which one that is is not known yet.
+    # Process 0 ends last (see `end_after_loss`); where a launcher counts, which one that is is not known yet.
     patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
     with _alarm(patience, f"not all processes have come within {meeting_timeout_seconds} s"):
         try:
@@ -148,7 +148,7 @@ def _watch(patience_seconds):
             with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
                 meet(key="watch", timeout_ms=1000 * patience_seconds)
         except jax.errors.JaxRuntimeError as error:
-            lose(f"another process died, or is silent for {patience_seconds} s: {error}")
+            end_after_loss(f"another process died, or is silent for {patience_seconds} s: {error}")
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ def _alarm(seconds, message):
         timer.cancel()
 
 
-def lose(message):
+def end_after_loss(message):
     """Ends this process, as another one of its training is lost.
 
     Process 0 ends last: JAX aborts those who lose it.
@@ -190,7 +190,7 @@ def _let_the_others_end():
         time.sleep(_TO_END)
 
 
-def leave(code, patience_seconds):
+def end_together(code, patience_seconds):
     """Called at the end of a process: ends it together with the other processes of its job, if it has any.
 
     Where they do not end as well, as after a mistake of this host alone, it ends without them. In either case

@@ -58,7 +58,7 @@ class Program(NamedTuple):
     predict: Any
     devices: list
 
-    def first_state(self, seed):
+    def init_state(self, seed):
         """The state before the first step."""
         return init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
 
@@ -111,7 +111,7 @@ def make_program(config, devices=None):
         side_weight=side_weight,
         num_microbatches=config.num_microbatches,
         ema_decay=config.ema_decay,
-        own_dropout=not config.sync_batch_norm,
+        per_device_dropout=not config.sync_batch_norm,
         skip_nonfinite=config.on_nonfinite == "skip",
     )
     eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
@@ -189,25 +189,25 @@ def check_protocol(program, state, protocol):
     return len(views)
 
 
-def evaluate(program, state, split, *, heed=lambda: None):
+def evaluate(program, state, split, *, check_stop=lambda: None):
     """{"<split>/loss": mean, "<split>/error": fraction} of a state, every example of the split counted once.
 
-    `heed()` is called before each batch; what it raises ends the evaluation.
+    `check_stop()` is called before each batch; what it raises ends the evaluation.
     """
     totals = collections.Counter()
-    for batch in _heeding(program.feed.eval_batches(split), heed):
+    for batch in _stoppable(program.feed.eval_batches(split), check_stop):
         batch = devices_lib.shard(batch, len(program.devices))
         totals.update(jax.tree.map(float, program.evaluate(state, program.arrays, batch)))
     return {f"{split}/{name}": totals[name] / totals["count"] for name in ("loss", "error")}
 
 
-def _heeding(items, heed):
+def _stoppable(items, check_stop):
     for item in items:
-        heed()
+        check_stop()
         yield item
 
 
-def predict(program, state, split, protocol, *, batch_size, show_progress=False, heed=lambda: None):
+def predict(program, state, split, protocol, *, batch_size, show_progress=False, check_stop=lambda: None):
     """What the network says of this process's examples of a split, averaged over the views of a protocol.
 
     Args:
@@ -218,7 +218,7 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
       batch_size: views of the training images' size in one batch over all devices of all processes; as many
         pixels of others, so that larger views fit into memory, too.
       show_progress: draw a bar on a terminal.
-      heed: called before each example; what it raises ends the prediction.
+      check_stop: called before each example; what it raises ends the prediction.
 
     Returns:
       probabilities float64 [N, K], label int32 [N], in the order of `feed.examples`.
@@ -235,13 +235,13 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
         return max(1, share) * num_devices
 
     hidden = not (show_progress and is_watched())
-    examples = _heeding(program.feed.examples(split), heed)
+    examples = _stoppable(program.feed.examples(split), check_stop)
     return predictions.average_views(
         tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
         make_views(protocol, program.feed.image_shape, program.feed.view),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
         batch_size=batch_size_of,
-        ahead=devices_lib.calls_ahead(program.devices),
+        ahead=devices_lib.max_in_flight(program.devices),
     )
 
 

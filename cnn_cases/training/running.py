@@ -16,7 +16,7 @@ class DivergedError(ArithmeticError):
         self.step = step
 
 
-class Running:
+class RunningMetrics:
     """The metrics of the steps since the last row of the log.
 
     Attributes:

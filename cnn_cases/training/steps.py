@@ -16,7 +16,7 @@ def make_train_steps(
     side_weight=0.0,
     num_microbatches=1,
     ema_decay=0.0,
-    own_dropout=False,
+    per_device_dropout=False,
     skip_nonfinite=False,
 ):
     """A function that does several training steps in one call.
@@ -34,7 +34,7 @@ def make_train_steps(
       ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average. Step
         n, from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
         TensorFlow's ExponentialMovingAverage with `num_updates`.
-      own_dropout: give each device dropout keys of its own, for a model that does not know the axis.
+      per_device_dropout: give each device dropout keys of its own, for a model that does not know the axis.
       skip_nonfinite: leave the state as it is, but for its counters, where the loss, the gradient or any
         number of the new state is NaN or infinite.
 
@@ -47,7 +47,7 @@ def make_train_steps(
 
     def gradient(state, arrays, batch, batch_stats, augment_key, dropout_key):
         """Of one microbatch: gradient, new batch statistics, and metrics."""
-        if own_dropout:
+        if per_device_dropout:
             dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
         image, label = prepare(arrays, batch, augment_key)
 
@@ -58,7 +58,7 @@ def make_train_steps(
             logits, *side_logits = outputs if isinstance(outputs, tuple) else (outputs,)
             main_loss = loss(logits, label).mean()
             side_losses = sum(loss(side, label).mean() for side in side_logits)
-            metrics = {"loss": main_loss, "error": is_wrong(logits, label).mean()}
+            metrics = {"loss": main_loss, "error": zero_one_loss(logits, label).mean()}
             return main_loss + side_weight * side_losses, (updated.get("batch_stats", {}), metrics)
 
         grads, (batch_stats, metrics) = jax.grad(total_loss, has_aux=True)(state.params)
@@ -153,7 +153,7 @@ def make_eval_step(apply, prepare, loss, axis_name):
         logits = _logits(apply, state, image)
         each = {
             "loss": loss(logits, label),
-            "error": is_wrong(logits, label),
+            "error": zero_one_loss(logits, label),
             "count": jnp.ones_like(batch["mask"]),
         }
         # A product with the mask would keep the NaN of a padded example.
@@ -186,7 +186,7 @@ def _logits(apply, state, image):
     return apply(variables, image, train=False)
 
 
-def is_wrong(logits, label):
+def zero_one_loss(logits, label):
     """1 where the largest logit is not the label's, else 0: float32 [B].
 
     Shapes: logits [B, K], and label int [B] or a target float [B, K], whose largest share counts.

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from cnn_cases.models import make_model
-from cnn_cases.models.inception import TABLE_1, GoogLeNet, InceptionModule, NaiveInceptionModule, halve
+from cnn_cases.models.inception import (
+    TABLE_1,
+    GoogLeNet,
+    InceptionModule,
+    NaiveInceptionModule,
+    halving_max_pool,
+)
 from cnn_cases.models.layers import BatchNorm, Dropout
 from tests.models.tracing import (
     apply,
@@ -77,14 +83,16 @@ def test_the_modules_multiply_as_often_as_the_lecture_says():
 
 
 @pytest.mark.parametrize(
-    ("module", "wide_window"),
+    ("module", "wide_kernel_size"),
     [
         (NaiveInceptionModule(1, 1, 1), 5),
         (InceptionModule(1, 1, 1, 1, 1, 1), 5),
-        (InceptionModule(1, 1, 1, 1, 1, 1, wide_window=3), 3),
+        (InceptionModule(1, 1, 1, 1, 1, 1, wide_kernel_size=3), 3),
     ],
 )
-def test_with_kernels_of_ones_the_branches_are_sums_and_a_maximum_over_their_windows(module, wide_window):
+def test_with_kernels_of_ones_the_branches_are_sums_and_a_maximum_over_their_windows(
+    module, wide_kernel_size
+):
     x = np.random.default_rng(0).uniform(1, 2, (1, 5, 6, 1)).astype(np.float32)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.full(leaf.shape, float(path[-1].key == "kernel"), np.float32),
@@ -98,7 +106,7 @@ def test_with_kernels_of_ones_the_branches_are_sums_and_a_maximum_over_their_win
 
     for row in range(5):
         for column in range(6):
-            near, far = around(row, column, 1), around(row, column, wide_window // 2)
+            near, far = around(row, column, 1), around(row, column, wide_kernel_size // 2)
             expected = [x[0, row, column, 0], near.sum(), far.sum(), near.max()]
             np.testing.assert_allclose(y[0, row, column], expected, rtol=1e-6)
 
@@ -106,7 +114,7 @@ def test_with_kernels_of_ones_the_branches_are_sums_and_a_maximum_over_their_win
 @pytest.mark.parametrize("size", [112, 56, 28, 14])
 def test_pooling_halves_the_papers_maps_without_looking_at_the_padding(size):
     x = -jnp.arange(1.0, size + 1)[None, :, None, None] * jnp.ones((1, 1, size, 1))
-    pooled = np.asarray(halve(x))
+    pooled = np.asarray(halving_max_pool(x))
     assert pooled.shape == (1, size // 2, size // 2, 1)
     # Values fall from -1: the first row of each window is its maximum, and padding of zeros would show.
     np.testing.assert_array_equal(pooled[0, :, 0, 0], -np.arange(1, size + 1, 2))
@@ -190,9 +198,9 @@ def test_only_the_last_max_pool_is_narrower_in_the_public_form(batch_norm, windo
 
     def spy(x, window=3):
         windows.append(window)
-        return halve(x, window)
+        return halving_max_pool(x, window)
 
-    monkeypatch.setattr("cnn_cases.models.inception.halve", spy)
+    monkeypatch.setattr("cnn_cases.models.inception.halving_max_pool", spy)
     trace_initialisation(GoogLeNet(batch_norm), 224)
     assert windows == [3, 3, 3, window]
 

@@ -11,7 +11,7 @@ from cnn_cases.models.inception_v3 import (
     Figure10Module,
     InceptionV3,
     SecondReduction,
-    average_in_place,
+    avg_pool_same,
 )
 from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout
 from tests.models.tracing import (
@@ -48,7 +48,7 @@ ABOVE_THE_SIDE_BRANCH = {"inception_7a", "inception_7b", "inception_7c", "logits
 
 
 def test_padding_counts_as_zeros_in_the_average_pool():
-    pooled = average_in_place(jnp.ones((1, 3, 3, 1)))[0, :, :, 0]
+    pooled = avg_pool_same(jnp.ones((1, 3, 3, 1)))[0, :, :, 0]
     np.testing.assert_allclose(pooled * 9, [[4, 6, 4], [6, 9, 6], [4, 6, 4]], rtol=1e-6)
 
 
@@ -64,9 +64,9 @@ def last_channel(module, x):
 @pytest.mark.parametrize(
     ("module", "pool"),
     [
-        (Figure5Module(1, ConvUnit), average_in_place),
-        (Figure6Module(1, ConvUnit), average_in_place),
-        (Figure7Module(ConvUnit), average_in_place),
+        (Figure5Module(1, ConvUnit), avg_pool_same),
+        (Figure6Module(1, ConvUnit), avg_pool_same),
+        (Figure7Module(ConvUnit), avg_pool_same),
         (Figure10Module(ConvUnit), lambda x: x[:, :3, :3].max(axis=(1, 2), keepdims=True)),
         (SecondReduction(ConvUnit), lambda x: x[:, :3, :3].max(axis=(1, 2), keepdims=True)),
     ],

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from cnn_cases.models import make_model
 from cnn_cases.models.layers import Dropout
-from cnn_cases.models.nin import NIN, MLPConv, halve
+from cnn_cases.models.nin import NIN, MLPConv, halving_max_pool
 from tests.models.tracing import count
 
 NETS = {"cifar": (NIN(), 32), "imagenet": (NIN(variant="imagenet", num_classes=1000), 224)}
@@ -54,7 +54,7 @@ def test_an_mlpconv_is_one_perceptron_at_every_place():
         for name, shape in shapes.items()
     }
     x = random.normal(0, 1, (1, 6, 6, 2))
-    layer = MLPConv((5, 4, 3), size=3, stride=1, padding=1, stds=(1.0, 1.0, 1.0), dtype=jnp.float32)
+    layer = MLPConv((5, 4, 3), kernel_size=3, stride=1, padding=1, stds=(1.0, 1.0, 1.0), dtype=jnp.float32)
     maps = layer.apply({"params": params}, x)
     expected = np.zeros((6, 6, 3))
     padded = np.pad(x[0], ((1, 1), (1, 1), (0, 0)))
@@ -70,7 +70,7 @@ def test_an_mlpconv_is_one_perceptron_at_every_place():
 @pytest.mark.parametrize("side", range(2, 9))
 def test_halving_takes_the_maximum_of_every_other_window_cut_at_the_edges(side):
     x = np.random.default_rng(0).normal(-10, 1, (1, side, side, 2)).astype(np.float32)
-    y = halve(jnp.asarray(x))
+    y = halving_max_pool(jnp.asarray(x))
     assert y.shape == (1, side // 2, side // 2, 2)
     for i, j in np.ndindex(side // 2, side // 2):
         window = x[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]

@@ -125,7 +125,7 @@ def test_a_gradient_is_how_far_a_step_of_training_goes(data_dir):
     config.optimizer.learning_rate, config.schedule.name = 1.0, "constant"
     config.optimizer.momentum = config.optimizer.weight_decay = 0.0
     program = programs.make_program(config, jax.devices()[:1])
-    state = program.first_state(5)
+    state = program.init_state(5)
     look = layer_signals.make_look(program, num_batches=1)
     norms, kernels = [], []
     for batch in itertools.islice(program.feed.train_batches(5, 0), 2):

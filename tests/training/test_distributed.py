@@ -207,7 +207,7 @@ def test_process_0_ends_last():
         from cnn_cases.training import processes
         index = int(sys.argv[2])
         processes.join(coordinator_address=sys.argv[1], num_processes=3, process_id=index)
-        processes.leave(index, patience_seconds=100)
+        processes.end_together(index, patience_seconds=100)
         raise AssertionError("it goes on")
     """
     command = [sys.executable, "-c", program, f"localhost:{free_port()}"]

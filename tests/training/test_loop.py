@@ -34,7 +34,7 @@ def rows(workdir):
 
 def last_state(workdir, program):
     """The state of the newest checkpoint."""
-    like = program.first_state(0)
+    like = program.init_state(0)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", 1)
     try:
         return checkpoints.restore(like)[1]
@@ -202,15 +202,15 @@ def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
 
 
 def test_a_prediction_can_be_ended_on_the_way(program):
-    state = program.first_state(0)
+    state = program.init_state(0)
     calls = itertools.count(1)
 
-    def heed():
+    def check_stop():
         if next(calls) == 3:
             raise KilledError
 
     with pytest.raises(KilledError):
-        programs.predict(program, state, "test", "single", batch_size=200, heed=heed)
+        programs.predict(program, state, "test", "single", batch_size=200, check_stop=check_stop)
     assert next(calls) == 4  # there are more examples
 
 
@@ -383,7 +383,7 @@ def test_without_global_batch_statistics_the_number_of_devices_matters(data_dir)
         config = tiny_resnet(data_dir)
         config.sync_batch_norm = together
         program = programs.make_program(config, jax.devices()[:count])
-        state = devices.replicate(program.first_state(config.seed), program.devices)
+        state = devices.replicate(program.init_state(config.seed), program.devices)
         batch = jax.tree.map(lambda leaf: leaf[None], next(program.feed.train_batches(config.seed, 0)))
         _, metrics = program.train(state, program.arrays, devices.shard(batch, count, axis=1))
         first_losses.append(metrics["loss"].item())
@@ -402,7 +402,7 @@ def test_evaluation_counts_every_example_exactly_once(num_devices, config):
         counts.append(float(sums["count"]))
         return sums
 
-    state = program.first_state(0)
+    state = program.init_state(0)
     values = programs.evaluate(program._replace(evaluate=evaluate), state, "validation")
     assert (sum(counts), len(counts)) == (185, 4)
     whole = [batch["index"][batch["mask"] == 1] for batch in program.feed.eval_batches("validation")]
@@ -416,7 +416,7 @@ def test_the_single_view_of_a_stream_is_the_one_that_the_loop_evaluates(crop, co
     config = streamed(config)
     config.data.crop.name = crop
     program = programs.make_program(config, jax.devices()[:1])
-    state = program.first_state(0)
+    state = program.init_state(0)
     expected = programs.evaluate(program, state, "test")
     found = predictions.scores(*programs.predict(program, state, "test", "single", batch_size=200))
     assert found["error"] == pytest.approx(expected["test/error"])

@@ -186,6 +186,6 @@ def test_the_average_net_follows_fast_at_first_and_is_what_is_evaluated():
 
 def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():
     logits = jnp.array([[1.0, 2.0], [3.0, 2.0]])
-    np.testing.assert_array_equal(steps.is_wrong(logits, jnp.array([1, 1])), [0, 1])
+    np.testing.assert_array_equal(steps.zero_one_loss(logits, jnp.array([1, 1])), [0, 1])
     target = jnp.array([[0.4, 0.6], [0.3, 0.7]])
-    np.testing.assert_array_equal(steps.is_wrong(logits, target), [0, 1])
+    np.testing.assert_array_equal(steps.zero_one_loss(logits, target), [0, 1])
