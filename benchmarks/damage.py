@@ -125,7 +125,9 @@ class Run:
         self.code = code
         resumed = re.search(r": resuming after step (\d+)$", text, re.MULTILINE)
         self.step = int(resumed[1]) if resumed else 0
-        ordinary = re.compile(r"step \d+/\d+: |.*: resuming after step \d+$|.*: train/loss ")
+        ordinary = re.compile(
+            r"step \d+/\d+: |.*: resuming after step \d+$|.*, on \d+ x \w+$|.*: train/loss "
+        )
         self.lines = [line for line in text.splitlines() if not ordinary.match(line)]
 
 
@@ -322,6 +324,8 @@ def of_files():
         lambda w: cut_the_last_line(w / "metrics.jsonl"),
         "stopped",
     )
+    for word, damage in (text | {"removed": remove}).items():
+        yield f"inputs.npz {word}", "unharmed", lambda w, d=damage: d(w / "inputs.npz"), "stopped"
     yield "lock removed", "unharmed", lambda w: remove(w / "lock"), "stopped"
     yield "lock no text", "unharmed", lambda w: junk(w / "lock"), "stopped"
 

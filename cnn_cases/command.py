@@ -33,18 +33,32 @@ _DETERMINISTIC = flags.DEFINE_bool(
     "Leave out what on a GPU gives other bits each time; see devices.make_deterministic.",
 )
 
+# What absl and ml_collections say of flags, and what is told instead.
+_PLAINER = (
+    (
+        r"flag --config=(\S+?):(\S*): .*takes 0 positional arguments.*",
+        r"--config=\1 has no choices, such as '\2'",
+    ),
+    (r"Error whilst parsing config file: (ValueError: )?", ""),
+    (r"flag --(\S+)=None: Flag --\S+ must have a value other than None\.", r"--\1 is missing;"),
+    (r"\('Non-boolean argument to boolean flag', '.*'\)", "must be true or false"),
+    (r"invalid literal for int\(\) with base 10: .*", "must be an int"),
+    (r"could not convert string to float: .*", "must be a float"),
+    (r"Configuration is not available .*Is a directory: '(.*)'", r"--config=\1 is a directory, and no file"),
+)
+
 # Seconds to wait for the other processes of a training: where all end, for process 0 to have saved; after an
 # error, which may be of one process alone, not long.
 _ALL_END, _MAY_BE_ALONE = 600, 3
 
 
-def run(main):
-    """Parses the flags, calls `main()` and exits."""
+def run(main, takes_files=False):
+    """Parses the flags, calls `main()`, or `main(files)` with what stands behind the flags, and exits."""
 
     def guarded(arguments):
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
-        if arguments[1:]:
+        if arguments[1:] and not takes_files:
             _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
         devices.choose_cpu_flags()
@@ -52,7 +66,7 @@ def run(main):
             devices.make_deterministic()
         _keep_compiled()
         try:
-            main()
+            main(*([arguments[1:]] if takes_files else []))
         except loop.DivergedError as error:
             _leave(f"error: {error}", 3, _ALL_END)
         except stopping.InterruptedRun as interruption:
@@ -144,10 +158,16 @@ def _parse(arguments):
         if missing := re.search(not_found, str(error)):
             _leave(f"error: --config: {missing[1]}, seen from {os.getcwd()}", 2)
         head, *others = str(error).splitlines()
-        _leave(f"error: {head} {others[-1].strip()}" if others else f"error: {head}", 2)
+        _leave(f"error: {_plainer(f'{head} {others[-1].strip()}' if others else head)}", 2)
     except Exception as error:  # whatever a config file may raise, and what ml_collections does not handle
-        _leave(f"error: {_explained(error, arguments)}", 2)
+        _leave(f"error: {_plainer(_explained(error, arguments))}", 2)
     return None
+
+
+def _plainer(message):
+    for pattern, plainer in _PLAINER:
+        message = re.sub(pattern, plainer, message)
+    return message.removesuffix(";")
 
 
 def _explained(error, arguments):
@@ -164,13 +184,15 @@ def _explained(error, arguments):
         path, line = of_config[-1]
         return f"{path}, line {line}: {type(error).__name__}: {reason}"
     # ml_collections' word for a key that the config does not have: "'optimiser'\nDid you mean ...?"
-    key, _, hint = str(error.args[0] if error.args else "").partition("\n")
+    said = str(error.args[0] if error.args else "").replace("\\n", "\n")  # within a section, its repr
+    key, _, hint = said.partition("\n")
     key = key.strip("'\"\\")
     culprit = next((one for one in arguments if key and f".{key}" in one.partition("=")[0]), None)
     if culprit:
         listed = "configs/common.py lists the keys"
         if ".model." in culprit:
             listed = "Its file names the settings of its network"
+        hint = hint.replace("\\", "").strip("'")
         return f"{culprit}: the config has no key {key!r} there. {hint or listed}"
     # Such as a file without get_config, or a key of what is no ConfigDict.
     return f"{' '.join(one for one in arguments if one.startswith('--config'))}: {reason}"

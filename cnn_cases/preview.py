@@ -1,6 +1,6 @@
 """What a network sees: the first images of a training step, augmented, with their labels.
 
-    python -m cnn_cases.preview --config=configs/resnet_cifar10.py --step=0 --out=preview.png
+    python -m cnn_cases.preview --config=configs/resnet_cifar10.py --step=1 --out=preview.png
 
 The images are, to the pixel, those that a training with this config sees, but for the normalisation. What
 lies around an image, or is cut out of it, is black here, and for the network it may be the mean. And where
@@ -30,20 +30,20 @@ def training_images(config, step):
 
     Args:
       config: of `configs/`.
-      step: of which training step; the first is 0.
+      step: of which training step; the first is 1, as in the log.
 
     Returns:
       image float32 [B, H, W, C] in [0, 1], and label int32 [B], or float32 [B, K] where examples are mixed.
     """
     settings.check(config)
-    if not 0 <= step < config.num_steps:
-        raise ValueError(f"step = {step} must be 0 or more, and less than num_steps = {config.num_steps}")
+    if not 1 <= step <= config.num_steps:
+        raise ValueError(f"step = {step} must be from 1 to num_steps = {config.num_steps}")
     data = dict(**config.data) | {"normalization": "none"}
     feed = feeds.make_feed(**data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size)
-    batches = feed.train_batches(config.seed, step)
+    batches = feed.train_batches(config.seed, step - 1)
     (batch,) = itertools.islice(batches, 1)
     batches.close()
-    augment_key, _ = steps.step_keys(config.seed, step)
+    augment_key, _ = steps.step_keys(config.seed, step - 1)
     image, label = jax.jit(feed.prepare)(feed.arrays, batch, augment_key)
     return np.clip(image, 0, 1), np.asarray(label)
 
@@ -106,7 +106,7 @@ def main():
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
     flags.DEFINE_string("out", "preview.png", "Where to write the sheet; .png, .svg or .pdf.")
-    flags.DEFINE_integer("step", 0, "Of which training step; the first is 0.")
+    flags.DEFINE_integer("step", 1, "Of which training step; the first is 1.")
     flags.DEFINE_integer("images", 40, "How many images at most.")
     flags.mark_flag_as_required("config")
     command.run(main)

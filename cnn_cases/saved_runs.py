@@ -3,12 +3,11 @@
 import math
 import pathlib
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from cnn_cases import settings
-from cnn_cases.training import disk, logbook
+from cnn_cases.training import devices, disk, logbook
 from configs import common
 
 
@@ -49,7 +48,7 @@ def _updated(old, new):
 
 def usable_devices(config):
     """As many local devices as the batches of the run can be split over; it may have had others."""
-    local = jax.local_devices()
+    local = devices.local_devices()
     sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)
     return local[: max(count for count in range(1, len(local) + 1) if sizes % count == 0)]
 

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import pathlib
@@ -13,15 +14,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from flax import linen as nn
 from flax import traverse_util
 from ml_collections import config_flags
+from PIL import Image
 
 from benchmarks import report
 from cnn_cases import models
+from cnn_cases.data import feeds
 from cnn_cases.studies import depth_curves, ledger, records
+from configs import lenet5_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")])
@@ -355,6 +360,25 @@ def test_the_ledger_is_that_of_the_records(document):
     studies, _ = ledger.read_records(ROOT / "results")
     written = ledger.fill(document, ledger.collect(studies), ROOT / "results")
     assert document.read_text() == written, "run `python -m cnn_cases.studies.ledger --write`"
+
+
+# Images of one's own.
+
+
+def test_the_builder_in_the_manual_makes_a_data_set(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, label, size in itertools.product(("train", "validation", "test"), ("cat", "dog"), (20, 31)):
+        path = tmp_path / "pets" / split / label / f"{size}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, 40, 3), np.uint8)).save(path)
+    exec(block, {"__name__": "manual"})
+    config = lenet5_digits.get_config()
+    config.data.update(name="pets", data_dir="sets", image_size=64)
+    feed = feeds.make_feed(**config.data, batch_size=4, eval_batch_size=4)
+    assert (feed.image_shape, feeds.class_names("pets", "sets")) == ((64, 64, 3), ["cat", "dog"])
+    assert sorted(label for _, label in feed.examples("test")) == [0, 0, 1, 1]
 
 
 # Results.

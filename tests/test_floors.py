@@ -40,6 +40,7 @@ MAY_IMPORT = {
     # Of the configs the defaults, for runs of which a config.json is all that is left.
     "cnn_cases.saved_runs": ("cnn_cases.settings", "cnn_cases.training", "configs.common"),
     "cnn_cases.evaluate": ("cnn_cases",),
+    "cnn_cases.predict": ("cnn_cases",),
     "cnn_cases.preview": ("cnn_cases",),
     "cnn_cases.replay": ("cnn_cases",),
     "cnn_cases": (),

@@ -12,7 +12,7 @@ from cnn_cases.training.state import TrainState
 
 
 def test_the_images_are_those_that_a_training_step_sees(config):
-    images, labels = preview.training_images(config, step=3)
+    images, labels = preview.training_images(config, step=4)
     assert (images.shape, images.dtype, labels.shape) == ((24, 16, 16, 1), np.float32, (24,))
 
     seen = []
@@ -49,5 +49,5 @@ def test_a_sheet_has_a_place_for_every_image(count):
 
 
 def test_a_step_before_the_first_is_refused(config):
-    with pytest.raises(ValueError, match="step = -1 must be 0 or more"):
-        preview.training_images(config, step=-1)
+    with pytest.raises(ValueError, match="step = 0 must be from 1 to num_steps"):
+        preview.training_images(config, step=0)

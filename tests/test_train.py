@@ -107,7 +107,18 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
     [
         (["--config.optimizer.lr=3"], "--config.optimizer.lr=3: the config has no key 'lr' there"),
         (["--config.optimiser.name=sgd"], "no key 'optimiser' there. Did you mean \"optimizer\""),
-        (["--config.num_steps=many"], "--config.num_steps=many: invalid literal"),
+        (
+            ["--config.optimizer.lerning_rate=1"],
+            "optimizer.lerning_rate=1: .* no key 'lerning_rate' there. Did you mean \"learning_rate\"",
+        ),
+        (["--config.num_steps=many"], "--config.num_steps=many: must be an int$"),
+        (["--config.optimizer.learning_rate=fast"], "learning_rate=fast: must be a float$"),
+        (["--config.sync_batch_norm=yes"], "--config.sync_batch_norm=yes: must be true or false$"),
+        (
+            ["--config=configs/lenet5_digits.py:all"],
+            "=configs/lenet5_digits.py has no choices, such as 'all'$",
+        ),
+        (["--config=configs"], "--config=configs is a directory, and no file$"),
         (
             ["--config.data.name=mnist"],
             "data.name = 'mnist' is not prepared in .*make data DATASET=mnist",
@@ -124,7 +135,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
 )
 def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
     errors = refused(tmp_path, *SHORT, *arguments)
-    assert re.search(message, errors), errors
+    assert re.search(message, errors, re.MULTILINE), errors
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a network costs, layer by layer: parameters, multiply-adds and the memory of its activations.
 
     python -m cnn_cases.analysis.costs configs/lenet5_digits.py
+    python -m cnn_cases.analysis.costs configs/resnet_digits.py --set model.depth=56
     python -m cnn_cases.analysis.costs configs/lenet5_digits.py configs/resnet_digits.py --figure=costs.png
 
 The layers are those that Flax calls while it traces the model on shapes alone (`nn.intercept_methods` under
@@ -27,6 +28,7 @@ have totals of their own.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import json
@@ -263,24 +265,31 @@ class Report(NamedTuple):
     layers: list[Layer]
 
 
-def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_size=1):
+def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_size=1, overrides=()):
     """The Report of a config file.
 
     Args:
-      path: of a training config.
+      path: of a training config; behind a colon the choice that it takes, if it takes one.
       image_shape: height, width, channels; None for those of the config's data set, enlarged or reduced to
         its data.image_size, with its data.border.
       image_size: height and width in place of the config's; its border is still added.
       num_classes: None for that of the config's data set.
       batch_size: images, for the memory.
+      overrides: pairs of a key, such as "model.depth", and the value that it has in place of the file's.
 
     Raises:
       ValueError: the file is no training config, or its model or data set is not possible or not known.
     """
+    file, _, choice = str(path).partition(":")
     try:
-        config = runpy.run_path(path)["get_config"]()
+        config = runpy.run_path(file)["get_config"](*[choice] if choice else [])
     except Exception as error:  # whatever a file that is no config may raise
         raise ValueError(f"{path} cannot be read as a config: {type(error).__name__}: {error}") from error
+    for key, value in overrides:
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {key} = {value!r} cannot be set: {error}") from error
     try:
         settings.check(config)
     except ValueError as error:
@@ -418,13 +427,14 @@ def stages(layers):
     """The costs by stage: the layers that give maps of one size; stages that only pool are left out.
 
     Returns:
-      {"55x55": Total, ...} in the order in which the net comes to them; dense layers give maps of 1x1; the
-      side branches together come last.
+      {"55x55": Total, ...}, the largest maps first; dense layers give maps of 1x1; the side branches together
+      come last.
     """
     groups = {}
-    for layer in layers:
+    for layer in sorted(layers, key=lambda layer: -math.prod(layer.output[:-1])):
         stage = "side branches" if layer.side else _times(layer.output[:-1] or (1, 1))
         groups.setdefault(stage, []).append(layer)
+    groups |= {stage: groups.pop(stage) for stage in ("side branches",) if stage in groups}
     totals = {stage: total(group, side=group[0].side) for stage, group in groups.items()}
     return {stage: sums for stage, sums in totals.items() if sums.parameters}
 
@@ -468,6 +478,16 @@ def _image_shape(text):
     return tuple(map(int, text.split("x")))
 
 
+def _override(text):
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as model.depth=56")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
 def positive_number(text):
     """An option's value as an int, for argparse."""
     if not re.fullmatch(r"[1-9]\d*", text):
@@ -491,6 +511,14 @@ def main(arguments=None):
         "configs", nargs="+", metavar="CONFIG", help="a training config, such as configs/x.py"
     )
     parser.add_argument(
+        "--set",
+        action="append",
+        type=_override,
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of all configs, as in --set model.depth=56",
+    )
+    parser.add_argument(
         "--batch_size", type=positive_number, default=1, help="images, for the memory; default 1"
     )
     size = parser.add_mutually_exclusive_group()
@@ -509,7 +537,14 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         reports = [
-            analyse(path, options.image_shape, options.image_size, options.num_classes, options.batch_size)
+            analyse(
+                path,
+                options.image_shape,
+                options.image_size,
+                options.num_classes,
+                options.batch_size,
+                options.set,
+            )
             for path in options.configs
         ]
         if options.figure:

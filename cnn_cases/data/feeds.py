@@ -3,6 +3,7 @@
 A feed has the same calls whatever its kind:
 
     feed.image_shape, feed.num_classes
+    feed.statistics                       what the normalisation took from the training images
     feed.arrays                           what lives on the devices, an argument of every step
     feed.train_batches(seed, first_step)  an endless iterator over the batches of the training steps from
                                           `first_step` on; a step's batch is a pure function of seed and step

@@ -33,6 +33,7 @@ class Pixels(NamedTuple):
     """The two ways from stored pixels to what a network sees.
 
     Attributes:
+      statistics: what the normalisation took from the training images; all that `make_normalize` needs.
       arrays: what both need on the devices, to be handed to every step; often nothing.
       train: (arrays, image uint8 [B, H, W, C], label int32 [B], position int32 [B] in the global batch, key)
         -> image float32 [B, H, W, C], label int32 [B], or, where examples are mixed, the target float32
@@ -40,6 +41,7 @@ class Pixels(NamedTuple):
       evaluate: (arrays, image uint8 [B, H, W, C]) -> image float32 [B, H, W, C]; nothing is drawn.
     """
 
+    statistics: dict[str, Any]
     arrays: dict[str, Any]
     train: Callable
     evaluate: Callable
@@ -94,29 +96,20 @@ def make_pixels(
                 lambda: dict(zip(("values", "vectors"), colour_basis(image), strict=True)),
             )
             basis = kept["values"], kept["vectors"]
-    whitened = normalization == "gcn_zca"
-    whitening = {}
-    if whitened:
+    if normalization == "gcn_zca":
         # What makes the matrix stands in the key: another version may have other constants.
         key = f"zca-{GCN_SCALE:g}-{ZCA_BIAS:g}-{_digest(image)}"
-        whitening = keep(key, lambda: _whitening(image))
-    mean, std = _statistics(image, normalization)
+        statistics = arrays = keep(key, lambda: _whitening(image))
+    else:
+        statistics, arrays = dict(zip(("mean", "std"), _statistics(image, normalization), strict=True)), {}
+    normalize = make_normalize(statistics)
     # What differs from place to place is subtracted where the pixels still lie in their places, before the
     # crop: in the papers, crops are from normalised images, padded with zeros. Else the padding is black.
-    by_place = whitened or mean.ndim == 3
-
-    def normalize(arrays, image):
-        if whitened:
-            return _whiten(arrays, image)
-        here = mean
-        if mean.ndim == 3 and mean.shape != image.shape[1:]:
-            # A mean image has nothing to say about other sizes but its colour.
-            here = mean.mean(axis=(0, 1))
-        return (image - here) / std
+    by_place = "zca_mean" in statistics or statistics["mean"].ndim == 3
 
     def train(arrays, image, label, position, key):
         streams = augmentations.split_streams(augmentations.example_keys(key, position))
-        image = augmentations.colours(_to_unit(image), streams, settings, basis)
+        image = augmentations.colours(to_unit(image), streams, settings, basis)
         if by_place:
             image = normalize(arrays, image)
         image = augmentations.geometry(image, streams, settings)
@@ -132,18 +125,41 @@ def make_pixels(
         return image, label
 
     def evaluate(arrays, image):
-        return normalize(arrays, _to_unit(image))
+        return normalize(arrays, to_unit(image))
 
-    return Pixels(whitening, train, evaluate)
+    return Pixels(statistics, arrays, train, evaluate)
 
 
-def _to_unit(image):
+def make_normalize(statistics):
+    """A normalisation: (arrays, image float32 [B, H, W, C] in [0, 1]) -> float32 [B, H, W, C].
+
+    Args:
+      statistics: of `Pixels`: "mean" and "std", float32, of any shape that broadcasts to [H, W, C]; or what
+        `_whitening` gives, of which `arrays` must then be a copy.
+    """
+    if "zca_mean" in statistics:
+        return _whiten
+    mean, std = statistics["mean"], statistics["std"]
+
+    def normalize(arrays, image):
+        del arrays
+        here = mean
+        if mean.ndim == 3 and mean.shape != image.shape[1:]:
+            # A mean image has nothing to say about other sizes but its colour.
+            here = mean.mean(axis=(0, 1))
+        return (image - here) / std
+
+    return normalize
+
+
+def to_unit(image):
+    """uint8 -> float32 in [0, 1]."""
     return image.astype(jnp.float32) / 255
 
 
 def _statistics(images, normalization):
     """Mean and standard deviation of images in [0, 1], to subtract and to divide by."""
-    if normalization in ("none", "gcn_zca"):  # the whitening has statistics of its own
+    if normalization == "none":
         return np.float32(0), np.float32(1)
     if normalization == "imagenet":
         return IMAGENET_MEAN, IMAGENET_STD

@@ -18,6 +18,7 @@ class ResidentFeed:
         `pixels` needs.
       image_shape: (H, W, C).
       num_classes: number of classes.
+      statistics: of `pixels`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ResidentFeed:
         self.image_shape = splits["train"][0].shape[1:]
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._share = process_index, process_count
-        self._pixels = pixels
+        self._pixels, self.statistics = pixels, pixels.statistics
         self._ranges, start = {}, 0
         for role, (images, _) in splits.items():
             self._ranges[role] = range(start, start + len(images))

@@ -59,7 +59,8 @@ def make_builder(name, data_dir):
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"data.name = {name!r} is no TFDS data set; known are {', '.join(BUNDLED)} and the names that "
+            f"data.name = {name!r} is no TFDS data set, nor is one of that name prepared in data.data_dir = "
+            f"{data_dir!r}; known are {', '.join(BUNDLED)} and the names that "
             "`python -c 'import tensorflow_datasets as tfds; print(tfds.list_builders())'` lists"
         ) from None
     except (AssertionError, ValueError) as error:
@@ -188,7 +189,7 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
         ]
         images, labels = (np.concatenate(column) for column in zip(*cut, strict=True))
         if image_size:
-            images = [_resize(image, image_size) for image in images]
+            images = [resize(image, image_size, image_size) for image in images]
     _check_labels(name, split, labels)
     images = np.asarray(images)
     if border:
@@ -292,7 +293,7 @@ def _decode(builder, split, image_size=0):
     """[image uint8 [H, W, C]], all of one shape, resized unless `image_size` is 0, and [label] of a split."""
     name, images, labels = builder.info.name, [], []
     for image, label in _examples(builder, split):
-        images.append(_resize(image, image_size) if image_size else image)
+        images.append(resize(image, image_size, image_size) if image_size else image)
         labels.append(label)
         if images[-1].shape != images[0].shape:
             one, other = ("x".join(map(str, shape)) for shape in (images[0].shape, image.shape))
@@ -401,9 +402,10 @@ def _no_progress_bars():
         tfds.enable_progress_bar()
 
 
-def _resize(image, size):
+def resize(image, height, width):
+    """An image uint8 [h, w, C] in another size (bilinear, each pixel the mean over what it covers)."""
     channels = [Image.fromarray(image[..., channel]) for channel in range(image.shape[-1])]
-    return np.stack([channel.resize((size, size), Image.Resampling.BILINEAR) for channel in channels], -1)
+    return np.stack([channel.resize((width, height), Image.Resampling.BILINEAR) for channel in channels], -1)
 
 
 def _class_of_feature(name, of_tfds=tfds.features.FeatureConnector.cls_from_name):

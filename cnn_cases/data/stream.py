@@ -66,6 +66,7 @@ class StreamFeed:
       arrays: what `pixels` needs on the devices.
       image_shape: (H, W, C).
       num_classes: number of classes.
+      statistics: of what `make_pixels` makes.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class StreamFeed:
         }
         self._damaged = {role: set() for role in splits}
         self._pixels = make_pixels(self._sample(), num_classes=self.num_classes)
-        self.arrays = self._pixels.arrays
+        self.arrays, self.statistics = self._pixels.arrays, self._pixels.statistics
 
     def train_batches(self, seed, first_step):
         """The batches of the training steps from `first_step` on (the first of all is 0), without end.

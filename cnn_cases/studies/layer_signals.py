@@ -142,10 +142,11 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     points = collections.defaultdict(list)
     for run_dir in run_dirs:
         config = saved_runs.load_config(run_dir, data_dir)
-        if not {"depth", "plain"} <= set(config.model):
+        missing = [f"model.{key}" for key in ("depth", "plain") if key not in config.model]
+        if missing:
             raise ValueError(
-                f"{run_dir}: model.name = {config.model.name!r} has no plain twin; "
-                "a study of resnet or resnet_cifar is needed"
+                f"{run_dir}: the config of {config.model.name!r} has no {' and no '.join(missing)}; a study "
+                "of resnet or resnet_cifar that names both is needed"
             )
         if "scan_blocks" in config.model and config.model.scan_blocks:
             raise ValueError(

@@ -96,6 +96,18 @@ def of_all_processes(devices):
     return [device for index in range(jax.process_count()) for device in jax.local_devices(index)]
 
 
+def local_devices():
+    """`jax.local_devices()`; raises ValueError where JAX finds none of the kind that it was told to take."""
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = jax.config.jax_platforms
+        raise ValueError(
+            f"JAX_PLATFORMS = {wanted!r}: JAX finds no such device here ({str(error) or 'no reason given'}); "
+            "install JAX for it (requirements.txt says how), or leave the choice to JAX"
+        ) from error
+
+
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
     """Raises ValueError, with the nearest sizes that work, unless the batch can be split evenly."""
     parts = num_devices * num_microbatches

@@ -84,10 +84,15 @@ def write_json(path, value):
 
 def write_text(path, text):
     """Writes a file as a whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """Writes a file as a whole or not at all."""
     draft = path.with_name(path.name + ".draft")
     try:
-        with draft.open("w") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

@@ -2,6 +2,7 @@
 
     config.json        the resolved config; a workdir belongs to one
     environment.json   commit, versions, devices and data of each start
+    inputs.npz         what the network is shown, for `cnn_cases.predict`
     metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files
     result.json        written once, at the end
@@ -33,7 +34,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from cnn_cases.training import disk
-from cnn_cases.training.provenance import environment
+from cnn_cases.training.provenance import RUNS_ON, environment
 
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
@@ -52,13 +53,14 @@ OF_THE_MACHINE = (
 class Logbook:
     """The log of one run."""
 
-    def __init__(self, workdir, config, *, data, num_steps, title, show_progress):
+    def __init__(self, workdir, config, *, data, inputs, num_steps, title, show_progress):
         """Opens or creates the log of `workdir`.
 
         Args:
           workdir: a directory.
           config: the resolved config, as a dict that JSON can hold.
           data: what tells the data of this run from others, as JSON can hold it.
+          inputs: the content of inputs.npz.
           num_steps: length of the run, for the progress bar.
           title: of the progress bar.
           show_progress: print a line at each evaluation, and on a terminal draw a bar.
@@ -78,8 +80,11 @@ class Logbook:
                     "here (number and checksum of the examples of each split); see data.data_dir"
                 )
             claim(self._workdir, config)
+            here = environment() | {"data": data}
+            self._warn_of_changes(starts, here)
             with disk.writing(self._workdir):
-                disk.write_json(self._workdir / "environment.json", [*starts, environment() | {"data": data}])
+                disk.write_json(self._workdir / "environment.json", [*starts, here])
+                disk.write_bytes(self._workdir / "inputs.npz", inputs)
         except BaseException:
             self._lock.close()
             raise
@@ -94,6 +99,15 @@ class Logbook:
             leave=False,
             dynamic_ncols=True,
         )
+
+    def _warn_of_changes(self, starts, here):
+        """Tells that the run would be another from here on, had it not begun before."""
+        there = {name: value for name, value in starts[-1].items() if name in RUNS_ON} if starts else {}
+        lines = differences(there, {name: here[name] for name in there})
+        if lines:
+            logging.getLogger(__name__).warning(
+                "%s was begun with other code or packages: %s", self._workdir, "; ".join(lines)
+            )
 
     def start(self, step, rows=None):
         """Goes on after `step`, wherever the log ends: rows of later steps are dropped.

@@ -29,7 +29,7 @@ from cnn_cases.training.logbook import (
     read_result,
     write_result,
 )
-from cnn_cases.training.provenance import environment
+from cnn_cases.training.provenance import RUNS_ON, environment
 from cnn_cases.training.running import DivergedError, RunningMetrics, check_finite
 from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
@@ -91,7 +91,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     program, state = processes.lead_first(lambda: _make_start(config, program))
     data = program.feed.fingerprint()
     _check_same_data(data)
-    log, checkpoints = processes.lead_first(lambda: _open(workdir, config, data, show_progress))
+    log, checkpoints = processes.lead_first(
+        lambda: _open(workdir, config, data, program.inputs, show_progress)
+    )
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         result = _train_to_the_end(
             config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
@@ -121,7 +123,7 @@ def _check_alike(config):
     """Raises ValueError unless all processes of a training have the same config, code and packages."""
     if not processes.is_one_of_several():
         return
-    ours = {name: value for name, value in environment().items() if name in ("code", "python", "versions")}
+    ours = {name: value for name, value in environment().items() if name in RUNS_ON}
     lead, *others = processes.gather({"config": config.to_dict()} | ours)
     # Not the steps of a profile, where a process waits for its devices and would lose step with the others.
     aside = tuple(key for key in OF_THE_MACHINE if key.startswith("data."))
@@ -154,7 +156,7 @@ def _make_start(config, program):
     return program, state
 
 
-def _open(workdir, config, data, show_progress):
+def _open(workdir, config, data, inputs, show_progress):
     """The log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
@@ -162,6 +164,7 @@ def _open(workdir, config, data, show_progress):
         workdir,
         config.to_dict(),
         data=data,
+        inputs=inputs,
         num_steps=config.num_steps,
         title=workdir.name,
         show_progress=show_progress,
@@ -195,6 +198,8 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         if step:
             rewinds = len(rewound_to)
             log.say(f"{workdir}: resuming after step {step}" + f", rewind {rewinds}" * bool(rewinds))
+        else:
+            log.say(f"{workdir}: {_described(config, program, state)}")
         final = extra["final"]
         try:
             if final is None:
@@ -236,6 +241,16 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             "metrics": final,
             "nonfinite": nonfinite,
         }
+
+
+def _described(config, program, state):
+    """`resnet_cifar, 272,474 parameters, on 2 x cpu`."""
+    devices = collections.Counter(
+        device.device_kind for device in devices_lib.of_all_processes(program.devices)
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    where = " and ".join(f"{number} x {kind}" for kind, number in devices.items())
+    return f"{config.model.name}, {count:,} parameters, on {where}"
 
 
 def _restore(state, log, checkpoints):

@@ -13,7 +13,8 @@ from flax import errors as flax_errors
 from tqdm import tqdm
 
 from cnn_cases import settings
-from cnn_cases.data.feeds import make_feed
+from cnn_cases.data import inputs
+from cnn_cases.data.feeds import class_names, make_feed
 from cnn_cases.data.views import make_views
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
@@ -37,6 +38,7 @@ class Program(NamedTuple):
       model, tx, loss, schedule: Linen module, optax optimizer, loss of `losses`, and step -> learning rate.
       with_ema: whether the state has a moving average of the parameters.
       feed, arrays: see `data.feeds`; the arrays are replicated over the devices.
+      inputs: of `data.inputs.to_bytes`.
       steps_per_call: batches that a training gives `train` at once; it does one step for each.
       train_steps, train: (state, arrays, batches) -> (state, metrics), of one device's share, and its pmap.
       evaluate: (state, arrays, batch) -> {"loss", "error", "count"}, sums over the batch.
@@ -51,6 +53,7 @@ class Program(NamedTuple):
     loss: Any
     feed: Any
     arrays: Any
+    inputs: bytes
     steps_per_call: int
     train_steps: Any
     train: Any
@@ -78,7 +81,7 @@ def make_program(config, devices=None):
       ValueError: a value of the config is not possible; the message names it and what is.
     """
     settings.check(config)
-    devices = devices or jax.local_devices()
+    devices = devices or devices_lib.local_devices()
     _check_numbers(config, len(devices_lib.of_all_processes(devices)))
     process_index, process_count = processes.process()
     feed = make_feed(
@@ -89,16 +92,8 @@ def make_program(config, devices=None):
         process_index=process_index,
         process_count=process_count,
     )
-    model = make_model(
-        **config.model,
-        num_classes=feed.num_classes,
-        dtype=config.dtype,
-        axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
-    )
-    optimizer = dict(**config.optimizer)
-    # Compiled: the first row of the log would wait for five small compilations else, a third of a second.
-    schedule = jax.jit(make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule))
-    tx = make_optimizer(schedule, **optimizer)
+    model, tx, schedule = make_network(config, feed.num_classes)
+    names = class_names(config.data.name, config.data.data_dir)
     loss_settings = dict(**config.loss)
     side_weight = loss_settings.pop("side_weight")
     loss = of_classes(make_loss(**loss_settings), feed.num_classes)
@@ -123,6 +118,7 @@ def make_program(config, devices=None):
         loss=loss,
         feed=feed,
         arrays=devices_lib.replicate(feed.arrays, devices),
+        inputs=inputs.to_bytes(inputs.Inputs(feed.image_shape, names, feed.statistics)),
         steps_per_call=steps_per_call(config, devices[0].platform),
         train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),
@@ -130,6 +126,24 @@ def make_program(config, devices=None):
         predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
         devices=devices,
     )
+
+
+def make_network(config, num_classes):
+    """What of a config can be built without data: the network, its optimizer, and step -> learning rate.
+
+    Raises:
+      ValueError: a value of the config is not possible.
+    """
+    model = make_model(
+        **config.model,
+        num_classes=num_classes,
+        dtype=config.dtype,
+        axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
+    )
+    optimizer = dict(**config.optimizer)
+    # Compiled: the first row of the log would wait for five small compilations else, a third of a second.
+    schedule = jax.jit(make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule))
+    return model, make_optimizer(schedule, **optimizer), schedule
 
 
 def steps_per_call(config, platform):

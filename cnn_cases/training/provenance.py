@@ -27,6 +27,8 @@ PACKAGES = (
     "simplejpeg",
 )
 
+RUNS_ON = ("code", "python", "versions")  # of `environment`, what must be alike in all that do one training
+
 
 def stamp():
     """{"date", "environment"}: when and where the figures of a record are measured."""

@@ -546,6 +546,9 @@ def test_a_config_that_cannot_be_counted_is_answered_by_one_message(
         (["--figure=costs.txt"], "'costs.txt' must end in .png or .svg"),
         (["--format=html"], "invalid choice: 'html'"),
         (["--image_size=32", "--image_shape=32x32x1"], "not allowed with"),
+        (["--set", "model.depth"], "'model.depth' is not KEY=VALUE"),
+        (["--set", "model.depht=56"], "configs/lenet5_digits.py: model.depht = 56 cannot be set: "),
+        (["--set", "num_steps=many"], "num_steps = 'many' cannot be set: "),
         (["--figure=no/such/place.png"], "No such file or directory"),
     ],
 )
@@ -560,6 +563,22 @@ def test_the_command_runs_as_the_manual_says():
     command = [sys.executable, "-m", "cnn_cases.analysis.costs", "configs/lenet5_digits.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "61,706" in done.stdout.splitlines()[-1]
+
+
+def test_keys_and_choices_can_be_set(tmp_path, capsys):
+    options = ("--set=model.depth=56", "--set=dtype=bfloat16", "--format=json")
+    (deep,) = json.loads(run(capsys, "configs/resnet_digits.py", *options))
+    (report,) = json.loads(run(capsys, "configs/resnet_digits.py", "--format=json"))
+    blocks = 6 * (16**2 + 32**2 + 64**2) * 2 * 9 + 6 * 4 * (16 + 32 + 64)  # six more in each stage
+    assert deep["total"]["parameters"] - report["total"]["parameters"] == blocks
+    assert 2 * deep["layers"][2]["forward"] == report["layers"][2]["forward"], "two bytes for four"
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from configs import common\n\n\ndef get_config(name='lenet5'):\n"
+        "    config = common.get_config()\n    config.model.name = name\n    return config\n"
+    )
+    (report,) = json.loads(run(capsys, f"{path}:alexnet", "--image_shape=227x227x3", "--format=json"))
+    assert report["model"] == "alexnet"
 
 
 def test_a_file_that_is_not_there_is_named():

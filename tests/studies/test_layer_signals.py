@@ -262,7 +262,7 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
     run = tmp_path / "runs" / "seed-0"
     run.mkdir(parents=True)
     (run / "config.json").write_text(config.to_json())
-    with pytest.raises(ValueError, match=r"model\.name = 'lenet5' has no plain twin"):
+    with pytest.raises(ValueError, match=r"'lenet5' has no model\.depth and no model\.plain"):
         layer_signals.measure(tmp_path)
     config = depth_digits.get_config().base
     with config.unlocked():

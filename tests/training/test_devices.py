@@ -1,5 +1,6 @@
 import os
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,13 @@ def test_a_barrier_is_kept_until_xla_has_chosen_what_to_compute_twice():
 
     program = jax.jit(twice).lower(jnp.ones((64, 64))).compile().as_text()
     assert len(re.findall(r" maximum\(", program)) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Backend 'rocm' is not in the list"), AssertionError()])
+def test_a_device_that_is_not_there_is_told(error, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", mock.Mock(side_effect=error))
+    with pytest.raises(ValueError, match=r"JAX_PLATFORMS = 'cpu': JAX finds no such device here \((B|no )"):
+        devices.local_devices()
 
 
 def test_a_full_memory_is_told_from_other_errors():

@@ -15,7 +15,7 @@ CONFIG = {"seed": 0, "optimizer": {"momentum": 0.9, "name": "sgd"}, "splits": ("
 
 def open_log(workdir, config=CONFIG):
     return logbook.Logbook(
-        workdir, config, data={"train": [9, 7]}, num_steps=10, title="test", show_progress=False
+        workdir, config, data={"train": [9, 7]}, inputs=b"", num_steps=10, title="test", show_progress=False
     )
 
 
@@ -188,6 +188,25 @@ def test_the_config_and_every_start_are_noted(tmp_path):
     assert starts[0]["versions"].keys() == set(provenance.PACKAGES)
 
 
+def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
+    for _ in range(2):
+        open_log(tmp_path).close()
+    assert not caplog.records
+    here = provenance.environment()
+    other = here | {
+        "code": "0123456789ab",
+        "commit": "another",
+        "cpus": 99,
+        "versions": here["versions"] | {"jax": "9"},
+    }
+    monkeypatch.setattr(logbook, "environment", lambda: other)
+    open_log(tmp_path).close()
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"{tmp_path} was begun with other code or packages: code: ")
+    assert message.endswith(f"; versions.jax: {here['versions']['jax']!r} there, '9' here")
+
+
 def test_other_data_are_refused(tmp_path):
     open_log(tmp_path).close()
     before = (tmp_path / "environment.json").read_text()
@@ -195,7 +214,13 @@ def test_other_data_are_refused(tmp_path):
         ValueError, match=r"begun with other data: \{'train': \[9, 7\]\} there, \{'train': \[9, 8"
     ):
         logbook.Logbook(
-            tmp_path, CONFIG, data={"train": [9, 8]}, num_steps=10, title="test", show_progress=False
+            tmp_path,
+            CONFIG,
+            data={"train": [9, 8]},
+            inputs=b"",
+            num_steps=10,
+            title="test",
+            show_progress=False,
         )
     assert (tmp_path / "environment.json").read_text() == before
     starts = json.loads(before)
@@ -236,7 +261,9 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_who_watches_may_go_away(tmp_path, monkeypatch):
-    log = logbook.Logbook(tmp_path, CONFIG, data=None, num_steps=10, title="test", show_progress=True)
+    log = logbook.Logbook(
+        tmp_path, CONFIG, data=None, inputs=b"", num_steps=10, title="test", show_progress=True
+    )
     broken = mock.Mock(spec=sys.stderr)
     broken.write.side_effect = BrokenPipeError
     monkeypatch.setattr(sys, "stderr", broken)

@@ -1,0 +1,65 @@
+"""What a network is shown, in a file of its run: so it can be asked about images without its data set."""
+
+import io
+import zipfile
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cnn_cases.data import decode, sources
+
+
+class Inputs(NamedTuple):
+    """What a trained network takes.
+
+    Attributes:
+      image_shape: (H, W, C).
+      class_names: of the K classes, in the order of their labels.
+      statistics: of `pixels.Pixels`.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: list[str]
+    statistics: dict[str, Any]
+
+
+def to_bytes(inputs):
+    """The content of a file for `from_bytes`; the same inputs give the same bytes."""
+    content = io.BytesIO()
+    np.savez(
+        content,
+        allow_pickle=False,
+        image_shape=inputs.image_shape,
+        class_names=inputs.class_names,
+        **inputs.statistics,
+    )
+    return content.getvalue()
+
+
+def from_bytes(content):
+    """What `to_bytes` was given; raises ValueError where the content is damaged."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = dict(file)
+        shape, names = arrays.pop("image_shape").tolist(), arrays.pop("class_names").tolist()
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"it holds no inputs ({error})") from error
+    return Inputs(tuple(shape), names, arrays)
+
+
+def shown(image, image_shape, *, feed, border, crop):
+    """An image of any size as a feed shows it in evaluation: uint8 [h, w, C] -> uint8 [H, W, C].
+
+    Args:
+      image: uint8 [h, w, C].
+      image_shape: (H, W, C), the border included.
+      feed, border, crop: as in `feeds.make_feed`.
+    """
+    height, width = (side - 2 * border for side in image_shape[:2])
+    if feed == "stream":
+        box = decode.evaluation_box(*image.shape[:2], height, **crop)
+        image = decode.resized(image, box, height)
+    elif image.shape[:2] != (height, width):
+        image = sources.resize(image, height, width)
+    return np.pad(image, ((border, border), (border, border), (0, 0)))

@@ -1,0 +1,146 @@
+"""What a trained network says of images of your own.
+
+    python -m cnn_cases.predict --workdir=runs/lenet5 seven.png photo.jpg
+
+prints the likeliest classes of each. The run's workdir is all it needs, not the data set. In Python:
+
+    network = predict.load("runs/lenet5")
+    probabilities = network(images)    # uint8 [N, H, W, C], or a list of [h, w, C] of any sizes -> [N, K]
+    network.class_names[probabilities[0].argmax()]
+
+An image is cropped and resized as the images of an evaluation are. Else it is taken as it is: a network that
+learned white digits on black wants such.
+"""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from cnn_cases import command, saved_runs
+from cnn_cases.data import decode, inputs, pixels, views
+from cnn_cases.training import checkpoint, predictions, programs, steps
+from cnn_cases.training.state import shapes_of_state
+
+
+class TrainedNetwork:
+    """A network from a checkpoint, ready for images.
+
+    Attributes:
+      config: of its run.
+      step: of the checkpoint.
+      class_names: of the K classes.
+      image_shape: (H, W, C) of what the network is shown.
+      model: the Linen module.
+      state: of `training.state`: params, batch_stats, ...
+    """
+
+    def __init__(self, config, step, model, state, shown):
+        """Takes what `load` has found; `shown` is an `inputs.Inputs`."""
+        self.config, self.step, self.model = config, step, model
+        self.class_names, self.image_shape = shown.class_names, shown.image_shape
+        self.state, self._statistics = jax.device_put((state, shown.statistics))
+        normalize = pixels.make_normalize(shown.statistics)
+        self._predict = jax.jit(
+            steps.make_predict_step(
+                model.apply, lambda arrays, image: normalize(arrays, pixels.to_unit(image))
+            )
+        )
+
+    def __call__(self, images, protocol="single"):
+        """How likely each class is.
+
+        Args:
+          images: uint8 [N, H, W, C], or a list of uint8 [h, w, C] of any sizes.
+          protocol: a key of `views.PROTOCOLS`.
+
+        Returns:
+          float64 [N, K], each row of which sums to 1.
+
+        Raises:
+          ValueError: an image is no such array, there is none, or the protocol is not for this network.
+        """
+        channels = self.image_shape[-1]
+        for number, image in enumerate(images):
+            if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[-1] != channels:
+                kind = " ".join(str(getattr(image, key, "")) for key in ("dtype", "shape"))
+                raise ValueError(
+                    f"image {number} must be uint8 [h, w, {channels}]; it is a {type(image).__name__} {kind}"
+                )
+        if not len(images):
+            raise ValueError("there are no images")
+        view = functools.partial(
+            inputs.shown,
+            image_shape=self.image_shape,
+            feed=self.config.data.feed,
+            border=self.config.data.border,
+            crop=dict(**self.config.data.crop),
+        )
+        batch_size = min(len(images), self.config.evaluation.batch_size)
+        probabilities, _ = predictions.average_views(
+            ((image, 0) for image in images),
+            views.make_views(protocol, self.image_shape, view),
+            functools.partial(self._predict, self.state, self._statistics),
+            batch_size=lambda _: batch_size,
+        )
+        return probabilities
+
+
+def load(workdir, which="last"):
+    """The network of a run of train.py.
+
+    Args:
+      workdir: of the run.
+      which: "last", "best" or a step.
+
+    Raises:
+      ValueError: there is no such run or checkpoint, or it is damaged.
+    """
+    config = saved_runs.load_config(workdir)
+    path = pathlib.Path(workdir) / "inputs.npz"
+    try:
+        shown = inputs.from_bytes(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged: {error}; a start of the run writes it, unless the run has ended"
+        ) from error
+    model, tx, _ = programs.make_network(config, len(shown.class_names))
+    like = shapes_of_state(model, tx, shown.image_shape, with_ema=config.ema_decay > 0)
+    checkpoints = pathlib.Path(workdir) / "checkpoints"
+    step = checkpoint.find(checkpoints, which)
+    return TrainedNetwork(config, step, model, checkpoint.read(checkpoints, step, like), shown)
+
+
+def read_image(path, channels):
+    """The pixels of an image file, uint8 [h, w, channels]; raises ValueError where it is no image."""
+    try:
+        return decode.decode(pathlib.Path(path).read_bytes(), channels)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no image: {error}") from error
+
+
+def define_flags():
+    """The flags of the command."""
+    flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
+    flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
+    flags.DEFINE_string("protocol", "single", "Which views of each image are averaged.")
+    flags.DEFINE_integer("top", 3, "How many classes to print.", lower_bound=1)
+
+
+def main(paths):
+    """Prints the likeliest classes of each file."""
+    if not paths:
+        raise ValueError("no images: name their files behind the flags")
+    given = flags.FLAGS
+    network = load(given.workdir, given.step)
+    images = [read_image(path, network.image_shape[-1]) for path in paths]
+    for path, row in zip(paths, network(images, given.protocol), strict=True):
+        best = np.argsort(-row, kind="stable")[: given.top]
+        print(f"{path}:", ", ".join(f"{network.class_names[k]} ({row[k]:.1%})" for k in best))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main, takes_files=True)

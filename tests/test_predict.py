@@ -1,0 +1,101 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_cases import predict
+from cnn_cases.data import feeds
+from cnn_cases.training import checkpoint, devices, loop, programs
+from tests.conftest import tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory):
+    """(workdir, config) of a tiny run."""
+    config, workdir = tiny_config(data_dir), tmp_path_factory.mktemp("predict") / "run"
+    config.evaluation.every_steps = config.log_every_steps = 6
+    loop.train_and_evaluate(config, workdir, show_progress=False)
+    return workdir, config
+
+
+def evaluated(workdir, config, protocol, step):
+    """What `programs.predict` says of the test split, and its stored images."""
+    program = programs.make_program(config)
+    state = checkpoint.read(workdir / "checkpoints", step, program.shapes_of_state())
+    state = devices.replicate(state, program.devices)
+    probabilities, _ = programs.predict(program, state, "test", protocol, batch_size=200)
+    return probabilities, [image for image, _ in program.feed.examples("test")]
+
+
+@pytest.mark.parametrize(("protocol", "step"), [("single", 12), ("single", 8), ("ten_crop", 12)])
+def test_images_are_answered_as_in_an_evaluation(run, protocol, step):
+    workdir, config = run
+    expected, images = evaluated(workdir, config, protocol, step)
+    network = predict.load(workdir, step)
+    found = network(images[:50], protocol)
+    np.testing.assert_allclose(found, expected[:50], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
+    assert network.class_names == feeds.class_names("digits", config.data.data_dir)
+    assert (network.image_shape, network.step) == ((16, 16, 1), step)
+
+
+def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):
+    workdir, config = run
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(workdir, moved)
+    text = (moved / "config.json").read_text()
+    assert config.data.data_dir in text
+    (moved / "config.json").write_text(text.replace(config.data.data_dir, str(tmp_path / "nowhere")))
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
+    np.testing.assert_array_equal(predict.load(moved)([image]), predict.load(workdir)([image]))
+
+
+def test_files_of_any_size_and_colour_are_read(run, tmp_path):
+    network = predict.load(run[0])
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 30:50] = 250
+    path = tmp_path / "one.png"
+    Image.fromarray(pixels).save(path)
+    image = predict.read_image(path, 1)
+    assert image.shape == (40, 80, 1)
+    small = np.asarray(Image.fromarray(image[..., 0]).resize((16, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(network([image]), network(small[None, ..., None]))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([np.zeros((16, 16, 1), np.float32)], r"image 0 must be uint8 \[h, w, 1\]; it is a ndarray float32"),
+        ([np.zeros((16, 16), np.uint8)], r"it is a ndarray uint8 \(16, 16\)"),
+        ([np.zeros((9, 9, 1), np.uint8), "seven.png"], "image 1 .* it is a str"),
+        ([], "there are no images"),
+    ],
+)
+def test_images_of_another_kind_are_refused(run, images, message):
+    with pytest.raises(ValueError, match=message):
+        predict.load(run[0])(images)
+
+
+def test_a_workdir_that_is_not_whole_is_refused(run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(run[0], workdir)
+    whole = (workdir / "inputs.npz").read_bytes()
+    for content in (b"", b"PK", whole[:300], whole[:-30]):
+        (workdir / "inputs.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"inputs\.npz is missing or damaged: it holds no inputs"):
+            predict.load(workdir)
+    (workdir / "inputs.npz").unlink()
+    with pytest.raises(ValueError, match=r"inputs\.npz is missing or damaged"):
+        predict.load(workdir)
+    with pytest.raises(ValueError, match="holds no run"):
+        predict.load(tmp_path)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("no image")
+    for one in (path, tmp_path / "nothing.png"):
+        with pytest.raises(ValueError, match=f"{one.name} is no image"):
+            predict.read_image(one, 1)
