@@ -30,7 +30,7 @@ from cnn_cases.training import disk, logbook
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = ROOT / "README.md", ROOT / "docs/results.md"
-# The line of a document behind which the table begins, and whether it has only rows with a published figure.
+# The line of a document behind which the table begins, and whether that is the short one.
 BEGINNINGS = {
     "<!-- The results beside the papers: written by `python -m cnn_cases.studies.ledger --write`. -->": True,
     "<!-- All results: written by `python -m cnn_cases.studies.ledger --write`. -->": False,
@@ -311,13 +311,16 @@ TITLES = (
 )
 
 
-def table(rows, place="results", published_only=False):
+SHORT = tuple(title for title in TITLES if title not in ("steps", "devices", "date"))
+
+
+def table(rows, place="results", short=False):
     """Lists of cells, the head first. A difference is in points, ours minus the published.
 
     Args:
       rows: of `collect`.
       place: of the records, for links to them.
-      published_only: leave out the rows that have no published figure beside them.
+      short: only the columns of SHORT, and the rows that have a published figure beside them.
     """
     lines = [list(TITLES)]
     for row in rows:
@@ -329,7 +332,7 @@ def table(rows, place="results", published_only=False):
         if published and steps * batch_size < published.examples:
             steps_cell += f" (shortened: the paper's are {round(published.examples / batch_size):,})"
             published = None
-        if published_only and not published:
+        if short and not published:
             continue
         others = [
             f"{key} {value}"
@@ -352,7 +355,8 @@ def table(rows, place="results", published_only=False):
                 f"[{row.name.removesuffix('.json')}]({place}/{row.name})",
             ]
         )
-    return lines
+    shown = [TITLES.index(title) for title in (SHORT if short else TITLES)]
+    return [[line[number] for number in shown] for line in lines]
 
 
 # Settings of augmentations, which do nothing by themselves.
@@ -376,10 +380,11 @@ def _published_cell(published):
     return f"{published.error} ({published.source}{label})"
 
 
-def markdown(rows, place="results", published_only=False):
+def markdown(rows, place="results", short=False):
     """The table in Markdown, columns of words to the left."""
-    words = [number for number, title in enumerate(TITLES) if title not in ("steps", "%", "difference")]
-    return tables.markdown(table(rows, place, published_only), words=words)
+    lines = table(rows, place, short)
+    words = [number for number, title in enumerate(lines[0]) if title not in ("steps", "%", "difference")]
+    return tables.markdown(lines, words=words)
 
 
 def fill(document, rows, results):

@@ -206,6 +206,8 @@ def test_documents_are_rewritten_between_the_markers_alone(results, tmp_path, ca
     arguments = [f"--results={results}", "--write", "--documents", *map(str, documents)]
     ledger.main(arguments)
     texts = [document.read_text() for document in documents]
+    assert "| date |" in texts[1]
+    assert "| date |" not in texts[0]
     for text, beginning in zip(texts, ledger.BEGINNINGS, strict=True):
         assert text.startswith(f"Before.\n\n{beginning}\n\n| network |")
         assert text.endswith(f" |\n\n{ledger.END}\n\nAfter.\n")
