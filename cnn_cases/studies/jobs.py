@@ -2,7 +2,7 @@
 
 Both ways yield (name of the run, what it gave in words) as runs end. Processes share the cores of a CPU, each
 with threads for its part of them, and XLA rounds its sums as its threads split them: a run gives the same
-bits either way only with as many threads.
+bits either way only with as many threads. They share several GPUs out, and one GPU all of them use.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ from cnn_cases.training import devices, logbook, loop, processes, programs, prov
 _POLL_SECONDS = 0.2
 
 
-def run_here(groups, workdir):
+def run_here(groups, workdir, local=None):
     """Runs the groups one after another in this process.
 
     Args:
       groups: lists of runs (`sweep.Run`) that differ in the seed alone, and so share a compilation.
       workdir: the directory in which each run has one of its name.
+      local: the devices to use; None for all of this machine.
 
     Raises:
       ValueError: a run is not possible, or its directory belongs to another config.
@@ -39,7 +40,7 @@ def run_here(groups, workdir):
             run_dir = workdir / run.name
             done = logbook.read_result(run_dir) is not None
             if not done and program is None:
-                program = programs.make_program(run.config)
+                program = programs.make_program(run.config, local)
             try:
                 result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
             except loop.DivergedError as error:
@@ -82,11 +83,11 @@ def run_side_by_side(groups, workdir, num_jobs):
     todo = context.Queue()
     for runs in (*groups, *[None] * num_jobs):
         todo.put(runs)
-    arguments = (workdir, os.getpid(), _threads_each(num_jobs))
+    arguments = (workdir, os.getpid(), _threads_each(num_jobs), num_jobs)
     workers = {}  # by what they tell, a pipe each: one that is ended while it tells holds up no other
-    for _ in range(num_jobs):
+    for index in range(num_jobs):
         news, telling = context.Pipe(duplex=False)
-        workers[news] = context.Process(target=_work, args=(todo, telling, *arguments))
+        workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
         workers[news].start()
         telling.close()  # here, so that the pipe ends with the process
     try:
@@ -121,6 +122,13 @@ def _threads_each(num_jobs):
     return max(1, provenance.cpu_threads() // num_jobs)
 
 
+def share_of(devices, index, num_jobs):
+    """The devices of one of several processes: equally many for each, or one that several share."""
+    each = max(1, len(devices) // num_jobs)
+    first = index * each % len(devices)
+    return devices[first : first + each]
+
+
 def _collect(workers, stop):
     """Yields what the workers tell until all have ended or a signal has come."""
     running = set(workers)
@@ -152,7 +160,7 @@ def _take(news):
     return words
 
 
-def _work(todo, telling, workdir, parent, num_threads):
+def _work(todo, telling, index, workdir, parent, num_threads, num_jobs):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
     os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
     threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
@@ -161,7 +169,10 @@ def _work(todo, telling, workdir, parent, num_threads):
     command.separate_compiled()
     try:
         while (runs := todo.get()) is not None:
-            for ended in run_here([runs], workdir):
+            # Devices of a CPU are virtual: processes share its cores, whichever they take.
+            on_cpu = jax.default_backend() == "cpu"
+            local = None if on_cpu else share_of(devices.local_devices(), index, num_jobs)
+            for ended in run_here([runs], workdir, local):
                 telling.send(("ended", *ended))
     except Exception as error:
         refusal = devices.refusal(error)

@@ -54,7 +54,7 @@ def test_processes_side_by_side_are_refused_on_a_tpu(monkeypatch):
 def test_a_group_that_has_ended_leaves_nothing_in_memory(data_dir, tmp_path, monkeypatch):
     feeds, make_program = [], programs.make_program
 
-    def make(config):
+    def make(config, _):
         program = make_program(config, jax.devices()[:1])
         feeds.append(weakref.ref(program.feed))
         return program
@@ -102,6 +102,20 @@ def test_the_users_threads_and_those_of_virtual_devices_are_left_alone(variable,
     assert [jobs._threads_each(number) for number in (1, 2, 4, 9)] == [6, 3, 1, 1]
     monkeypatch.setenv(variable, value)
     assert jobs._threads_each(2) is None
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_jobs", "shares"),
+    [
+        (8, 8, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        (8, 3, [[0, 1], [2, 3], [4, 5]]),
+        (2, 3, [[0], [1], [0]]),
+        (1, 2, [[0], [0]]),
+    ],
+)
+def test_processes_share_accelerators(num_devices, num_jobs, shares):
+    devices = list(range(num_devices))
+    assert [jobs.share_of(devices, index, num_jobs) for index in range(num_jobs)] == shares
 
 
 def test_who_compiles_for_an_accelerator_may_use_all_threads(monkeypatch):
