@@ -332,9 +332,7 @@ def main():
     """Runs the study, prints its table and draws its figures."""
     study, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     check(study)
-    if not flags.FLAGS.figures_only:
-        sweep.run_all(study, workdir, flags.FLAGS.jobs, sweep.cluster_of_flags())
-    record = sweep.make_record(study, workdir)
+    record = sweep.record_of_flags(study, workdir)
     write_report(record, workdir)
     print(table(record, "text"))
     print(comparison_table(record, "text"))
@@ -343,5 +341,4 @@ def main():
 
 if __name__ == "__main__":
     sweep.define_flags()
-    flags.DEFINE_bool("figures_only", False, "Train nothing: draw a finished study again.")
     command.run(main)

@@ -284,10 +284,11 @@ def table(record):
 
 
 def write_report(record, workdir):
-    """Writes record.json, table.md and the curves: curves.png, curves.svg and the page curves.html."""
+    """Writes record.json, table.md, table.csv and the curves: curves.png, curves.svg and curves.html."""
     workdir = pathlib.Path(workdir)
     disk.write_text(workdir / "record.json", record_text(record))
     disk.write_text(workdir / "table.md", tables.markdown(table(record)))
+    disk.write_text(workdir / "table.csv", tables.comma_separated(table(record)))
     figures.save(figures.draw_curves(record), workdir / "curves")
     page.write(record, workdir / "curves.html")
 
@@ -296,6 +297,7 @@ def define_flags():
     """The flags of the commands that run a study."""
     config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
     flags.DEFINE_string("workdir", None, "The directory of the study.")
+    flags.DEFINE_bool("figures_only", False, "Train nothing: draw a finished study again.")
     flags.DEFINE_integer("jobs", 1, "How many points of the grid to train side by side, in processes.")
     flags.DEFINE_string("cluster", None, f"Submit each run as a job to {' or '.join(clusters.COMMANDS)}.")
     flags.DEFINE_string("partition", None, "The part of the cluster that the jobs are for.")
@@ -320,14 +322,20 @@ def cluster_of_flags():
     return None
 
 
+def record_of_flags(study, workdir):
+    """Runs the study as the flags of `define_flags` say, and gives its record."""
+    if not flags.FLAGS.figures_only:
+        run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
+    return make_record(study, workdir)
+
+
 def main():
     """Runs a study and prints the table of its final figures."""
-    study, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-    run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
-    record = make_record(study, workdir)
+    workdir = pathlib.Path(flags.FLAGS.workdir)
+    record = record_of_flags(flags.FLAGS.config, workdir)
     write_report(record, workdir)
     print(tables.aligned(table(record)))
-    print(f"record, table and curves: {workdir}")
+    print(f"record, tables and curves: {workdir}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def test_a_depth_study_is_drawn_from_its_record(tmp_path, capsys):
 def test_another_study_has_its_curves_and_its_table(tmp_path):
     draw.main([str(RESULTS / "lenet5_mnist.json"), f"--out={tmp_path}"])
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("record.json", "table.md", "curves.png", "curves.svg", "curves.html")
+        *("record.json", "table.md", "table.csv", "curves.png", "curves.svg", "curves.html")
     }
 
 
