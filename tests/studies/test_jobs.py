@@ -54,7 +54,7 @@ def test_processes_side_by_side_are_refused_on_a_tpu(monkeypatch):
 def test_a_group_that_has_ended_leaves_nothing_in_memory(data_dir, tmp_path, monkeypatch):
     feeds, make_program = [], programs.make_program
 
-    def make(config, _):
+    def make(config, *_):
         program = make_program(config, jax.devices()[:1])
         feeds.append(weakref.ref(program.feed))
         return program

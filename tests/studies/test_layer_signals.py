@@ -53,7 +53,7 @@ def workdir(data_dir, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         moving = {"train": train, "evaluate": evaluate}
-        patch.setattr(programs, "make_program", lambda config: make_program(config)._replace(**moving))
+        patch.setattr(programs, "make_program", lambda config, *_: make_program(config)._replace(**moving))
         sweep.run_all(tiny_study(data_dir), directory)
     return directory
 

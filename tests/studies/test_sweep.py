@@ -109,7 +109,7 @@ def finished(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("study")
     make_program = programs.make_program
 
-    def make(config, _):
+    def make(config, *_):
         program = make_program(config, jax.devices()[:1])
         if config.optimizer.momentum == 0:
             return program
@@ -311,7 +311,7 @@ def test_a_record_of_runs_of_unknown_code_is_refused(finished, study, tmp_path):
 
 
 def test_a_record_is_made_where_nothing_can_be_written(finished, study, monkeypatch):
-    monkeypatch.setattr(logbook, "write_json", pytest.fail)
+    monkeypatch.setattr(disk, "write_json", pytest.fail)
     study.base.data.data_dir = "/elsewhere"
     assert len(sweep.make_record(study, finished)["runs"]) == 8
 
