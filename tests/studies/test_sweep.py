@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
-from cnn_cases.training import disk, logbook, programs, stopping
+from cnn_cases.training import disk, programs, stopping
 from tests.conftest import metrics_of, tiny_config
 
 
