@@ -2,7 +2,7 @@
 
     python -m cnn_cases.preview --config=configs/resnet_cifar10.py --step=1 --out=preview.png
 
-The images are, to the pixel, those that a training with this config sees, but for the normalisation. What
+The images are, to the pixel, those that a training with this config sees, except for the normalisation. What
 lies around an image, or is cut out of it, is black here, and for the network it may be the mean. And where
 examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself.
 """

@@ -1,4 +1,4 @@
-"""Two kinds of runs compared in pairs: the same point of the grid and the same seed, but for one key.
+"""Two kinds of runs compared in pairs: the same point of the grid and the same seed, except for one key.
 
 Partners of a pair see the same batches, and start from the same values where their parameters are the same,
 so what a seed does to both is not in their difference. A mean difference has a 95 % confidence interval of

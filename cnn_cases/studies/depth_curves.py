@@ -268,7 +268,7 @@ def draw_difference(record):
             if values:
                 axis.plot(depth, 100 * result["mean"], "D", color="black", markersize=4)
 
-    figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain less residual (percentage points)")
+    figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
     pairs = {(run["model.depth"], run["seed"]) for run in record["runs"]}  # a row of each code counts its own
     left_out = len(pairs) - sum(row["pairs"] for row in rows)
     figure.suptitle(
@@ -286,9 +286,9 @@ def compare(record):
 
 
 def comparison_table(record, form):
-    """The paired comparison as "text", "markdown" or "csv"; differences are plain less residual."""
+    """The paired comparison as "text", "markdown" or "csv"; differences are plain minus residual."""
     titles = {"model.depth": "depth"} | {
-        name: f"{title}, plain less residual" for name, title in _final_errors(record).items()
+        name: f"{title}, plain minus residual" for name, title in _final_errors(record).items()
     }
     return comparison.table(compare(record), titles, form)
 

@@ -35,7 +35,7 @@ def make_train_steps(
         n, from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
         TensorFlow's ExponentialMovingAverage with `num_updates`.
       per_device_dropout: give each device dropout keys of its own, for a model that does not know the axis.
-      skip_nonfinite: leave the state as it is, but for its counters, where the loss, the gradient or any
+      skip_nonfinite: leave the state as it is, except for its counters, where the loss, the gradient or any
         number of the new state is NaN or infinite.
 
     Returns:

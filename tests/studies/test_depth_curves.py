@@ -79,7 +79,7 @@ def test_diverged_runs_are_crosses_and_counted(record):
 
 def test_the_difference_has_its_interval_where_there_is_one(record):
     training, test = depth_curves.draw_difference(record).axes
-    assert training.get_ylabel() == "plain less residual (percentage points)"
+    assert training.get_ylabel() == "plain minus residual (percentage points)"
     bars = [line.get_xydata() for line in test.lines if line.get_marker() == "_"]
     reach = 100 * 12.706 * 0.1
     np.testing.assert_allclose(bars, [[(8, -reach), (8, reach)]], rtol=1e-4)
@@ -122,7 +122,7 @@ def test_the_test_is_that_of_the_protocol(record):
     head, _, first, *_ = depth_curves.table(record, "markdown").splitlines()
     assert "plain test error (ten_crop) %" in head
     assert "| 15.00 ± 7.07 |" in first
-    assert "test error (ten_crop), plain less residual (points)" in depth_curves.comparison_table(
+    assert "test error (ten_crop), plain minus residual (points)" in depth_curves.comparison_table(
         record, "markdown"
     )
     assert depth_curves.draw_depth(record).axes[1].get_title() == "test error (ten_crop)"
