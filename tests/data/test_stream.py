@@ -223,7 +223,7 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
 
     def make_pixels(image, **_):
         seen.append(image)
-        return SimpleNamespace(arrays={})
+        return SimpleNamespace(statistics={}, arrays={})
 
     crop = common.get_config().data.crop
     crop.name = "area"
