@@ -157,7 +157,7 @@ class Logbook:
         """Shows where the run stands; on a terminal as a bar."""
         shown = {
             "loss": f"{values['running/loss']:.4f}",
-            "accuracy": f"{1 - values['running/error']:.2%}",
+            "error": f"{values['running/error']:.2%}",
             "images/s": f"{images_per_second:,.0f}",
         }
         self._bar.set_postfix(shown, refresh=False)

@@ -478,8 +478,11 @@ def _stack(*leaves):
 
 
 def in_words(metrics):
-    """{name: number} as a text."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    """{name: number} as a text; errors, which are fractions, in percent."""
+    return ", ".join(
+        f"{name} {value:.2%}" if name.endswith("error") else f"{name} {value:.4f}"
+        for name, value in metrics.items()
+    )
 
 
 def _is_due(step, every_steps):
