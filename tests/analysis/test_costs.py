@@ -606,3 +606,20 @@ def test_the_border_of_the_data_counts():
         report = costs.analyse(f"configs/{name}.py")
         assert report.image_shape == (32, 32, 1)
         assert costs.total(report.layers).parameters == parameters
+
+
+def test_a_short_number_has_three_digits_whatever_it_rounds_to():
+    assert [costs._short(number) for number in (850, 61_706, 999_600, 15_470_264_320)] == [
+        "850",
+        "61.7 k",
+        "1.00 M",
+        "15.5 G",
+    ]
+
+
+def test_the_comparison_has_the_memory_in_the_order_of_its_head(capsys):
+    text = run(capsys, "configs/lenet5_digits.py", "configs/resnet_digits.py", "--batch_size=2")
+    sums = costs.total(costs.count(LeNet5(), (32, 32, 1), batch_size=2))
+    assert sums.forward != sums.kept
+    row = text.split("\n\n")[5].splitlines()[1].split()
+    assert row[4:] == [f"{sums.forward / 2**20:.3f}", f"{sums.kept / 2**20:.3f}"]

@@ -421,3 +421,21 @@ def test_impossible_settings_are_refused(settings, message):
 def test_colours_are_refused_for_grey_images(key):
     with pytest.raises(ValueError, match=rf"data.augment.{key} = 0.1 must be 0 for images of 1 channels"):
         augment.check(Settings(**{key: 0.1}), (8, 8, 1))
+
+
+def test_a_cutmix_box_has_the_share_of_the_area_that_is_drawn():
+    # u of Beta(1, 1) is uniform; of a side of sqrt(u), centred anywhere, sqrt(u) - u / 4 lies inside.
+    image, label = unit_images(3_000, size=32)[..., :1], jnp.arange(3_000) % 5
+    _, target = map(np.asarray, mixed(image, label, Settings(cutmix=1.0)))
+    share = 1 - target[np.arange(3_000), label]
+    u = np.linspace(0, 1, 1_001)
+    np.testing.assert_allclose(share.mean(), np.mean((np.sqrt(u) - u / 4) ** 2), rtol=0.06)
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_cutout_of_an_odd_side_has_its_pixel_in_the_middle(side):
+    image = jnp.ones((500, 7, 7, 1))
+    hole = np.asarray(augment.random_cutout(image, keys_of(500), side))[..., 0] == 0
+    expected = {tuple(abs(place - centre) <= side // 2 for place in range(7)) for centre in range(7)}
+    for lines in (hole.any(axis=2), hole.any(axis=1)):
+        assert {tuple(line) for line in lines.tolist()} == expected

@@ -335,3 +335,11 @@ def test_training_is_the_same_with_worker_processes(photos_dir, tmp_path):
         assert done.stderr.count("data.splits.train: skipped record") == 2
         rows[workers] = (workdir / "metrics.jsonl").read_bytes()
     assert rows[0] == rows[2]
+
+
+@pytest.mark.parametrize("feed", ["resident", "stream"])
+def test_statistics_are_those_of_the_training_images(feed, feed_of, data_dir):
+    settings = {"name": "digits", "data_dir": data_dir, "image_size": 8, "crop.name": "squeeze"}
+    made = feed_of(feed=feed, normalization="pixel_mean", **settings)
+    images = np.stack([image for image, _ in made.examples("train")])
+    np.testing.assert_allclose(made.normalize(made.arrays, images).mean(axis=0), 0, atol=1e-5)

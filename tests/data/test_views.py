@@ -144,3 +144,9 @@ def test_impossible_views_are_refused():
         make_views("tencrop", (32, 32, 3))
     with pytest.raises(ValueError, match=r"'ten_crop' takes square crops, .* 20x30 pixels; use 'single'"):
         make_views("ten_crop", (20, 30, 3))
+
+
+def test_shrinking_takes_the_mean_over_areas():
+    fine = np.tile(np.uint8([[0, 0, 0, 240]] * 2), (128, 64))[..., None]  # of 256x256, a line in four
+    (seen,) = make_views("centre_crop", (56, 56, 1))(fine)  # of 64x64
+    np.testing.assert_array_equal(seen, 60)

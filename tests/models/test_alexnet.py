@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +156,25 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
     logits, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, False), image)
     assert (logits.shape, logits.dtype) == ((2, 3), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_relu_follows_every_layer_but_the_last_and_the_last_pooling_is_not_normed(trace):
+    model = AlexNet(variant="two_groups", dense_features=8, num_classes=3)
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), trace(model, 67)[0]
+    )
+    seen = {}
+
+    def record(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        seen[context.module.name] = args[0], y
+        return y
+
+    with nn.intercept_methods(record):
+        model.apply(variables, random.normal(0, 1, (2, 67, 67, 3)).astype(np.float32), train=False)
+    for before, after in itertools.pairwise(LAYERS[2:]):
+        expected = nn.relu(seen[before][1])
+        if after == "dense1":
+            expected = nn.max_pool(expected, (3, 3), (2, 2)).reshape(2, -1)
+        np.testing.assert_allclose(seen[after][0], expected, rtol=1e-6, err_msg=after)

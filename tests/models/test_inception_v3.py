@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.models.inception_v3 import (
     Figure5Module,
@@ -246,3 +248,62 @@ def test_the_registry_builds_inception_v3():
         "inception_v3", num_classes=10, dtype="float32", axis_name="batch", side_branches=False
     )
     assert model == InceptionV3(False, num_classes=10, axis_name="batch")
+
+
+def test_batch_normalisation_has_the_public_epsilon():
+    found = [module for module, _ in modules_of_initialisation(InceptionV3(), 299).values()]
+    norms = {(module.epsilon, module.momentum) for module in found if isinstance(module, BatchNorm)}
+    assert norms == {(1e-3, 0.9)}
+
+
+def test_dropout_drops_in_training():
+    model, flags = InceptionV3(False), []
+    variables = variable_shapes(model, 75)
+
+    def note(function, args, kwargs, context):
+        if isinstance(context.module, Dropout):
+            flags.append(args[1:])
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        output_shapes(model, variables, 75, train=True)
+    assert flags == [(True,)]
+
+
+def test_the_windows_of_the_second_reduction_are_a_row_and_a_column():
+    params = variable_shapes(InceptionV3(False), 75)["params"]["inception_7a"]
+    assert {name: layer["conv"]["kernel"].shape for name, layer in params.items()} == {
+        "reduce_3x3": (1, 1, 768, 192),
+        "conv_3x3": (3, 3, 192, 320),
+        "reduce_7x7": (1, 1, 768, 192),
+        "conv_1x7": (1, 7, 192, 192),
+        "conv_7x1": (7, 1, 192, 192),
+        "conv_3x3_after_7x7": (3, 3, 192, 192),
+    }
+
+
+def test_rows_and_columns_of_figure_7_stand_side_by_side():
+    inputs, outputs = {}, {}
+
+    def note(function, args, kwargs, context):
+        y = function(*args, **kwargs)
+        if isinstance(context.module, ConvUnit):
+            inputs[context.module.name], outputs[context.module.name] = args[0], y
+        return y
+
+    module, x = Figure7Module(ConvUnit), jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
+    with nn.intercept_methods(note):
+        jax.eval_shape(module.init, jax.random.key(0), x)
+    assert inputs["conv_1x3"] is inputs["conv_3x1"] is outputs["reduce_3x3"]
+    assert inputs["double2_1x3"] is inputs["double2_3x1"] is outputs["double1_3x3"]
+
+
+def test_the_stem_takes_maxima_and_the_side_branch_an_average():
+    layers = costs.count(InceptionV3(), (299, 299, 3))
+    pools = [(layer.name, layer.kernel, layer.stride) for layer in layers if "pool" in layer.kind]
+    stem_and_side = [pool for pool in pools if not pool[0].startswith("inception")]
+    assert stem_and_side == [
+        ("max_pool1", (3, 3), (2, 2)),
+        ("max_pool2", (3, 3), (2, 2)),
+        ("side/average_pool1", (5, 5), (3, 3)),
+    ]

@@ -185,3 +185,10 @@ def test_batch_normalisation_of_channels_far_from_zero(mean):
     x = np.asarray(x, np.float64)
     expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
     np.testing.assert_allclose(found, expected, atol=5e-7 * mean**2)  # E[x^2] - E[x]^2 loses as much
+
+
+def test_a_conv_unit_starts_as_he_et_al_draw_it_cut_off_at_two_deviations():
+    variables = ConvUnit(64, (3, 3)).init(jax.random.key(0), jnp.zeros((1, 3, 3, 16)))
+    kernel, deviation = variables["params"]["conv"]["kernel"], np.sqrt(2 / (3 * 3 * 16))
+    assert np.std(kernel) == pytest.approx(deviation, rel=0.03)
+    assert np.abs(kernel).max() < 2.3 * deviation  # of what is cut off, the deviation is 0.88 of the normal's

@@ -274,3 +274,44 @@ def test_original_refuses_more_classes_than_codes():
 @pytest.mark.parametrize(("name", "module"), [("lenet5", LeNet5), ("lenet5_1998", LeNet5Original)])
 def test_registered(name, module):
     assert make_model(name, num_classes=7, dtype="bfloat16") == module(num_classes=7, dtype=jnp.bfloat16)
+
+
+def test_lecture_net_has_relu_after_every_layer_but_the_last_and_averages(image):
+    seen = {}
+
+    def record(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        seen[context.module.name] = args[0], y
+        return y
+
+    variables = init(LeNet5(), image)
+    with nn.intercept_methods(record):
+        LeNet5().apply(variables, image, False)
+    layers = ["conv1", "conv2", "dense1", "dense2", "logits"]
+    for before, after in itertools.pairwise(layers):
+        expected = nn.relu(seen[before][1])
+        if before.startswith("conv"):
+            expected = nn.avg_pool(expected, (2, 2), (2, 2))
+        np.testing.assert_allclose(
+            seen[after][0], expected.reshape(seen[after][0].shape), rtol=1e-6, err_msg=after
+        )
+
+
+def test_weights_start_on_both_sides_of_zero(variables):
+    for layer in ("c1", "c3", "c5", "f6"):
+        kernel = variables["params"][layer]["kernel"]
+        assert abs((kernel > 0).mean() - 0.5) < 0.15, layer
+
+
+def test_the_connections_are_those_of_the_papers_table():
+    rows = """
+        X...XXX..XXXX.XX
+        XX...XXX..XXXX.X
+        XXX...XXX..X.XXX
+        .XXX..XXXX..X.XX
+        ..XXX..XXXX.XX.X
+        ...XXX..XXXX.XXX
+    """
+    table = rows.split()
+    for target, inputs in enumerate(C3_INPUTS):
+        assert inputs == tuple(source for source in range(6) if table[source][target] == "X")

@@ -531,3 +531,89 @@ def test_registered(name, knobs, module):
 def test_a_depth_that_would_be_traced_for_hours_is_refused():
     with pytest.raises(ValueError, match=r"model\.depth = 1800002 must be at most 5000"):
         shapes(CifarResNet(depth=1_800_002), 8, 8, 1)
+
+
+# From layer to layer
+
+
+def layers_of(model, image):
+    """{path: (input, output)} of the modules of a net, or of a block, with values of both signs."""
+
+    def spread(path, leaf):
+        values = rng.normal(0, 1, leaf.shape).astype(np.float32)
+        return np.abs(values) + 0.1 if path[-1].key == "var" else values
+
+    rng = np.random.default_rng(0)
+    flags = {} if isinstance(model, BasicBlock | BottleneckBlock | PreactBlock) else dict(train=False)
+    variables = jax.eval_shape(functools.partial(model.init, **flags), jax.random.key(0), image)
+    variables = jax.tree_util.tree_map_with_path(spread, variables)
+
+    @quick_jit
+    def run(variables, image):
+        seen = {}
+
+        def record(method, args, kwargs, context):
+            y = method(*args, **kwargs)
+            seen["/".join(context.module.path)] = args[0], y
+            return y
+
+        with nn.intercept_methods(record):
+            model.apply(variables, image, **flags)
+        return seen
+
+    return run(variables, image)
+
+
+def follows(seen, after, before, between=nn.relu):
+    """Whether the input of one layer is what `between` makes of the output of another."""
+    expected = np.asarray(between(seen[before][1]))
+    return np.allclose(seen[after][0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def average(maps):
+    return maps.mean(axis=(1, 2))
+
+
+def test_a_basic_net_has_relu_between_its_layers_and_averages_its_last_maps(image):
+    seen = layers_of(CifarResNet(8, shortcut="B"), image)
+    assert follows(seen, "stage1_block1", "norm1")
+    for stage in (1, 2, 3):
+        assert follows(seen, f"stage{stage}_block1/conv2", f"stage{stage}_block1/norm1")
+    block = "stage2_block1"
+    total = seen[f"{block}/norm2"][1] + seen[f"{block}/projection_norm"][1]
+    np.testing.assert_allclose(seen[block][1], nn.relu(total), rtol=1e-5)
+    assert follows(seen, "logits", "stage3_block1", average)
+
+
+def test_a_bottleneck_has_relu_between_its_layers(image):
+    seen = layers_of(BottleneckBlock(4, 2, "B", False, CONV, NORM), image)
+    assert follows(seen, "conv2", "norm1")
+    assert follows(seen, "conv3", "norm2")
+    total = seen["norm3"][1] + seen["projection_norm"][1]
+    np.testing.assert_allclose(seen[""][1], nn.relu(total), rtol=1e-5)
+
+
+def test_an_imagenet_net_begins_with_relu_and_the_largest_and_ends_with_an_average():
+    seen = layers_of(ResNet(18), jax.random.normal(jax.random.key(1), (2, 40, 40, 3)))
+
+    def pooled(maps):
+        return nn.max_pool(nn.relu(maps), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+    assert follows(seen, "stage1_block1", "norm1", pooled)
+    assert follows(seen, "logits", "stage4_block2", average)
+
+
+def test_a_preactivation_net_has_relu_after_every_norm(image):
+    seen = layers_of(PreactCifarResNet(11), image)
+    for stage in (1, 2, 3):
+        for layer in (1, 2, 3):
+            block = f"stage{stage}_block1"
+            assert follows(seen, f"{block}/conv{layer}", f"{block}/norm{layer}")
+    assert follows(seen, "logits", "final_norm", lambda maps: average(nn.relu(maps)))
+
+
+def test_he_initialisation_goes_by_the_fan_in_of_convolutions_and_of_the_dense_layer(cifar8):
+    kernel = cifar8["params"]["stage3_block1"]["conv1"]["kernel"]
+    assert kernel.shape == (3, 3, 32, 64)
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (3 * 3 * 32)), rtol=0.02)
+    np.testing.assert_allclose(cifar8["params"]["logits"]["kernel"].std(), np.sqrt(2 / 64), rtol=0.1)

@@ -187,3 +187,29 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
     logits, variables = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, False), image)
     assert (logits.shape, logits.dtype) == ((2, 3), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_relu_follows_the_normalisation_whose_epsilon_is_the_public_weights(trace, monkeypatch):
+    monkeypatch.setattr(vgg, "FILTERS", (4, 4, 4, 4, 4))
+    model = VGG(variant="A", batch_norm=True, image_size=32, dense_features=8, num_classes=3)
+    shapes, calls = trace(model, 32, channels=2)
+    norms = [call.module for call in calls if isinstance(call.module, BatchNorm)]
+    assert {(norm.epsilon, norm.momentum) for norm in norms} == {(1e-5, 0.9)}
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: random.uniform(0.5, 1.5, leaf.shape).astype(np.float32), shapes)
+    seen = {}
+
+    def record(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        seen[context.module.name] = args[0], y
+        if context.module.name == "conv2_1":
+            raise StopIteration  # the rest of the net does not matter
+        return y
+
+    x = random.normal(0, 1, (2, 32, 32, 2)).astype(np.float32)
+    with nn.intercept_methods(record), pytest.raises(StopIteration):
+        model.apply(variables, x, train=False)
+    np.testing.assert_array_equal(seen["norm1_1"][0], seen["conv1_1"][1])
+    expected = nn.max_pool(nn.relu(seen["norm1_1"][1]), (2, 2), (2, 2))
+    assert (seen["norm1_1"][1] < 0).any()
+    np.testing.assert_array_equal(seen["conv2_1"][0], expected)

@@ -84,3 +84,13 @@ def test_bad_input_is_answered_by_one_message(options, message, record, monkeypa
         bottleneck.main(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_measure_is_the_median_time_and_all_memory_but_parameters_and_input():
+    row = {
+        "multiply_adds": 3_000_000,
+        "seconds": [0.002, 0.001, 0.030],
+        "temporary_bytes": 2**20,
+        "output_bytes": 2**22,
+    }
+    assert [value(row) for value in bottleneck.MEASURES.values()] == pytest.approx([3, 2, 5])

@@ -80,3 +80,9 @@ def test_the_csv_reads_back(mixed):
     assert [row["code"] for row in rows] == ["aaaaaaa"] * 2 + ["bbbbbbb-dirty"] * 2
     assert float(rows[0]["test/error mean difference"]) == pytest.approx(-0.1)
     assert rows[3]["test/error mean difference"] == rows[0]["test/error low"] == ""
+
+
+def test_the_csv_has_the_lower_end_first(record):
+    (row, _) = csv.DictReader(io.StringIO(comparison.table(compare(record), TITLES, "csv")))
+    ends = compare(record)[0]["test/error"]["interval"]
+    assert (float(row["test/error low"]), float(row["test/error high"])) == pytest.approx(ends)

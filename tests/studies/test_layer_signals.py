@@ -280,3 +280,39 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
         ValueError, match=r"rate-2 differs from rate-1 in more than the seed \(optimizer\.lea"
     ):
         layer_signals.measure(tmp_path)
+
+
+def test_batches_are_those_of_the_next_steps_and_responses_of_training_images(data_dir, monkeypatch):
+    program = programs.make_program(tiny_study(data_dir).base, jax.devices()[:1])
+    roles, eval_batches = [], program.feed.eval_batches
+    monkeypatch.setattr(program.feed, "eval_batches", lambda role: roles.append(role) or eval_batches(role))
+    monkeypatch.setattr(
+        layer_signals, "make_gradient_norms", lambda *_: lambda state, *_: jnp.float32(state.step)[None]
+    )
+    monkeypatch.setattr(
+        layer_signals, "make_response_sums", lambda *_: lambda *given: given[2]["mask"][:3, None]
+    )
+    look = layer_signals.make_look(program, num_batches=4)
+    found = look(program.init_state(5).replace(step=jnp.int32(2)))
+    assert found["gradient_norms"] == [np.mean([2, 3, 4, 5])]
+    assert roles == ["train"]
+
+
+def test_the_table_has_the_kernels_and_the_mean_response(record):
+    head, *rows = layer_signals.table(record)
+    states = [s for s in record["states"] if s["plain"] and s["step"] == 4]
+    kernels = np.mean([s["kernel_norms"] for s in states], axis=0)
+    cells = [float(rows[2][head.index(f"kernel, {which}")]) for which in ("first", "largest", "last")]
+    np.testing.assert_allclose(cells, [kernels[0], kernels.max(), kernels[-1]], rtol=5e-3)
+    mean = np.mean([s["response_stds"] for s in states])
+    np.testing.assert_allclose(float(rows[2][-1]), mean, atol=5e-3)
+
+
+def test_lines_begin_at_the_first_layer_in_a_band_from_the_least_seed_to_the_greatest(record):
+    axes = layer_signals.draw_gradients(record).axes
+    for axis, what in ((axes[2], "gradient_norms"), (axes[4], "kernel_norms")):
+        seeds = layer_signals.pick(record, 8, True, 4, what)
+        line, band = axis.lines[2], axis.collections[2].get_datalim(axis.transData)
+        np.testing.assert_array_equal(line.get_xdata(), range(1, 8))
+        np.testing.assert_allclose(line.get_ydata(), seeds.mean(axis=0))
+        np.testing.assert_allclose((band.ymin, band.ymax), (seeds.min(), seeds.max()), rtol=1e-5)

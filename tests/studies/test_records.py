@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from cnn_cases.studies import records
@@ -88,3 +90,18 @@ def test_points_are_named_by_their_values(record):
 )
 def test_short_names_tell_the_keys_apart(keys, names):
     assert list(records.short_names(keys).values()) == names
+
+
+def test_a_record_reads_back_with_tuples_and_one_without_metrics_is_refused(record, tmp_path):
+    path = tmp_path / "record.json"
+    record["config"]["grid"] = [["profile_steps", [[1, 2], [3, 4]]]]
+    for run in record["runs"]:
+        run["profile_steps"] = [1, 2]
+    path.write_text(json.dumps(record))
+    read = records.read(path)
+    assert records.values(read, "profile_steps") == ((1, 2), (3, 4))
+    assert set(records.group_by_point(read)) == {((1, 2),)}
+    del record["runs"][2]["metrics"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"runs\[2\] has no metrics"):
+        records.read(path)

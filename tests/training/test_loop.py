@@ -729,3 +729,32 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path,
     with pytest.raises(ValueError, match=r"optimizer.momentum: 0.9 there, 0.5 here"):
         run(config, tmp_path, program)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_a_config_says_of_a_step_reaches_it(together, config, monkeypatch):
+    seen, make = {}, programs.steps.make_train_steps
+    monkeypatch.setattr(
+        programs.steps, "make_train_steps", lambda *parts, **said: seen.update(said) or make(*parts, **said)
+    )
+    config.loss.side_weight, config.ema_decay, config.num_microbatches = 0.3, 0.9, 3
+    config.sync_batch_norm, config.on_nonfinite = together, "skip"
+    programs.make_program(config, jax.devices()[:1])
+    assert seen == {
+        "side_weight": 0.3,
+        "num_microbatches": 3,
+        "ema_decay": 0.9,
+        "per_device_dropout": not together,
+        "skip_nonfinite": True,
+    }
+
+
+def test_examples_are_mixed_over_all_devices(config):
+    config.data.augment.mixup = 0.4
+    feed, targets = programs.make_program(config, jax.devices()[:1]).feed, []
+    batch = next(feed.train_batches(config.seed, 0))
+    for count in (1, 2):
+        prepare = jax.pmap(feed.prepare, devices.AXIS, in_axes=(None, 0, None), devices=jax.devices()[:count])
+        _, target = prepare(feed.arrays, devices.shard(batch, count), jax.random.key(0))
+        targets.append(np.asarray(target).reshape(24, 10))
+    np.testing.assert_array_equal(*targets)

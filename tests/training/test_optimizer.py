@@ -183,3 +183,47 @@ def test_an_impossible_learning_rate_is_refused(rate):
 def test_impossible_optimizers_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(lambda _: 0.1, **SGD | changes)
+
+
+def test_polynomial_goes_from_the_rate_to_zero_after_the_warmup():
+    values = rates(name="polynomial", power=2.0, warmup_steps=20)
+    np.testing.assert_allclose(values[20:], 0.1 * (1 - np.arange(80) / 80) ** 2, rtol=1e-4, atol=1e-9)
+
+
+def test_a_boundary_is_the_nearest_step():
+    values = rates(boundaries=(0.29, 0.75))  # 0.29 * 100 is a little less than 29
+    np.testing.assert_allclose(values[[28, 29]], [0.1, 0.01], rtol=1e-5)
+
+
+def test_rmsprop_has_momentum():
+    # Of what the rate and the mean square make of the gradient: v, then v * 0.9 + w.
+    settings = dict(name="rmsprop", second_moment=0.9, epsilon=1.0, grad=2.0)
+    v, w = 0.1 * 2 / np.sqrt(1.3 + 1), 0.1 * 2 / np.sqrt(1.57 + 1)
+    np.testing.assert_allclose(updates(2, **settings), [2 - v, 2 - v - 0.9 * v - w], rtol=1e-5)
+
+
+def test_adam_is_its_formula():
+    settings = dict(SGD, name="adam", momentum=0.8, second_moment=0.95, epsilon=0.1)
+    tx, params = make_optimizer(lambda _: 0.1, **settings), {"kernel": jnp.float32(2)}
+    state, mean, square = tx.init(params), 0.0, 0.0
+    for step, grad in enumerate((3.0, -1.0, 0.5), start=1):
+        change, state = tx.update({"kernel": jnp.float32(grad)}, state, params)
+        mean, square = 0.8 * mean + 0.2 * grad, 0.95 * square + 0.05 * grad**2
+        root = np.sqrt(square / (1 - 0.95**step))
+        np.testing.assert_allclose(change["kernel"], -0.1 * mean / (1 - 0.8**step) / (root + 0.1), rtol=1e-5)
+
+
+def test_nesterovs_adam_takes_the_momentum_of_the_next_step():
+    # Dozat 2016: of a first gradient g the mean is (b1 (1 - b1) / (1 - b1^2) + 1) g, its root as ever.
+    change = 2 - updates(1, name="adam", nesterov=True)[0]
+    np.testing.assert_allclose(change, 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 1), rtol=1e-4)
+
+
+def test_adamw_leaves_biases_out_of_the_decay_too():
+    params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    grads = {name: jnp.zeros(2) for name in params}
+    for decayed, bias in (("all", -0.05), ("kernels", 0.0)):
+        tx = make_optimizer(lambda _: 0.1, **SGD | dict(name="adamw", weight_decay=0.5, decayed=decayed))
+        change, _ = tx.update(grads, tx.init(params), params)
+        np.testing.assert_allclose(change["kernel"], -0.05, rtol=1e-6)
+        np.testing.assert_allclose(change["bias"], bias, rtol=1e-6)

@@ -34,3 +34,11 @@ def test_a_model_that_refuses_its_settings_says_so_before_any_training():
     model = make_model("resnet_cifar", num_classes=10, dtype="float32", depth=21)
     with pytest.raises(ValueError, match=r"model.depth = 21 is not 6n \+ 2"):
         init_state(model, optax.sgd(0.1), (8, 8, 1), 0)
+
+
+def test_a_state_holds_its_seed_and_an_average_that_starts_as_the_net():
+    model = make_model("resnet_cifar", num_classes=10, dtype="float32", depth=8)
+    state = init_state(model, optax.sgd(0.1), (8, 8, 1), 7, with_ema=True)
+    assert int(state.seed) == 7
+    newest = {"params": state.params, "batch_stats": state.batch_stats}
+    jax.tree.map(np.testing.assert_array_equal, state.ema_params, newest)

@@ -189,3 +189,52 @@ def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():
     np.testing.assert_array_equal(steps.zero_one_loss(logits, jnp.array([1, 1])), [0, 1])
     target = jnp.array([[0.4, 0.6], [0.3, 0.7]])
     np.testing.assert_array_equal(steps.zero_one_loss(logits, target), [0, 1])
+
+
+def remembering(variables, image, train, rngs, **_):
+    """`linear`, with running statistics that number its calls and hold a draw of each one's dropout key."""
+    assert train
+    number, draws = (variables["batch_stats"][name] for name in ("number", "draws"))
+    draws = draws.at[number.astype(int)].set(jax.random.uniform(rngs["dropout"]))
+    return image @ variables["params"]["w"], {"batch_stats": {"number": number + 1, "draws": draws}}
+
+
+def remembered(num_devices, **settings):
+    arrays, tx, state = problem()
+    state = state.replace(batch_stats={"number": jnp.float32(0), "draws": jnp.zeros(3)})
+    train = jax.pmap(
+        steps.make_train_steps(remembering, tx, prepare, cross_entropy, AXIS, **settings),
+        AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        devices=jax.devices()[:num_devices],
+    )
+    after, _ = train(state, arrays, {"index": np.arange(12).reshape(num_devices, 1, -1)})
+    return int(after.batch_stats["number"]), np.asarray(after.batch_stats["draws"])
+
+
+def test_microbatches_hand_on_their_statistics_and_have_dropout_keys_of_their_own():
+    number, draws = remembered(1, num_microbatches=3)
+    assert number == 3
+    assert len({*draws.tolist(), 0.0}) == 4
+
+
+def test_devices_have_dropout_keys_of_their_own_where_asked_for_and_the_mean_of_their_statistics():
+    _, key = steps.step_keys(0, 0)
+    own = [jax.random.uniform(jax.random.fold_in(key, device)) for device in range(2)]
+    for per_device_dropout, expected in ((False, jax.random.uniform(key)), (True, np.mean(own))):
+        _, draws = remembered(2, per_device_dropout=per_device_dropout)
+        np.testing.assert_allclose(draws[0], expected, rtol=1e-6)
+
+
+def test_a_step_whose_update_alone_overflows_is_skipped():
+    arrays, _, before = problem()
+    tx = optax.chain(optax.scale(1e30), optax.scale(1e30))
+    before = before.replace(opt_state=tx.init(before.params))
+    train = on_one_device(
+        steps.make_train_steps(linear, tx, prepare, cross_entropy, AXIS, skip_nonfinite=True)
+    )
+    after, metrics = train(before, arrays, {"index": np.array([[0, 1, 2]])})
+    assert np.isfinite(metrics["grad_norm"]).all()
+    assert metrics["skipped"].tolist() == [True]
+    np.testing.assert_array_equal(after.params["w"], before.params["w"])
