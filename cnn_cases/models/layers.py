@@ -97,7 +97,7 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
 
     Args:
       x: [..., C], of any float type. The sum is taken in float32: squares lose too much in bfloat16.
-      k, n, alpha, beta: the paper's constants; `n` is odd.
+      k, n, alpha, beta: the paper's constants; `n` must be odd (AssertionError).
 
     Returns:
       The normalised activations, [..., C], of x's type.

@@ -80,6 +80,7 @@ PUBLISHED = (
     Published(
         LENET | {"data.augment.shift": 2}, 0.8, 20 * 60_000, "LeCun et al. 1998, section III", recalled=True
     ),
+    # With 110 layers the mean of five runs, of which the best had 6.43.
     *(
         Published(RESNET | {"model.depth": depth}, error, 64_000 * 128, "He et al. 2015, table 6")
         for depth, error in ((20, 8.75), (32, 7.51), (44, 7.17), (56, 6.97), (110, 6.61), (1202, 7.93))

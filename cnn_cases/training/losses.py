@@ -20,6 +20,9 @@ def make_loss(*, name, label_smoothing, map_constant):
       label_smoothing: of "cross_entropy"; share of the target that is spread over all classes, in [0, 1).
       map_constant: the j of "rbf_map", above 0.
 
+    Returns:
+      logits [B, K], label int32 [B] -> float32 [B]; "cross_entropy" takes targets float32 [B, K] as well.
+
     Raises:
       ValueError: the name is unknown or a number is out of range.
     """

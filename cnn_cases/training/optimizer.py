@@ -32,6 +32,9 @@ def make_schedule(
       warmup_steps: length of the warm-up, 0 for none.
       warmup_factor: see `warmup`.
 
+    Returns:
+      step, an int or an int32 [], of which the first is 0 -> learning rate, float32 [].
+
     Raises:
       ValueError: a name is unknown or a number is out of range.
     """

@@ -62,7 +62,7 @@ class Program(NamedTuple):
     devices: list
 
     def init_state(self, seed):
-        """The state before the first step."""
+        """The state before the first step; raises ValueError where the network refuses its images."""
         return init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
 
     def shapes_of_state(self):
