@@ -125,9 +125,7 @@ class Run:
         self.code = code
         resumed = re.search(r": resuming after step (\d+)$", text, re.MULTILINE)
         self.step = int(resumed[1]) if resumed else 0
-        ordinary = re.compile(
-            r"step \d+/\d+: |.*: resuming after step \d+$|.*, on \d+ x \w+$|.*: train/loss "
-        )
+        ordinary = re.compile(r"step \d+/\d+: |.*: resuming after step \d+$|.*, on \d+ x .+$|.*: train/loss ")
         self.lines = [line for line in text.splitlines() if not ordinary.match(line)]
 
 

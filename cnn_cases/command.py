@@ -36,14 +36,14 @@ _DETERMINISTIC = flags.DEFINE_bool(
 # What absl and ml_collections say of flags, and what is told instead.
 _PLAINER = (
     (
-        r"flag --config=(\S+?):(\S*): .*takes 0 positional arguments.*",
+        r"flag --config=(\S+?):(\S*): .*get_config\(\) takes 0 positional arguments.*",
         r"--config=\1 has no choices, such as '\2'",
     ),
     (r"Error whilst parsing config file: (ValueError: )?", ""),
     (r"flag --(\S+)=None: Flag --\S+ must have a value other than None\.", r"--\1 is missing;"),
     (r"\('Non-boolean argument to boolean flag', '.*'\)", "must be true or false"),
-    (r"invalid literal for int\(\) with base 10: .*", "must be an int"),
-    (r"could not convert string to float: .*", "must be a float"),
+    (r"^(flag --config\.\S+=.*: )invalid literal for int\(\) .*", r"\1must be an int"),
+    (r"^(flag --config\.\S+=.*: )could not convert string to float: .*", r"\1must be a float"),
     (r"Configuration is not available .*Is a directory: '(.*)'", r"--config=\1 is a directory, and no file"),
 )
 

@@ -18,9 +18,10 @@ import pathlib
 import jax
 import numpy as np
 from absl import flags
+from PIL import Image, ImageOps
 
 from cnn_cases import command, saved_runs
-from cnn_cases.data import decode, inputs, pixels, views
+from cnn_cases.data import inputs, pixels, views
 from cnn_cases.training import checkpoint, predictions, programs, steps
 from cnn_cases.training.state import shapes_of_state
 
@@ -69,16 +70,24 @@ class TrainedNetwork:
                 raise ValueError(
                     f"image {number} must be uint8 [h, w, {channels}]; it is a {type(image).__name__} {kind}"
                 )
+            if not image.size:
+                raise ValueError(f"image {number} has no pixels: {image.shape}")
         if not len(images):
             raise ValueError("there are no images")
+        batch_size = min(len(images), self.config.evaluation.batch_size)
+        data = self.config.data
         view = functools.partial(
             inputs.shown,
             image_shape=self.image_shape,
-            feed=self.config.data.feed,
-            border=self.config.data.border,
-            crop=dict(**self.config.data.crop),
+            feed=data.feed,
+            border=data.border,
+            crop=dict(**data.crop),
         )
-        batch_size = min(len(images), self.config.evaluation.batch_size)
+        if data.feed == "resident":  # which stores images as they are shown
+            images, view = map(view, images), lambda image: image
+        programs.check_views(
+            self._predict, self.state, self._statistics, protocol, image_shape=self.image_shape, view=view
+        )
         probabilities, _ = predictions.average_views(
             ((image, 0) for image in images),
             views.make_views(protocol, self.image_shape, view),
@@ -114,11 +123,26 @@ def load(workdir, which="last"):
 
 
 def read_image(path, channels):
-    """The pixels of an image file, uint8 [h, w, channels]; raises ValueError where it is no image."""
+    """The pixels of an image file, the right way up.
+
+    Args:
+      path: of the file.
+      channels: 1 for grey, 3 for RGB, whatever the file holds.
+
+    Returns:
+      uint8 [h, w, channels].
+
+    Raises:
+      ValueError: it is no image, or one of more than 8 bits a channel.
+    """
     try:
-        return decode.decode(pathlib.Path(path).read_bytes(), channels)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no image: {error}") from error
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits a channel; save it with 8")
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def define_flags():

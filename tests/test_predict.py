@@ -40,6 +40,49 @@ def test_images_are_answered_as_in_an_evaluation(run, protocol, step):
     assert (network.image_shape, network.step) == ((16, 16, 1), step)
 
 
+@pytest.mark.parametrize("protocol", ["single", "ten_crop"])
+def test_raw_images_are_answered_as_the_stored_ones_that_they_become(data_dir, tmp_path, protocol):
+    config = tiny_config(data_dir)
+    config.num_steps = config.evaluation.every_steps = config.checkpoint.every_steps = 3
+    config.data.border = 2
+    loop.train_and_evaluate(config, tmp_path / "run", show_progress=False)
+    expected, _ = evaluated(tmp_path / "run", config, protocol, 3)
+    config.data.update(border=0, image_size=0)
+    raw = feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24).examples("test")
+    images = [image for image, _ in raw]
+    assert images[0].shape == (8, 8, 1)
+    found = predict.load(tmp_path / "run")(images, protocol)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_protocol_that_the_network_cannot_take_is_refused(run):
+    image = np.zeros((16, 16, 1), np.uint8)
+    with pytest.raises(ValueError, match="'multi_scale_dense' has views of 27x27 pixels, which this network"):
+        predict.load(run[0])([image], "multi_scale_dense")
+    with pytest.raises(ValueError, match="'many' is unknown"):
+        predict.load(run[0])([image], "many")
+
+
+def test_a_photo_is_read_the_right_way_up(tmp_path):
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    pixels[:, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+    read = predict.read_image(path, 1)
+    assert read.shape == (20, 10, 1)
+    assert (read[:8] > 200).all()
+    assert (read[12:] < 50).all()
+
+
+def test_an_image_of_16_bits_is_refused(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(path)
+    with pytest.raises(ValueError, match=r"deep\.png cannot be read as an image: it has more than 8 bits"):
+        predict.read_image(path, 1)
+
+
 def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):
     workdir, config = run
     moved = tmp_path / "elsewhere"
@@ -70,6 +113,7 @@ def test_files_of_any_size_and_colour_are_read(run, tmp_path):
         ([np.zeros((16, 16, 1), np.float32)], r"image 0 must be uint8 \[h, w, 1\]; it is a ndarray float32"),
         ([np.zeros((16, 16), np.uint8)], r"it is a ndarray uint8 \(16, 16\)"),
         ([np.zeros((9, 9, 1), np.uint8), "seven.png"], "image 1 .* it is a str"),
+        ([np.zeros((2, 0, 1), np.uint8)], r"image 0 has no pixels: \(2, 0, 1\)"),
         ([], "there are no images"),
     ],
 )
@@ -97,5 +141,5 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no image")
     for one in (path, tmp_path / "nothing.png"):
-        with pytest.raises(ValueError, match=f"{one.name} is no image"):
+        with pytest.raises(ValueError, match=f"{one.name} cannot be read as an image"):
             predict.read_image(one, 1)

@@ -143,6 +143,7 @@ def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
     [
         ("x = 1", "c.py: module .* has no attribute 'get_config'"),
         ("raise RuntimeError('oh\\nno')", "c.py, line 1: RuntimeError: oh no"),
+        ("get_config = lambda: int('ten')", r"invalid literal for int\(\) with base 10: 'ten'"),
         ("def get_config():\n    return 1 / 0", "c.py, line 2: ZeroDivisionError: division by zero"),
         ("def get_config(:", "c.py, line 1: SyntaxError"),
         ("from configs import common\nget_config = lambda: common.get_config().nope", "c.py, line 2: .*nope"),

@@ -121,8 +121,6 @@ def make_feed(
 def class_names(name, data_dir):
     """The names of a set's classes, in the order of their labels.
 
-    Not an attribute of the feed: a training has no use for them, and TFDS reads them from its files.
-
     Args:
       name, data_dir: see `sources.make_builder`.
     """

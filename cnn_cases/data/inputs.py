@@ -43,8 +43,11 @@ def from_bytes(content):
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = dict(file)
         shape, names = arrays.pop("image_shape").tolist(), arrays.pop("class_names").tolist()
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # RuntimeError: a damaged head says that the file is encrypted, or compressed in a way of the future.
+    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"it holds no inputs ({error})") from error
+    if set(arrays) not in ({"mean", "std"}, {"zca_mean", "zca_matrix"}):
+        raise ValueError(f"it holds no inputs (of a normalisation it has {', '.join(arrays) or 'nothing'})")
     return Inputs(tuple(shape), names, arrays)
 
 

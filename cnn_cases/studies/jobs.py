@@ -122,6 +122,14 @@ def _threads_each(num_jobs):
     return max(1, provenance.cpu_threads() // num_jobs)
 
 
+def own_devices(index, num_jobs):
+    """The local devices for one of several processes; None, for all, where they are a CPU's.
+
+    Those are virtual: processes share its cores, whichever they take.
+    """
+    return None if jax.default_backend() == "cpu" else share_of(devices.local_devices(), index, num_jobs)
+
+
 def share_of(devices, index, num_jobs):
     """The devices of one of several processes: equally many for each, or one that several share."""
     each = max(1, len(devices) // num_jobs)
@@ -169,10 +177,7 @@ def _work(todo, telling, index, workdir, parent, num_threads, num_jobs):
     command.separate_compiled()
     try:
         while (runs := todo.get()) is not None:
-            # Devices of a CPU are virtual: processes share its cores, whichever they take.
-            on_cpu = jax.default_backend() == "cpu"
-            local = None if on_cpu else share_of(devices.local_devices(), index, num_jobs)
-            for ended in run_here([runs], workdir, local):
+            for ended in run_here([runs], workdir, own_devices(index, num_jobs)):
                 telling.send(("ended", *ended))
     except Exception as error:
         refusal = devices.refusal(error)

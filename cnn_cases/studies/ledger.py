@@ -431,7 +431,7 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not options.write:
-        print(markdown(rows, options.results), end="")
+        print(markdown(rows, os.path.relpath(options.results)), end="")
     if others:
         print(f"no studies, left out: {', '.join(others)}", file=sys.stderr)
 

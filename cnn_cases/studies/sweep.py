@@ -161,11 +161,13 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
     if num_jobs > len(groups):
         groups = [[run] for run in runs]  # seeds share what is compiled, but one process is too few here
+    num_jobs = min(num_jobs, len(groups))
     if not _was_checked(study, workdir):
+        local = jobs.own_devices(0, num_jobs) if num_jobs > 1 else None
         # Now, and not after hours of other runs; the seeds are the same for all groups.
         for run in (*groups[0], *(group[0] for group in groups[1:])):
             if not (workdir / "runs" / run.name / "config.json").exists():
-                programs.check(run.config)
+                programs.check(run.config, local)
     with disk.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
         logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"
@@ -174,7 +176,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         elif num_jobs == 1:
             ended = jobs.run_here(groups, run_dirs)
         else:
-            ended = jobs.run_side_by_side(groups, run_dirs, min(num_jobs, len(groups)))
+            ended = jobs.run_side_by_side(groups, run_dirs, num_jobs)
         for number, (name, news) in enumerate(ended, start=1):
             processes.tell(f"[{number}/{len(runs)}] {name}: {news}")
 

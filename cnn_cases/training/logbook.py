@@ -106,7 +106,7 @@ class Logbook:
         lines = differences(there, {name: here[name] for name in there})
         if lines:
             logging.getLogger(__name__).warning(
-                "%s was begun with other code or packages: %s", self._workdir, "; ".join(lines)
+                "%s was last started with other code or packages: %s", self._workdir, "; ".join(lines)
             )
 
     def start(self, step, rows=None):

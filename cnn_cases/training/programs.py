@@ -171,9 +171,9 @@ def may_loop(config, platform):
     return platform != "cpu" and config.data.feed != "stream"
 
 
-def check(config):
+def check(config, devices=None):
     """Raises ValueError unless a run of this config could begin; loads its data, and compiles nothing."""
-    program = make_program(config)
+    program = make_program(config, devices)
     check_protocol(program, program.shapes_of_state(), config.evaluation.protocol)
 
 
@@ -190,10 +190,15 @@ def check_protocol(program, state, protocol):
     """
     feed = program.feed
     predict = steps.make_predict_step(program.model.apply, feed.normalize)
-    views = make_views(protocol, feed.image_shape, feed.view)(np.zeros(feed.image_shape, np.uint8))
-    for shape in sorted({view.shape for view in views} - {tuple(feed.image_shape)}):
+    return check_views(predict, state, feed.arrays, protocol, image_shape=feed.image_shape, view=feed.view)
+
+
+def check_views(predict, state, arrays, protocol, *, image_shape, view):
+    """The same for a function of `steps.make_predict_step`, whose images a feed shows by `view`."""
+    views = make_views(protocol, image_shape, view)(np.zeros(image_shape, np.uint8))
+    for shape in sorted({view.shape for view in views} - {tuple(image_shape)}):
         try:
-            jax.eval_shape(predict, state, feed.arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
+            jax.eval_shape(predict, state, arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
         except (TypeError, ValueError, flax_errors.FlaxError) as error:
             reason = str(error).partition("\n")[0].partition(" (https://")[0]
             raise ValueError(

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import pytest
 
@@ -227,6 +228,7 @@ def test_without_writing_the_table_is_printed_and_others_are_named(results, caps
     ledger.main([f"--results={results}"])
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 3
+    assert f"]({os.path.relpath(results)}/depth.json)" in printed.out
     assert printed.err == "no studies, left out: bottleneck.json, pipeline.json\n"
 
 

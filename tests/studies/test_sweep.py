@@ -245,7 +245,7 @@ def test_a_later_start_checks_nothing_but_what_is_new(finished, data_dir, tmp_pa
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "runs/momentum-0.9_flip-True_seed-0")
     monkeypatch.setattr(sweep.jobs, "run_here", lambda *_: [])
-    monkeypatch.setattr(programs, "check", lambda config: checked.append(config.seed))
+    monkeypatch.setattr(programs, "check", lambda config, _: checked.append(config.seed))
     sweep.run_all(tiny_study(data_dir), workdir)
     assert checked == []
     sweep.run_all(tiny_study(data_dir, seeds=(0, 1, 2)), workdir)
@@ -273,7 +273,7 @@ def test_a_study_that_lacks_or_changes_a_run_is_another_one(changes, message, fi
 def test_seeds_alone_are_run_side_by_side_too(data_dir, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(sweep.jobs, "run_side_by_side", lambda groups, *_: started.append(groups) or [])
-    monkeypatch.setattr(programs, "check", lambda _: None)
+    monkeypatch.setattr(programs, "check", lambda *_: None)
     for num_jobs, sizes in ((2, [2, 2]), (3, [1, 1, 1, 1])):
         sweep.run_all(tiny_study(data_dir, grid=(("num_steps", (4, 8)),)), tmp_path / str(num_jobs), num_jobs)
         assert [len(group) for group in started.pop()] == sizes

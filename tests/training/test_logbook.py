@@ -203,7 +203,7 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
     open_log(tmp_path).close()
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith(f"{tmp_path} was begun with other code or packages: code: ")
+    assert message.startswith(f"{tmp_path} was last started with other code or packages: code: ")
     assert message.endswith(f"; versions.jax: {here['versions']['jax']!r} there, '9' here")
 
 
