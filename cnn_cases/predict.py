@@ -76,20 +76,14 @@ class TrainedNetwork:
             raise ValueError("there are no images")
         batch_size = min(len(images), self.config.evaluation.batch_size)
         data = self.config.data
-        view = functools.partial(
-            inputs.shown,
-            image_shape=self.image_shape,
-            feed=data.feed,
-            border=data.border,
-            crop=dict(**data.crop),
+        store, view = inputs.make_ways(
+            self.image_shape, feed=data.feed, border=data.border, crop=dict(**data.crop)
         )
-        if data.feed == "resident":  # which stores images as they are shown
-            images, view = map(view, images), lambda image: image
         programs.check_views(
             self._predict, self.state, self._statistics, protocol, image_shape=self.image_shape, view=view
         )
         probabilities, _ = predictions.average_views(
-            ((image, 0) for image in images),
+            ((store(image), 0) for image in images),
             views.make_views(protocol, self.image_shape, view),
             functools.partial(self._predict, self.state, self._statistics),
             batch_size=lambda _: batch_size,

@@ -431,10 +431,9 @@ def stages(layers):
       come last.
     """
     groups = {}
-    for layer in sorted(layers, key=lambda layer: -math.prod(layer.output[:-1])):
+    for layer in sorted(layers, key=lambda layer: (layer.side, -math.prod(layer.output[:-1]))):
         stage = "side branches" if layer.side else _times(layer.output[:-1] or (1, 1))
         groups.setdefault(stage, []).append(layer)
-    groups |= {stage: groups.pop(stage) for stage in ("side branches",) if stage in groups}
     totals = {stage: total(group, side=group[0].side) for stage, group in groups.items()}
     return {stage: sums for stage, sums in totals.items() if sums.parameters}
 

@@ -137,6 +137,15 @@ def resized(image, box, image_size):
     return square.reshape(image_size, image_size, image.shape[2])  # OpenCV drops a single channel
 
 
+def framed(image, box, image_size, border):
+    """The box of an image as a square in a border of zeros. uint8 [H, W, C] -> uint8 [S, S, C].
+
+    S is image_size + 2 * border.
+    """
+    edge = (border, border)
+    return np.pad(resized(image, box, image_size), (edge, edge, (0, 0)))
+
+
 def _square(height, width, image_size, shorter_side):
     """Side of the square that measures `image_size` where the shorter side measures `shorter_side`."""
     return max(round(min(height, width) * image_size / int(shorter_side)), 1)

@@ -51,18 +51,29 @@ def from_bytes(content):
     return Inputs(tuple(shape), names, arrays)
 
 
-def shown(image, image_shape, *, feed, border, crop):
-    """An image of any size as a feed shows it in evaluation: uint8 [h, w, C] -> uint8 [H, W, C].
+def make_ways(image_shape, *, feed, border, crop):
+    """The two ways of an image of any size to what a network is shown in evaluation.
 
     Args:
-      image: uint8 [h, w, C].
-      image_shape: (H, W, C), the border included.
+      image_shape: (H, W, C) of what the network is shown, the border included.
       feed, border, crop: as in `feeds.make_feed`.
+
+    Returns:
+      store: uint8 [h, w, C] -> as the feed's `examples` have it; and view: that -> as its `view` shows it,
+      uint8 [H, W, C].
     """
     height, width = (side - 2 * border for side in image_shape[:2])
-    if feed == "stream":
+
+    def keep(image):
+        return image
+
+    def frame(image):
         box = decode.evaluation_box(*image.shape[:2], height, **crop)
-        image = decode.resized(image, box, height)
-    elif image.shape[:2] != (height, width):
-        image = sources.resize(image, height, width)
-    return np.pad(image, ((border, border), (border, border), (0, 0)))
+        return decode.framed(image, box, height, border)
+
+    def fit(image):
+        if image.shape[:2] != (height, width):
+            image = sources.resize(image, height, width)
+        return np.pad(image, ((border, border), (border, border), (0, 0)))
+
+    return (keep, frame) if feed == "stream" else (fit, keep)

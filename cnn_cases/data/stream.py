@@ -330,7 +330,8 @@ def training_batch(step, *, recipe, seed, batch_size, position):
                 index = training_order(seed, np.array([number]), size).item()
                 continue
             box = decode.training_box(*image.shape[:2], recipe.image_size, rng, **recipe.crop)
-            batch["image"][row], batch["label"][row] = _framed(recipe, image, box), label
+            batch["image"][row] = decode.framed(image, box, recipe.image_size, recipe.border)
+            batch["label"][row] = label
             break
     return batch | {"damaged": np.array(sorted(damaged), np.int64)}
 
@@ -370,12 +371,8 @@ def _black(recipe, count):
 
 def evaluation_view(recipe, image):
     """An image uint8 [h, w, C] as evaluation shows it: uint8 [H, W, C], cropped, resized and framed."""
-    return _framed(recipe, image, decode.evaluation_box(*image.shape[:2], recipe.image_size, **recipe.crop))
-
-
-def _framed(recipe, image, box):
-    edge = (recipe.border, recipe.border)
-    return np.pad(decode.resized(image, box, recipe.image_size), (edge, edge, (0, 0)))
+    box = decode.evaluation_box(*image.shape[:2], recipe.image_size, **recipe.crop)
+    return decode.framed(image, box, recipe.image_size, recipe.border)
 
 
 def _first(iterator):

@@ -289,8 +289,9 @@ def write_report(record, workdir):
     """Writes record.json, table.md, table.csv and the curves: curves.png, curves.svg and curves.html."""
     workdir = pathlib.Path(workdir)
     disk.write_text(workdir / "record.json", record_text(record))
-    disk.write_text(workdir / "table.md", tables.markdown(table(record)))
-    disk.write_text(workdir / "table.csv", tables.comma_separated(table(record)))
+    rows = table(record)
+    disk.write_text(workdir / "table.md", tables.markdown(rows))
+    disk.write_text(workdir / "table.csv", tables.comma_separated(rows))
     figures.save(figures.draw_curves(record), workdir / "curves")
     page.write(record, workdir / "curves.html")
 

@@ -34,7 +34,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from cnn_cases.training import disk
-from cnn_cases.training.provenance import RUNS_ON, environment
+from cnn_cases.training.provenance import environment, what_runs
 
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
@@ -102,7 +102,7 @@ class Logbook:
 
     def _warn_of_changes(self, starts, here):
         """Tells that the run would be another from here on, had it not begun before."""
-        there = {name: value for name, value in starts[-1].items() if name in RUNS_ON} if starts else {}
+        there = what_runs(starts[-1]) if starts else {}
         lines = differences(there, {name: here[name] for name in there})
         if lines:
             logging.getLogger(__name__).warning(

@@ -29,7 +29,7 @@ from cnn_cases.training.logbook import (
     read_result,
     write_result,
 )
-from cnn_cases.training.provenance import RUNS_ON, environment
+from cnn_cases.training.provenance import environment, what_runs
 from cnn_cases.training.running import DivergedError, RunningMetrics, check_finite
 from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
@@ -91,9 +91,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     program, state = processes.lead_first(lambda: _make_start(config, program))
     data = program.feed.fingerprint()
     _check_same_data(data)
-    log, checkpoints = processes.lead_first(
-        lambda: _open(workdir, config, data, program.inputs, show_progress)
-    )
+    log, checkpoints = processes.lead_first(lambda: _open(workdir, config, program, data, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         result = _train_to_the_end(
             config, program, state, workdir=workdir, log=log, checkpoints=checkpoints, stop=stop
@@ -123,7 +121,7 @@ def _check_alike(config):
     """Raises ValueError unless all processes of a training have the same config, code and packages."""
     if not processes.is_one_of_several():
         return
-    ours = {name: value for name, value in environment().items() if name in RUNS_ON}
+    ours = what_runs(environment())
     lead, *others = processes.gather({"config": config.to_dict()} | ours)
     # Not the steps of a profile, where a process waits for its devices and would lose step with the others.
     aside = tuple(key for key in OF_THE_MACHINE if key.startswith("data."))
@@ -156,7 +154,7 @@ def _make_start(config, program):
     return program, state
 
 
-def _open(workdir, config, data, inputs, show_progress):
+def _open(workdir, config, program, data, show_progress):
     """The log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
@@ -164,7 +162,7 @@ def _open(workdir, config, data, inputs, show_progress):
         workdir,
         config.to_dict(),
         data=data,
-        inputs=inputs,
+        inputs=program.inputs(config),
         num_steps=config.num_steps,
         title=workdir.name,
         show_progress=show_progress,

@@ -38,7 +38,6 @@ class Program(NamedTuple):
       model, tx, loss, schedule: Linen module, optax optimizer, loss of `losses`, and step -> learning rate.
       with_ema: whether the state has a moving average of the parameters.
       feed, arrays: see `data.feeds`; the arrays are replicated over the devices.
-      inputs: of `data.inputs.to_bytes`.
       steps_per_call: batches that a training gives `train` at once; it does one step for each.
       train_steps, train: (state, arrays, batches) -> (state, metrics), of one device's share, and its pmap.
       evaluate: (state, arrays, batch) -> {"loss", "error", "count"}, sums over the batch.
@@ -53,7 +52,6 @@ class Program(NamedTuple):
     loss: Any
     feed: Any
     arrays: Any
-    inputs: bytes
     steps_per_call: int
     train_steps: Any
     train: Any
@@ -64,6 +62,11 @@ class Program(NamedTuple):
     def init_state(self, seed):
         """The state before the first step; raises ValueError where the network refuses its images."""
         return init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
+
+    def inputs(self, config):
+        """The content of the file that `data.inputs` reads, of a run of `config`."""
+        names = class_names(config.data.name, config.data.data_dir)
+        return inputs.to_bytes(inputs.Inputs(self.feed.image_shape, names, self.feed.statistics))
 
     def shapes_of_state(self):
         """The shapes and types of such a state; computes nothing."""
@@ -93,7 +96,6 @@ def make_program(config, devices=None):
         process_count=process_count,
     )
     model, tx, schedule = make_network(config, feed.num_classes)
-    names = class_names(config.data.name, config.data.data_dir)
     loss_settings = dict(**config.loss)
     side_weight = loss_settings.pop("side_weight")
     loss = of_classes(make_loss(**loss_settings), feed.num_classes)
@@ -118,7 +120,6 @@ def make_program(config, devices=None):
         loss=loss,
         feed=feed,
         arrays=devices_lib.replicate(feed.arrays, devices),
-        inputs=inputs.to_bytes(inputs.Inputs(feed.image_shape, names, feed.statistics)),
         steps_per_call=steps_per_call(config, devices[0].platform),
         train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),

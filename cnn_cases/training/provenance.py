@@ -27,8 +27,6 @@ PACKAGES = (
     "simplejpeg",
 )
 
-RUNS_ON = ("code", "python", "versions")  # of `environment`, what must be alike in all that do one training
-
 
 def stamp():
     """{"date", "environment"}: when and where the figures of a record are measured."""
@@ -46,6 +44,11 @@ def environment():
         "devices": [device.device_kind for device in jax.devices()],
         "versions": {package: _version(package) for package in PACKAGES},
     }
+
+
+def what_runs(environment):
+    """Of an `environment`, what must be alike in all processes and starts of one training."""
+    return {name: environment[name] for name in ("code", "python", "versions") if name in environment}
 
 
 def cpu_threads():

@@ -9,7 +9,7 @@ from flax import linen as nn
 from cnn_cases.models import make_model
 from cnn_cases.models.alexnet import VARIANTS, AlexNet
 from cnn_cases.models.layers import Dropout, local_response_norm
-from tests.models.tracing import count
+from tests.models.tracing import count, inputs_and_outputs
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "dense1", "dense2", "logits"]
 
@@ -164,15 +164,8 @@ def test_relu_follows_every_layer_but_the_last_and_the_last_pooling_is_not_norme
     variables = jax.tree.map(
         lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), trace(model, 67)[0]
     )
-    seen = {}
-
-    def record(method, args, kwargs, context):
-        y = method(*args, **kwargs)
-        seen[context.module.name] = args[0], y
-        return y
-
-    with nn.intercept_methods(record):
-        model.apply(variables, random.normal(0, 1, (2, 67, 67, 3)).astype(np.float32), train=False)
+    x = random.normal(0, 1, (2, 67, 67, 3)).astype(np.float32)
+    seen = inputs_and_outputs(lambda: model.apply(variables, x, train=False))
     for before, after in itertools.pairwise(LAYERS[2:]):
         expected = nn.relu(seen[before][1])
         if after == "dense1":

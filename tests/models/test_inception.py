@@ -20,8 +20,10 @@ from tests.models.tracing import (
     apply,
     count,
     image_shape,
+    inputs_and_outputs,
     modules_of_initialisation,
     output_shapes,
+    recorded_training,
     trace_initialisation,
     variable_shapes,
     visited,
@@ -374,47 +376,19 @@ def test_batch_normalisation_has_the_public_epsilon():
     assert {(norm.epsilon, norm.momentum) for norm in norms} == {(1e-3, 0.9)}
 
 
-def calls_of_training(model, size):
-    """{path: (module, what it is called with)} of a training call; nothing is computed."""
-    found, variables = {}, variable_shapes(model, size)
-
-    def note(function, args, kwargs, context):
-        if context.method_name == "__call__":
-            found["/".join(context.module.path)] = context.module, args[1:]
-        return function(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        output_shapes(model, variables, size, train=True)
-    return found
-
-
 def test_dropout_drops_in_training():
-    calls = calls_of_training(GoogLeNet(), 79)
-    dropped = {path: flags for path, (module, flags) in calls.items() if isinstance(module, Dropout)}
+    calls = recorded_training(GoogLeNet(), 79)
+    dropped = {path: given[1:] for path, (module, given, _) in calls.items() if isinstance(module, Dropout)}
     assert dropped == dict.fromkeys(("dropout", "side1/dropout", "side2/dropout"), (True,))
 
 
 def test_dense_layers_start_from_he_et_als_distribution():
-    calls = calls_of_training(GoogLeNet(), 79)
-    layers = [module for module, _ in calls.values() if isinstance(module, nn.Dense)]
+    calls = recorded_training(GoogLeNet(), 79)
+    layers = [module for module, *_ in calls.values() if isinstance(module, nn.Dense)]
     assert len(layers) == 1 + 2 * 2
     for layer in layers:
         kernel = layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32)
         np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / 100), rtol=0.03)
-
-
-def inputs_and_outputs(module, variables, *arguments):
-    """{path: (input, output)} of all that `module` runs, and of itself at ""."""
-    seen = {}
-
-    def note(function, args, kwargs, context):
-        y = function(*args, **kwargs)
-        seen["/".join(context.module.path)] = args[0], y
-        return y
-
-    with nn.intercept_methods(note):
-        module.apply(variables, *arguments)
-    return seen
 
 
 def test_a_side_branch_averages_and_has_relu_before_its_logits():
@@ -423,7 +397,7 @@ def test_a_side_branch_averages_and_has_relu_before_its_logits():
     x = random.normal(0, 1, (2, 8, 8, 4)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: side.init(jax.random.key(0), x, False), x)
     variables = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
-    seen = inputs_and_outputs(side, variables, x, False)
+    seen = inputs_and_outputs(lambda: side.apply(variables, x, False))
     np.testing.assert_allclose(seen["conv"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5)
     np.testing.assert_allclose(seen["logits"][0], nn.relu(seen["dense"][1]), rtol=1e-5)
     assert (seen["dense"][1] < 0).any()

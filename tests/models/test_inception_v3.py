@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
@@ -20,8 +19,10 @@ from tests.models.tracing import (
     apply,
     count,
     image_shape,
+    inputs_and_outputs,
     modules_of_initialisation,
     output_shapes,
+    recorded_training,
     variable_shapes,
 )
 
@@ -257,16 +258,8 @@ def test_batch_normalisation_has_the_public_epsilon():
 
 
 def test_dropout_drops_in_training():
-    model, flags = InceptionV3(False), []
-    variables = variable_shapes(model, 75)
-
-    def note(function, args, kwargs, context):
-        if isinstance(context.module, Dropout):
-            flags.append(args[1:])
-        return function(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        output_shapes(model, variables, 75, train=True)
+    calls = recorded_training(InceptionV3(False), 75).values()
+    flags = [given[1:] for module, given, _ in calls if isinstance(module, Dropout)]
     assert flags == [(True,)]
 
 
@@ -283,19 +276,10 @@ def test_the_windows_of_the_second_reduction_are_a_row_and_a_column():
 
 
 def test_rows_and_columns_of_figure_7_stand_side_by_side():
-    inputs, outputs = {}, {}
-
-    def note(function, args, kwargs, context):
-        y = function(*args, **kwargs)
-        if isinstance(context.module, ConvUnit):
-            inputs[context.module.name], outputs[context.module.name] = args[0], y
-        return y
-
     module, x = Figure7Module(ConvUnit), jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
-    with nn.intercept_methods(note):
-        jax.eval_shape(module.init, jax.random.key(0), x)
-    assert inputs["conv_1x3"] is inputs["conv_3x1"] is outputs["reduce_3x3"]
-    assert inputs["double2_1x3"] is inputs["double2_3x1"] is outputs["double1_3x3"]
+    seen = inputs_and_outputs(lambda: jax.eval_shape(module.init, jax.random.key(0), x))
+    assert seen["conv_1x3"][0] is seen["conv_3x1"][0] is seen["reduce_3x3"][1]
+    assert seen["double2_1x3"][0] is seen["double2_3x1"][0] is seen["double1_3x3"][1]
 
 
 def test_the_stem_takes_maxima_and_the_side_branch_an_average():

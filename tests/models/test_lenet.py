@@ -18,7 +18,7 @@ from cnn_cases.models.lenet import (
     digit_codes,
     squash,
 )
-from tests.models.tracing import count
+from tests.models.tracing import count, inputs_and_outputs
 
 # What runs once had better compile fast: four times as fast as by default.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -277,16 +277,8 @@ def test_registered(name, module):
 
 
 def test_lecture_net_has_relu_after_every_layer_but_the_last_and_averages(image):
-    seen = {}
-
-    def record(method, args, kwargs, context):
-        y = method(*args, **kwargs)
-        seen[context.module.name] = args[0], y
-        return y
-
     variables = init(LeNet5(), image)
-    with nn.intercept_methods(record):
-        LeNet5().apply(variables, image, False)
+    seen = inputs_and_outputs(lambda: LeNet5().apply(variables, image, False))
     layers = ["conv1", "conv2", "dense1", "dense2", "logits"]
     for before, after in itertools.pairwise(layers):
         expected = nn.relu(seen[before][1])
@@ -305,13 +297,13 @@ def test_weights_start_on_both_sides_of_zero(variables):
 
 def test_the_connections_are_those_of_the_papers_table():
     rows = """
-        X...XXX..XXXX.XX
-        XX...XXX..XXXX.X
-        XXX...XXX..X.XXX
-        .XXX..XXXX..X.XX
-        ..XXX..XXXX.XX.X
-        ...XXX..XXXX.XXX
+        X . . . X X X . . X X X X . X X
+        X X . . . X X X . . X X X X . X
+        X X X . . . X X X . . X . X X X
+        . X X X . . X X X X . . X . X X
+        . . X X X . . X X X X . X X . X
+        . . . X X X . . X X X X . X X X
     """
-    table = rows.split()
+    table = [row.split() for row in rows.strip().splitlines()]
     for target, inputs in enumerate(C3_INPUTS):
         assert inputs == tuple(source for source in range(6) if table[source][target] == "X")

@@ -19,7 +19,7 @@ from cnn_cases.models.resnet import (
     identity_shortcut,
     make_layers,
 )
-from tests.models.tracing import count
+from tests.models.tracing import count, inputs_and_outputs
 
 # What runs once had better compile fast: four times as fast as by default.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -548,19 +548,7 @@ def layers_of(model, image):
     variables = jax.eval_shape(functools.partial(model.init, **flags), jax.random.key(0), image)
     variables = jax.tree_util.tree_map_with_path(spread, variables)
 
-    @quick_jit
-    def run(variables, image):
-        seen = {}
-
-        def record(method, args, kwargs, context):
-            y = method(*args, **kwargs)
-            seen["/".join(context.module.path)] = args[0], y
-            return y
-
-        with nn.intercept_methods(record):
-            model.apply(variables, image, **flags)
-        return seen
-
+    run = quick_jit(lambda *given: inputs_and_outputs(lambda: model.apply(*given, **flags)))
     return run(variables, image)
 
 

@@ -32,19 +32,35 @@ def output_shapes(model, variables, size, train):
     return jax.eval_shape(lambda v, x: apply(model, v, x, train), variables, image_shape(size))
 
 
-def visited(call):
-    """Every module that `call` runs: path -> (module, shape of its output)."""
+def recorded(call):
+    """Every module that `call` runs, the whole at "": path -> (module, arguments, output)."""
     found = {}
 
     def note(function, args, kwargs, context):
         y = function(*args, **kwargs)
-        if context.method_name == "__call__" and hasattr(y, "shape"):
-            found["/".join(context.module.path)] = (context.module, y.shape)
+        if context.method_name == "__call__":
+            found["/".join(context.module.path)] = context.module, args, y
         return y
 
     with nn.intercept_methods(note):
         call()
     return found
+
+
+def visited(call):
+    """Every module that `call` runs: path -> (module, shape of its output)."""
+    return {path: (module, y.shape) for path, (module, _, y) in recorded(call).items() if hasattr(y, "shape")}
+
+
+def inputs_and_outputs(call):
+    """Every module that `call` runs: path -> (input, output)."""
+    return {path: (arguments[0], y) for path, (_, arguments, y) in recorded(call).items()}
+
+
+def recorded_training(model, size):
+    """`recorded` of a training call; nothing is computed."""
+    variables = variable_shapes(model, size)
+    return recorded(lambda: output_shapes(model, variables, size, train=True))
 
 
 @functools.cache
