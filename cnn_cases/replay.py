@@ -68,9 +68,10 @@ def replay(workdir, step=None, data_dir=""):
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
-    state = program.init_state(config.seed)
     if first:
-        state = checkpoint.read(workdir / "checkpoints", first, state)
+        state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
+    else:
+        state = program.init_state(config.seed)
     rewound_to = []
     # Up to here the next checkpoint tells the seeds: what went back later went back to no earlier one.
     last = min(step, diverged["checkpoint"]) if diverged else step

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from cnn_cases import settings
 from cnn_cases.training import devices, disk, logbook
-from configs import common
 
 
 def load_config(workdir, data_dir=""):
@@ -30,20 +29,10 @@ def load_config(workdir, data_dir=""):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
     if not {"model", "data"} <= set(saved):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
-    defaults = common.get_config().to_dict()
-    # These two are whole as they are saved: what they lack they do not have.
-    defaults["model"], defaults["data"]["splits"] = {}, {}
-    config = ConfigDict(_updated(defaults, settings.from_json(saved)))
+    config = ConfigDict(settings.from_json(settings.completed(saved)))
     settings.check(config)
     config.data.data_dir = data_dir or config.data.data_dir
     return config
-
-
-def _updated(old, new):
-    """Nested dicts: `old` with all that `new` has."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
 
 
 def usable_devices(config):

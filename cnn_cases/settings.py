@@ -10,12 +10,15 @@ import reprlib
 
 import numpy as np
 
+from configs import common
+
 # A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key, and
 # `object` for any value that JSON, in which configs are kept, can hold.
 # Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 KEYS = {
     "seed": int,
+    "start": {"workdir": str, "step": str, "layers": tuple[str, ...]},
     "num_steps": int,
     "batch_size": int,
     "steps_per_call": int,
@@ -68,6 +71,7 @@ KEYS = {
         "weight_decay": float,
         "decayed": str,
         "clip_norm": float,
+        "frozen": tuple[str, ...],
     },
     "on_nonfinite": str,
     "num_microbatches": int,
@@ -99,6 +103,29 @@ def from_json(value):
     if isinstance(value, dict):
         return {key: from_json(part) for key, part in value.items()}
     return tuple(map(from_json, value)) if isinstance(value, list) else value
+
+
+def completed(saved):
+    """A config as JSON has kept it, with the defaults of configs/common.py for keys that are younger.
+
+    Args:
+      saved: a dict, of a training or a study; any other is given back.
+    """
+    if {"base", "grid", "seeds"} <= saved.keys() and isinstance(saved["base"], dict):
+        return saved | {"base": completed(saved["base"])}
+    if not {"model", "data"} <= saved.keys():
+        return saved
+    defaults = common.get_config().to_dict()
+    # These two are whole as they are saved: what they lack they do not have.
+    defaults["model"], defaults["data"]["splits"] = {}, {}
+    return _updated(json.loads(json.dumps(defaults)), saved)
+
+
+def _updated(old, new):
+    """Nested dicts: `old` with all that `new` has."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
 
 
 def check(config, prefix=""):

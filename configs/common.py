@@ -13,6 +13,10 @@ def get_config():
     """The defaults; not yet a whole config: the network named here takes larger images than the digits."""
     config = ConfigDict()
     config.seed = 0  # of the initial parameters, the data order, augmentation and dropout
+    config.start = ConfigDict()  # layers of another training to begin with, in the place of those drawn
+    config.start.workdir = ""  # of that one; "": none
+    config.start.step = "last"  # which of its checkpoints: its step, "last" or "best"
+    config.start.layers = ("*",)  # patterns of their names, as cnn_cases/training/transfer.py has them
     config.num_steps = 1_000  # training steps
     config.batch_size = 128  # examples of one step, over all devices
     # Steps in one call to the devices; divides num_steps and the intervals of log, evaluations, checkpoints
@@ -101,6 +105,9 @@ def get_config():
     config.optimizer.weight_decay = 1e-4  # times a parameter, added to its gradient
     config.optimizer.decayed = "all"  # which parameters: "all", or "kernels" without biases and normalisation
     config.optimizer.clip_norm = 0.0  # greatest norm of the gradient; 0: no limit
+    # Patterns of the names of layers whose parameters stay as they are at the start. Their batch statistics
+    # do not.
+    config.optimizer.frozen = ()
     # What to do where the loss, the gradient or the state is no longer finite: "stop" the run; "skip" the
     # update of such a step, up to ten in a row; or "rewind" to the last checkpoint and go on from there with
     # other batches, up to three times from each.

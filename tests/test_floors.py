@@ -19,7 +19,12 @@ MAY_IMPORT = {
     "cnn_cases.training.loop": ("cnn_cases.settings", "cnn_cases.training"),
     "cnn_cases.training.devices": ("cnn_cases.training.processes",),
     "cnn_cases.training.checkpoint": ("cnn_cases.training.disk",),
-    "cnn_cases.training.logbook": ("cnn_cases.training.disk", "cnn_cases.training.provenance"),
+    "cnn_cases.training.transfer": ("cnn_cases.training.checkpoint",),
+    "cnn_cases.training.logbook": (
+        "cnn_cases.settings",
+        "cnn_cases.training.disk",
+        "cnn_cases.training.provenance",
+    ),
     "cnn_cases.training": (),
     "cnn_cases.models": ("cnn_cases.models",),
     "cnn_cases.data": ("cnn_cases.data",),
@@ -37,8 +42,8 @@ MAY_IMPORT = {
         "cnn_cases.training.provenance",
         "cnn_cases.training.stopping",
     ),
-    # Of the configs the defaults, for runs of which a config.json is all that is left.
-    "cnn_cases.saved_runs": ("cnn_cases.settings", "cnn_cases.training", "configs.common"),
+    "cnn_cases.settings": ("configs.common",),  # the defaults
+    "cnn_cases.saved_runs": ("cnn_cases.settings", "cnn_cases.training"),
     "cnn_cases.evaluate": ("cnn_cases",),
     "cnn_cases.predict": ("cnn_cases",),
     "cnn_cases.preview": ("cnn_cases",),

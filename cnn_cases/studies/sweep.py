@@ -195,7 +195,7 @@ def _is_part(study, known):
     So a study can grow, by more seeds, depths or what else its grid has, and be drawn before it has grown.
     """
     try:
-        known = expand(ConfigDict(settings.from_json(known)))
+        known = expand(ConfigDict(settings.from_json(settings.completed(known))))
     except ValueError:  # one that this code cannot read
         return False
     ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (expand(study), known))

@@ -160,7 +160,7 @@ class Checkpoints:
         A damaged one is moved to the directory `damaged` beside the checkpoints, with a warning.
 
         Args:
-          like: a state of the same structure, shapes and types.
+          like: a state of the same structure, shapes and types, or its `state.shapes_of_state`.
 
         Returns:
           (step, state with numpy leaves, extra), or None where there is no checkpoint.
@@ -171,9 +171,7 @@ class Checkpoints:
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         noted = self._noted()
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.device_get(like)), extra=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(_empty(like)), extra=ocp.args.JsonRestore())
         damaged = {}
         for step in steps:
             try:
@@ -273,22 +271,28 @@ def find(directory, which):
     return int(which)
 
 
-def read(directory, step, like):
+def read(directory, step, like=None):
     """The state of one checkpoint. Nothing is written or moved, not even a damaged one.
 
     Args:
       directory: of `Checkpoints`.
       step: of `find`.
-      like: a state of the same structure, shapes and types, or its `state.shapes_of_state`.
+      like: a state of the same structure, shapes and types, or its `state.shapes_of_state`. None: whatever
+        the state is, it comes as nested dicts.
 
     Raises:
       ValueError: the checkpoint is damaged, or of another structure.
     """
     directory = pathlib.Path(directory).absolute()
-    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    like = _empty(like)
     # Not by the manager, which tidies up.
     with _read_only(directory, step) as checkpoint, ocp.StandardCheckpointer() as reader:
         return reader.restore(checkpoint / "state", like)
+
+
+def _empty(like):
+    """Arrays of the same shapes and types."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
 
 
 def read_extra(directory, step):

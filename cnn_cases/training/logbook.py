@@ -33,6 +33,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
+from cnn_cases import settings
 from cnn_cases.training import disk
 from cnn_cases.training.provenance import environment, what_runs
 
@@ -296,7 +297,7 @@ def check_owner(workdir, config, suits=None):
                 "put it back, or use another workdir"
             )
         return
-    known = disk.read_json(path, dict, PUT_BACK)
+    known = settings.completed(disk.read_json(path, dict, PUT_BACK))
     lines = differences(known, _as_json(config), aside=OF_THE_MACHINE)
     if lines and not (suits and suits(known)):
         raise ValueError(

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_cases import settings
+from cnn_cases.training import checkpoint, predictions, processes, programs
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import predictions, processes, programs
 from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.logbook import (
     OF_THE_MACHINE,
@@ -88,7 +88,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         return earlier
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
-    program, state = processes.lead_first(lambda: _make_start(config, program))
+    resumes = processes.from_lead(lambda: bool(checkpoint.steps(workdir / "checkpoints")))
+    program, state = processes.lead_first(lambda: _make_start(config, program, resumes))
     data = program.feed.fingerprint()
     _check_same_data(data)
     log, checkpoints = processes.lead_first(lambda: _open(workdir, config, program, data, show_progress))
@@ -146,11 +147,11 @@ def _check_same_data(data):
             )
 
 
-def _make_start(config, program):
-    """The program, made where it is None, and the state before the first step."""
+def _make_start(config, program, resumes):
+    """The program, made where it is None, and the state before the first step; None where the run resumes."""
     program = program or programs.make_program(config)
-    state = program.init_state(config.seed)
-    programs.check_protocol(program, state, config.evaluation.protocol)
+    state = None if resumes else program.init_state(config.seed)
+    programs.check_protocol(program, state or program.shapes_of_state(), config.evaluation.protocol)
     return program, state
 
 
@@ -177,6 +178,8 @@ def _open(workdir, config, program, data, show_progress):
 def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop):
     """Trains from the last checkpoint, or from `state`, to the end; returns what result.json is to hold.
 
+    Where `state` is None it is made, if it is needed: what a run started from may be gone when it resumes.
+
     A run that rewinds passes its checkpoint more than once, each time with other batches. How often, and so
     with which batches, does not depend on kills in between: a checkpoint lists the steps that had failed
     before it was saved, and those that failed later fail again. A signal saves one more checkpoint, to which
@@ -186,7 +189,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
         log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
     while True:
-        step, state, extra = _restore(state, log, checkpoints)
+        step, state, extra = _restore(config, program, state, log, checkpoints)
         saved = len(extra["nonfinite"])
         nonfinite = extra["nonfinite"] + nonfinite[saved:]
         if config.on_nonfinite == "rewind":
@@ -223,7 +226,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
                 rewound_to.append(kept)
-                state = program.init_state(config.seed)  # the one before has been given away
+                state = None  # the one before has been given away
                 continue
             return {
                 "status": "diverged",
@@ -248,15 +251,17 @@ def _described(config, program, state):
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     where = " and ".join(f"{number} x {kind}" for kind, number in devices.items())
-    return f"{config.model.name}, {count:,} parameters, on {where}"
+    start = f", starting from {', '.join(config.start.layers)} of {config.start.workdir}"
+    return f"{config.model.name}, {count:,} parameters, on {where}" + start * bool(config.start.workdir)
 
 
-def _restore(state, log, checkpoints):
+def _restore(config, program, state, log, checkpoints):
     """(step, state, what was saved with it) of the last checkpoint, where the log begins anew.
 
     Process 0 reads it for all.
     """
-    restored = processes.lead_first(lambda: checkpoints.restore(state))
+    like = state or program.shapes_of_state()
+    restored = processes.lead_first(lambda: checkpoints.restore(like))
     nothing = {
         "window": [],
         "nonfinite": [],
@@ -265,7 +270,7 @@ def _restore(state, log, checkpoints):
         "final": None,
         "rows": None,
     }
-    step, state, extra = restored or (0, state, nothing)
+    step, state, extra = restored or (0, state or program.init_state(config.seed), nothing)
     step, extra = processes.from_lead(lambda: (step, extra))
     processes.lead_first(lambda: log.start(step, extra["rows"]))
     return step, processes.broadcast(state), extra

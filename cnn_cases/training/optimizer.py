@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, from plain numbers."""
 
+import functools
 import itertools
 import math
 
@@ -87,7 +88,17 @@ def _after(first_step, schedule):
 
 
 def make_optimizer(
-    schedule, *, name, momentum, nesterov, second_moment, epsilon, weight_decay, decayed, clip_norm
+    schedule,
+    *,
+    name,
+    momentum,
+    nesterov,
+    second_moment,
+    epsilon,
+    weight_decay,
+    decayed,
+    clip_norm,
+    frozen=None,
 ):
     """The optimizer called `name`.
 
@@ -104,6 +115,7 @@ def make_optimizer(
         time; with "adamw" it is decoupled: rate * weight_decay * w is subtracted from w.
       decayed: one of DECAYED: "all" parameters, or "kernels" without biases and normalisation.
       clip_norm: the greatest norm of the whole gradient, weight decay included; 0 for no limit.
+      frozen: name of a layer -> whether it stays as it is, which takes a gradient of zero; None: none does.
 
     Raises:
       ValueError: a name is unknown or a number is out of range.
@@ -118,7 +130,9 @@ def make_optimizer(
             raise ValueError(f"optimizer.{key} = {value} must be 0 or more, and finite")
     _positive("optimizer.epsilon", epsilon)
 
-    mask = _is_kernel if decayed == "kernels" else None
+    mask = None
+    if frozen or decayed == "kernels":
+        mask = functools.partial(_is_decayed, kernels_only=decayed == "kernels", frozen=frozen)
     chain = []
     if name != "adamw":
         chain.append(optax.add_decayed_weights(weight_decay, mask))
@@ -140,9 +154,16 @@ def make_optimizer(
     return optax.chain(*chain)
 
 
-def _is_kernel(params):
-    # Not by the number of axes: under `scan_blocks` the scales of a stage's blocks are stacked, too.
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+def _is_decayed(params, *, kernels_only, frozen):
+    """Of each parameter, whether weight decay is for it."""
+
+    def is_decayed(path, _):
+        if frozen and frozen(path[0].key):
+            return False
+        # Not by the number of axes: under `scan_blocks` the scales of a stage's blocks are stacked, too.
+        return path[-1].key == "kernel" or not kernels_only
+
+    return jax.tree.map_with_path(is_decayed, params)
 
 
 def _one_of(key, value, known):

@@ -18,7 +18,7 @@ from cnn_cases.data.feeds import class_names, make_feed
 from cnn_cases.data.views import make_views
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import predictions, processes, steps
+from cnn_cases.training import predictions, processes, steps, transfer
 from cnn_cases.training.logbook import is_watched
 from cnn_cases.training.losses import make_loss, of_classes
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
@@ -37,6 +37,7 @@ class Program(NamedTuple):
     Attributes:
       model, tx, loss, schedule: Linen module, optax optimizer, loss of `losses`, and step -> learning rate.
       with_ema: whether the state has a moving average of the parameters.
+      start: keyword arguments of `transfer.take_layers`, of which the workdir is "" for none to be taken.
       feed, arrays: see `data.feeds`; the arrays are replicated over the devices.
       steps_per_call: batches that a training gives `train` at once; it does one step for each.
       train_steps, train: (state, arrays, batches) -> (state, metrics), of one device's share, and its pmap.
@@ -48,6 +49,7 @@ class Program(NamedTuple):
     model: Any
     tx: Any
     with_ema: bool
+    start: dict
     schedule: Any
     loss: Any
     feed: Any
@@ -60,8 +62,19 @@ class Program(NamedTuple):
     devices: list
 
     def init_state(self, seed):
-        """The state before the first step; raises ValueError where the network refuses its images."""
-        return init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
+        """The state before the first step.
+
+        Of several processes the first alone reads what the training starts from, and has to tell the others.
+
+        Raises:
+          ValueError: the network refuses its images, or cannot start from the layers of the other one.
+        """
+        state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
+        return (
+            transfer.take_layers(state, **self.start)
+            if self.start["workdir"] and processes.is_lead()
+            else state
+        )
 
     def inputs(self, config):
         """The content of the file that `data.inputs` reads, of a run of `config`."""
@@ -109,13 +122,15 @@ def make_program(config, devices=None):
         num_microbatches=config.num_microbatches,
         ema_decay=config.ema_decay,
         per_device_dropout=not config.sync_batch_norm,
+        frozen=transfer.is_any_of(config.optimizer.frozen),
         skip_nonfinite=config.on_nonfinite == "skip",
     )
     eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
-    return Program(
+    program = Program(
         model=model,
         tx=tx,
         with_ema=config.ema_decay > 0,
+        start=dict(**config.start),
         schedule=schedule,
         loss=loss,
         feed=feed,
@@ -127,6 +142,9 @@ def make_program(config, devices=None):
         predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
         devices=devices,
     )
+    if config.optimizer.frozen:
+        transfer.check_frozen(config.optimizer.frozen, sorted(program.shapes_of_state().params))
+    return program
 
 
 def make_network(config, num_classes):
@@ -142,6 +160,7 @@ def make_network(config, num_classes):
         axis_name=devices_lib.AXIS if config.sync_batch_norm else None,
     )
     optimizer = dict(**config.optimizer)
+    optimizer["frozen"] = transfer.is_any_of(optimizer["frozen"])
     # Compiled: the first row of the log would wait for five small compilations else, a third of a second.
     schedule = jax.jit(make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule))
     return model, make_optimizer(schedule, **optimizer), schedule
@@ -175,7 +194,10 @@ def may_loop(config, platform):
 def check(config, devices=None):
     """Raises ValueError unless a run of this config could begin; loads its data, and compiles nothing."""
     program = make_program(config, devices)
-    check_protocol(program, program.shapes_of_state(), config.evaluation.protocol)
+    like = program.shapes_of_state()
+    check_protocol(program, like, config.evaluation.protocol)
+    if config.start.workdir:
+        transfer.take_layers(like, **config.start)
 
 
 def check_protocol(program, state, protocol):

@@ -17,6 +17,7 @@ def make_train_steps(
     num_microbatches=1,
     ema_decay=0.0,
     per_device_dropout=False,
+    frozen=None,
     skip_nonfinite=False,
 ):
     """A function that does several training steps in one call.
@@ -35,6 +36,7 @@ def make_train_steps(
         n, from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
         TensorFlow's ExponentialMovingAverage with `num_updates`.
       per_device_dropout: give each device dropout keys of its own, for a model that does not know the axis.
+      frozen: name of a layer -> whether its gradient is taken to be zero, and not computed; None: of none.
       skip_nonfinite: leave the state as it is, except for its counters, where the loss, the gradient or any
         number of the new state is NaN or infinite.
 
@@ -52,6 +54,11 @@ def make_train_steps(
         image, label = prepare(arrays, batch, augment_key)
 
         def total_loss(params):
+            if frozen:
+                params = {
+                    name: lax.stop_gradient(layer) if frozen(name) else layer
+                    for name, layer in params.items()
+                }
             variables = {"params": params, "batch_stats": batch_stats}
             rngs = {"dropout": dropout_key}
             outputs, updated = apply(variables, image, train=True, mutable=["batch_stats"], rngs=rngs)

@@ -240,6 +240,17 @@ def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(
     assert json.loads(path.read_text())["seeds"] == [1]
 
 
+def test_a_study_that_is_older_than_a_key_grows_all_the_same(finished, data_dir, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "copy")
+    path = tmp_path / "copy/config.json"
+    older = json.loads(path.read_text())
+    del older["base"]["start"], older["base"]["optimizer"]["frozen"]
+    path.write_text(json.dumps(older))
+    monkeypatch.setattr(sweep.jobs, "run_here", lambda *_: [])
+    sweep.run_all(tiny_study(data_dir, seeds=(0, 1, 2)), tmp_path / "copy")
+    assert json.loads(path.read_text())["seeds"] == [0, 1, 2]
+
+
 def test_a_later_start_checks_nothing_but_what_is_new(finished, data_dir, tmp_path, monkeypatch):
     workdir, checked = tmp_path / "copy", []
     shutil.copytree(finished, workdir)

@@ -731,6 +731,24 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path,
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(config, tmp_path, program):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, stop_after(program, 6, stop))
+    path = tmp_path / "config.json"
+    older = json.loads(path.read_text())
+    del older["start"], older["optimizer"]["frozen"]
+    path.write_text(json.dumps(older))
+    config.optimizer.frozen = ("conv1",)
+    with pytest.raises(ValueError, match=r"other config:\n  optimizer\.frozen: \[\] there, \['conv1'\] here"):
+        run(config, tmp_path)
+    config.optimizer.frozen = ()
+    assert run(config, tmp_path, program)["status"] == "finished"
+    assert json.loads(path.read_text())["start"] == {"workdir": "", "step": "last", "layers": ["*"]}
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_what_a_config_says_of_a_step_reaches_it(together, config, monkeypatch):
     seen, make = {}, programs.steps.make_train_steps
@@ -739,7 +757,9 @@ def test_what_a_config_says_of_a_step_reaches_it(together, config, monkeypatch):
     )
     config.loss.side_weight, config.ema_decay, config.num_microbatches = 0.3, 0.9, 3
     config.sync_batch_norm, config.on_nonfinite = together, "skip"
+    config.optimizer.frozen = ("conv*",)
     programs.make_program(config, jax.devices()[:1])
+    assert list(map(seen.pop("frozen"), ("conv1", "dense1"))) == [True, False]
     assert seen == {
         "side_weight": 0.3,
         "num_microbatches": 3,
