@@ -174,7 +174,7 @@ def split_training_set(config, protocol, *, size, num_held_out):
     config.checkpoint.best_on = ""
 
 
-def depth_study(config):
+def follow_test_error(config):
     """Evaluates on the test set during training, for curves as in figure 6 of He et al. 2015.
 
     Nothing is chosen by it: no best checkpoint is kept, and the final figures are reported.

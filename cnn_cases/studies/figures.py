@@ -139,7 +139,7 @@ def seeds_in_words(record):
 
 def in_words(record, key):
     """The value of a key of a study's configs, or all of them where it is of the grid."""
-    return "/".join(map(str, records.values(record, key)))
+    return "/".join(map(records.text_of, records.values(record, key)))
 
 
 def data_in_words(record):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 
-from cnn_cases import tables
+from cnn_cases import settings, tables
 from cnn_cases.studies import records
 from cnn_cases.training import disk, logbook
 
@@ -214,7 +214,7 @@ def collect(studies):
     """
     rows, whence = {}, {}
     for name, record in studies.items():
-        study = record["config"]
+        study = settings.completed(record["config"])  # an older record lacks the keys that are younger
         keys = [key for key, _ in study["grid"]]
         for run in record["runs"]:
             point = {key: run[key] for key in keys}
@@ -249,7 +249,12 @@ def recipe(config):
 
 
 def counterpart(config, metric):
-    """The published figure of a config's network, data and metric; None where there is none."""
+    """The published figure of a config's network, data and metric; None where there is none.
+
+    The papers' networks were trained from the beginning.
+    """
+    if records.lookup(config, "start.workdir"):
+        return None
     if records.lookup(config, "data.name") == "imagenet2012":  # papers report on its validation images
         metric = metric.replace("validation/", "test/")
     for one in PUBLISHED:
@@ -271,11 +276,16 @@ def metric_of(row):
 
 
 def network(config):
-    """`resnet_cifar, depth 20, plain`: the model's name and its settings, without those that are off."""
+    """`resnet_cifar, depth 20, plain`: the model's name and its settings, without those that are off.
+
+    And the run from whose layers it started, if there is one.
+    """
     words = [config["model"]["name"]]
     for key, value in config["model"].items():
         if key != "name" and value:
             words.append(key if value is True else f"{key} {value}")
+    if records.lookup(config, "start.workdir"):
+        words.append(f"starting from {config['start']['workdir']}")
     return ", ".join(words)
 
 
@@ -312,6 +322,8 @@ TITLES = (
 )
 
 
+# Keys of which another cell tells.
+_TOLD = ("model.", "num_steps", "start.workdir", "data.name", "data.splits.train")
 SHORT = tuple(title for title in TITLES if title not in ("steps", "devices", "date"))
 
 
@@ -336,9 +348,7 @@ def table(rows, place="results", short=False):
         if short and not published:
             continue
         others = [
-            f"{key} {value}"
-            for key, value in row.point.items()
-            if not key.startswith(("model.", "num_steps"))
+            f"{key} {records.text_of(value)}" for key, value in row.point.items() if not key.startswith(_TOLD)
         ]
         diverged = sum(run["status"] == "diverged" for run in row.runs)
         lines.append(

@@ -68,6 +68,11 @@ def values(record, key):
     return tuple(dict(study["grid"]).get(key, (lookup(study["base"], key),)))
 
 
+def text_of(value):
+    """The value of a key in a table or a legend: `20`, `conv* and dense*`; `none` where it is empty."""
+    return (" and ".join(map(text_of, value)) if isinstance(value, tuple) else str(value)) or "none"
+
+
 def adjustments(study, point):
     """Yields the pairs of a key and its value that `adjust` of a study has for a point of its grid.
 
@@ -165,7 +170,7 @@ def names_of_points(record, without=None):
     short = short_names(keys)
     return {
         point: ", ".join(
-            f"{short[key]} {value}" for key, value in zip(keys, point, strict=True) if key != without
+            f"{short[key]} {text_of(value)}" for key, value in zip(keys, point, strict=True) if key != without
         )
         for point in group_by_point(record)
     }

@@ -32,7 +32,7 @@ def get_config(schedule="paper"):
     with config.base.unlocked():
         config.base.num_steps = STEPS[schedule]
         config.base.evaluation.every_steps = STEPS[schedule] // 64
-        common.depth_study(config.base)
+        common.follow_test_error(config.base)
     config.grid = (("model.depth", (20, 32, 44, 56, 110)), ("model.plain", (True, False)))
     warmup = (("schedule.warmup", "constant"), ("schedule.warmup_steps", 400))
     config.adjust = ((("model.depth", 110), warmup),)

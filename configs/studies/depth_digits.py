@@ -20,7 +20,7 @@ def get_config():
     with config.base.unlocked():
         config.base.evaluation.every_steps = 25
         config.base.evaluation.batch_size = 120
-        common.depth_study(config.base)
+        common.follow_test_error(config.base)
     config.grid = (
         ("model.depth", (8, 20, 32, 44, 56)),
         ("model.plain", (True, False)),

@@ -23,7 +23,7 @@ def get_config():
         config.base.model.depth = 18
         config.base.model.shortcut = "A"
         config.base.data.splits = ConfigDict({"train": "train", "test": "validation"})
-        common.depth_study(config.base)
+        common.follow_test_error(config.base)
     config.grid = (
         ("model.depth", (18, 34)),
         ("model.plain", (True, False)),

@@ -25,7 +25,7 @@ def get_config():
         common.split_training_set(config.base, "held_out", size=60_000, num_held_out=5_000)
         config.base.evaluation.every_steps = 100
         config.base.checkpoint.every_steps = 400
-        common.depth_study(config.base)
+        common.follow_test_error(config.base)
     config.grid = (
         ("model.depth", (8, 20, 32, 44, 56)),
         ("model.plain", (True, False)),

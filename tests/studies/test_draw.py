@@ -32,8 +32,8 @@ def test_values_of_a_grid_can_be_tuples(record, tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(record))
     draw.main([str(tmp_path / "record.json"), f"--out={tmp_path}"])
     table = (tmp_path / "table.md").read_text()
-    assert "| (0.5, 0.75) | 4 |" in table
-    assert "| (0.3, 0.6) | 4 |" in table
+    assert "| 0.5 and 0.75 | 4 |" in table
+    assert "| 0.3 and 0.6 | 4 |" in table
 
 
 def test_depths_of_one_kind_are_drawn_as_any_study(record, tmp_path):

@@ -83,6 +83,19 @@ def test_a_shortened_training_says_so_and_is_set_beside_nothing():
     assert line["difference"] == "-0.75", "as many images in fewer steps are no less"
 
 
+def test_a_training_from_another_ones_layers_says_so_and_is_set_beside_nothing():
+    start = {"workdir": "runs/mnist", "step": "last", "layers": ["conv*"]}
+    (line,) = table(fine=record(outcome(0, 0.08), start=start))
+    assert line["network"] == "resnet_cifar, depth 20, shortcut A, starting from runs/mnist"
+    assert line["published %"] == line["difference"] == ""
+
+
+def test_a_record_that_is_older_than_a_key_is_of_the_same_recipe():
+    start = {"workdir": "", "step": "last", "layers": ["*"]}
+    (line,) = table(old=record(outcome(0, 0.08)), new=record(outcome(1, 0.09), start=start))
+    assert line["%"] == "8.50 ± 0.71"
+
+
 def test_a_figure_from_memory_is_labelled(monkeypatch):
     recalled = ledger.Published({"model.name": "resnet_cifar"}, 5.0, 1, "a paper", recalled=True)
     monkeypatch.setattr(ledger, "PUBLISHED", (recalled,))

@@ -1,0 +1,35 @@
+"""Transfer learning: LeNet-5 on few of scikit-learn's digits, with and without what it learned on MNIST.
+
+Source: the lecture's advice for small data sets, to take over a trained network but its softmax layer, and
+the smaller the set, to freeze the more of its layers. The recipe is that of `lenet5_digits`, with batches of
+50.
+Command: make data DATASET=mnist
+         python train.py --config=configs/lenet5_mnist.py --workdir=runs/lenet5_mnist
+         python -m cnn_cases.studies.sweep --config=configs/studies/transfer_digits.py \
+             --workdir=runs/transfer_digits
+
+Every layer but `logits` starts from MNIST or is drawn; the convolutions, or all of these layers, are frozen,
+or none. What is drawn and frozen as well is a network of random features, for comparison.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, lenet5_digits
+
+
+def get_config():
+    """The grid: number of training images, start, and what is frozen."""
+    config = ConfigDict()
+    config.base = lenet5_digits.get_config()
+    with config.base.unlocked():
+        config.base.batch_size = 50
+        config.base.start.layers = ("conv*", "dense*")
+        common.follow_test_error(config.base)
+    config.grid = (
+        ("data.splits.train", ("train[:50]", "train[:200]", "train")),
+        ("start.workdir", ("", "runs/lenet5_mnist")),
+        ("optimizer.frozen", ((), ("conv*",), ("conv*", "dense*"))),
+    )
+    config.seeds = (0, 1, 2)
+    config.lock()
+    return config
