@@ -26,6 +26,7 @@ from benchmarks import report
 from cnn_cases import models
 from cnn_cases.data import feeds
 from cnn_cases.studies import depth_curves, ledger, records
+from cnn_cases.tables import mean_and_deviation
 from configs import lenet5_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -348,6 +349,18 @@ def test_the_table_of_a_depth_study_is_that_of_its_record(name, document):
 def test_the_comparison_of_the_depth_study_is_that_of_its_record():
     record = json.loads((ROOT / "results/depth_digits.json").read_text())
     assert depth_curves.comparison_table(record, "markdown") in (ROOT / "docs/results.md").read_text()
+
+
+def test_the_table_of_the_transfer_study_is_that_of_its_record():
+    points = records.group_by_point(records.read(ROOT / "results/transfer_digits.json"))
+    text = (ROOT / "docs/training.md").read_text()
+    for split, images in (("train[:50]", "50"), ("train[:200]", "200"), ("train", "1,257")):
+        for workdir, words in (("", "drawn"), ("runs/lenet5_mnist", "from MNIST")):
+            cells = []
+            for frozen in ((), ("conv*",), ("conv*", "dense*")):
+                errors = [100 * run["metrics"]["test/error"] for run in points[split, workdir, frozen]]
+                cells.append(mean_and_deviation(errors, digits=2))
+            assert f"| {images} | {words} | {' | '.join(cells)} |" in text
 
 
 def test_the_tables_of_speed_are_those_of_the_records():

@@ -348,7 +348,9 @@ def table(rows, place="results", short=False):
         if short and not published:
             continue
         others = [
-            f"{key} {records.text_of(value)}" for key, value in row.point.items() if not key.startswith(_TOLD)
+            f"{key} {records.text_of(value)}"
+            for key, value in row.point.items()
+            if value not in ("", ()) and not key.startswith(_TOLD)
         ]
         diverged = sum(run["status"] == "diverged" for run in row.runs)
         lines.append(
