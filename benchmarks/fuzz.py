@@ -183,7 +183,8 @@ def mutate(config, kind, rng, but=()):
       but: keys that are wrong already, which are left as they are.
 
     Returns:
-      The key, with dots, where it is; None where the config has no key for such a mistake.
+      The names, with dots, of the key where it is, by any of which a message may call it: a misnamed one has
+      two. [] where the config has no key for such a mistake.
     """
 
     def section_of(path):
@@ -208,17 +209,19 @@ def mutate(config, kind, rng, but=()):
         and values_for(path)
     ]
     if not paths:
-        return None
+        return []
     path = rng.choice(paths)
     section, key = section_of(path), path[-1]
+    names = [".".join(path)]
     if kind == "missing":
         del section[key]
     elif kind == "misnamed":
-        names = (key[:-1], f"{key}s", key.upper(), key[::-1], f"_{key}")
-        section[rng.choice(names)] = section.pop(key)
+        other = rng.choice((key[:-1], f"{key}s", key.upper(), key[::-1], f"_{key}"))
+        section[other] = section.pop(key)
+        names.append(".".join((*path[:-1], other)))
     else:
         section[key] = rng.choice(values_for(path))
-    return ".".join(path)
+    return names
 
 
 class Outcome(SimpleNamespace):
@@ -243,10 +246,10 @@ def try_config(rng, directory, names=TRAINING):
     values = shortened(name)
     kinds, keys = [], []
     for kind in rng.choices(KINDS, k=1 if rng.random() < 0.8 else 2):
-        key = mutate(values, kind, rng, keys)
-        if key:
+        names_of_key = mutate(values, kind, rng, keys)
+        if names_of_key:
             kinds.append(kind)
-            keys.append(key)
+            keys += names_of_key
     is_here = name.endswith("_digits")
     with contextlib.nullcontext() if is_here else Images(load(name).data.name, 4).in_place():
         what, message = judge(lambda: train(ConfigDict(values), directory, name in REAL), keys)
@@ -379,7 +382,7 @@ def try_study(rng):
     elif kind == "mistyped":
         values[part] = value
     elif kind == "base":
-        keys = ["base", mutate(values["base"], rng.choice(KINDS), rng)]
+        keys = ["base", *mutate(values["base"], rng.choice(KINDS), rng)]
     else:
         other = rng.choice(VALUES)
         # What is wrong in it, and so may be named instead of the part.

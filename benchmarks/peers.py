@@ -2,8 +2,9 @@
 
 They take and give what PyTorch's own do: image [B, C, H, W] -> logits [B, num_classes], in training mode a
 tuple with the side branches' logits behind it where the net has any. Weights start as PyTorch starts them.
-`benchmarks.throughput` checks that parameters and multiply-adds are as many as ours. What a function needs of
-our tables it imports itself, so that a process that only trains a peer imports no JAX.
+`benchmarks.throughput` checks that parameters and multiply-adds are as many as ours, and tests/test_peers.py
+that logits and gradients are ours. What a function needs of our tables it imports itself, so that a process
+that only trains a peer imports no JAX.
 """
 
 import itertools
@@ -106,7 +107,7 @@ def nin_net(variant="cifar", num_classes=10):
         if stage.dropout:
             layers.append(nn.Dropout(0.5))
         first, second, third = stage.filters if len(stage.filters) == 3 else (*stage.filters, num_classes)
-        layers += conv_relu(channels, first, stage.size, stage.stride, stage.padding)
+        layers += conv_relu(channels, first, stage.kernel_size, stage.stride, stage.padding)
         layers += [*conv_relu(first, second, 1), *conv_relu(second, third, 1)]
         channels = third
     return nn.Sequential(*layers, Mean())
