@@ -75,7 +75,8 @@ def summary(samples, num_steps):
     Raises:
       ValueError: there are too few samples for a line.
     """
-    steps, *columns = np.array([one for one in samples if WARM_UP * num_steps <= one[0] < num_steps]).T
+    late = [one for one in samples if WARM_UP * num_steps <= one[0] < num_steps]
+    steps, *columns = np.reshape(late, (len(late), 1 + len(NAMES))).T
     if len(np.unique(steps)) < 3:
         raise ValueError(f"steps = {num_steps} are over too soon for samples every {SECONDS} s")
     return {
