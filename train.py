@@ -3,8 +3,9 @@
 Every key of the config can be overridden: `--config.optimizer.learning_rate=0.01`. A second start with the
 same workdir resumes. `cnn_cases/command.py` lists the exit codes.
 
-Several processes can do one training, on one host or on many: start the same command on each, by `srun`,
-`mpirun` or on every host of a TPU pod, or name the three flags that JAX needs to know.
+Several processes can do one training, on one host or on many: start the same command on each, by `srun` or
+`mpirun`, or on every host of a TPU pod (on Compute Engine with --distributed=on); or name the three flags
+that JAX needs to know.
 """
 
 from absl import flags

@@ -121,9 +121,10 @@ def separate_compiled():
     may have another number than the one that started it, or another machine.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        place = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-        place /= f"{_kind_of_cpu()}-{provenance.cpu_threads()}-threads"
-        jax.config.update("jax_compilation_cache_dir", str(place))
+        # As a text: it can be a bucket, as in gs://bucket/compiled.
+        place = os.environ["JAX_COMPILATION_CACHE_DIR"].rstrip("/")
+        place += f"/{_kind_of_cpu()}-{provenance.cpu_threads()}-threads"
+        jax.config.update("jax_compilation_cache_dir", place)
 
 
 def _kind_of_cpu():

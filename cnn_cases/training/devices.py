@@ -97,15 +97,26 @@ def of_all_processes(devices):
 
 
 def local_devices():
-    """`jax.local_devices()`; raises ValueError where JAX finds none of the kind that it was told to take."""
+    """`jax.local_devices()`.
+
+    Raises:
+      ValueError: JAX finds none of the kind that it was told to take, or this is one host of several of a TPU
+        slice, and nobody has told the hosts of each other.
+    """
     try:
-        return jax.local_devices()
+        found = jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         wanted = jax.config.jax_platforms
         raise ValueError(
             f"JAX_PLATFORMS = {wanted!r}: JAX finds no such device here ({str(error) or 'no reason given'}); "
             "install JAX for it (requirements.txt says how), or leave the choice to JAX"
         ) from error
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"this host is one of {jax.process_count()} of a TPU slice, which work together or not at all: "
+            "start train.py with --distributed=on on each of them"
+        )
+    return found
 
 
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):

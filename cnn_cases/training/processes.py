@@ -18,6 +18,7 @@ import time
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -34,7 +35,9 @@ _LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
     "Slurm": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
 }
-_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU pod: names, with commas between
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU slice: names, with commas between
+_TPU_SLICES = "MEGASCALE_NUM_SLICES"  # equally large ones, which a job can have several of
+_PIECE = 2**26  # bytes that are broadcast at once: a device holds them several times, and counts in int32
 
 
 def launched_processes(environment):
@@ -62,7 +65,47 @@ def launched_processes(environment):
             "'off'"
         )
     hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
-    return len(hosts.split(","))
+    slices = environment.get(_TPU_SLICES, "1")
+    if not slices.isdecimal():
+        raise ValueError(f"{_TPU_SLICES} = {slices!r} is not a number")
+    return len(hosts.split(",")) * max(1, int(slices))
+
+
+def own_gpus(environment):
+    """Which of the GPUs that it sees a process takes: "all", or numbers as in "2,3"; None: as JAX chooses.
+
+    JAX gives the first task of Slurm's on a node the first GPU that it sees, the second one the second, and
+    so on. That leaves GPUs idle where there are fewer tasks, and finds none where Slurm shows each task its
+    own alone. Here the tasks of a node share evenly what they all see.
+
+    Args:
+      environment: `os.environ`.
+    """
+    _, others = _LAUNCHERS["Slurm"]
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    if not all(name in environment for name in others):
+        return "all"
+    tasks = _tasks_on_node(environment)
+    if tasks == 1:
+        return "all"
+    seen = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
+    if tasks is None or seen is None:
+        return None
+    count, of_node = len(seen.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
+    if count == 1 or (of_node.isdecimal() and count < int(of_node)):
+        return "all"  # others see the others
+    first, each = int(environment["SLURM_LOCALID"]), count // tasks
+    return ",".join(map(str, range(first * each, (first + 1) * each))) or None
+
+
+def _tasks_on_node(environment):
+    """How many tasks of this step of Slurm's this node has; None where Slurm does not tell."""
+    counts = []  # of "2(x3),1": three nodes of two tasks, and one of one
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = environment.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else None
 
 
 def join(
@@ -126,6 +169,10 @@ def join(
                 f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes "
                 "and process_id, or use a launcher that JAX knows"
             ) from error
+    gpus = own_gpus(os.environ)
+    if gpus:
+        for maker in ("cuda", "rocm"):
+            jax.config.update(f"jax_{maker}_visible_devices", gpus)
     # Here the devices start, and tell each other of themselves.
     with _alarm(
         patience, f"the devices of all processes have not started within {meeting_timeout_seconds} s"
@@ -136,6 +183,10 @@ def join(
             tell(f"error: the devices of this process do not start: {error}")
             exit_at_once(2)
     if is_several:
+        if jax.default_backend() == "gpu":
+            # JAX keeps what process 0 compiles. With another directory the others find nothing, compile, and
+            # wait for its part in XLA's trial of kernels, which are shared out: for ever, as it has none.
+            jax.config.update("jax_enable_compilation_cache", False)
         threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
 
 
@@ -166,7 +217,7 @@ def _alarm(seconds, message):
 def end_after_loss(message):
     """Ends this process, as another one of its training is lost.
 
-    Process 0 ends last: JAX aborts those who lose it.
+    The one where all meet, process 0, ends last: JAX aborts those who lose it.
 
     Args:
       message: of which the first sentence is told.
@@ -183,7 +234,8 @@ def _end(message):
 
 
 def _let_the_others_end():
-    if is_lead():
+    # On TPUs it need not be process 0 where they meet. No public name tells.
+    if distributed.global_state.service is not None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)  # there is nothing more to save
@@ -311,7 +363,8 @@ def broadcast(tree):
         return tree
     leaves, structure = jax.tree.flatten(jax.device_get(tree))
     data = np.concatenate([np.frombuffer(leaf.tobytes(), np.uint8) for leaf in leaves])
-    data = np.asarray(multihost_utils.broadcast_one_to_all(data))
+    pieces = [data[first : first + _PIECE] for first in range(0, len(data), _PIECE)]
+    data = np.concatenate([multihost_utils.broadcast_one_to_all(piece) for piece in pieces])
     parts = np.split(data, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
     leaves = [
         np.frombuffer(part.tobytes(), leaf.dtype).reshape(leaf.shape)

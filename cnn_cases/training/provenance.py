@@ -42,13 +42,16 @@ def environment():
         "platform": platform.platform(),
         "cpus": cpu_threads(),
         "devices": [device.device_kind for device in jax.devices()],
+        # None is JAX's own choice: bfloat16 on TPUs, TF32 on GPUs that have it.
+        "matmul_precision": jax.config.jax_default_matmul_precision,
         "versions": {package: _version(package) for package in PACKAGES},
     }
 
 
 def what_runs(environment):
     """Of an `environment`, what must be alike in all processes and starts of one training."""
-    return {name: environment[name] for name in ("code", "python", "versions") if name in environment}
+    names = ("code", "python", "versions", "matmul_precision")
+    return {name: environment[name] for name in names if name in environment}
 
 
 def cpu_threads():

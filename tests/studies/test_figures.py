@@ -1,4 +1,3 @@
-import json
 import pathlib
 
 import numpy as np
@@ -129,6 +128,6 @@ def test_small_errors_get_room(record):
 
 @pytest.mark.parametrize("name", ledger.read_records(RESULTS)[0])
 def test_every_record_of_a_study_can_be_drawn(name, tmp_path):
-    figures.save(figures.draw_curves(json.loads((RESULTS / name).read_text())), tmp_path / "curves")
+    figures.save(figures.draw_curves(records.read(RESULTS / name)), tmp_path / "curves")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "curves.svg").stat().st_size > 10_000

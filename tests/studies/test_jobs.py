@@ -84,6 +84,19 @@ def test_processes_share_the_cores(tmp_path, monkeypatch):
         list(jobs.run_side_by_side([[Telling()]], tmp_path, 2))
 
 
+def test_what_is_compiled_can_be_kept_in_a_bucket(monkeypatch):
+    told = []
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled/")
+    monkeypatch.setattr(jax.config, "update", lambda *pair: told.append(pair))
+    command.separate_compiled()
+    assert told == [
+        (
+            "jax_compilation_cache_dir",
+            f"gs://bucket/compiled/{command._kind_of_cpu()}-{provenance.cpu_threads()}-threads",
+        )
+    ]
+
+
 def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setattr(jax.config, "update", pytest.fail)

@@ -91,6 +91,14 @@ def test_a_device_that_is_not_there_is_told(error, monkeypatch):
         devices.local_devices()
 
 
+def test_a_host_of_a_tpu_slice_that_knows_no_others_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"one of 4 of a TPU slice, .* with --distributed=on on each"):
+        devices.local_devices()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert devices.local_devices() == jax.local_devices()
+
+
 def test_a_full_memory_is_told_from_other_errors():
     with pytest.raises(jax.errors.JaxRuntimeError) as full:
         jnp.zeros(2**50, jnp.uint8)

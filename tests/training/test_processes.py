@@ -1,4 +1,5 @@
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cnn_cases.training import processes
@@ -19,6 +20,8 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:99", "OMPI_COMM_WORLD_S
         (OPEN_MPI | SLURM | {"SLURM_NTASKS": "1"}, 2),  # by mpirun in a shell of Slurm's
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"}, 6),
     ],
 )
 def test_launchers_tell_how_many_processes_there_are(environment, count):
@@ -28,6 +31,40 @@ def test_launchers_tell_how_many_processes_there_are(environment, count):
 def test_a_launchers_count_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="SLURM_NTASKS = 'two', set by Slurm, is not a number"):
         processes.launched_processes(SLURM | {"SLURM_NTASKS": "two"})
+    with pytest.raises(ValueError, match="MEGASCALE_NUM_SLICES = 'two' is not a number"):
+        processes.launched_processes({"MEGASCALE_NUM_SLICES": "two"})
+
+
+def of_slurm(tasks, node="0", local="0", **others):
+    return SLURM | {
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_NODEID": node,
+        "SLURM_LOCALID": local,
+        **others,
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "all"),  # without a launcher
+        (of_slurm("1(x2)", CUDA_VISIBLE_DEVICES="0,1,2,3"), "all"),  # one task a node
+        (of_slurm("1(x2)"), "all"),
+        (of_slurm("4(x2)", local="2", CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_GPUS_ON_NODE="4"), "2"),
+        (of_slurm("2", local="1", CUDA_VISIBLE_DEVICES="4,5,6,7", SLURM_GPUS_ON_NODE="4"), "2,3"),
+        (of_slurm("4", local="3", CUDA_VISIBLE_DEVICES="0", SLURM_GPUS_ON_NODE="4"), "all"),  # a task's own
+        (of_slurm("2", local="1", CUDA_VISIBLE_DEVICES="0,1", SLURM_GPUS_ON_NODE="4"), "all"),
+        (of_slurm("2(x2),1", node="2", CUDA_VISIBLE_DEVICES="0,1"), "all"),
+        (of_slurm("1,2(x2)", node="2", local="1", CUDA_VISIBLE_DEVICES="0,1"), "1"),
+        (of_slurm("2", local="1", ROCR_VISIBLE_DEVICES="0,1"), "1"),
+        (of_slurm("4", local="3"), None),
+        (of_slurm("4", local="3", CUDA_VISIBLE_DEVICES="0,1"), None),  # fewer than tasks
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        (of_slurm("1", JAX_LOCAL_DEVICE_IDS="1"), None),
+    ],
+)
+def test_the_tasks_of_a_node_share_its_gpus(environment, gpus):
+    assert processes.own_gpus(environment) == gpus
 
 
 def test_an_open_mpi_that_does_not_tell_where_to_meet_is_refused():
@@ -61,6 +98,20 @@ def test_a_process_alone_leads_and_asks_nobody():
     assert processes.from_lead(lambda: (1, 2)) == processes.lead_first(lambda: (1, 2)) == (1, 2)
     tree = {"leaf": jnp.ones(2)}
     assert processes.broadcast(tree) is tree
+
+
+def test_what_is_broadcast_goes_in_pieces_and_comes_whole(monkeypatch):
+    sent = []
+    monkeypatch.setattr(processes, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(processes, "_PIECE", 16)
+    monkeypatch.setattr(
+        processes.multihost_utils, "broadcast_one_to_all", lambda piece: sent.append(len(piece)) or piece
+    )
+    tree = {"many": np.arange(9, dtype=np.float32), "one": np.int32(7)}
+    found = processes.broadcast(tree)
+    assert sent == [16, 16, 8]
+    np.testing.assert_array_equal(found["many"], tree["many"])
+    assert found["one"] == 7
 
 
 @pytest.mark.parametrize(
