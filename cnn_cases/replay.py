@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from cnn_cases import command, saved_runs
-from cnn_cases.training import checkpoint, devices, logbook, loop, programs, running
+from cnn_cases.training import checkpoint, devices, logbook, loop, programs, running, transfer
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -72,6 +72,12 @@ def replay(workdir, step=None, data_dir=""):
         state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
     else:
         state = program.init_state(config.seed)
+        noted = logbook.noted_start(workdir)
+        if noted and noted != transfer.identity(config.start.workdir, config.start.step):
+            raise ValueError(
+                f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
+                f"step {noted[0]} of it; put that back, or name a step that comes after a checkpoint"
+            )
     rewound_to = []
     # Up to here the next checkpoint tells the seeds: what went back later went back to no earlier one.
     last = min(step, diverged["checkpoint"]) if diverged else step

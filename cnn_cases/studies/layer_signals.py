@@ -9,7 +9,7 @@ projections, from the input on:
 
     gradient     norm of the loss's gradient by its kernel, as it is and without the weight decay: that of
                  the training step, on the batch that the run took next, batch statistics, augmentation and
-                 all; the mean of `--num_batches` such batches
+                 all; the mean of `--num_batches` such batches. Of a frozen layer, that which it would have
     kernel       norm of the kernel. Batch normalisation undoes the kernel's scale, so the gradient by a
                  kernel twice as large is half as large, and turns it a quarter as far
     response     standard deviation of what its batch normalisation gives, "after BN and before other

@@ -245,15 +245,17 @@ def recipe(config):
     """A config without what no result depends on, as {key with its place: value}."""
     flat = traverse_util.flatten_dict(config, sep=".")
     groups = tuple(f"{key}." for key in ASIDE)
+    if not records.lookup(config, "start.workdir"):
+        groups += ("start.",)
     return {key: value for key, value in flat.items() if key not in ASIDE and not key.startswith(groups)}
 
 
 def counterpart(config, metric):
     """The published figure of a config's network, data and metric; None where there is none.
 
-    The papers' networks were trained from the beginning.
+    The papers' networks were trained from the beginning, and all of their layers.
     """
-    if records.lookup(config, "start.workdir"):
+    if records.lookup(config, "start.workdir") or records.lookup(config, "optimizer.frozen"):
         return None
     if records.lookup(config, "data.name") == "imagenet2012":  # papers report on its validation images
         metric = metric.replace("validation/", "test/")
@@ -278,15 +280,21 @@ def metric_of(row):
 def network(config):
     """`resnet_cifar, depth 20, plain`: the model's name and its settings, without those that are off.
 
-    And the run from whose layers it started, if there is one.
+    And which layers started from those of another run, and which are frozen, if any.
     """
     words = [config["model"]["name"]]
     for key, value in config["model"].items():
         if key != "name" and value:
             words.append(key if value is True else f"{key} {value}")
     if records.lookup(config, "start.workdir"):
-        words.append(f"starting from {config['start']['workdir']}")
+        words.append("{layers} of {workdir} ({step})".format_map(_texts(config["start"])))
+    if records.lookup(config, "optimizer.frozen"):
+        words.append(f"{records.text_of(config['optimizer']['frozen'])} frozen")
     return ", ".join(words)
+
+
+def _texts(section):
+    return {key: records.text_of(value) for key, value in section.items()}
 
 
 def hardware(environments):
@@ -323,7 +331,7 @@ TITLES = (
 
 
 # Keys of which another cell tells.
-_TOLD = ("model.", "num_steps", "start.workdir", "data.name", "data.splits.train")
+_TOLD = ("model.", "num_steps", "start.", "optimizer.frozen", "data.name", "data.splits.train")
 SHORT = tuple(title for title in TITLES if title not in ("steps", "devices", "date"))
 
 

@@ -85,8 +85,8 @@ def expand(study):
                 _override(config, "grid", key, value)
             for key, value in records.adjustments(study, point):
                 _override(config, "adjust", key, value)
-            name = "_".join(f"{short[key]}-{records.text_of(value)}" for key, value in own.items())
-            runs.append(Run(re.sub(r"[/\\\[\]*?\s]", "-", name), point, config))
+            name = "_".join(f"{short[key]}-{value}" for key, value in own.items())
+            runs.append(Run(re.sub(r"[/\\\[\]*?]", "-", name), point, config))
     name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
     if times > 1:
         raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")

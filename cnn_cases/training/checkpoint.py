@@ -67,8 +67,7 @@ class Checkpoints:
         self._policy = _LastAndBest(keep_last)
         options = ocp.CheckpointManagerOptions(
             create=False,
-            # Of several processes that do one training, the first alone comes here. Orbax would wait for all.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
+            multiprocessing_options=_of_process_0_alone(),
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
@@ -286,8 +285,20 @@ def read(directory, step, like=None):
     directory = pathlib.Path(directory).absolute()
     like = _empty(like)
     # Not by the manager, which tidies up.
-    with _read_only(directory, step) as checkpoint, ocp.StandardCheckpointer() as reader:
+    reader = ocp.StandardCheckpointer(multiprocessing_options=_of_process_0_alone())
+    with _read_only(directory, step) as checkpoint, reader:
         return reader.restore(checkpoint / "state", like)
+
+
+def checksum(directory, step):
+    """A number that tells a checkpoint from others, the CRC-32 of its checksums; see `read`."""
+    with _read_only(pathlib.Path(directory), step) as checkpoint:
+        return zlib.crc32((checkpoint / CHECKSUMS).read_bytes())
+
+
+def _of_process_0_alone():
+    # Of several that do one training, it alone reads and writes. Orbax would wait for the others.
+    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 def _empty(like):

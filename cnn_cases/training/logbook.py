@@ -78,7 +78,8 @@ class Logbook:
             if starts and starts[-1].get("data", data) != data:
                 raise ValueError(
                     f"workdir = {workdir} was begun with other data: {starts[-1]['data']} there, {data} "
-                    "here (number and checksum of the examples of each split); see data.data_dir"
+                    "here (number and checksum of the examples of each split, step and checksum of what it "
+                    "starts from); see data.data_dir and start.workdir"
                 )
             claim(self._workdir, config)
             here = environment() | {"data": data}
@@ -371,6 +372,12 @@ def read_environments(workdir):
         "put a whole copy of it back, or delete it, if the run has not ended: the next start writes it anew"
     )
     return disk.read_json(path, list, remedy) if path.exists() else []
+
+
+def noted_start(workdir):
+    """`transfer.identity` of what the last start of a run started from; None where nothing is noted."""
+    starts = read_environments(workdir)
+    return starts[-1].get("data", {}).get("start") if starts else None
 
 
 def read_result(workdir):

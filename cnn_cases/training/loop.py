@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_cases import settings
-from cnn_cases.training import checkpoint, predictions, processes, programs
+from cnn_cases.training import checkpoint, predictions, processes, programs, transfer
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.logbook import (
@@ -26,6 +26,7 @@ from cnn_cases.training.logbook import (
     Logbook,
     check_owner,
     differences,
+    noted_start,
     read_result,
     write_result,
 )
@@ -92,6 +93,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     program, state = processes.lead_first(lambda: _make_start(config, program, resumes))
     data = program.feed.fingerprint()
     _check_same_data(data)
+    start = processes.from_lead(lambda: _identity_of_start(config, workdir, resumes))
+    data = data | {"start": start} if start else data
     log, checkpoints = processes.lead_first(lambda: _open(workdir, config, program, data, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
         result = _train_to_the_end(
@@ -134,6 +137,15 @@ def _check_alike(config):
                 + "\n  ".join(lines)
                 + "\nGive all processes of a training the same config, code and packages"
             )
+
+
+def _identity_of_start(config, workdir, resumes):
+    """What tells the start of a run from others, as its workdir has noted it if the run resumes; or None."""
+    if not config.start.workdir:
+        return None
+    if resumes:
+        return noted_start(workdir)
+    return transfer.identity(config.start.workdir, config.start.step)
 
 
 def _check_same_data(data):

@@ -37,7 +37,7 @@ class Program(NamedTuple):
     Attributes:
       model, tx, loss, schedule: Linen module, optax optimizer, loss of `losses`, and step -> learning rate.
       with_ema: whether the state has a moving average of the parameters.
-      start: keyword arguments of `transfer.take_layers`, of which the workdir is "" for none to be taken.
+      start: arguments of `transfer.trained_layers`, of which the workdir is "" for none to be taken.
       feed, arrays: see `data.feeds`; the arrays are replicated over the devices.
       steps_per_call: batches that a training gives `train` at once; it does one step for each.
       train_steps, train: (state, arrays, batches) -> (state, metrics), of one device's share, and its pmap.
@@ -70,11 +70,10 @@ class Program(NamedTuple):
           ValueError: the network refuses its images, or cannot start from the layers of the other one.
         """
         state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
-        return (
-            transfer.take_layers(state, **self.start)
-            if self.start["workdir"] and processes.is_lead()
-            else state
-        )
+        transfer.check_patterns("start.layers", self.start["layers"], sorted(state.params))
+        if self.start["workdir"] and processes.is_lead():
+            return transfer.put_layers(state, transfer.trained_layers(state, **self.start))
+        return state
 
     def inputs(self, config):
         """The content of the file that `data.inputs` reads, of a run of `config`."""
@@ -108,6 +107,7 @@ def make_program(config, devices=None):
         process_index=process_index,
         process_count=process_count,
     )
+    frozen = transfer.is_any_of(config.optimizer.frozen)
     model, tx, schedule = make_network(config, feed.num_classes)
     loss_settings = dict(**config.loss)
     side_weight = loss_settings.pop("side_weight")
@@ -122,7 +122,7 @@ def make_program(config, devices=None):
         num_microbatches=config.num_microbatches,
         ema_decay=config.ema_decay,
         per_device_dropout=not config.sync_batch_norm,
-        frozen=transfer.is_any_of(config.optimizer.frozen),
+        frozen=frozen,
         skip_nonfinite=config.on_nonfinite == "skip",
     )
     eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
@@ -142,7 +142,7 @@ def make_program(config, devices=None):
         predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
         devices=devices,
     )
-    if config.optimizer.frozen:
+    if frozen:
         transfer.check_frozen(config.optimizer.frozen, sorted(program.shapes_of_state().params))
     return program
 
@@ -197,7 +197,7 @@ def check(config, devices=None):
     like = program.shapes_of_state()
     check_protocol(program, like, config.evaluation.protocol)
     if config.start.workdir:
-        transfer.take_layers(like, **config.start)
+        transfer.trained_layers(like, **config.start)
 
 
 def check_protocol(program, state, protocol):
@@ -332,6 +332,8 @@ def _check_numbers(config, num_devices):
         raise ValueError(
             f"on_nonfinite = {config.on_nonfinite!r} is unknown; known: {', '.join(ON_NONFINITE)}"
         )
+    if config.start.step not in ("last", "best") and not config.start.step.isdecimal():
+        raise ValueError(f"start.step = {config.start.step!r} must be 'last', 'best' or a step, as in '1000'")
     if config.num_microbatches < 1:
         raise ValueError(f"num_microbatches = {config.num_microbatches} must be 1 or more")
     if not 0 <= config.ema_decay < 1:

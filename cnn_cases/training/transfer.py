@@ -4,6 +4,7 @@ A layer is known by the first part of its parameters' names, `conv1` or `stage2_
 `cnn_cases.analysis.costs` lists them. Patterns are those of a shell: `conv*`, `stage[12]_*`.
 """
 
+import contextlib
 import fnmatch
 import pathlib
 
@@ -30,39 +31,53 @@ def check_patterns(key, patterns, names):
 def check_frozen(patterns, names):
     """Raises ValueError unless `optimizer.frozen` names layers of a network and leaves some to train."""
     check_patterns("optimizer.frozen", patterns, names)
-    if patterns and all(map(is_any_of(patterns), names)):
+    if all(map(is_any_of(patterns), names)):
         raise ValueError(f"optimizer.frozen = {patterns} leaves no layer to train, of {', '.join(names)}")
 
 
-def take_layers(state, workdir, step, layers):
-    """A state before its first step, with layers of a trained network in the place of its own.
-
-    They are those with which that network is evaluated, the averages where it has any, and bring the running
-    statistics of their batch normalisation along.
+def identity(workdir, step):
+    """[step, checksum] of a checkpoint that a training starts from.
 
     Args:
-      state: of `state.init_state`.
+      workdir, step: as in `trained_layers`.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it is damaged.
+    """
+    with _told(workdir, step) as (directory, number):
+        return [number, checkpoint.checksum(directory, number)]
+
+
+def trained_layers(like, workdir, step, layers):
+    """Layers of another network, as it is evaluated: the averages where it has any.
+
+    Args:
+      like: a state of the network that is to have them, or its `state.shapes_of_state`.
       workdir: of the run that has trained the other network; it is only read.
       step: which of its checkpoints, "last", "best" or a number.
       layers: patterns of the names of those to take, each of which both networks must have alike.
 
+    Returns:
+      {"params", "batch_stats"}: of both a dict {name of a layer: what it has}.
+
     Raises:
       ValueError: there is no such run, checkpoint or layer, or a layer has another shape there.
     """
-    there = _trained(workdir, step)
-    names = sorted(state.params)
+    names = sorted(like.params)
     if not layers:
         raise ValueError(
             "start.layers = () must have patterns of layers' names; set start.workdir = '' for none"
         )
     check_patterns("start.layers", layers, names)
-    params, batch_stats = dict(state.params), dict(state.batch_stats)
+    with _told(workdir, step) as (directory, number):
+        saved = checkpoint.read(directory, number)
+    there, taken = saved["ema_params"] or saved, {"params": {}, "batch_stats": {}}
     for name in filter(is_any_of(layers), names):
         if name not in there["params"]:
             raise ValueError(
                 f"start.layers = {layers}: {workdir} has no {name}, but {', '.join(sorted(there['params']))}"
             )
-        for part, own in (("params", params), ("batch_stats", batch_stats)):
+        for part, own in (("params", like.params), ("batch_stats", like.batch_stats)):
             found, expected = (_shapes(layer.get(name, {})) for layer in (there[part], own))
             for leaf in sorted(found.keys() | expected.keys()):
                 if found.get(leaf) != expected.get(leaf):
@@ -72,21 +87,29 @@ def take_layers(state, workdir, step, layers):
                         f"{', '.join(names)}"
                     )
             if name in own:
-                own[name] = there[part][name]
-    averaged = {"params": params, "batch_stats": batch_stats}
+                taken[part][name] = there[part][name]
+    return taken
+
+
+def put_layers(state, taken):
+    """A state before its first step, with the layers of `trained_layers` in the place of its own."""
+    averaged = {
+        "params": state.params | taken["params"],
+        "batch_stats": state.batch_stats | taken["batch_stats"],
+    }
     # A copy, as in `state`: no leaf can be donated twice.
     ema_params = jax.tree.map(np.array, averaged) if state.ema_params else {}
     return state.replace(ema_params=ema_params, **averaged)
 
 
-def _trained(workdir, step):
-    """{"params", "batch_stats"} of the network of a run."""
-    directory = pathlib.Path(workdir) / "checkpoints"
+@contextlib.contextmanager
+def _told(workdir, step):
+    """The directory of a run's checkpoints, and the step of one; errors name the keys of the config."""
+    directory = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
     try:
-        saved = checkpoint.read(directory, checkpoint.find(directory, step))
+        yield directory, checkpoint.find(directory, step)
     except (OSError, ValueError) as error:
         raise ValueError(f"start.workdir = {workdir!r}, start.step = {step!r}: {error}") from error
-    return saved["ema_params"] or saved
 
 
 def _shapes(layer):

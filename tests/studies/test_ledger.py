@@ -84,14 +84,17 @@ def test_a_shortened_training_says_so_and_is_set_beside_nothing():
 
 
 def test_a_training_from_another_ones_layers_says_so_and_is_set_beside_nothing():
-    start = {"workdir": "runs/mnist", "step": "last", "layers": ["conv*"]}
+    start = {"workdir": "runs/mnist", "step": "last", "layers": ("conv*",)}
     (line,) = table(fine=record(outcome(0, 0.08), start=start))
-    assert line["network"] == "resnet_cifar, depth 20, shortcut A, starting from runs/mnist"
+    assert line["network"] == "resnet_cifar, depth 20, shortcut A, conv* of runs/mnist (last)"
+    assert line["published %"] == line["difference"] == ""
+    (line,) = table(random=record(outcome(0, 0.08), optimizer={"frozen": ("conv1", "norm1")}))
+    assert line["network"] == "resnet_cifar, depth 20, shortcut A, conv1 and norm1 frozen"
     assert line["published %"] == line["difference"] == ""
 
 
 def test_a_record_that_is_older_than_a_key_is_of_the_same_recipe():
-    start = {"workdir": "", "step": "last", "layers": ["*"]}
+    start = {"workdir": "", "step": "best", "layers": ["conv*"]}  # of nothing
     (line,) = table(old=record(outcome(0, 0.08)), new=record(outcome(1, 0.09), start=start))
     assert line["%"] == "8.50 ± 0.71"
 

@@ -222,16 +222,6 @@ def test_a_second_start_runs_nothing_again(finished, study, monkeypatch, capsys)
     assert "diverged at step 1" in lines[-1]
 
 
-def test_names_of_runs_have_nothing_that_a_shell_minds(data_dir):
-    grid = (("optimizer.frozen", ((), ("conv*", "dense1"))), ("start.workdir", ("", "runs/x y")))
-    assert [run.name for run in sweep.expand(tiny_study(data_dir, grid=grid, seeds=(0,)))] == [
-        "frozen-none_workdir-none_seed-0",
-        "frozen-none_workdir-runs-x-y_seed-0",
-        "frozen-conv--and-dense1_workdir-none_seed-0",
-        "frozen-conv--and-dense1_workdir-runs-x-y_seed-0",
-    ]
-
-
 def test_a_study_grows_by_seeds_and_points_and_keeps_what_is_done(
     finished, study, data_dir, tmp_path, monkeypatch
 ):

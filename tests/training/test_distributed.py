@@ -158,6 +158,19 @@ def test_two_processes_train_as_one_does(digits, unbroken, tmp_path):
     assert len(json.loads((unbroken / "environment.json").read_text())[0]["devices"]) == 2
 
 
+def test_two_processes_start_from_the_layers_of_another_training(digits, unbroken, tmp_path):
+    config = digits[0].copy_and_resolve_references()
+    config.num_steps = 4
+    config.start.workdir, config.optimizer.frozen = str(unbroken), ("conv1",)
+    flags = flags_of(config, lenet5_digits.get_config())
+    outcome = job(2, tmp_path / "two", ["--config=configs/lenet5_digits.py", *flags])
+    assert [code for code, _ in outcome] == [0, 0], outcome
+    program = programs.make_program(config, jax.devices()[:1])
+    loop.train_and_evaluate(config, tmp_path / "one", program=program, show_progress=False)
+    assert_alike(rows(tmp_path / "two"), rows(tmp_path / "one"))
+    assert "starting from *" in outcome[0][1]
+
+
 def test_a_dead_process_ends_the_others_and_a_signal_to_one_saves_for_all(digits, unbroken, tmp_path):
     outcome = job(2, tmp_path, digits[1], send={1: (signal.SIGKILL, 7)})
     assert [code for code, _ in outcome] == [4, -signal.SIGKILL], outcome

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from cnn_cases import replay
 from cnn_cases.training import checkpoint, loop, processes, programs, transfer
 from configs import resnet_digits
 from tests.conftest import stop_after, tiny_config
@@ -138,7 +139,8 @@ def test_the_deeper_vgg_starts_from_the_layers_of_net_a(data_dir, tmp_path):
         ),
         ({"start.layers": ()}, r"start\.layers = \(\) must have patterns"),
         ({"start.step": "5"}, r"start\.workdir = .* start\.step = '5': there is no checkpoint of step '5'"),
-        ({"start.workdir": "nowhere"}, r"start\.workdir = 'nowhere', .*: there is no checkpoint in nowhere"),
+        ({"start.workdir": "nowhere"}, r"start\.workdir = 'nowhere', .*: there is no checkpoint in /.*/nowhere/"),
+        ({"start.step": "-1", "start.workdir": ""}, r"start\.step = '-1' must be 'last', 'best' or a step"),
         ({"start.workdir": "x" * 5000}, r"start\.workdir = 'xxx"),
         ({"data.border": 2}, r"start\.layers = \('\*',\): dense1/kernel is 16x120 in .* and 64x120 here"),
         ({"model.name": "lenet5_1998"}, r"start\.layers = .* has no c1, but conv1, conv2, dense1"),
@@ -163,7 +165,7 @@ def test_batch_normalisation_that_the_other_network_lacks_is_named(data_dir, tmp
     layer = dict(state.params["stage1_block1"])
     del layer["norm2"]
     with pytest.raises(ValueError, match=r"stage1_block1/norm2/bias is 16 in .* and not there here; name"):
-        transfer.take_layers(
+        transfer.trained_layers(
             state.replace(params=state.params | {"stage1_block1": layer}),
             tmp_path,
             "last",
@@ -230,6 +232,37 @@ def test_a_run_that_has_begun_needs_its_start_no_more(config, source, tmp_path):
     assert_equal(train(config, tmp_path / "stopped", program), whole)
     with pytest.raises(ValueError, match=r"^start\.workdir = .* there is no checkpoint"):
         train(config, tmp_path / "anew", program)
+
+
+def test_another_start_is_refused_where_the_run_has_no_checkpoint_yet(config, source, data_dir, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    config.start.workdir, config.checkpoint.every_steps = str(tmp_path / "source"), 0
+    program = programs.make_program(config, jax.devices()[:1])
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", stop_after(program, 6, stop))
+    noted = json.loads((tmp_path / "run/environment.json").read_text())[0]["data"]["start"]
+    assert noted == transfer.identity(source, "last")
+    assert noted[0] == 12
+    shutil.rmtree(tmp_path / "source")
+    other = tiny_config(data_dir)
+    other.seed = 7
+    train(other, tmp_path / "source")
+    with pytest.raises(
+        ValueError, match=r"begun with other data: .*'start': \[12, .*; see .* start\.workdir"
+    ):
+        train(config, tmp_path / "run", program)
+    with pytest.raises(
+        ValueError, match=r"^start\.workdir = .* is not what it was when .* from step 12 of it"
+    ):
+        replay.replay(tmp_path / "run", 3)
+    shutil.rmtree(tmp_path / "source")
+    shutil.copytree(source, tmp_path / "source")
+    train(config, tmp_path / "run", program)
+    assert replay.replay(tmp_path / "run", 3).first == 0
 
 
 def test_of_several_processes_the_first_alone_reads_the_start(config, monkeypatch):
