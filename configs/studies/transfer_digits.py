@@ -12,7 +12,7 @@ Every layer but `logits` starts from MNIST or is drawn; the convolutions, or all
 or none. What is drawn and frozen as well is a network of random features, for comparison.
 Result: with all layers trained, mean test errors of 25.07, 8.92 and 2.25 % on 50, 200 and 1,257 images where
 they are drawn, and of 21.69, 5.26 and 1.97 % where they start from MNIST; with --jobs=2, 50 s on two CPU
-cores after the 3 minutes of MNIST, 2026-11-28 (results/transfer_digits.json; docs/training.md has the rest).
+cores after the training on MNIST, 2026-11-28 (results/transfer_digits.json; docs/training.md has the rest).
 """
 
 from ml_collections import ConfigDict
