@@ -15,8 +15,6 @@ from cnn_cases.models.inception import GoogLeNet
 # Of GoogLeNet's modules, in the order of the peer's branches; ours computes the reductions first.
 PARTS = ("conv_1x1", "reduce_3x3", "conv_3x3", "reduce_5x5", "conv_5x5", "project_pool")
 NAMES = {"weight": {1: "scale", 2: "kernel", 4: "kernel"}, "bias": {1: "bias"}}
-# Each kind of layer once, and every network that is put together in a way of its own.
-CASES = [name for name in throughput.CASES if name not in ("ResNet-56", "ResNet-110", "ResNet-152")]
 
 
 def without_dropout(function, args, kwargs, context):
@@ -88,13 +86,14 @@ def total_loss(losses):
     return losses[0] + throughput.SIDE_WEIGHT * sum(losses[1:])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", throughput.CASES)
 def test_a_peer_computes_what_ours_does(name):
     torch = pytest.importorskip("torch", reason="PyTorch is a requirement of the benchmarks alone")
     from benchmarks import peers  # which needs it, too
 
     case, rng = throughput.CASES[name], np.random.default_rng(0)
-    image = rng.standard_normal((4, *case.image_shape), np.float32)
+    # Large pixels: in response normalisation the constant would hide all else.
+    image = 30 * rng.standard_normal((4, *case.image_shape), np.float32)
     label = rng.integers(0, case.num_classes, 4)
     model = make_model(**case.model, num_classes=case.num_classes, dtype="float32")
     torch.manual_seed(0)
@@ -139,7 +138,9 @@ def test_a_peer_computes_what_ours_does(name):
     double = theirs(network.double(), their_image.double())
     leaves = zip(*map(jax.tree.leaves_with_path, ((list(outputs), grads), single, double)), strict=True)
     for (path, one), (_, single), (_, double) in leaves:
-        # Some networks magnify what is rounded: as much of it as the peer shows of itself is no mistake.
+        # Some networks magnify what is rounded: as much of it as the peer shows of itself is no mistake. And
+        # an activation that is all but zero may fall on either side of it, which moves gradients by a step.
+        is_logits = path[0].idx == 0
         rounding = np.linalg.norm(single - double) / np.linalg.norm(double)
         off = np.linalg.norm(one - double) / np.linalg.norm(double)
-        assert off < 1e-3 + 3 * rounding, (jax.tree_util.keystr(path), off, rounding)
+        assert off < (1e-4 if is_logits else 1e-2) + 3 * rounding, (jax.tree_util.keystr(path), off, rounding)
