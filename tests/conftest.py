@@ -107,6 +107,11 @@ def stop_after(program, steps, action):
     return program._replace(train=train)
 
 
+def interrupt():
+    """Ends a run at once, so that it saves nothing more; for `stop_after`."""
+    raise KeyboardInterrupt
+
+
 def example_of_step(program, seed, steps):
     """An example that comes at the given steps of the first 12, and at no other."""
     orders = [set(program.feed.training_examples(seed, step).tolist()) for step in range(12)]

@@ -11,6 +11,7 @@ from flax import traverse_util
 from benchmarks import throughput
 from cnn_cases.models import layers, make_model
 from cnn_cases.models.inception import GoogLeNet
+from tests.models.tracing import recorded
 
 # Of GoogLeNet's modules, in the order of the peer's branches; ours computes the reductions first.
 PARTS = ("conv_1x1", "reduce_3x3", "conv_3x3", "reduce_5x5", "conv_5x5", "project_pool")
@@ -23,16 +24,9 @@ def without_dropout(function, args, kwargs, context):
 
 def our_layers(model, variables, image):
     """The paths of the layers that have parameters of their own, in the order of the peer's."""
-    paths = []
-
-    def note(function, args, kwargs, context):
-        own = context.module.variables.get("params", {})
-        if context.method_name == "__call__" and not any(isinstance(part, dict) for part in own.values()):
-            paths.extend([context.module.path] * bool(own))
-        return function(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda variables: apply(model, variables, image), variables)
+    own = {path[:-1] for path in traverse_util.flatten_dict(variables["params"])}
+    called = recorded(lambda: jax.eval_shape(lambda given: apply(model, given, image), variables))
+    paths = [path for path in (tuple(name.split("/")) for name in called) if path in own]
     if not isinstance(model, GoogLeNet):
         return paths
     places = {path[0]: place for place, path in reversed(list(enumerate(paths)))}

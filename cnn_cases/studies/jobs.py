@@ -127,14 +127,11 @@ def own_devices(index, num_jobs):
 
     Those are virtual: processes share its cores, whichever they take.
     """
-    return None if jax.default_backend() == "cpu" else share_of(devices.local_devices(), index, num_jobs)
-
-
-def share_of(devices, index, num_jobs):
-    """The devices of one of several processes: equally many for each, or one that several share."""
-    each = max(1, len(devices) // num_jobs)
-    first = index * each % len(devices)
-    return devices[first : first + each]
+    return (
+        None
+        if jax.default_backend() == "cpu"
+        else processes.share_of(devices.local_devices(), index, num_jobs)
+    )
 
 
 def _collect(workers, stop):

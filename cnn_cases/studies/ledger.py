@@ -287,14 +287,11 @@ def network(config):
         if key != "name" and value:
             words.append(key if value is True else f"{key} {value}")
     if records.lookup(config, "start.workdir"):
-        words.append("{layers} of {workdir} ({step})".format_map(_texts(config["start"])))
+        start = config["start"]
+        words.append(f"{records.text_of(start['layers'])} of {start['workdir']} ({start['step']})")
     if records.lookup(config, "optimizer.frozen"):
         words.append(f"{records.text_of(config['optimizer']['frozen'])} frozen")
     return ", ".join(words)
-
-
-def _texts(section):
-    return {key: records.text_of(value) for key, value in section.items()}
 
 
 def hardware(environments):

@@ -95,8 +95,16 @@ def own_gpus(environment):
     count, of_node = len(seen.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
     if count == 1 or (of_node.isdecimal() and count < int(of_node)):
         return "all"  # others see the others
-    first, each = int(environment["SLURM_LOCALID"]), count // tasks
-    return ",".join(map(str, range(first * each, (first + 1) * each))) or None
+    if count < tasks:
+        return None
+    return ",".join(map(str, share_of(range(count), int(environment["SLURM_LOCALID"]), tasks)))
+
+
+def share_of(devices, index, count):
+    """The devices of one of `count` processes: equally many for each, or one that several share."""
+    each = max(1, len(devices) // count)
+    first = index * each % len(devices)
+    return devices[first : first + each]
 
 
 def _tasks_on_node(environment):

@@ -14,7 +14,7 @@ import pytest
 
 from cnn_cases import command
 from cnn_cases.studies import jobs, sweep
-from cnn_cases.training import disk, programs, provenance, stopping
+from cnn_cases.training import disk, processes, programs, provenance, stopping
 from tests.studies.test_sweep import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def test_the_users_threads_and_those_of_virtual_devices_are_left_alone(variable,
 )
 def test_processes_share_accelerators(num_devices, num_jobs, shares):
     devices = list(range(num_devices))
-    assert [jobs.share_of(devices, index, num_jobs) for index in range(num_jobs)] == shares
+    assert [processes.share_of(devices, index, num_jobs) for index in range(num_jobs)] == shares
 
 
 def test_who_compiles_for_an_accelerator_may_use_all_threads(monkeypatch):

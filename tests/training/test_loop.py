@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from cnn_cases import models
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, stopping
 from configs import resnet_digits
-from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
+from tests.conftest import example_of_step, interrupt, poisoned, stop_after, tiny_config
 
 
 def run(config, workdir, program=None):
@@ -732,11 +732,8 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path,
 
 
 def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(config, tmp_path, program):
-    def stop():
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, stop_after(program, 6, stop))
+        run(config, tmp_path, stop_after(program, 6, interrupt))
     path = tmp_path / "config.json"
     older = json.loads(path.read_text())
     del older["start"], older["optimizer"]["frozen"]
