@@ -71,9 +71,11 @@ def replay(workdir, step=None, data_dir=""):
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
     else:
-        state = program.init_state(config.seed)
         noted = logbook.noted_start(workdir)
-        if noted and noted != transfer.identity(config.start.workdir, config.start.step):
+        if noted:
+            program = program.starting_from(noted[0])
+        state = program.init_state(config.seed)
+        if noted and noted != transfer.identity(config.start.workdir, noted[0]):
             raise ValueError(
                 f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
                 f"step {noted[0]} of it; put that back, or name a step that comes after a checkpoint"

@@ -90,10 +90,10 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
     resumes = processes.from_lead(lambda: bool(checkpoint.steps(workdir / "checkpoints")))
-    program, state = processes.lead_first(lambda: _make_start(config, program, resumes))
+    start = processes.from_lead(lambda: _identity_of_start(config, workdir, resumes))
+    program, state = processes.lead_first(lambda: _make_start(config, program, start, resumes))
     data = program.feed.fingerprint()
     _check_same_data(data)
-    start = processes.from_lead(lambda: _identity_of_start(config, workdir, resumes))
     data = data | {"start": start} if start else data
     log, checkpoints = processes.lead_first(lambda: _open(workdir, config, program, data, show_progress))
     with stop_signals() as stop, contextlib.closing(log), contextlib.closing(checkpoints):
@@ -159,9 +159,13 @@ def _check_same_data(data):
             )
 
 
-def _make_start(config, program, resumes):
-    """The program, made where it is None, and the state before the first step; None where the run resumes."""
+def _make_start(config, program, start, resumes):
+    """The program, made where it is None, and the state before the first step; None where the run resumes.
+
+    `start` is of `_identity_of_start`: the other training may be going on, and its last step move.
+    """
     program = program or programs.make_program(config)
+    program = program.starting_from(start[0]) if start else program
     state = None if resumes else program.init_state(config.seed)
     programs.check_protocol(program, state or program.shapes_of_state(), config.evaluation.protocol)
     return program, state

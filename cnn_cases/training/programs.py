@@ -70,10 +70,21 @@ class Program(NamedTuple):
           ValueError: the network refuses its images, or cannot start from the layers of the other one.
         """
         state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
-        transfer.check_patterns("start.layers", self.start["layers"], sorted(state.params))
-        if self.start["workdir"] and processes.is_lead():
-            return transfer.put_layers(state, transfer.trained_layers(state, **self.start))
-        return state
+        taken = self.layers_to_start_from(state) if processes.is_lead() else None
+        return transfer.put_layers(state, taken) if taken else state
+
+    def layers_to_start_from(self, like):
+        """`transfer.trained_layers` for a state or its shapes; None where the training starts from no other.
+
+        Raises:
+          ValueError: a pattern of `start.layers` fits no layer of the network; see also `trained_layers`.
+        """
+        transfer.check_patterns("start.layers", self.start["layers"], sorted(like.params))
+        return transfer.trained_layers(like, **self.start) if self.start["workdir"] else None
+
+    def starting_from(self, step):
+        """The same program, which starts from the checkpoint of that step, whichever the config names."""
+        return self._replace(start=self.start | {"step": str(step)})
 
     def inputs(self, config):
         """The content of the file that `data.inputs` reads, of a run of `config`."""
@@ -196,8 +207,7 @@ def check(config, devices=None):
     program = make_program(config, devices)
     like = program.shapes_of_state()
     check_protocol(program, like, config.evaluation.protocol)
-    if config.start.workdir:
-        transfer.trained_layers(like, **config.start)
+    program.layers_to_start_from(like)
 
 
 def check_protocol(program, state, protocol):

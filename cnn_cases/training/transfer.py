@@ -39,10 +39,10 @@ def identity(workdir, step):
     """[step, checksum] of a checkpoint that a training starts from.
 
     Args:
-      workdir, step: as in `trained_layers`.
+      workdir, step: as in `trained_layers`, which finds out whether it is damaged.
 
     Raises:
-      ValueError: there is no such checkpoint, or it is damaged.
+      ValueError: there is no such checkpoint.
     """
     with _told(workdir, step) as (directory, number):
         return [number, checkpoint.checksum(directory, number)]
@@ -55,7 +55,8 @@ def trained_layers(like, workdir, step, layers):
       like: a state of the network that is to have them, or its `state.shapes_of_state`.
       workdir: of the run that has trained the other network; it is only read.
       step: which of its checkpoints, "last", "best" or a number.
-      layers: patterns of the names of those to take, each of which both networks must have alike.
+      layers: patterns of the names of those to take, which have passed `check_patterns`; both networks must
+        have each of them alike.
 
     Returns:
       {"params", "batch_stats"}: of both a dict {name of a layer: what it has}.
@@ -68,7 +69,6 @@ def trained_layers(like, workdir, step, layers):
         raise ValueError(
             "start.layers = () must have patterns of layers' names; set start.workdir = '' for none"
         )
-    check_patterns("start.layers", layers, names)
     with _told(workdir, step) as (directory, number):
         saved = checkpoint.read(directory, number)
     there, taken = saved["ema_params"] or saved, {"params": {}, "batch_stats": {}}

@@ -10,7 +10,7 @@ import pytest
 from cnn_cases import replay
 from cnn_cases.training import checkpoint, loop, processes, programs, transfer
 from configs import resnet_digits
-from tests.conftest import stop_after, tiny_config
+from tests.conftest import interrupt, stop_after, tiny_config
 
 LENET = ["conv1", "conv2", "dense1", "dense2", "logits"]
 
@@ -223,11 +223,8 @@ def test_a_run_that_has_begun_needs_its_start_no_more(config, source, tmp_path):
     program = programs.make_program(config, jax.devices()[:1])
     whole = train(config, tmp_path / "whole", program)
 
-    def stop():
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "stopped", stop_after(program, 6, stop))
+        train(config, tmp_path / "stopped", stop_after(program, 6, interrupt))
     shutil.rmtree(tmp_path / "source")
     assert_equal(train(config, tmp_path / "stopped", program), whole)
     with pytest.raises(ValueError, match=r"^start\.workdir = .* there is no checkpoint"):
@@ -239,11 +236,8 @@ def test_another_start_is_refused_where_the_run_has_no_checkpoint_yet(config, so
     config.start.workdir, config.checkpoint.every_steps = str(tmp_path / "source"), 0
     program = programs.make_program(config, jax.devices()[:1])
 
-    def stop():
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "run", stop_after(program, 6, stop))
+        train(config, tmp_path / "run", stop_after(program, 6, interrupt))
     noted = json.loads((tmp_path / "run/environment.json").read_text())[0]["data"]["start"]
     assert noted == transfer.identity(source, "last")
     assert noted[0] == 12
@@ -262,6 +256,16 @@ def test_another_start_is_refused_where_the_run_has_no_checkpoint_yet(config, so
     shutil.rmtree(tmp_path / "source")
     shutil.copytree(source, tmp_path / "source")
     train(config, tmp_path / "run", program)
+    assert replay.replay(tmp_path / "run", 3).first == 0
+
+
+def test_a_start_that_has_gone_on_since_is_known_by_its_step(config, source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    config.start.workdir, config.checkpoint.every_steps = str(tmp_path / "source"), 0
+    program = programs.make_program(config, jax.devices()[:1])
+    train(config, tmp_path / "run", program)
+    shutil.copytree(source / "checkpoints/12", tmp_path / "source/checkpoints/16")
+    assert transfer.identity(tmp_path / "source", "last")[0] == 16
     assert replay.replay(tmp_path / "run", 3).first == 0
 
 
