@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "cnn_cases.evaluate": ("cnn_cases",),
     "cnn_cases.predict": ("cnn_cases",),
     "cnn_cases.preview": ("cnn_cases",),
+    "cnn_cases.rehearse": ("cnn_cases",),
     "cnn_cases.replay": ("cnn_cases",),
     "cnn_cases": (),
     "configs": ("configs",),

@@ -14,8 +14,9 @@ class ResidentFeed:
     """Whole splits in memory, drawn by index; `feeds` says what a feed is.
 
     Attributes:
-      arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, the splits one after another, and what
-        `pixels` needs.
+      arrays: {"image": uint8 [N, H * W * C], "label": int32 [N]}, the splits one after another, and what
+        `pixels` needs. An image is a row: where it has a height and a width, a TPU pads each to its tiles,
+        and copies the whole set into that form at each call.
       image_shape: (H, W, C).
       num_classes: number of classes.
       statistics: of `pixels`.
@@ -61,7 +62,7 @@ class ResidentFeed:
             start += len(images)
         # One array for all splits: a step that takes it is compiled once, not once a split.
         self.arrays = pixels.arrays | {
-            "image": np.concatenate([images for images, _ in splits.values()]),
+            "image": np.concatenate([images for images, _ in splits.values()]).reshape(start, -1),
             "label": np.concatenate([labels for _, labels in splits.values()]),
         }
 
@@ -102,7 +103,8 @@ class ResidentFeed:
         """Yields this process's examples of a split as they are stored: (image uint8 [H, W, C], label)."""
         first, count = self._share
         for index in self._ranges[role][first::count]:
-            yield self.arrays["image"][index], int(self.arrays["label"][index])
+            image = self.arrays["image"][index].reshape(self.image_shape)
+            yield image, int(self.arrays["label"][index])
 
     def fingerprint(self):
         """See `feeds`; the checksum is of all examples of a split."""
@@ -125,6 +127,7 @@ class ResidentFeed:
     def prepare(self, arrays, batch, key):
         """Inside the step: a batch -> image float32 [B, H, W, C], label or target; see `feeds`."""
         image, label = arrays["image"][batch["index"]], arrays["label"][batch["index"]]
+        image = image.reshape(-1, *self.image_shape)
         if key is None:
             return self.normalize(arrays, image), label
         return self._pixels.train(arrays, image, label, batch["position"], key)

@@ -4,6 +4,8 @@ Readers of the networks can skip this file: read `conv_general_dilated` as `lax`
 `docs/speed.md` has the measurements.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
 
@@ -15,10 +17,27 @@ from jax import lax
 _WORTH_A_BAND = 10_000_000  # multiplications of a convolution; see `_conv_for_cpu`
 _FILTERS_AT_ONCE = 64  # of a GPU's matrix units; see `conv_of_wide_pixels`
 
+_written_for = contextvars.ContextVar("written_for", default=None)
+
+
+def platform():
+    """What layers are written for: "cpu", "gpu" or "tpu"; JAX's choice, unless `written_for` says more."""
+    return _written_for.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def written_for(name):
+    """Writes the layers that are traced within for the platform of that name, be it there or not."""
+    token = _written_for.set(name)
+    try:
+        yield
+    finally:
+        _written_for.reset(token)
+
 
 def is_for_cpu():
     """Whether layers are written for XLA's CPU compiler here."""
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
@@ -31,7 +50,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """
     if is_for_cpu():
         return _conv_for_cpu(x, kernel, window_strides, padding, **options)
-    if jax.default_backend() == "gpu":
+    if platform() == "gpu":
         pads = _pads(x, kernel.shape[:2], window_strides, padding)
         plain = max(window_strides) == options["feature_group_count"] == 1 and not _is_dilated(options)
         size = _pixels_in_one(x, kernel, pads) if plain else 1
@@ -196,7 +215,7 @@ def max_pool(x, window_shape, strides, padding="VALID"):
     """
     if is_for_cpu():
         pool = max_pool_by_shifts
-    elif jax.default_backend() == "gpu":
+    elif platform() == "gpu":
         pool = max_pool_by_place
     else:
         pool = nn.max_pool

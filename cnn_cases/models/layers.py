@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cnn_cases.models.fast import conv_general_dilated, max_pool
+from cnn_cases.models.fast import conv_general_dilated, max_pool, platform
 
 MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the papers have
 
@@ -110,7 +110,7 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
         a * a, 0.0, lax.add, (*ones, n), window_strides=(*ones, 1), padding=(*zeros, (n // 2, n // 2))
     )
     normalised = (a * (k + alpha * squares) ** -beta).astype(x.dtype)
-    if jax.default_backend() == "gpu":
+    if platform() == "gpu":
         # Or XLA may compute the power again for each cell of each window of a pooling that follows.
         normalised = lax.optimization_barrier(normalised)
     return normalised

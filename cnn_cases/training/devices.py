@@ -15,6 +15,7 @@ import jax
 import jaxlib
 import numpy as np
 from jax import lax
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_cases.training import processes
@@ -119,6 +120,36 @@ def local_devices():
     return found
 
 
+def of_topology(name):
+    """The devices of TPUs that are not there, for which programs can be compiled and not run.
+
+    A chip is one device; of TPU v2, v3 and v7 it is two, as on the TPUs themselves.
+
+    Args:
+      name: kind and layout of the chips: "v5e:4x4", "v4:2x2x4".
+
+    Raises:
+      ValueError: libtpu, which has the compiler, is not installed, or knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology = {name!r} needs the TPU compiler: "
+            f'pip install "jax[tpu]=={jax.__version__}", on any machine with Linux on x86'
+        )
+    # libtpu would ask the cloud which TPU it is on, and not share it with a training that is under way.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    try:
+        return topologies.get_topology_desc(name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"topology = {name!r} is none that libtpu knows, such as 'v5e:4x4' and 'v4:2x2x4': {error}"
+        ) from error
+
+
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
     """Raises ValueError, with the nearest sizes that work, unless the batch can be split evenly."""
     parts = num_devices * num_microbatches
@@ -208,6 +239,12 @@ def replicate(tree, devices):
     """Puts a whole copy of every leaf on every one of the local devices."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
     return jax.device_put(tree, sharding)
+
+
+def shapes(tree, devices):
+    """What `replicate` is for devices that are not there: the shapes and types of the leaves."""
+    del devices
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def max_in_flight(devices):

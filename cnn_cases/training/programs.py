@@ -96,12 +96,13 @@ class Program(NamedTuple):
         return shapes_of_state(self.model, self.tx, self.feed.image_shape, with_ema=self.with_ema)
 
 
-def make_program(config, devices=None):
+def make_program(config, devices=None, *, replicate=devices_lib.replicate):
     """Builds what a config describes.
 
     Args:
       config: of `configs/`.
       devices: the local devices to use; None for all.
+      replicate: (arrays, devices) -> the arrays on the devices; `devices.shapes` where these are not there.
 
     Raises:
       ValueError: a value of the config is not possible; the message names it and what is.
@@ -145,7 +146,7 @@ def make_program(config, devices=None):
         schedule=schedule,
         loss=loss,
         feed=feed,
-        arrays=devices_lib.replicate(feed.arrays, devices),
+        arrays=replicate(feed.arrays, devices),
         steps_per_call=steps_per_call(config, devices[0].platform),
         train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),

@@ -189,7 +189,16 @@ def test_max_pool_hides_no_nan(backend, place, monkeypatch):
 
 
 @pytest.mark.parametrize(("backend", "scatters"), [("cpu", False), ("gpu", False), ("tpu", True)])
-def test_max_pool_has_no_scatter_on_a_cpu_or_gpu_and_is_flax_s_on_a_tpu(backend, scatters, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_max_pool_has_no_scatter_on_a_cpu_or_gpu_and_is_flax_s_on_a_tpu(backend, scatters):
     gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((0, 1), (0, 1))).sum())
-    assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
+    with fast.written_for(backend):
+        assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
+
+
+def test_layers_are_written_for_the_devices_that_jax_has_unless_told_otherwise():
+    assert fast.platform() == "cpu"
+    with fast.written_for("tpu"):
+        with fast.written_for("gpu"):
+            assert fast.platform() == "gpu"
+        assert fast.platform() == "tpu"
+    assert fast.platform() == "cpu"

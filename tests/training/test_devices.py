@@ -99,6 +99,12 @@ def test_a_host_of_a_tpu_slice_that_knows_no_others_is_refused(monkeypatch):
     assert devices.local_devices() == jax.local_devices()
 
 
+def test_tpus_that_are_not_there_need_their_compiler(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"topology = 'v5e:2x2' needs the TPU compiler: pip install"):
+        devices.of_topology("v5e:2x2")
+
+
 def test_a_full_memory_is_told_from_other_errors():
     with pytest.raises(jax.errors.JaxRuntimeError) as full:
         jnp.zeros(2**50, jnp.uint8)

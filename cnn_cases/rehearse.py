@@ -1,0 +1,111 @@
+"""Compiles a training without running it: for which memory it asks, and whether a TPU has as much.
+
+    pip install "jax[tpu]==0.10.2"
+    python -m cnn_cases.rehearse --config=configs/resnet_cifar10.py --topology=v5e:4x4
+
+No TPU is needed, only its compiler, and the data set. What does not fit is refused, as it would be there.
+Without --topology, the programs are those of this machine's devices.
+"""
+
+import itertools
+import time
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from cnn_cases import command, tables
+from cnn_cases.models import fast
+from cnn_cases.training import devices as devices_lib
+from cnn_cases.training import programs
+
+
+class Rehearsal(NamedTuple):
+    """A compiled program; memory is that of one device.
+
+    Attributes:
+      program: its name.
+      steps: batches that one call takes.
+      images: examples in a device's share of a batch.
+      seconds: that the compiler took.
+      arguments: bytes of the state, the data that live on the device, and the batches of a call.
+      total: bytes of these, of the results that do not take their place, and of all that is in between.
+    """
+
+    program: str
+    steps: int
+    images: int
+    seconds: float
+    arguments: int
+    total: int
+
+
+def rehearse(config, devices):
+    """Compiles the training steps and the evaluation of a config.
+
+    Args:
+      config: of `configs/`.
+      devices: those of this machine, or of `devices.of_topology`; of several processes, all.
+
+    Returns:
+      [Rehearsal].
+
+    Raises:
+      ValueError: no training of this config could begin there.
+      jax.errors.JaxRuntimeError: the devices have too little memory.
+    """
+    with fast.written_for(devices[0].platform):
+        program = programs.make_program(config, devices, replicate=devices_lib.shapes)
+        feed, state = program.feed, program.shapes_of_state()
+        stages = (
+            ("training", program.train, feed.train_batches(config.seed, 0), (program.steps_per_call,)),
+            ("evaluation", program.evaluate, feed.eval_batches(next(iter(config.data.splits))), ()),
+        )
+        return [_compiled(*stage, state, program.arrays, len(devices)) for stage in stages]
+
+
+def _compiled(name, function, batches, steps, state, arrays, num_devices):
+    (batch,) = itertools.islice(batches, 1)
+    batches.close()  # ends the processes of a stream
+    images = len(next(iter(batch.values()))) // num_devices
+    shares = {
+        key: jax.ShapeDtypeStruct((num_devices, *steps, images, *leaf.shape[1:]), leaf.dtype)
+        for key, leaf in batch.items()
+    }
+    start = time.monotonic()
+    memory = function.lower(state, arrays, shares).compile().memory_analysis()
+    seconds = time.monotonic() - start
+    arguments = memory.argument_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = arguments + results + memory.temp_size_in_bytes
+    return Rehearsal(name, *(steps or [1]), images, seconds, arguments, total)
+
+
+def main():
+    """Prints a row for each program."""
+    config, topology = flags.FLAGS.config, flags.FLAGS.topology
+    jax.config.update("jax_enable_compilation_cache", False)  # what lies there takes no time to compile
+    if topology:
+        jax.config.update("jax_platforms", "cpu")  # all but the compiler; a TPU of this machine stays free
+        devices = devices_lib.of_topology(topology)
+    else:
+        devices = devices_lib.local_devices()
+    processes = len({device.process_index for device in devices})
+    print(f"{len(devices)} x {devices[0].device_kind}, processes: {processes}\n")
+    rows = [["program", "batches a call", "images a device", "compilation s", "arguments MiB", "in all MiB"]]
+    for one in rehearse(config, devices):
+        numbers = [str(one.steps), str(one.images), f"{one.seconds:.1f}"]
+        rows.append([one.program, *numbers, *(f"{size / 2**20:,.1f}" for size in (one.arguments, one.total))])
+    print(tables.aligned(rows, words=[0]), end="")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "Kind and layout of TPU chips, such as v5e:4x4; default: the devices of this machine.",
+    )
+    flags.mark_flag_as_required("config")
+    command.run(main)
