@@ -10,6 +10,7 @@ version 0.4.5), has no such policy, augmax (0.4.1) has none either, and imax, wh
 2024.
 """
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -173,13 +174,32 @@ def random_crop(image, keys, pad):
 
     Shapes: image [B, H, W, C], keys [B] -> [B, H, W, C], same dtype.
     """
+    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), -pad, pad + 1))(keys)
+    # A TPU cuts slices one after another: a tenth of a ResNet-20's step, by its compiler's estimate.
+    cut = functools.partial(_cut_slices, pad=pad)
+    return lax.platform_dependent(image, offsets, tpu=_cut_by_products, default=cut)
+
+
+def _cut_slices(image, offsets, pad):
+    """Each image, moved up and left by its offsets, int32 [B, 2] in [-pad, pad]; zeros come in."""
     padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * pad + 1))(keys)
 
     def crop(picture, offset):
-        return lax.dynamic_slice(picture, (offset[0], offset[1], 0), image.shape[1:])
+        return lax.dynamic_slice(picture, (offset[0] + pad, offset[1] + pad, 0), image.shape[1:])
 
     return jax.vmap(crop)(padded, offsets)
+
+
+def _cut_by_products(image, offsets):
+    """The same by matrices of 0 and 1, one for the rows and one for the columns of each image."""
+
+    def moves(size, offsets):
+        return jax.vmap(lambda offset: jnp.eye(size, k=offset, dtype=image.dtype))(offsets)
+
+    rows, columns = map(moves, image.shape[1:3], offsets.T)
+    # In full precision the products and sums are exact.
+    image = jnp.einsum("bij,bjwc->biwc", rows, image, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("bij,bhjc->bhic", columns, image, precision=lax.Precision.HIGHEST)
 
 
 def random_flip(image, keys):

@@ -118,6 +118,22 @@ def test_every_crop_is_a_window_of_the_padded_image_and_all_windows_occur():
     assert len(seen) == 9
 
 
+@pytest.mark.parametrize("pad", [1, 4, 6])
+def test_products_cut_what_slices_cut(pad):
+    image = unit_images(size=6)
+    offsets = np.random.default_rng(0).integers(-pad, pad + 1, (len(image), 2)).astype(np.int32)
+    offsets[:4] = [[-pad, pad], [pad, -pad], [0, 0], [0, pad]]
+    slices = augment._cut_slices(image, offsets, pad)
+    np.testing.assert_array_equal(augment._cut_by_products(image, offsets), slices)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_products_cut_on_a_tpu_alone(platform):
+    crop = jax.jit(lambda image, keys: augment.random_crop(image, keys, 2))
+    text = crop.trace(random_images(8), keys_of(8)).lower(lowering_platforms=(platform,)).as_text()
+    assert ("dot_general" in text) == (platform == "tpu") != ("gather" in text)
+
+
 def test_a_flip_mirrors_about_half_of_the_images():
     image = random_images(400)
     flipped = np.asarray(augment.random_flip(image, keys_of(400)))
