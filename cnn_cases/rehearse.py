@@ -1,10 +1,10 @@
-"""Compiles a training without running it: for which memory it asks, and whether a TPU has as much.
+"""Compiles a training without running it: for how much memory it asks, and whether a TPU has as much.
 
-    pip install "jax[tpu]==0.10.2"
     python -m cnn_cases.rehearse --config=configs/resnet_cifar10.py --topology=v5e:4x4
 
-No TPU is needed, only its compiler, and the data set. What does not fit is refused, as it would be there.
-Without --topology, the programs are those of this machine's devices.
+No TPU is needed, only its compiler, which JAX for TPUs brings along (see requirements.txt), and the data set.
+What does not fit is refused, as it would be there. Without --topology, the programs are those of this
+machine's devices.
 """
 
 import itertools
