@@ -44,15 +44,24 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients.
 
     On a CPU `_conv_for_cpu` says what is different. On a GPU, where there are few filters, neighbours in a
-    row become one pixel with all their channels, by `conv_of_wide_pixels`. On a TPU nothing is replaced.
+    row become one pixel with all their channels, by `conv_of_wide_pixels`. On a CPU and a TPU, a convolution
+    in groups becomes one for each group: on a CPU the gradient of a kernel in two groups takes fifteen times
+    as long as those of two kernels, and on a TPU the step of AlexNet's two groups an eighth less, by its
+    compiler's estimate.
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
     """
+    groups = options["feature_group_count"]
+    if groups > 1 and (is_for_cpu() or platform() == "tpu"):
+        options |= {"feature_group_count": 1}
+        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
+        parts = [conv_general_dilated(*part, window_strides, padding, **options) for part in parts]
+        return jnp.concatenate(parts, axis=-1)
     if is_for_cpu():
         return _conv_for_cpu(x, kernel, window_strides, padding, **options)
     if platform() == "gpu":
         pads = _pads(x, kernel.shape[:2], window_strides, padding)
-        plain = max(window_strides) == options["feature_group_count"] == 1 and not _is_dilated(options)
+        plain = max(window_strides) == groups == 1 and not _is_dilated(options)
         size = _pixels_in_one(x, kernel, pads) if plain else 1
         if size > 1:
             return conv_of_wide_pixels(x, kernel, pads, size, **options)
@@ -68,8 +77,6 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
 
     Times are of two cores, in November 2026; `docs/speed.md` has those of whole networks.
 
-    - A convolution in groups becomes one for each group. XLA takes fifteen times as long for the gradient of
-      a kernel in two groups as for those of two kernels.
     - One of 1x1, or whose maps have 2x2 pixels and less, becomes the matrix product of its patches: the
       gradient of a 1x1 kernel takes half the time, a convolution of the tiniest maps an eighth.
     - One of few channels and a small map, as LeNet-5's two and the first of a ResNet for CIFAR-10, becomes
@@ -80,13 +87,6 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
       the gradient of the kernel, all the way back to the previous convolution or through all shortcuts of a
       stage, and likewise the gradient of the output: a ResNet-20's step takes a quarter longer.
     """
-    groups = options["feature_group_count"]
-    if groups > 1:
-        options |= {"feature_group_count": 1}
-        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        parts = [_conv_for_cpu(*part, window_strides, padding, **options) for part in parts]
-        return jnp.concatenate(parts, axis=-1)
-
     keep = lax.optimization_barrier
     x = keep(x)
     height, width, channels, filters = kernel.shape

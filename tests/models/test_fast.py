@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -45,10 +46,10 @@ def assert_same_convolution(x, kernel, strides, padding, options):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
+def on_a_gpu():
     """Layers as they are written for a GPU, computed by what is here."""
-    monkeypatch.setattr(fast, "is_for_cpu", lambda: False)
-    monkeypatch.setattr(fast.jax, "default_backend", lambda: "gpu")
+    with fast.written_for("gpu"):
+        yield
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -134,10 +135,21 @@ def test_the_banded_product_is_the_convolution(size, channels, window, stride, p
     "options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}]
 )
 @pytest.mark.parametrize("size", [2, 8])
-def test_groups_and_dilation_are_xla_s(options, size):
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_groups_and_dilation_are_xla_s(options, size, platform):
     x = jax.random.normal(jax.random.key(0), (3, size, size, 4))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 4 // options.get("feature_group_count", 1), 6))
-    assert_same_convolution(x, kernel, (2, 2), ((2, 2), (2, 2)), options)
+    with fast.written_for(platform):
+        assert_same_convolution(x, kernel, (2, 2), ((2, 2), (2, 2)), options)
+
+
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 2), ("gpu", 1), ("tpu", 2)])
+def test_each_group_has_a_convolution_of_its_own_on_a_cpu_and_a_tpu(platform, convolutions):
+    x, kernel = jnp.ones((3, 8, 8, 4)), jnp.ones((3, 3, 2, 6))
+    grouped = functools.partial(conv_general_dilated, **PLAIN | {"feature_group_count": 2})
+    with fast.written_for(platform):
+        program = str(jax.make_jaxpr(lambda x, kernel: grouped(x, kernel, (1, 1), "SAME"))(x, kernel))
+    assert program.count("= conv_general_dilated[") == convolutions
 
 
 def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
