@@ -1,11 +1,16 @@
 """What a training asks for, known before it begins."""
 
 import importlib.util
+import re
+import subprocess
+import sys
+import types
 
 import jax
 import pytest
 
 from cnn_cases import rehearse
+from cnn_cases.models import fast
 from cnn_cases.training import devices, programs
 
 needs_libtpu = pytest.mark.skipif(
@@ -18,7 +23,7 @@ def test_a_rehearsal_has_the_programs_of_a_training_and_the_memory_of_one_device
     training, evaluation = rehearse.rehearse(config, jax.devices()[:2])
     assert (training.program, training.steps, training.images) == ("training", 1, 12)
     assert (evaluation.program, evaluation.steps, evaluation.images) == ("evaluation", 1, 100)
-    whole = rehearse.rehearse(config, jax.devices()[:1])[0]
+    whole, _ = rehearse.rehearse(config, jax.devices()[:1])
     for one in (training, evaluation):
         assert one.seconds > 0
     # Both hold all of the state and of the data; half of the images, about half of the activations.
@@ -30,23 +35,75 @@ def test_a_rehearsal_has_the_programs_of_a_training_and_the_memory_of_one_device
 
 def test_several_steps_a_call_are_compiled_as_such(config):
     config.steps_per_call = config.log_every_steps = config.evaluation.every_steps = 2
-    assert rehearse.rehearse(config, jax.devices()[:1])[0].steps == 2
+    assert next(rehearse.rehearse(config, jax.devices()[:1])).steps == 2
 
 
 def test_devices_that_cannot_share_the_batch_are_refused(config):
     config.batch_size = 25
     with pytest.raises(ValueError, match="batch_size = 25 cannot be split evenly over 4 devices"):
-        rehearse.rehearse(config, jax.devices()[:4])
+        next(rehearse.rehearse(config, jax.devices()[:4]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("start.workdir", "/nonexistent", "there is no checkpoint in /nonexistent"),
+        ("evaluation.protocol", "bogus", "evaluation.protocol = 'bogus' is unknown"),
+        ("optimizer.frozen", ("bogus",), "optimizer.frozen"),
+    ],
+)
+def test_a_training_that_could_not_begin_is_refused(key, value, message, config):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        next(rehearse.rehearse(config, jax.devices()[:1]))
+
+
+def test_layers_are_written_for_the_devices_and_not_afterwards(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fast, "is_for_cpu", lambda: asked.append(fast.platform()) or False)
+    monkeypatch.setattr(rehearse, "_compiled", lambda *_: asked.append(fast.platform()))
+    for _ in rehearse.rehearse(config, [types.SimpleNamespace(platform="tpu")]):
+        asked.append(f"afterwards {fast.platform()}")
+    assert asked[-4:] == ["tpu", "afterwards cpu"] * 2  # the state's layers came before
+    assert set(asked[:-4]) == {"tpu"}
+
+
+def run(config_file, *flags):
+    command = [sys.executable, "-m", "cnn_cases.rehearse", f"--config={config_file}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_a_row_for_each_program():
+    done = run("configs/lenet5_digits.py", "--config.batch_size=16", "--config.evaluation.batch_size=8")
+    assert done.returncode == 0, done.stderr
+    device, _, head, training, evaluation = done.stdout.splitlines()
+    assert re.match(r"\d+ x cpu", device)
+    assert (head.split()[0], training.split()[0], evaluation.split()[0]) == (
+        "program",
+        "training",
+        "evaluation",
+    )
+    assert len(training.split()) == len(evaluation.split()) == 6
+
+
+@pytest.mark.parametrize("topology", ["", "v5e", "v5e-4", "V4:2x2x1", "v4=2x2x1"])
+def test_what_is_no_topology_is_refused(topology):
+    with pytest.raises(ValueError, match=f"topology = '{topology}' must be a kind of TPU and the layout"):
+        devices.of_topology(topology)
+
+
+def test_the_command_takes_no_empty_topology():
+    done = run("configs/lenet5_digits.py", "--topology=")
+    assert done.returncode == 2
+    assert "topology = '' must be a kind of TPU" in done.stderr
 
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "count", "processes"), [("v5e:2x2", 4, 1), ("v5e:4x4", 16, 4), ("v4:2x2x2", 8, 2)]
+    ("topology", "count"), [("v5e:1x1", 1), ("v5e:1x2", 2), ("v5e:4x4", 16), ("v4:2x2x2", 8)]
 )
-def test_a_topology_has_its_chips(topology, count, processes):
-    found = devices.of_topology(topology)
-    assert len(found) == count
-    assert {device.process_index for device in found} == set(range(processes))
+def test_a_topology_has_its_chips(topology, count):
+    assert len(devices.of_topology(topology)) == count
 
 
 @needs_libtpu
@@ -63,12 +120,12 @@ def test_a_training_is_compiled_for_tpus_that_are_not_there(config):
 def test_a_training_that_does_not_fit_is_refused(config):
     config.data.image_size, config.batch_size = 640, 1200
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
-        rehearse.rehearse(config, devices.of_topology("v5e:2x2")[:1])
+        next(rehearse.rehearse(config, devices.of_topology("v5e:2x2")[:1]))
     assert "a device has no memory left" in devices.refusal(raised.value)
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x5", "v5e", ""])
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x5"])
 def test_a_topology_that_there_is_not_is_refused(topology):
     with pytest.raises(ValueError, match=f"topology = '{topology}' is none that libtpu knows"):
         devices.of_topology(topology)

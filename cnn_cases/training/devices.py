@@ -9,7 +9,9 @@ in the order of the processes.
 """
 
 import importlib.util
+import math
 import os
+import re
 
 import jax
 import jaxlib
@@ -123,15 +125,22 @@ def local_devices():
 def of_topology(name):
     """The devices of TPUs that are not there, for which programs can be compiled and not run.
 
-    A chip is one device; of TPU v2, v3 and v7 it is two, as on the TPUs themselves.
+    A chip is one device, and two where TPUs themselves have it so: of v2, v3 and tpu7x.
 
     Args:
-      name: kind and layout of the chips: "v5e:4x4", "v4:2x2x4".
+      name: kind (v2, v3, v4, v5e, v5p, v6e or tpu7x) and layout of the chips: "v5e:4x4", "v4:2x2x4".
 
     Raises:
       ValueError: libtpu, which has the compiler, is not installed, or knows no such topology.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    known = re.fullmatch(r"([a-z0-9]+):(\d+)x(\d+)(?:x(\d+))?", name)
+    if not known:
+        raise ValueError(
+            f"topology = {name!r} must be a kind of TPU and the layout of its chips, such as 'v5e:4x4' or "
+            "'v4:2x2x4'"
+        )
+    libtpu = importlib.util.find_spec("libtpu")
+    if libtpu is None or libtpu.origin is None:  # of a directory that only has the name, there is no origin
         raise ValueError(
             f"topology = {name!r} needs the TPU compiler: "
             f'pip install "jax[tpu]=={jax.__version__}", on any machine with Linux on x86'
@@ -141,13 +150,15 @@ def of_topology(name):
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    kind, *layout = known.groups(default="1")
+    layout = [int(chips) for chips in layout]
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if math.prod(layout) < 4:
+        options["chips_per_host_bounds"] = layout  # libtpu would have 2x2 chips for each host
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"topology = {name!r} is none that libtpu knows, such as 'v5e:4x4' and 'v4:2x2x4': {error}"
-        ) from error
+        raise ValueError(f"topology = {name!r} is none that libtpu knows: {error}") from error
 
 
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):

@@ -205,10 +205,15 @@ def may_loop(config, platform):
 
 def check(config, devices=None):
     """Raises ValueError unless a run of this config could begin; loads its data, and compiles nothing."""
-    program = make_program(config, devices)
+    check_program(make_program(config, devices), config)
+
+
+def check_program(program, config):
+    """The same of the program of a config; the shapes and types of its state."""
     like = program.shapes_of_state()
     check_protocol(program, like, config.evaluation.protocol)
     program.layers_to_start_from(like)
+    return like
 
 
 def check_protocol(program, state, protocol):
