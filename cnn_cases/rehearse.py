@@ -31,7 +31,7 @@ class Rehearsal(NamedTuple):
       seconds: that the compiler took.
       arguments: bytes of the state, the data that live on the device, and the batches of a call.
       total: bytes of these, of the results that do not take their place, and of what is in between. The code
-        of the program, up to 100 MB on a TPU, comes on top.
+        of the program comes on top.
     """
 
     program: str

@@ -1,6 +1,5 @@
 """What a training asks for, known before it begins."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -13,10 +12,10 @@ from cnn_cases import rehearse
 from cnn_cases.models import fast
 from cnn_cases.training import devices, programs
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='the TPU compiler is not installed (pip install "jax[tpu]")',
-)
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu", reason="the TPU compiler is a requirement of rehearsals for TPUs alone")
 
 
 def test_a_rehearsal_has_the_programs_of_a_training_and_the_memory_of_one_device(config):
@@ -76,14 +75,10 @@ def run(config_file, *flags):
 def test_the_command_prints_a_row_for_each_program():
     done = run("configs/lenet5_digits.py", "--config.batch_size=16", "--config.evaluation.batch_size=8")
     assert done.returncode == 0, done.stderr
-    device, _, head, training, evaluation = done.stdout.splitlines()
+    device, _, *rows = done.stdout.splitlines()
     assert re.match(r"\d+ x cpu", device)
-    assert (head.split()[0], training.split()[0], evaluation.split()[0]) == (
-        "program",
-        "training",
-        "evaluation",
-    )
-    assert len(training.split()) == len(evaluation.split()) == 6
+    assert [row.split()[0] for row in rows] == ["program", "training", "evaluation"]
+    assert [len(row.split()) for row in rows[1:]] == [6, 6]
 
 
 @pytest.mark.parametrize("topology", ["", "v5e", "v5e-4", "V4:2x2x1", "v4=2x2x1"])
@@ -98,7 +93,7 @@ def test_the_command_takes_no_empty_topology():
     assert "topology = '' must be a kind of TPU" in done.stderr
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     ("topology", "count"), [("v5e:1x1", 1), ("v5e:1x2", 2), ("v5e:4x4", 16), ("v4:2x2x2", 8)]
 )
@@ -106,7 +101,7 @@ def test_a_topology_has_its_chips(topology, count):
     assert len(devices.of_topology(topology)) == count
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_a_training_is_compiled_for_tpus_that_are_not_there(config):
     config.batch_size = config.evaluation.batch_size = 32
     config.log_every_steps = 4
@@ -116,7 +111,7 @@ def test_a_training_is_compiled_for_tpus_that_are_not_there(config):
     assert training.total > training.arguments > 0
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_a_training_that_does_not_fit_is_refused(config):
     config.data.image_size, config.batch_size = 640, 1200
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
@@ -124,7 +119,7 @@ def test_a_training_that_does_not_fit_is_refused(config):
     assert "a device has no memory left" in devices.refusal(raised.value)
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x5"])
 def test_a_topology_that_there_is_not_is_refused(topology):
     with pytest.raises(ValueError, match=f"topology = '{topology}' is none that libtpu knows"):
