@@ -85,6 +85,7 @@ class Images:
             "load_split": self.load_split,
             "open_split": self.open_split,
             "check_disjoint": lambda *_: None,
+            "check_resident": lambda *_: None,
             "computed_once": lambda _name, _data_dir, _key, compute: compute(),
         }
 

@@ -106,6 +106,7 @@ def make_feed(
             f"data.crop.name = {crop['name']!r} is not for data.feed = 'resident', which has whole images "
             "('squeeze'); use data.feed = 'stream'"
         )
+    sources.check_resident(name, splits, data_dir, image_size, border)
     loaded = {
         role: sources.load_split(name, split, data_dir, image_size, border) for role, split in splits.items()
     }

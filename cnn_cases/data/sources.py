@@ -155,6 +155,25 @@ def check_disjoint(name, splits, data_dir=""):
             )
 
 
+def check_resident(name, splits, data_dir="", image_size=0, border=0):
+    """Refuses splits that are more, all of them together, than this machine's memory holds.
+
+    Args:
+      name, data_dir, image_size, border: see `load_split`.
+      splits: {role: TFDS split expression}.
+
+    Raises:
+      ValueError: they are; or the set cannot be opened, or a split of it.
+    """
+    builder = open_prepared(name, data_dir)
+    *sides, channels = builder.info.features["image"].shape
+    if not image_size and None in sides:
+        return  # photographs of one size, or `load_split` refuses them
+    shape = (*((image_size or side) + 2 * border for side in sides), channels)
+    count = sum(end - start for split in splits.values() for _, start, end in _parts(builder, split))
+    check_memory(count, shape, "data.image_size and data.border, or take data.feed = 'stream'")
+
+
 @functools.lru_cache(maxsize=4)
 def load_split(name, split, data_dir="", image_size=0, border=0):
     """A whole split in memory, kept for the next call: many runs of a study share one.
@@ -174,12 +193,7 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
     """
     builder = open_prepared(name, data_dir)
     parts = _parts(builder, split)
-    *sides, channels = builder.info.features["image"].shape
-    if image_size or None not in sides:
-        shape = (*((image_size or side) + 2 * border for side in sides), channels)
-        count = sum(end - start for _, start, end in parts)
-        check_memory(count, shape, "data.image_size and data.border, or take data.feed = 'stream'")
-    if None in sides:
+    if None in builder.info.features["image"].shape:
         images, labels = _decode(builder, split, image_size)
     else:
         whole = [_decode_once(builder, base) for base, _, _ in parts]

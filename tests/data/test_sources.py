@@ -14,7 +14,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.util import DownloadError
 
-from cnn_cases.data import decode, prepare, sources
+from cnn_cases.data import decode, feeds, prepare, sources
+from tests.conftest import tiny_config
 from tests.data import photos
 
 
@@ -94,7 +95,17 @@ def test_an_unknown_split_is_refused_with_the_known_ones(data_dir):
 def test_images_that_no_memory_holds_are_refused(sizes, data_dir, monkeypatch):
     monkeypatch.setattr(sources.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**21)
     with pytest.raises(ValueError, match=r"1,257 images .* 8.6 GB of memory; change data.image_size"):
-        sources.load_split("digits", "train", data_dir, **sizes)
+        sources.check_resident("digits", {"train": "train"}, data_dir, **sizes)
+
+
+def test_splits_have_to_be_in_memory_together(data_dir, monkeypatch):
+    config = tiny_config(data_dir)
+    monkeypatch.setattr(sources, "_memory", lambda: 1_500 * 16 * 16)
+    config.data.splits = {"train": "train"}
+    feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
+    config.data.splits = {"train": "train", "test": "test"}
+    with pytest.raises(ValueError, match=r"1,612 images of 16x16x1 take 0.0 GB"):
+        feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
 
 
 def test_the_digits_are_prepared_on_first_use(tmp_path):
