@@ -61,7 +61,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
 
     program = programs.make_program(config, saved_runs.usable_devices(config))
     like = program.shapes_of_state()
-    num_views = programs.check_protocol(program, like, protocol)
+    num_views = len(programs.check_protocol(program, like, protocol))
     state = devices.replicate(checkpoint.read(checkpoints, step, like), program.devices)
     out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / f"{split}_{protocol}_{step}")
     out.mkdir(parents=True, exist_ok=True)  # so that a bad one is known now, not after an hour of predictions

@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -27,7 +28,7 @@ class Rehearsal(NamedTuple):
     Attributes:
       program: its name.
       steps: batches that one call takes.
-      images: examples in a device's share of a batch.
+      images: examples in a device's share of a batch, or views.
       seconds: that the compiler took.
       arguments: bytes of the state, the data that live on the device, and the batches of a call.
       total: bytes of these, of the results that do not take their place, and of what is in between. The code
@@ -43,7 +44,10 @@ class Rehearsal(NamedTuple):
 
 
 def rehearse(config, devices):
-    """Compiles the training steps of a config, and then the evaluation of one view of each image.
+    """Compiles the programs of a training: its steps, its evaluation, and what answers views of each size.
+
+    Views are those of `evaluation.protocol` on a square image, where it has more than a single one. Of longer
+    images they are longer, and as many fewer at once.
 
     Args:
       config: of `configs/`.
@@ -56,29 +60,42 @@ def rehearse(config, devices):
       ValueError: no training of this config could begin there.
       jax.errors.JaxRuntimeError: the devices have too little memory.
     """
-    platform = devices[0].platform
+    platform, num_devices = devices[0].platform, len(devices)
     with fast.written_for(platform):
         program = programs.make_program(config, devices, replicate=devices_lib.shapes)
-        feed, state = program.feed, programs.check_program(program, config)
-    for stage in (
-        ("training", program.train, feed.train_batches(config.seed, 0), (program.steps_per_call,)),
-        ("evaluation", program.evaluate, feed.eval_batches(next(iter(config.data.splits))), ()),
-    ):
+        state = programs.check_program(program, config)
+        feed, steps = program.feed, (program.steps_per_call,)
+        training = _shares(feed.train_batches(config.seed, 0), num_devices, *steps)
+        evaluation = _shares(feed.eval_batches(next(iter(config.data.splits))), num_devices)
+        stages = [("training", program.train, training, *steps), ("evaluation", program.evaluate, evaluation)]
+        protocol, size = config.evaluation.protocol, config.evaluation.batch_size
+        shapes = [] if protocol == "single" else programs.check_protocol(program, state, protocol)
+        for shape in sorted(set(shapes)):
+            share = num_devices, programs.views_at_once(program, shape, size)
+            views = jax.ShapeDtypeStruct((*share, *shape), np.uint8)
+            stages.append((f"views of {shape[0]}x{shape[1]}", program.predict, views))
+    for name, function, *batch in stages:
         with fast.written_for(platform):
-            compiled = _compiled(*stage, state, program.arrays, len(devices))
+            compiled = _compiled(name, function, state, program.arrays, *batch)
         yield compiled
 
 
-def _compiled(name, function, batches, steps, state, arrays, num_devices):
+def _shares(batches, num_devices, *steps):
+    """Shapes and types of what `devices.shard` and the like make of a feed's batches, for one call."""
     (batch,) = itertools.islice(batches, 1)
     batches.close()  # ends the processes of a stream
-    images = len(next(iter(batch.values()))) // num_devices
-    shares = {
-        key: jax.ShapeDtypeStruct((num_devices, *steps, images, *leaf.shape[1:]), leaf.dtype)
+    return {
+        key: jax.ShapeDtypeStruct(
+            (num_devices, *steps, len(leaf) // num_devices, *leaf.shape[1:]), leaf.dtype
+        )
         for key, leaf in batch.items()
     }
+
+
+def _compiled(name, function, state, arrays, batch, *steps):
+    images = jax.tree.leaves(batch)[0].shape[1 + len(steps)]
     start = time.monotonic()
-    memory = function.lower(state, arrays, shares).compile().memory_analysis()
+    memory = function.lower(state, arrays, batch).compile().memory_analysis()
     seconds = time.monotonic() - start
     arguments = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -37,6 +37,18 @@ def test_several_steps_a_call_are_compiled_as_such(config):
     assert next(rehearse.rehearse(config, jax.devices()[:1])).steps == 2
 
 
+def test_the_last_evaluation_shows_views_of_several_sizes(config):
+    config.evaluation.protocol = "ten_crop"
+    _, _, views = rehearse.rehearse(config, jax.devices()[:2])
+    assert (views.program, views.steps, views.images) == ("views of 16x16", 1, 100)
+    config.model.name, config.evaluation.protocol = "nin", "resnet_dense"
+    _, _, *views = rehearse.rehearse(config, jax.devices()[:2])
+    assert [one.program for one in views] == [f"views of {side}x{side}" for side in (16, 18, 27, 34, 46)]
+    assert [one.images for one in views] == [100, 79, 35, 22, 12]  # as many pixels as 100 of 16x16
+    for one in views:
+        assert one.total > one.arguments > 0
+
+
 def test_devices_that_cannot_share_the_batch_are_refused(config):
     config.batch_size = 25
     with pytest.raises(ValueError, match="batch_size = 25 cannot be split evenly over 4 devices"):

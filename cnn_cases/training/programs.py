@@ -217,7 +217,7 @@ def check_program(program, config):
 
 
 def check_protocol(program, state, protocol):
-    """How many views of each image a protocol has; computes nothing.
+    """The shape of each view that a protocol makes of a square image; computes nothing.
 
     Args:
       program: of `make_program`.
@@ -234,8 +234,8 @@ def check_protocol(program, state, protocol):
 
 def check_views(predict, state, arrays, protocol, *, image_shape, view):
     """The same for a function of `steps.make_predict_step`, whose images a feed shows by `view`."""
-    views = make_views(protocol, image_shape, view)(np.zeros(image_shape, np.uint8))
-    for shape in sorted({view.shape for view in views} - {tuple(image_shape)}):
+    shapes = [view.shape for view in make_views(protocol, image_shape, view)(np.zeros(image_shape, np.uint8))]
+    for shape in sorted(set(shapes) - {tuple(image_shape)}):
         try:
             jax.eval_shape(predict, state, arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
         except (TypeError, ValueError, flax_errors.FlaxError) as error:
@@ -244,7 +244,7 @@ def check_views(predict, state, arrays, protocol, *, image_shape, view):
                 f"evaluation.protocol = {protocol!r} has views of {shape[0]}x{shape[1]} pixels, which this "
                 f"network cannot take: {reason}; use 'single', 'flip' or 'ten_crop'"
             ) from error
-    return len(views)
+    return shapes
 
 
 def evaluate(program, state, split, *, check_stop=lambda: None):
@@ -273,8 +273,7 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
       state: of its network.
       split: a part of data.splits.
       protocol: one that has passed `check_protocol`.
-      batch_size: views of the training images' size in one batch over all devices of all processes; as many
-        pixels of others, so that larger views fit into memory, too.
+      batch_size: see `views_at_once`.
       show_progress: draw a bar on a terminal.
       check_stop: called before each example; what it raises ends the prediction.
 
@@ -285,22 +284,29 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
       ValueError: this process has no example of the split.
     """
     num_devices = len(program.devices)
-    num_all = len(devices_lib.of_all_processes(program.devices))
-    height, width, _ = program.feed.image_shape
-
-    def batch_size_of(shape):
-        share = batch_size * height * width // (shape[0] * shape[1] * num_all)
-        return max(1, share) * num_devices
-
     hidden = not (show_progress and is_watched())
     examples = _stoppable(program.feed.examples(split), check_stop)
     return predictions.average_views(
         tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
         make_views(protocol, program.feed.image_shape, program.feed.view),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
-        batch_size=batch_size_of,
+        batch_size=lambda shape: views_at_once(program, shape, batch_size) * num_devices,
         ahead=devices_lib.max_in_flight(program.devices),
     )
+
+
+def views_at_once(program, shape, batch_size):
+    """How many views of a shape a device takes in one call of `program.predict`.
+
+    Args:
+      program: of `make_program`.
+      shape: (h, w, C) of the views.
+      batch_size: views of the training images' size in one batch over all devices of all processes; as many
+        pixels of others, so that larger views fit into memory, too.
+    """
+    height, width, _ = program.feed.image_shape
+    num_devices = len(devices_lib.of_all_processes(program.devices))
+    return max(1, batch_size * height * width // (shape[0] * shape[1] * num_devices))
 
 
 def _check_numbers(config, num_devices):
