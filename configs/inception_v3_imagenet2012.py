@@ -13,16 +13,18 @@ The paper's recipe, item by item:
 - label smoothing 0.1; batch normalisation in the side branch too;
 - a running average of the parameters, with which the net is evaluated.
 
-Where the paper is silent: RMSProp's momentum (0.9, which the paper gives for its earlier runs with plain
-momentum), the side branch's weight (0.4, as in the authors' training code; the paper on GoogLeNet has 0.3),
+Where the paper is silent: RMSProp's momentum (0.9, as in the authors' training code), the side branch's
+weight (0.4, as in that code; the paper on GoogLeNet has 0.3),
 the weight decay (4e-5 without biases and batch normalisation, as in that code), dropout (0.2, in the model,
 as in that code), the average (keeping 0.9999 at each step, and less in the first ones, as in that code),
 initialisation (He's, in the model),
-augmentation (the patches of Szegedy et al. 2014, section 6, and flips, without distortions of colour), the
-crop of the test (the centre, 299 of 342 pixels, as recalled from the same code), and what is done to pixels
-(normalised by the mean and deviation of their channel).
-Departures: one synchronous step on 1,600 images for the 50 replicas' steps, which did not wait for each
-other, on 32 each; the optimizer sees the weight decay as part of the gradient that it clips.
+augmentation (the patches of Szegedy et al. 2014, section 6, and flips; that code has patches from a twentieth
+of the image on, and distortions of colour), the crop of the test (the central square, 299 of 342 pixels; that
+code takes the central seven eighths of both sides, and makes a square of them), and what is done to pixels
+(normalised by the mean and deviation of their channel; that code scales them to [-1, 1]).
+Departures: one synchronous step on 1,600 images, whose batch statistics are those of all of them
+(--config.sync_batch_norm=False: of each device's share), for the steps of 50 replicas on 32 each; the
+optimizer sees the weight decay as part of the gradient that it clips.
 Not run yet.
 """
 

@@ -17,7 +17,8 @@ The paper's recipe, item by item:
 Where the paper is silent: when the rate fell (here after 30 and 60 epochs, as in the appendix of the authors'
 paper of 2016), and whether biases and batch normalisation decay (here they do, as in fb.resnet.torch, whose
 README counts that as a departure from the paper).
-Departures: 90 epochs, as is usual since fb.resnet.torch; the mean image is that of a sample, of central
+Departures: 90 epochs, as is usual since fb.resnet.torch; batch statistics are those of the global batch
+(--config.sync_batch_norm=False: of each device's share); the mean image is that of a sample, of central
 crops.
 Not run yet.
 """

@@ -13,9 +13,9 @@ The paper's recipe, item by item:
   sizes, and their mirror images, in the test.
 
 Where the paper is silent: whether biases decay (here they do not), and when the rate fell.
-Departures: Glorot's initialisation in place of a start from net A, which the paper's authors recommend in
-hindsight (docs/case_studies.md has the other start); the rate falls after one, two and two and a half thirds
-of the steps, times of our own; pixels are divided by each channel's deviation, too; the longer side of a test
+Departures: in place of a start from net A (docs/case_studies.md has it) Glorot's initialisation, which the
+paper's authors recommend in hindsight; the rate falls after 2/6, 4/6 and 5/6 of the steps, times of our own;
+pixels are divided by each channel's deviation, too; the longer side of a test
 image cut to repeat its shape. The shorter side is drawn from 256 to 512 pixels, without the paper's start at
 384.
 Not run yet.

@@ -34,7 +34,8 @@ the modules are theirs too, the paper leaves them to a file beside its source, w
 - table 1 has conv 3x3 with 80 filters, conv 3x3 with 192 and stride 2, conv 3x3 with 288, where the weights
   have conv 1x1, conv 3x3, max pool;
 - the modules of figure 5 have one 5x5 window where the figure has a 3x3;
-- the side branch has 768 filters in its 5x5 convolution (the paper's figure 8, as recalled, has 128);
+- module 6a has no 1x1 convolution before its single 3x3, and the side branch 768 filters in its 5x5
+  convolution (the paper's figures 10 and 8, as recalled, have one, and 1,024);
 - the modules of figure 5 have 256, 288 and 288 filters in all, where table 1 has 288 throughout;
 - there are four modules of figure 6, where section 6 has five after the reduction.
 

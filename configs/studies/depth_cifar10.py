@@ -13,7 +13,7 @@ recalled, stays above 60 %.
 Result: 9.89, 10.30, 12.22 and 14.38 % test error of the plain nets of depths 20, 32, 44 and 56, and 8.84,
 7.74, 7.70 and 7.37 % of the residual ones, with seed 0, in bfloat16; side by side on one H100, 2026-11-27
 (results/depth_cifar10.json; docs/speed.md has the command and the time). Depth 110 was not run yet. On two
-CPU cores, 200 steps of depths 8 and 20 with three seeds showed no difference that is larger than its interval
+CPU cores, 200 steps of depths 8 and 20 with three seeds showed no difference whose interval excludes zero
 (results/depth_cifar10_200_steps.json, 2026-11-26).
 """
 
