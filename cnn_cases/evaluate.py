@@ -46,7 +46,8 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
       What metrics.json holds, and the directory.
 
     Raises:
-      ValueError: there is no such run, split, protocol or checkpoint, or the checkpoint is damaged.
+      ValueError: there is no such run, split, protocol or checkpoint, the checkpoint is damaged, or the data
+        are not those of the run.
       OSError: the directory cannot be made or written to.
     """
     config = saved_runs.load_config(workdir, data_dir)
@@ -60,6 +61,7 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
     step = checkpoint.find(checkpoints, which)
 
     program = programs.make_program(config, saved_runs.usable_devices(config))
+    saved_runs.check_unchanged(workdir, program.feed, ("train", split))
     like = program.shapes_of_state()
     num_views = len(programs.check_protocol(program, like, protocol))
     state = devices.replicate(checkpoint.read(checkpoints, step, like), program.devices)

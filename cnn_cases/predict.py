@@ -102,6 +102,7 @@ def load(workdir, which="last"):
       ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = saved_runs.load_config(workdir)
+    saved_runs.check_unchanged(workdir)
     path = pathlib.Path(workdir) / "inputs.npz"
     try:
         shown = inputs.from_bytes(path.read_bytes())

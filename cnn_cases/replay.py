@@ -53,7 +53,8 @@ def replay(workdir, step=None, data_dir=""):
       data_dir: where TFDS keeps its sets; "" for the config's.
 
     Raises:
-      ValueError: there is no such run or step, or the checkpoint is damaged.
+      ValueError: there is no such run or step, the checkpoint is damaged, or the training images are not
+        those of the run.
     """
     workdir = pathlib.Path(workdir)
     config = saved_runs.load_config(workdir, data_dir)
@@ -68,6 +69,7 @@ def replay(workdir, step=None, data_dir=""):
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
+    saved_runs.check_unchanged(workdir, program.feed, ("train",))
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
     else:

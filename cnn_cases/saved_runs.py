@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from cnn_cases import settings
-from cnn_cases.training import devices, disk, logbook
+from cnn_cases.training import devices, disk, logbook, provenance
 
 
 def load_config(workdir, data_dir=""):
@@ -33,6 +33,31 @@ def load_config(workdir, data_dir=""):
     settings.check(config)
     config.data.data_dir = data_dir or config.data.data_dir
     return config
+
+
+def check_unchanged(workdir, feed=None, splits=()):
+    """Refuses other data than a run's own, and warns of other code or packages than it was last started with.
+
+    The network would be shown other pixels: the statistics that normalise them are taken of the data anew.
+
+    Args:
+      workdir: of the run.
+      feed: of its config, with the data that are here; None where none are needed.
+      splits: parts of data.splits that must be as they were, if the run has noted how they were.
+
+    Raises:
+      ValueError: one is not.
+    """
+    starts = logbook.read_environments(workdir)
+    logbook.warn_of_changes(workdir, starts, provenance.environment())
+    there = starts[-1].get("data", {}) if starts else {}
+    here = feed.fingerprint() if feed else {}
+    for split in splits:
+        if split in there and there[split] != here[split]:
+            raise ValueError(
+                f"workdir = {workdir} was trained with other data: data.splits.{split} is {there[split]} "
+                f"there and {here[split]} here (number and checksum of the examples); see --data_dir"
+            )
 
 
 def usable_devices(config):

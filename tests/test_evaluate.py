@@ -18,7 +18,7 @@ from flax import linen as nn
 from cnn_cases import evaluate, saved_runs
 from cnn_cases.data import views
 from cnn_cases.models import vgg
-from cnn_cases.training import checkpoint, loop, predictions, programs, steps
+from cnn_cases.training import checkpoint, loop, predictions, programs, provenance, steps
 from cnn_cases.training.state import TrainState
 from configs import resnet_digits
 from tests.conftest import draw, tiny_config
@@ -328,6 +328,42 @@ def test_a_damaged_checkpoint_is_an_error_and_stays_where_it_is(trained, state, 
         checkpoint.read(tmp_path / "checkpoints", 12, state)
     assert checkpoint.read(tmp_path / "checkpoints", 8, state).step == 8
     assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_network_says_what_is_different(trained, state):
+    other = state.replace(params=state.params | {"conv9": state.params["conv1"]})
+    with pytest.raises(checkpoint.OtherStateError) as raised:
+        checkpoint.read(trained / "checkpoints", 12, other)
+    assert "is of another network or optimizer: params/conv9/bias is nothing there and 6 here" in str(
+        raised.value
+    )
+    wider = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2)), state.params)
+    with pytest.raises(
+        checkpoint.OtherStateError, match="params/conv1/bias is 6 there and 6x2 here; .* more"
+    ):
+        checkpoint.read(trained / "checkpoints", 12, state.replace(params=wider))
+
+
+@pytest.mark.parametrize("changed", ["train", "test", "validation"])
+def test_an_evaluation_of_other_data_is_refused(changed, trained, program, monkeypatch):
+    """Of another split it does not depend."""
+    there = program.feed.fingerprint()
+    monkeypatch.setattr(type(program.feed), "fingerprint", lambda _: there | {changed: [7, 8]})
+    if changed == "validation":
+        assert evaluate.evaluate_checkpoint(trained)[0]["split"] == "test"
+        return
+    with pytest.raises(
+        ValueError, match=rf"other data: data.splits.{changed} is \[.*\] there and \[7, 8\] here"
+    ):
+        evaluate.evaluate_checkpoint(trained)
+
+
+def test_an_evaluation_by_other_code_is_told(trained, monkeypatch, caplog):
+    evaluate.evaluate_checkpoint(trained)
+    assert not caplog.records
+    monkeypatch.setattr(provenance, "_code", lambda: "0123456789ab")
+    evaluate.evaluate_checkpoint(trained)
+    assert "was last started with other code or packages: code: " in caplog.text
 
 
 def test_the_confusion_matrix_is_true_by_predicted():

@@ -6,7 +6,7 @@ from PIL import Image
 
 from cnn_cases import predict
 from cnn_cases.data import feeds
-from cnn_cases.training import checkpoint, devices, loop, programs
+from cnn_cases.training import checkpoint, devices, loop, programs, provenance
 from tests.conftest import tiny_config
 
 
@@ -53,6 +53,12 @@ def test_raw_images_are_answered_as_the_stored_ones_that_they_become(data_dir, t
     assert images[0].shape == (8, 8, 1)
     found = predict.load(tmp_path / "run")(images, protocol)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_other_code_is_told(run, monkeypatch, caplog):
+    monkeypatch.setattr(provenance, "_code", lambda: "0123456789ab")
+    predict.load(run[0])
+    assert "was last started with other code or packages: code: " in caplog.text
 
 
 def test_a_protocol_that_the_network_cannot_take_is_refused(run):

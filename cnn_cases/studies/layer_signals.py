@@ -132,7 +132,8 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
       "gradient_norms", "kernel_norms" and "response_stds", each [layers], the last None at step 0}]}.
 
     Raises:
-      ValueError: there are no such runs, they are of nets without a plain twin, or a checkpoint is damaged.
+      ValueError: there are no such runs, they are of nets without a plain twin, a checkpoint is damaged, or
+        the training images are not those of the runs.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches = {num_batches} must be 1 or more")
@@ -166,6 +167,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])
+        saved_runs.check_unchanged(runs[0][0], program.feed, ("train",))
         look = make_look(program, num_batches)  # the seeds share what is compiled
         for run_dir, config in runs:
             for step, state in saved_states(program, config, run_dir / "checkpoints"):

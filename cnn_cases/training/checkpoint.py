@@ -38,6 +38,10 @@ def check_path(directory):
         raise ValueError(f"{path}: the path of a workdir must have no *, ?, [ or backslash")
 
 
+class OtherStateError(ValueError):
+    """A checkpoint is whole, and the state that it holds is not one of this network and optimizer."""
+
+
 class Checkpoints:
     """The checkpoints below one directory: the last ones, and the best.
 
@@ -165,6 +169,7 @@ class Checkpoints:
           (step, state with numpy leaves, extra), or None where there is no checkpoint.
 
         Raises:
+          OtherStateError: a checkpoint is whole, and of a state of another structure.
           ValueError: there are checkpoints and none is whole, or there were some and they are gone.
         """
         self.wait()
@@ -179,8 +184,10 @@ class Checkpoints:
             except (MemoryError, PermissionError):  # which say nothing against the file
                 raise
             except Exception as error:  # whatever a damaged file makes the libraries below raise
+                _check_structure(self._directory, step, _structure(self._directory, step), like)
                 damaged[step] = error
                 continue
+            _check_structure(self._directory, step, restored.state, like)
             for bad, error in damaged.items():
                 logger.warning(
                     "checkpoint %d is damaged (%s); going on from step %d", bad, _first_line(error), step
@@ -280,14 +287,62 @@ def read(directory, step, like=None):
         the state is, it comes as nested dicts.
 
     Raises:
-      ValueError: the checkpoint is damaged, or of another structure.
+      OtherStateError: the checkpoint is of a state of another structure.
+      ValueError: it is damaged.
     """
     directory = pathlib.Path(directory).absolute()
-    like = _empty(like)
     # Not by the manager, which tidies up.
     reader = ocp.StandardCheckpointer(multiprocessing_options=_of_process_0_alone())
     with _read_only(directory, step) as checkpoint, reader:
-        return reader.restore(checkpoint / "state", like)
+        try:
+            state = reader.restore(checkpoint / "state", _empty(like))
+        except Exception:
+            _check_structure(directory, step, _structure(directory, step), like)
+            raise
+    if like is not None:
+        _check_structure(directory, step, state, like)
+    return state
+
+
+def _structure(directory, step):
+    """Orbax's notes on the state of a checkpoint, a tree like it; {} where the checkpoint is damaged."""
+    try:
+        _verify(directory / str(step))
+        return ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
+    except Exception:  # whatever a damaged file makes the libraries below raise
+        return {}
+
+
+def _check_structure(directory, step, state, like):
+    """Raises OtherStateError unless a state, or what Orbax notes of one, has the names and shapes of `like`.
+
+    Orbax restores a leaf in the shape that it was saved in, whatever is asked for; of other names it says
+    that they do not match, and not which.
+    """
+    there, here = shapes(state), shapes(like)
+    if not there:
+        return
+    lines = [
+        f"{name} is {there.get(name, 'nothing')} there and {here.get(name, 'nothing')} here"
+        for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name))
+        if there.get(name) != here.get(name)
+    ]
+    if lines:
+        more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+        raise OtherStateError(
+            f"checkpoint {step} in {directory} is of another network or optimizer: "
+            + "; ".join([*lines[:3], *more])
+            + ". Nothing was changed; take the code that it was saved by, or another workdir"
+        )
+
+
+def shapes(tree):
+    """{name of a leaf, such as "params/conv1/kernel": its shape, in words}."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): "x".join(map(str, leaf.shape)) or "a number"
+        for path, leaf in leaves
+    }
 
 
 def checksum(directory, step):
@@ -317,6 +372,8 @@ def _read_only(directory, step):
     try:
         _verify(directory / str(step))
         yield directory / str(step)
+    except OtherStateError:
+        raise
     except Exception as error:  # whatever a damaged file makes the libraries below raise
         raise ValueError(
             f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "

@@ -83,7 +83,7 @@ class Logbook:
                 )
             claim(self._workdir, config)
             here = environment() | {"data": data}
-            self._warn_of_changes(starts, here)
+            warn_of_changes(self._workdir, starts, here)
             with disk.writing(self._workdir):
                 disk.write_json(self._workdir / "environment.json", [*starts, here])
                 disk.write_bytes(self._workdir / "inputs.npz", inputs)
@@ -101,15 +101,6 @@ class Logbook:
             leave=False,
             dynamic_ncols=True,
         )
-
-    def _warn_of_changes(self, starts, here):
-        """Tells that the run would be another from here on, had it not begun before."""
-        there = what_runs(starts[-1]) if starts else {}
-        lines = differences(there, {name: here[name] for name in there})
-        if lines:
-            logging.getLogger(__name__).warning(
-                "%s was last started with other code or packages: %s", self._workdir, "; ".join(lines)
-            )
 
     def start(self, step, rows=None):
         """Goes on after `step`, wherever the log ends: rows of later steps are dropped.
@@ -372,6 +363,22 @@ def read_environments(workdir):
         "put a whole copy of it back, or delete it, if the run has not ended: the next start writes it anew"
     )
     return disk.read_json(path, list, remedy) if path.exists() else []
+
+
+def warn_of_changes(workdir, starts, here):
+    """Tells where a run's last start had other code or packages, so that its figures might be others here.
+
+    Args:
+      workdir: of the run.
+      starts: of `read_environments`.
+      here: of `environment`.
+    """
+    there = what_runs(starts[-1]) if starts else {}
+    lines = differences(there, {name: here[name] for name in there})
+    if lines:
+        logging.getLogger(__name__).warning(
+            "%s was last started with other code or packages: %s", workdir, "; ".join(lines)
+        )
 
 
 def noted_start(workdir):

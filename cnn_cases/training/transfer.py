@@ -78,11 +78,11 @@ def trained_layers(like, workdir, step, layers):
                 f"start.layers = {layers}: {workdir} has no {name}, but {', '.join(sorted(there['params']))}"
             )
         for part, own in (("params", like.params), ("batch_stats", like.batch_stats)):
-            found, expected = (_shapes(layer.get(name, {})) for layer in (there[part], own))
+            found, expected = (checkpoint.shapes({name: one.get(name, {})}) for one in (there[part], own))
             for leaf in sorted(found.keys() | expected.keys()):
                 if found.get(leaf) != expected.get(leaf):
                     raise ValueError(
-                        f"start.layers = {layers}: {name}{leaf} is {found.get(leaf, 'not there')} in "
+                        f"start.layers = {layers}: {leaf} is {found.get(leaf, 'not there')} in "
                         f"{workdir} and {expected.get(leaf, 'not there')} here; name the layers to take, of "
                         f"{', '.join(names)}"
                     )
@@ -110,12 +110,3 @@ def _told(workdir, step):
         yield directory, checkpoint.find(directory, step)
     except (OSError, ValueError) as error:
         raise ValueError(f"start.workdir = {workdir!r}, start.step = {step!r}: {error}") from error
-
-
-def _shapes(layer):
-    """{path of a leaf, such as "/conv1/kernel": its shape}."""
-    leaves, _ = jax.tree.flatten_with_path(layer)
-    return {
-        "".join(f"/{part.key}" for part in path): "x".join(map(str, leaf.shape)) or "a scalar"
-        for path, leaf in leaves
-    }

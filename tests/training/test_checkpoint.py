@@ -155,6 +155,23 @@ def test_when_all_are_damaged_nothing_starts_anew(two_checkpoints, tmp_path):
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"kernel": np.zeros((300, 7))}, "params/bias is 7 there and nothing here"),
+        ({"kernel": np.zeros((300, 8)), "bias": np.zeros(7)}, "params/kernel is 300x7 there and 300x8 here"),
+    ],
+)
+def test_a_whole_one_of_another_network_is_refused_and_stays(params, message, two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    with pytest.raises(checkpoint.OtherStateError, match=f"checkpoint 8 in .*: {message}\\. Nothing was"):
+        checkpoints.restore(state_of(0) | {"params": params})
+    checkpoints.close()
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("damage", [truncate, pathlib.Path.unlink, flip_a_bit])
 def test_notes_that_have_no_checksum_hold_no_values(damage, two_checkpoints, tmp_path):
     newest = two_checkpoints / "checkpoints" / "8"
