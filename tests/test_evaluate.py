@@ -338,9 +338,7 @@ def test_a_checkpoint_of_another_network_says_what_is_different(trained, state):
         raised.value
     )
     wider = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2)), state.params)
-    with pytest.raises(
-        checkpoint.OtherStateError, match="params/conv1/bias is 6 there and 6x2 here; .* more"
-    ):
+    with pytest.raises(checkpoint.OtherStateError, match=r"conv1/bias is 6 there and 6x2 here; .* more"):
         checkpoint.read(trained / "checkpoints", 12, state.replace(params=wider))
 
 

@@ -10,8 +10,10 @@ The layers are those that Flax calls while it traces the model on shapes alone (
 What is a layer: a module with parameters of its own, and a pooling. What is counted of it:
 
     multiply-adds  for one image: each weight of a kernel once at each pixel of the output map, be the layer a
-                   convolution with or without groups or dense. Products with padding count, as is usual, and
-                   as the lecture does. Biases, norms, poolings and activation functions count nothing.
+                   convolution with or without groups or dense; of a transposed convolution, at each pixel of
+                   the input. Products with padding count, as is usual, and as the lecture does. Biases,
+                   norms, poolings and activation functions count nothing, nor do products of two maps, as
+                   attention has them.
     forward        bytes of the layer's input and output for the whole batch: what must be there while it
                    runs. The total is the largest, the peak of a net that runs layer by layer; branches that
                    wait for each other come on top.
@@ -42,6 +44,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from matplotlib.figure import Figure
 
@@ -49,7 +52,13 @@ from cnn_cases import settings, tables
 from cnn_cases.models import fast, make_model
 from cnn_cases.models.layers import BatchNorm
 
-KINDS = {nn.Conv: "conv", nn.Dense: "dense", BatchNorm: "batch norm"}
+KINDS = {
+    nn.Conv: "conv",
+    nn.ConvTranspose: "transposed conv",
+    nn.Dense: "dense",
+    nn.DenseGeneral: "dense",
+    BatchNorm: "batch norm",
+}
 
 # Height, width and channels of the images, and number of classes, of the sets that configs are made for; no
 # size where the images differ in it.
@@ -97,8 +106,9 @@ class _Call(NamedTuple):
     kind: str
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    input: Any  # held, so that its id remains its own
+    input: Any  # the first argument, held, so that its id remains its own
     output: Any
+    places: int  # at which one image takes each weight of the kernel
     params: dict  # the module's own, {name: array}, without the axes along which a scan stacks them
 
 
@@ -142,10 +152,10 @@ def count(model, image_shape, batch_size=1):
                 kind=call.kind,
                 kernel=call.kernel,
                 stride=call.stride,
-                output=call.output.shape[1:],
+                output=jax.tree.leaves(call.output)[0].shape[1:],
                 repeats=repeats,
                 parameters=sum(leaf.size for leaf in full.values()),
-                multiply_adds=kernel_size * math.prod(call.output.shape[1:-1]),
+                multiply_adds=kernel_size * call.places,
                 forward=_bytes(call.input) + _bytes(call.output),
                 kept=_bytes(call.input) * repeats if is_kept else 0,
                 side=call.path not in trunk,
@@ -188,10 +198,15 @@ def _trace(run, *inputs):
         params = module.variables.get("params", {})
         own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
         if own:
-            kernel = own["kernel"].shape[:2] if "kernel" in own and own["kernel"].ndim > 2 else ()
+            is_window = "kernel" in own and own["kernel"].ndim > 2 and not isinstance(module, nn.DenseGeneral)
+            kernel = own["kernel"].shape[:2] if is_window else ()
             stride = _pair(getattr(module, "strides", 1)) if kernel else ()
             kind = KINDS.get(type(module), type(module).__name__)
-            note("/".join(module.path), kind, kernel, stride, args[0], output, own)
+            given = next(iter((*args, *kwargs.values())))
+            places = _places(module, given, output) if "kernel" in own else 0
+            # Of the network itself, which has no name, the names of its parameters.
+            name = "/".join(module.path) or ", ".join(own)
+            note(name, kind, kernel, stride, given, output, places, own)
         inside.pop()
         return output
 
@@ -200,7 +215,7 @@ def _trace(run, *inputs):
             output = function(inputs, window_shape, strides, **options)
             number = sum(call.path == inside[-1] and call.kind == kind for call in calls) + 1
             name = "/".join((*inside[-1], f"{kind.replace(' ', '_')}{number}"))
-            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, {})
+            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, 0, {})
             return output
 
         return pool
@@ -220,6 +235,19 @@ def _trace(run, *inputs):
         stack.enter_context(nn.intercept_methods(watch_module))
         shapes = jax.eval_shape(run, *inputs)
     return shapes, calls, entered
+
+
+def _places(module, given, output):
+    """At how many places one image takes each weight of a module's kernel."""
+    if isinstance(module, nn.ConvLocal):
+        return 1
+    if isinstance(module, nn.ConvTranspose):
+        return math.prod(given.shape[1:-1])
+    if isinstance(module, nn.DenseGeneral):
+        return math.prod(output.shape[1:]) // math.prod(np.atleast_1d(module.features).tolist())
+    if isinstance(module, nn.Einsum):
+        raise ValueError(f"{'/'.join(module.path)} is an Einsum, whose products cannot be counted")
+    return math.prod(output.shape[1:-1])
 
 
 def _repeats(call, calls, params, entered):
@@ -251,8 +279,8 @@ def _pair(strides):
     return (strides or 1,) * 2 if isinstance(strides, int | None) else tuple(strides)
 
 
-def _bytes(array):
-    return array.size * array.dtype.itemsize
+def _bytes(arrays):
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(arrays))
 
 
 class Report(NamedTuple):

@@ -50,7 +50,15 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     compiler's estimate.
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
+
+    Raises:
+      ValueError: the maps have no pixels.
     """
+    if 0 in x.shape:
+        raise ValueError(
+            f"a map of {x.shape[1]}x{x.shape[2]} pixels cannot be convolved: the images are too small for "
+            "this network (data.image_size, data.border)"
+        )
     groups = options["feature_group_count"]
     if groups > 1 and (is_for_cpu() or platform() == "tpu"):
         options |= {"feature_group_count": 1}

@@ -167,7 +167,7 @@ def _make_start(config, program, start, resumes):
     program = program or programs.make_program(config)
     program = program.starting_from(start[0]) if start else program
     state = None if resumes else program.init_state(config.seed)
-    programs.check_protocol(program, state or program.shapes_of_state(), config.evaluation.protocol)
+    programs.check_network(program, state or program.shapes_of_state(), config)
     return program, state
 
 

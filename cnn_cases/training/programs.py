@@ -211,9 +211,28 @@ def check(config, devices=None):
 def check_program(program, config):
     """The same of the program of a config; the shapes and types of its state."""
     like = program.shapes_of_state()
-    check_protocol(program, like, config.evaluation.protocol)
+    check_network(program, like, config)
     program.layers_to_start_from(like)
     return like
+
+
+def check_network(program, state, config):
+    """Raises ValueError unless the network suits the protocol and the devices of its training.
+
+    Args:
+      program: of `config`.
+      state: of its network, or the shapes and types of one.
+      config: of `configs/`.
+    """
+    check_protocol(program, state, config.evaluation.protocol)
+    num_devices = len(devices_lib.of_all_processes(program.devices))
+    knows_axis = hasattr(program.model, "axis_name")
+    if state.batch_stats and config.sync_batch_norm and num_devices > 1 and not knows_axis:
+        raise ValueError(
+            f"model.name = {config.model.name!r} has batch statistics and no field axis_name, so that each of "
+            f"the {num_devices} devices would take its own; give it the field, for layers.BatchNorm, or set "
+            "sync_batch_norm = False"
+        )
 
 
 def check_protocol(program, state, protocol):

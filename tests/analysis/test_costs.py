@@ -19,7 +19,7 @@ from cnn_cases.models import fast, make_model
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet, InceptionModule
 from cnn_cases.models.inception_v3 import InceptionV3
-from cnn_cases.models.layers import BatchNorm
+from cnn_cases.models.layers import BatchNorm, Conv
 from cnn_cases.models.lenet import LeNet5, LeNet5Original
 from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet, PreactCifarResNet, ResNet
@@ -242,6 +242,68 @@ def test_windows_that_are_not_square_are_told_apart():
     (layer,) = alone(nn.Conv(2, (1, 7), strides=(2, 1), padding=0), (9, 9, 3))
     assert (layer.kernel, layer.stride, layer.output) == ((1, 7), (2, 1), (5, 3, 2))
     assert layer.multiply_adds == 5 * 3 * 7 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "multiply_adds"),
+    [
+        (nn.DenseGeneral((4, 2)), 6 * 6 * 4 * 8),
+        (nn.DenseGeneral(5, axis=(-2, -1)), 6 * 6 * 4 * 5),
+        (nn.DenseGeneral((5,), axis=(1, 2, 3)), 6 * 6 * 4 * 5),
+        (nn.Dense(5), 6 * 6 * 4 * 5),
+        (nn.ConvTranspose(8, (3, 3), (2, 2)), 6 * 6 * 9 * 4 * 8),
+        (nn.ConvLocal(8, (3, 3), padding="VALID"), 4 * 4 * 9 * 4 * 8),
+    ],
+)
+def test_other_linear_layers_cost_what_they_multiply(layer, multiply_adds):
+    (found,) = alone(layer, (6, 6, 4))
+    assert found.multiply_adds == multiply_adds
+    assert bool(found.kernel) == ("Conv" in type(layer).__name__)
+
+
+def test_attention_costs_its_projections():
+    """Of 36 tokens of 4 features, whatever the number of heads."""
+    tokens = nn.Sequential([lambda x: x.reshape(len(x), 36, 4), nn.MultiHeadDotProductAttention(2)])
+    for layer in alone(tokens, (6, 6, 4)):
+        assert (layer.kind, layer.kernel, layer.multiply_adds) == ("dense", (), 36 * 4 * 4)
+
+
+def test_a_layer_whose_products_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="is an Einsum, whose products cannot be counted"):
+        alone(nn.Einsum((4, 5), "bhwc,cd->bhwd"), (6, 6, 4))
+
+
+class Split(nn.Module):
+    """Takes two maps and gives two, and has a parameter."""
+
+    @nn.compact
+    def __call__(self, maps):
+        scale = self.param("scale", nn.initializers.ones, ())
+        return tuple(scale * one for one in maps)
+
+
+class Rooted(nn.Module):
+    """Has parameters itself, and calls a layer by a keyword."""
+
+    @nn.compact
+    def __call__(self, image, train):
+        del train
+        shift = self.param("shift", nn.initializers.zeros, (4,))
+        first, second = Split(name="split")((image + shift, image))
+        return nn.Dense(5, name="dense")(inputs=first + second)
+
+
+def test_a_layer_may_take_and_give_several_maps_and_be_called_by_keywords():
+    split, dense, root = costs.count(Rooted(), (6, 6, 4))
+    assert (split.output, split.forward, split.multiply_adds) == ((6, 6, 4), 4 * 4 * 6 * 6 * 4, 0)
+    assert (dense.multiply_adds, dense.output) == (6 * 6 * 4 * 5, (6, 6, 5))
+    assert (root.name, root.parameters, root.kind) == ("shift", 4, "Rooted")
+
+
+def test_a_map_without_pixels_is_refused():
+    conv = Conv(4, (3, 3), padding=1)
+    with pytest.raises(ValueError, match="a map of 0x6 pixels cannot be convolved: the images are too small"):
+        alone(nn.Sequential([lambda x: x[:, 6:], conv]), (6, 6, 4))
 
 
 def test_a_norm_and_a_pooling_cost_no_multiply_adds():

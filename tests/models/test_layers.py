@@ -24,6 +24,13 @@ def test_dropout_keeps_the_mean_and_zeroes_the_rate():
     assert abs(float((y == 0).mean()) - 0.3) < 0.01
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan")])
+@pytest.mark.parametrize("train", [True, False])
+def test_dropout_refuses_a_rate_that_is_none(rate, train):
+    with pytest.raises(ValueError, match=r"rate = .* must be in \[0, 1\)"):
+        drop(jnp.ones((2, 3)), rate=rate, train=train)
+
+
 def test_dropout_is_the_identity_in_evaluation():
     x = jax.random.normal(jax.random.key(0), (4, 5))
     np.testing.assert_array_equal(drop(x, train=False), x)

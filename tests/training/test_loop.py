@@ -391,6 +391,35 @@ def test_without_global_batch_statistics_the_number_of_devices_matters(data_dir)
     assert abs(first_losses[0] - first_losses[2]) > 1e-2
 
 
+class OwnStatistics(nn.Module):
+    """A network that does not know of the other devices."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image, train):
+        x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(image)
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(("num_devices", "together"), [(1, True), (2, True), (2, False)])
+def test_batch_statistics_that_cannot_be_global_are_refused(
+    num_devices, together, config, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(models.MODELS, "own", OwnStatistics)
+    config.model = {"name": "own"}
+    config.sync_batch_norm = together
+    program = programs.make_program(config, jax.devices()[:num_devices])
+    if num_devices == 1 or not together:
+        assert run(config, tmp_path, program)["status"] == "finished"
+        return
+    with pytest.raises(
+        ValueError, match="'own' has batch statistics and no field axis_name, so that each of"
+    ):
+        run(config, tmp_path, program)
+
+
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_evaluation_counts_every_example_exactly_once(num_devices, config):
     config.evaluation.batch_size = 48  # 185 = 3 * 48 + 41
