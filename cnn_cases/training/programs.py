@@ -229,9 +229,9 @@ def check_network(program, state, config):
     knows_axis = hasattr(program.model, "axis_name")
     if state.batch_stats and config.sync_batch_norm and num_devices > 1 and not knows_axis:
         raise ValueError(
-            f"model.name = {config.model.name!r} has batch statistics and no field axis_name, so that each of "
-            f"the {num_devices} devices would take its own; give it the field, for layers.BatchNorm, or set "
-            "sync_batch_norm = False"
+            f"model.name = {config.model.name!r} has batch statistics and no field axis_name, so that each "
+            f"of the {num_devices} devices would take its own; give it the field, for layers.BatchNorm, or "
+            "set sync_batch_norm = False"
         )
 
 
