@@ -40,7 +40,8 @@ def expand(study):
     Args:
       study: a config with `base` (a training config), `grid` (pairs of a key of `base` and the values it
         takes) and `seeds`. It can have `adjust`, what some points need besides: pairs of (key of the grid,
-        value) and of pairs of a key of `base` and its value there.
+        value) and of pairs of a key and its value there. The key is one of `base`, or a setting that the
+        network of the point has and that of `base` has not.
 
     Raises:
       ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
@@ -84,7 +85,12 @@ def expand(study):
             for key, value in own.items():
                 _override(config, "grid", key, value)
             for key, value in records.adjustments(study, point):
-                _override(config, "adjust", key, value)
+                group, _, setting = key.rpartition(".")
+                if group == "model" and setting not in config.model:
+                    with config.unlocked():
+                        config.model[setting] = value  # whether the network has it, `make_model` finds out
+                else:
+                    _override(config, "adjust", key, value)
             name = "_".join(f"{short[key]}-{value}" for key, value in own.items())
             runs.append(Run(re.sub(r"[/\\\[\]*?]", "-", name), point, config))
     name, times = collections.Counter(run.name for run in runs).most_common(1)[0]

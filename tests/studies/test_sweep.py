@@ -51,6 +51,19 @@ def test_a_study_can_give_some_points_other_keys_besides(data_dir):
         assert run.point.keys() == {"optimizer.momentum", "data.augment.flip"}
 
 
+def test_networks_with_settings_of_their_own_can_be_compared(data_dir):
+    adjust = ((("model.name", "resnet_cifar"), (("model.depth", 8), ("model.shortcut", "A"))),)
+    grid = (("model.name", ("lenet5", "resnet_cifar")),)
+    study = tiny_study(data_dir, grid=grid, adjust=adjust)
+    for run in sweep.expand(study):
+        own = {"depth": 8, "shortcut": "A"} if run.point["model.name"] == "resnet_cifar" else {}
+        assert run.config.model.to_dict() == {"name": run.point["model.name"]} | own
+        programs.check(run.config)
+    study.adjust = ((("model.name", "lenet5"), (("model.depth", 8),)),)
+    with pytest.raises(ValueError, match=r"model.depth = 8: lenet5 has no such setting"):
+        programs.check(sweep.expand(study)[0].config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -76,6 +89,10 @@ def test_a_study_can_give_some_points_other_keys_besides(data_dir):
         (
             {"grid": (("data.name", ("a", "a_data_dir-b")), ("data.data_dir", ("b_data_dir-c", "c")))},
             "2 runs would have the name name-a_data_dir-b_data_dir-c_seed-0",
+        ),
+        (
+            {"adjust": ((("data.augment.flip", True), (("model.depth.x", 8),)),)},
+            "adjust: model.depth.x = 8 does not fit the base config",
         ),
         ({"grids": ()}, "grids is unknown; a study has base, grid, seeds and adjust"),
         ({"base": 3}, r"base = 3 \(int\) must be a ConfigDict"),
