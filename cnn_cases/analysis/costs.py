@@ -33,6 +33,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import difflib
 import json
 import math
 import pathlib
@@ -46,6 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from matplotlib.figure import Figure
 
 from cnn_cases import settings, tables
@@ -316,7 +318,12 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
     for key, value in overrides:
         try:
             config.update_from_flattened_dict({key: value})
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
+        except (KeyError, AttributeError) as error:
+            known = traverse_util.flatten_dict(config.to_dict(), sep=".")
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}: the config has no key {key}{hint}") from error
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {key} = {value!r} cannot be set: {error}") from error
     try:
         settings.check(config)

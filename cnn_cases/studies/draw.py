@@ -15,11 +15,15 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.studies.draw", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("record", type=pathlib.Path, help="a record.json, or a file of results/")
+    parser.add_argument(
+        "record", type=pathlib.Path, help="a file of results/, a record.json, or the directory of a study"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a directory for the report")
     options = parser.parse_args(arguments)
     options.out = options.out.expanduser()  # a shell leaves the ~ of --out=~/x as it is
     try:
+        if options.record.is_dir():
+            options.record /= "record.json"
         record = records.read(options.record)
         if record is None:
             raise ValueError(

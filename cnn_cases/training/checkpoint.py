@@ -263,7 +263,8 @@ def find(directory, which):
     which = str(which)
     errors = {step: _error_of(pathlib.Path(directory) / str(step)) for step in steps(directory)}
     if not errors:
-        raise ValueError(f"there is no checkpoint in {directory}")
+        missing = "" if pathlib.Path(directory).exists() else ", which does not exist"
+        raise ValueError(f"there is no checkpoint in {directory}{missing}")
     there = f"{directory} has {', '.join(map(str, sorted(errors)))}"
     if which == "last":
         return max(errors)

@@ -36,6 +36,12 @@ def test_values_of_a_grid_can_be_tuples(record, tmp_path):
     assert "| 0.3 and 0.6 | 4 |" in table
 
 
+def test_the_directory_of_a_study_stands_for_its_record(record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out/table.md").exists()
+
+
 def test_depths_of_one_kind_are_drawn_as_any_study(record, tmp_path):
     record["config"]["grid"] = [["model.depth", [8, 20]], ["model.plain", [True]]]
     record["runs"] = [one for one in record["runs"] if one["model.plain"]]

@@ -240,6 +240,14 @@ def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["momentum"] == 0.9
 
 
+@pytest.mark.parametrize(("there", "here"), [("study", "run"), ("run", "study")])
+def test_a_run_has_not_the_workdir_of_a_study_nor_the_other_way_round(there, here, tmp_path):
+    configs = {"run": CONFIG, "study": {"base": CONFIG, "grid": (), "seeds": (0,)}}
+    logbook.claim(tmp_path, configs[there])
+    with pytest.raises(ValueError, match=f"belongs to a {there}; give this {here} one of its own$"):
+        logbook.claim(tmp_path, configs[here])
+
+
 def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
     def config(data_dir, workers, **others):
         stream = {"workers": workers, "buffer": 2}
