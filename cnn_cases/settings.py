@@ -1,6 +1,6 @@
 """What a training config holds: every key with the type of its value.
 
-`configs/common.py` has the defaults and the units, and a test keeps both lists alike. Here is looked after
+`configs/common.py` has the keys with their defaults, whose types are theirs, and units. Here is looked after
 names and types alone, once and before anything is built; what a value may be is checked where it is used.
 """
 
@@ -12,90 +12,37 @@ import numpy as np
 
 from configs import common
 
-# A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key, and
-# `object` for any value that JSON, in which configs are kept, can hold.
 # Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-KEYS = {
-    "seed": int,
-    "start": {"workdir": str, "step": str, "layers": tuple[str, ...]},
-    "num_steps": int,
-    "batch_size": int,
-    "steps_per_call": int,
-    "dtype": str,
-    "sync_batch_norm": bool,
-    "model": {"name": str, ...: object},  # the architecture's own fields have their types in `models`
-    "data": {
-        "name": str,
-        "data_dir": str,
-        "feed": str,
-        "splits": {"train": str, ...: str},
-        "image_size": int,
-        "border": int,
-        "crop": {
-            "name": str,
-            "shorter_side": tuple[int, int],
-            "area": tuple[float, float],
-            "aspect": tuple[float, float],
-            "eval_shorter_side": int,
-        },
-        "stream": {"workers": int, "buffer": int, "max_damaged": float},
-        "normalization": str,
-        "augment": {
-            "pad": int,
-            "flip": bool,
-            "lighting": float,
-            "lighting_basis": str,
-            "brightness": float,
-            "contrast": float,
-            "saturation": float,
-            "shift": float,
-            "scale": float,
-            "squeeze": float,
-            "shear": float,
-            "elastic": float,
-            "elastic_sigma": float,
-            "cutout": int,
-            "mixup": float,
-            "cutmix": float,
-        },
-    },
-    "loss": {"name": str, "label_smoothing": float, "map_constant": float, "side_weight": float},
-    "optimizer": {
-        "name": str,
-        "learning_rate": float,
-        "momentum": float,
-        "nesterov": bool,
-        "second_moment": float,
-        "epsilon": float,
-        "weight_decay": float,
-        "decayed": str,
-        "clip_norm": float,
-        "frozen": tuple[str, ...],
-    },
-    "on_nonfinite": str,
-    "num_microbatches": int,
-    "ema_decay": float,
-    "schedule": {
-        "name": str,
-        "boundaries": tuple[float, ...],
-        "factors": tuple[float, ...],
-        "power": float,
-        "warmup": str,
-        "warmup_steps": int,
-        "warmup_factor": float,
-    },
-    "evaluation": {
-        "batch_size": int,
-        "every_steps": int,
-        "splits": tuple[str, ...],
-        "final_splits": tuple[str, ...],
-        "protocol": str,
-    },
-    "checkpoint": {"every_steps": int, "keep_last": int, "best_on": str},
-    "log_every_steps": int,
+TUPLES = {
+    "start.layers": tuple[str, ...],
+    "data.crop.shorter_side": tuple[int, int],
+    "data.crop.area": tuple[float, float],
+    "data.crop.aspect": tuple[float, float],
+    "optimizer.frozen": tuple[str, ...],
+    "schedule.boundaries": tuple[float, ...],
+    "schedule.factors": tuple[float, ...],
+    "evaluation.splits": tuple[str, ...],
+    "evaluation.final_splits": tuple[str, ...],
     "profile_steps": tuple[int, ...],
 }
+
+
+def _kinds(section, prefix=""):
+    """{key: type of its default, or the same of the section that it is}."""
+    return {
+        key: _kinds(default, f"{prefix}{key}.")
+        if isinstance(default, dict)
+        else TUPLES.get(f"{prefix}{key}", type(default))
+        for key, default in section.items()
+    }
+
+
+# A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key, and
+# `object` for any value that JSON, in which configs are kept, can hold.
+KEYS = _kinds(common.get_config().to_dict())
+KEYS["model"] = {"name": str, ...: object}  # the architecture's own fields have their types in `models`
+KEYS["data"]["splits"] = {"train": str, ...: str}
 
 
 def from_json(value):
