@@ -149,15 +149,24 @@ def define_flags():
 
 
 def main(paths):
-    """Prints the likeliest classes of each file."""
+    """Prints the likeliest classes of each file that is an image; the others are an error at the end."""
     if not paths:
         raise ValueError("no images: name their files behind the flags")
     given = flags.FLAGS
     network = load(given.workdir, given.step)
-    images = [read_image(path, network.image_shape[-1]) for path in paths]
-    for path, row in zip(paths, network(images, given.protocol), strict=True):
+    read, images, errors = [], [], []
+    for path in paths:
+        try:
+            images.append(read_image(path, network.image_shape[-1]))
+            read.append(path)
+        except ValueError as error:
+            errors.append(str(error))
+    rows = network(images, given.protocol) if images else []
+    for path, row in zip(read, rows, strict=True):
         best = np.argsort(-row, kind="stable")[: given.top]
         print(f"{path}:", ", ".join(f"{network.class_names[k]} ({row[k]:.1%})" for k in best))
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +90,18 @@ def test_an_image_of_16_bits_is_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(path)
     with pytest.raises(ValueError, match=r"deep\.png cannot be read as an image: it has more than 8 bits"):
         predict.read_image(path, 1)
+
+
+def test_files_that_are_no_images_keep_no_other_from_its_answer(run, tmp_path):
+    image, text = tmp_path / "one.png", tmp_path / "notes.txt"
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(image)
+    text.write_text("no image")
+    command = [sys.executable, "-m", "cnn_cases.predict", f"--workdir={run[0]}", text, image, "nowhere.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"{image}: (\d \(\d+\.\d%\)(, )?){{3}}\n", done.stdout)
+    for path in (text, "nowhere.png"):
+        assert f"{path} cannot be read as an image" in done.stderr
 
 
 def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):
