@@ -10,7 +10,7 @@ difference: such pairs are left out and counted.
 import math
 import statistics
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from cnn_cases import tables
 from cnn_cases.studies import records
@@ -23,7 +23,7 @@ def interval(values):
     if len(values) < 2:
         return None
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error
+    reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
     return mean - reach, mean + reach
 
 

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import offset_copy
 
 from cnn_cases import command, tables
-from cnn_cases.studies import comparison, figures, page, records, sweep
+from cnn_cases.studies import comparison, figures, records, sweep
 from cnn_cases.training import disk
 
 KINDS = {True: "plain", False: "residual"}
@@ -301,6 +301,8 @@ def write_report(record, workdir):
       curves.html (the page); as PNG and SVG curves (after figure 6), loss (where the record has losses),
       depth and difference.
     """
+    from cnn_cases.studies import page  # here, as in `sweep.write_report`
+
     workdir = pathlib.Path(workdir)
     disk.write_text(workdir / "record.json", sweep.record_text(record))
     for form, suffix in (("csv", "csv"), ("markdown", "md")):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
-from cnn_cases.studies import figures, jobs, page, records
+from cnn_cases.studies import figures, jobs, records
 from cnn_cases.training import checkpoint, disk, logbook, processes, programs
 
 
@@ -293,6 +293,8 @@ def table(record):
 
 def write_report(record, workdir):
     """Writes record.json, table.md, table.csv and the curves: curves.png, curves.svg and curves.html."""
+    from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
+
     workdir = pathlib.Path(workdir)
     disk.write_text(workdir / "record.json", record_text(record))
     rows = table(record)
