@@ -135,7 +135,7 @@ def read_image(path, channels):
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has more than 8 bits a channel; save it with 8")
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 

@@ -69,7 +69,8 @@ def rehearse(config, devices):
         evaluation = _shares(feed.eval_batches(next(iter(config.data.splits))), num_devices)
         stages = [("training", program.train, training, *steps), ("evaluation", program.evaluate, evaluation)]
         protocol, size = config.evaluation.protocol, config.evaluation.batch_size
-        shapes = [] if protocol == "single" else programs.check_protocol(program, state, protocol)
+        shown = protocol != "single" and set(config.evaluation.final_splits) - {"train"}
+        shapes = programs.check_protocol(program, state, protocol) if shown else []
         for shape in sorted(set(shapes)):
             share = num_devices, programs.views_at_once(program, shape, size)
             views = jax.ShapeDtypeStruct((*share, *shape), np.uint8)

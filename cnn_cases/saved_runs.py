@@ -1,5 +1,6 @@
 """A run that is there already, for commands that look into it."""
 
+import logging
 import math
 import pathlib
 
@@ -39,6 +40,7 @@ def check_unchanged(workdir, feed=None, splits=()):
     """Refuses other data than a run's own, and warns of other code or packages than it was last started with.
 
     The network would be shown other pixels: the statistics that normalise them are taken of the data anew.
+    Where environment.json is damaged, a warning says that nothing can be compared.
 
     Args:
       workdir: of the run.
@@ -48,7 +50,11 @@ def check_unchanged(workdir, feed=None, splits=()):
     Raises:
       ValueError: one is not.
     """
-    starts = logbook.read_environments(workdir)
+    try:
+        starts = logbook.read_environments(workdir)
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s. Code and data here may be others than the run's", error)
+        starts = []
     logbook.warn_of_changes(workdir, starts, provenance.environment())
     there = starts[-1].get("data", {}) if starts else {}
     here = feed.fingerprint() if feed else {}

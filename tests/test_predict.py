@@ -58,6 +58,15 @@ def test_raw_images_are_answered_as_the_stored_ones_that_they_become(data_dir, t
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("content", ["[{", "[3]"])
+def test_a_damaged_note_of_the_code_is_told_and_no_hindrance(content, run, tmp_path, caplog):
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run/environment.json").write_text(content)
+    predict.load(tmp_path / "run")
+    assert "environment.json is damaged" in caplog.text
+    assert "Code and data here may be others than the run's" in caplog.text
+
+
 def test_other_code_is_told(run, monkeypatch, caplog):
     monkeypatch.setattr(provenance, "_code", lambda: "0123456789ab")
     predict.load(run[0])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from cnn_cases import replay
+from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.models import lenet
 from cnn_cases.training import logbook, loop, programs, stopping
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
@@ -62,6 +63,13 @@ def test_a_nan_of_the_network_itself_is_traced_to_its_line(config, tmp_path, mon
     assert head == "the first NaN came from"
     assert last.startswith("cnn_cases/models/lenet.py:")
     assert "nn.relu(" in last
+
+
+def test_a_replay_with_other_data_is_refused(config, tmp_path, monkeypatch):
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    monkeypatch.setattr(ResidentFeed, "fingerprint", lambda _: {"train": [7, 8]})
+    with pytest.raises(ValueError, match=r"other data: data\.splits\.train is .* there and \[7, 8\] here"):
+        replay.replay(tmp_path, 10)
 
 
 def test_a_step_around_rewinds_has_the_batches_of_its_seed(config, tmp_path, monkeypatch):

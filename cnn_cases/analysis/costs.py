@@ -108,7 +108,7 @@ class _Call(NamedTuple):
     kind: str
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    input: Any  # the first argument, held, so that its id remains its own
+    input: Any  # an array or several, held, so that their ids remain their own
     output: Any
     places: int  # at which one image takes each weight of the kernel
     params: dict  # the module's own, {name: array}, without the axes along which a scan stacks them
@@ -137,16 +137,17 @@ def count(model, image_shape, batch_size=1):
     )
 
     weighted = {call.path for call in calls if call.params}
-    # A layer of our own that pools on its way has one row, its own.
-    calls = [call for call in calls if call.params or call.path not in weighted]
+    # A layer of our own that pools on its way has one row, its own; not so what holds other layers, too.
+    single = {path for path in weighted if not any(_is_below(other, path) for other in weighted)}
+    calls = [call for call in calls if call.params or call.path not in single]
     calls.sort(key=lambda call: call.path not in trunk)
     layers, kept = [], set()
     for call in calls:
         full = {key: _at(variables["params"], call.path)[key] for key in call.params}
         repeats = _repeats(call, calls, variables["params"], entered)
-        is_kept = (call.params or call.kind == "max pool") and id(call.input) not in kept
-        if is_kept:
-            kept.add(id(call.input))
+        wanted = [call.input] if call.params or call.kind == "max pool" else []
+        newly = [leaf for leaf in jax.tree.leaves(wanted) if id(leaf) not in kept]
+        kept.update(map(id, newly))
         kernel_size = full["kernel"].size if "kernel" in full else 0
         layers.append(
             Layer(
@@ -159,7 +160,7 @@ def count(model, image_shape, batch_size=1):
                 parameters=sum(leaf.size for leaf in full.values()),
                 multiply_adds=kernel_size * call.places,
                 forward=_bytes(call.input) + _bytes(call.output),
-                kept=_bytes(call.input) * repeats if is_kept else 0,
+                kept=_bytes(newly) * repeats,
                 side=call.path not in trunk,
             )
         )
@@ -200,12 +201,11 @@ def _trace(run, *inputs):
         params = module.variables.get("params", {})
         own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
         if own:
-            is_window = "kernel" in own and own["kernel"].ndim > 2 and not isinstance(module, nn.DenseGeneral)
-            kernel = own["kernel"].shape[:2] if is_window else ()
+            given = _maps((args, kwargs))
+            kernel = _window(module, own["kernel"]) if "kernel" in own else ()
             stride = _pair(getattr(module, "strides", 1)) if kernel else ()
             kind = KINDS.get(type(module), type(module).__name__)
-            given = next(iter((*args, *kwargs.values())))
-            places = _places(module, given, output) if "kernel" in own else 0
+            places = _places(module, given, _maps(output)) if "kernel" in own else 0
             # Of the network itself, which has no name, the names of its parameters.
             name = "/".join(module.path) or ", ".join(own)
             note(name, kind, kernel, stride, given, output, places, own)
@@ -239,17 +239,34 @@ def _trace(run, *inputs):
     return shapes, calls, entered
 
 
+def _maps(tree):
+    """What of the arguments or results of a call has a shape, in order."""
+    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+
+
+def _window(module, kernel):
+    """Height and width of a layer's kernel, or its length; () where there is no window."""
+    if hasattr(module, "kernel_size"):
+        return tuple(np.atleast_1d(module.kernel_size).tolist())
+    return kernel.shape[:2] if kernel.ndim > 2 and not isinstance(module, nn.DenseGeneral) else ()
+
+
 def _places(module, given, output):
-    """At how many places one image takes each weight of a module's kernel."""
+    """At how many places one image takes each weight of a module's kernel, of what its call took and gave."""
     if isinstance(module, nn.ConvLocal):
         return 1
     if isinstance(module, nn.ConvTranspose):
-        return math.prod(given.shape[1:-1])
+        return math.prod(given[0].shape[1:-1])
+    if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", ()):
+        name = "/".join(module.path)
+        raise ValueError(f"the products of {name}, a {type(module).__name__}, cannot be counted")
     if isinstance(module, nn.DenseGeneral):
-        return math.prod(output.shape[1:]) // math.prod(np.atleast_1d(module.features).tolist())
-    if isinstance(module, nn.Einsum):
-        raise ValueError(f"{'/'.join(module.path)} is an Einsum, whose products cannot be counted")
-    return math.prod(output.shape[1:-1])
+        return math.prod(output[0].shape[1:]) // math.prod(np.atleast_1d(module.features).tolist())
+    return math.prod(output[0].shape[1:-1])
+
+
+def _is_below(path, other):
+    return path != other and path[: len(other)] == other
 
 
 def _repeats(call, calls, params, entered):

@@ -43,7 +43,7 @@ def decode(data, channels):
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         # Pillow's message may quote the address of the buffer, which differs from run to run.
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(reason) from error

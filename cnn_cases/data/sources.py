@@ -171,7 +171,8 @@ def check_resident(name, splits, data_dir="", image_size=0, border=0):
         return  # photographs of one size, or `load_split` refuses them
     shape = (*((image_size or side) + 2 * border for side in sides), channels)
     count = sum(end - start for split in splits.values() for _, start, end in _parts(builder, split))
-    check_memory(count, shape, "data.image_size and data.border, or take data.feed = 'stream'")
+    # As they were loaded, for the next run of a study, and all of them behind each other, for this one.
+    check_memory(count, shape, "data.image_size and data.border, or take data.feed = 'stream'", times=2)
 
 
 @functools.lru_cache(maxsize=4)
@@ -240,13 +241,14 @@ def open_split(name, split, data_dir=""):
     return source, features
 
 
-def check_memory(num_images, shape, keys):
-    """Raises ValueError where images uint8 are more than the memory that there is; `keys` say why."""
-    wanted, memory = num_images * math.prod(shape), _memory()
+def check_memory(num_images, shape, keys, times=1):
+    """Raises ValueError where images uint8, held so many times, are more than the memory; `keys` say why."""
+    wanted, memory = times * num_images * math.prod(shape), _memory()
     if wanted > memory:
+        held = ", held twice," if times == 2 else ""
         raise ValueError(
-            f"{num_images:,} images of {'x'.join(map(str, shape))} take {wanted / 1e9:,.1f} GB, and this "
-            f"machine, container or job has {memory / 1e9:,.1f} GB of memory; change {keys}"
+            f"{num_images:,} images of {'x'.join(map(str, shape))}{held} take {wanted / 1e9:,.1f} GB, and "
+            f"this machine, container or job has {memory / 1e9:,.1f} GB of memory; change {keys}"
         )
 
 

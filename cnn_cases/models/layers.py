@@ -135,7 +135,7 @@ class Dropout(nn.Module):
     def __call__(self, x, train: bool):
         """[B, ...] -> [B, ...]; the identity unless `train`. Raises ValueError for another rate."""
         if not 0 <= self.rate < 1:
-            raise ValueError(f"rate = {self.rate} of {self.name} must be in [0, 1)")
+            raise ValueError(f"the rate of {self.name or 'Dropout'}, {self.rate}, must be in [0, 1)")
         if not train or self.rate == 0:
             return x
         batch = x.shape[0]

@@ -167,9 +167,9 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])
-        saved_runs.check_unchanged(runs[0][0], program.feed, ("train",))
         look = make_look(program, num_batches)  # the seeds share what is compiled
         for run_dir, config in runs:
+            saved_runs.check_unchanged(run_dir, program.feed, ("train",))
             for step, state in saved_states(program, config, run_dir / "checkpoints"):
                 point = {"depth": depth, "plain": plain, "seed": config.seed, "step": step}
                 states.append(point | look(state))

@@ -184,7 +184,7 @@ class Checkpoints:
             except (MemoryError, PermissionError):  # which say nothing against the file
                 raise
             except Exception as error:  # whatever a damaged file makes the libraries below raise
-                _check_structure(self._directory, step, _structure(self._directory, step), like)
+                _check_whole(self._directory, step, like, error)
                 damaged[step] = error
                 continue
             _check_structure(self._directory, step, restored.state, like)
@@ -297,21 +297,25 @@ def read(directory, step, like=None):
     with _read_only(directory, step) as checkpoint, reader:
         try:
             state = reader.restore(checkpoint / "state", _empty(like))
-        except Exception:
-            _check_structure(directory, step, _structure(directory, step), like)
+        except Exception as error:
+            if like is not None:
+                _check_whole(directory, step, like, error)
             raise
     if like is not None:
         _check_structure(directory, step, state, like)
     return state
 
 
-def _structure(directory, step):
-    """Orbax's notes on the state of a checkpoint, a tree like it; {} where the checkpoint is damaged."""
+def _check_whole(directory, step, like, error):
+    """Raises OtherStateError where Orbax failed with a checkpoint that is whole, and of another structure."""
     try:
         _verify(directory / str(step))
-        return ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
-    except Exception:  # whatever a damaged file makes the libraries below raise
-        return {}
+        state = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
+    except Exception:  # it is damaged
+        return
+    _check_structure(directory, step, state, like)
+    if "do not match" in str(error):  # in parts without numbers, which Orbax's notes leave out
+        raise _other_state(directory, step, "its optimizer is made of other parts") from error
 
 
 def _check_structure(directory, step, state, like):
@@ -321,8 +325,6 @@ def _check_structure(directory, step, state, like):
     that they do not match, and not which.
     """
     there, here = shapes(state), shapes(like)
-    if not there:
-        return
     lines = [
         f"{name} is {there.get(name, 'nothing')} there and {here.get(name, 'nothing')} here"
         for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name))
@@ -330,11 +332,14 @@ def _check_structure(directory, step, state, like):
     ]
     if lines:
         more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
-        raise OtherStateError(
-            f"checkpoint {step} in {directory} is of another network or optimizer: "
-            + "; ".join([*lines[:3], *more])
-            + ". Nothing was changed; take the code that it was saved by, or another workdir"
-        )
+        raise _other_state(directory, step, "; ".join([*lines[:3], *more]))
+
+
+def _other_state(directory, step, reason):
+    return OtherStateError(
+        f"checkpoint {step} in {directory} is of another network or optimizer: {reason}. Nothing was "
+        "changed; take the code that it was saved by, or another workdir"
+    )
 
 
 def shapes(tree):

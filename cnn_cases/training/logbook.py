@@ -365,7 +365,10 @@ def read_environments(workdir):
     remedy = (
         "put a whole copy of it back, or delete it, if the run has not ended: the next start writes it anew"
     )
-    return disk.read_json(path, list, remedy) if path.exists() else []
+    starts = disk.read_json(path, list, remedy) if path.exists() else []
+    if not all(isinstance(start, dict) for start in starts):
+        raise ValueError(f"{path} is damaged (it is no list of starts); {remedy}")
+    return starts
 
 
 def warn_of_changes(workdir, starts, here):

@@ -236,7 +236,7 @@ def check_network(program, state, config):
 
 
 def check_protocol(program, state, protocol):
-    """The shape of each view that a protocol makes of a square image; computes nothing.
+    """The shape of each view that a protocol makes of an image of the training's shape; computes nothing.
 
     Args:
       program: of `make_program`.

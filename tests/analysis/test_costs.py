@@ -258,19 +258,37 @@ def test_windows_that_are_not_square_are_told_apart():
 def test_other_linear_layers_cost_what_they_multiply(layer, multiply_adds):
     (found,) = alone(layer, (6, 6, 4))
     assert found.multiply_adds == multiply_adds
-    assert bool(found.kernel) == ("Conv" in type(layer).__name__)
+    assert found.kernel == ((3, 3) if "Conv" in type(layer).__name__ else ())
 
 
 def test_attention_costs_its_projections():
     """Of 36 tokens of 4 features, whatever the number of heads."""
     tokens = nn.Sequential([lambda x: x.reshape(len(x), 36, 4), nn.MultiHeadDotProductAttention(2)])
-    for layer in alone(tokens, (6, 6, 4)):
+    layers = alone(tokens, (6, 6, 4))
+    assert len(layers) == 4
+    for layer in layers:
         assert (layer.kind, layer.kernel, layer.multiply_adds) == ("dense", (), 36 * 4 * 4)
 
 
-def test_a_layer_whose_products_nobody_knows_is_refused():
-    with pytest.raises(ValueError, match="is an Einsum, whose products cannot be counted"):
-        alone(nn.Einsum((4, 5), "bhwc,cd->bhwd"), (6, 6, 4))
+@pytest.mark.parametrize(
+    "layer", [nn.Einsum((4, 5), "bhwc,cd->bhwd"), nn.DenseGeneral(5, axis=(-1,), batch_dims=(0, 1))]
+)
+def test_a_layer_whose_products_nobody_knows_is_refused(layer):
+    with pytest.raises(ValueError, match=f"a {type(layer).__name__}, cannot be counted"):
+        alone(layer, (6, 6, 4))
+
+
+def test_a_window_of_one_side_is_its_length():
+    (layer,) = alone(nn.Sequential([lambda x: x.reshape(len(x), 36, 4), nn.Conv(8, (3,))]), (6, 6, 4))
+    assert (layer.kernel, layer.multiply_adds) == ((3,), 36 * 3 * 4 * 8)
+
+
+class Position(nn.Module):
+    """Takes nothing."""
+
+    @nn.compact
+    def __call__(self):
+        return self.param("position", nn.initializers.zeros, (6, 6, 4))
 
 
 class Split(nn.Module):
@@ -283,18 +301,20 @@ class Split(nn.Module):
 
 
 class Rooted(nn.Module):
-    """Has parameters itself, and calls a layer by a keyword."""
+    """Has parameters itself, pools, and calls layers by keywords and without any argument."""
 
     @nn.compact
     def __call__(self, image, train):
         del train
         shift = self.param("shift", nn.initializers.zeros, (4,))
-        first, second = Split(name="split")((image + shift, image))
-        return nn.Dense(5, name="dense")(inputs=first + second)
+        first, second = Split(name="split")((image + shift, image + Position(name="position")()))
+        return nn.max_pool(nn.Dense(5, name="dense")(inputs=first + second), (2, 2), (2, 2))
 
 
 def test_a_layer_may_take_and_give_several_maps_and_be_called_by_keywords():
-    split, dense, root = costs.count(Rooted(), (6, 6, 4))
+    position, split, dense, pool, root = costs.count(Rooted(), (6, 6, 4))
+    assert (position.parameters, position.kept) == (6 * 6 * 4, 0)
+    assert (pool.kind, pool.output) == ("max pool", (3, 3, 5))
     assert (split.output, split.forward, split.multiply_adds) == ((6, 6, 4), 4 * 4 * 6 * 6 * 4, 0)
     assert (dense.multiply_adds, dense.output) == (6 * 6 * 4 * 5, (6, 6, 5))
     assert (root.name, root.parameters, root.kind) == ("shift", 4, "Rooted")

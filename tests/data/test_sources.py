@@ -100,11 +100,11 @@ def test_images_that_no_memory_holds_are_refused(sizes, data_dir, monkeypatch):
 
 def test_splits_have_to_be_in_memory_together(data_dir, monkeypatch):
     config = tiny_config(data_dir)
-    monkeypatch.setattr(sources, "_memory", lambda: 1_500 * 16 * 16)
+    monkeypatch.setattr(sources, "_memory", lambda: 2 * 1_500 * 16 * 16)
     config.data.splits = {"train": "train"}
     feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
     config.data.splits = {"train": "train", "test": "test"}
-    with pytest.raises(ValueError, match=r"1,612 images of 16x16x1 take 0.0 GB"):
+    with pytest.raises(ValueError, match=r"1,612 images of 16x16x1, held twice, take 0.0 GB"):
         feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
 
 

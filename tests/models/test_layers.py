@@ -27,7 +27,7 @@ def test_dropout_keeps_the_mean_and_zeroes_the_rate():
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan")])
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_refuses_a_rate_that_is_none(rate, train):
-    with pytest.raises(ValueError, match=r"rate = .* must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"the rate of Dropout, .*, must be in \[0, 1\)"):
         drop(jnp.ones((2, 3)), rate=rate, train=train)
 
 

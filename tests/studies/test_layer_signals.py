@@ -1,4 +1,5 @@
 import itertools
+import json
 import shutil
 
 import jax
@@ -280,6 +281,18 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
         ValueError, match=r"rate-2 differs from rate-1 in more than the seed \(optimizer\.lea"
     ):
         layer_signals.measure(tmp_path)
+
+
+def test_a_run_that_had_other_training_images_is_refused(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    path = max((tmp_path / "runs").iterdir()) / "environment.json"
+    starts = json.loads(path.read_text())
+    starts[-1]["data"]["train"] = [7, 8]
+    path.write_text(json.dumps(starts))
+    with pytest.raises(
+        ValueError, match=rf"{path.parent.name} was trained with other data: data.splits.train"
+    ):
+        layer_signals.measure(tmp_path, num_batches=1)
 
 
 def test_batches_are_those_of_the_next_steps_and_responses_of_training_images(data_dir, monkeypatch):

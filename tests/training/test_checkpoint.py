@@ -9,6 +9,7 @@ import shutil
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cnn_cases.training import checkpoint
@@ -170,6 +171,31 @@ def test_a_whole_one_of_another_network_is_refused_and_stays(params, message, tw
         checkpoints.restore(state_of(0) | {"params": params})
     checkpoints.close()
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_optimizer_of_other_parts_is_no_damage(two_checkpoints, tmp_path):
+    """Orbax notes no part without numbers, as optax's clipping is one."""
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    like = state_of(0) | {"opt_state": (optax.EmptyState(),)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    for restored in (checkpoints.restore, lambda like: checkpoint.read(tmp_path / "checkpoints", 8, like)):
+        with pytest.raises(
+            checkpoint.OtherStateError, match="checkpoint 8 .* made of other parts. Nothing was"
+        ):
+            restored(like)
+    checkpoints.close()
+    assert names(tmp_path / "checkpoints") == ["4", "8"]
+
+
+def test_what_the_system_refuses_says_nothing_against_a_checkpoint(two_checkpoints, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", fail)
+    for like in (None, state_of(0)):
+        with pytest.raises(ValueError, match=r"cannot be read: .*Too many open files") as raised:
+            checkpoint.read(two_checkpoints / "checkpoints", 8, like)
+        assert not isinstance(raised.value, checkpoint.OtherStateError)
 
 
 @pytest.mark.parametrize("damage", [truncate, pathlib.Path.unlink, flip_a_bit])
