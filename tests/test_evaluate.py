@@ -96,7 +96,7 @@ def test_files_lie_in_the_workdir_and_agree_with_each_other(trained, tmp_path):
     ("key", "value", "message"),
     [
         ("batch_size", "24", r"batch_size = '24' \(str\) must be an int"),
-        ("optimizer", 3, r"optimizer = 3 \(int\) must be a ConfigDict with name"),
+        ("optimizer", 3, r"optimizer = 3 \(int\) must be a ConfigDict with clip_norm"),
         ("bacth_size", 24, "bacth_size is unknown; did you mean batch_size"),
     ],
 )

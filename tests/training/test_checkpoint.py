@@ -179,9 +179,7 @@ def test_an_optimizer_of_other_parts_is_no_damage(two_checkpoints, tmp_path):
     like = state_of(0) | {"opt_state": (optax.EmptyState(),)}
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     for restored in (checkpoints.restore, lambda like: checkpoint.read(tmp_path / "checkpoints", 8, like)):
-        with pytest.raises(
-            checkpoint.OtherStateError, match="checkpoint 8 .* made of other parts. Nothing was"
-        ):
+        with pytest.raises(checkpoint.OtherStateError, match=r"checkpoint 8 .* is made of other parts"):
             restored(like)
     checkpoints.close()
     assert names(tmp_path / "checkpoints") == ["4", "8"]
