@@ -180,11 +180,11 @@ class Checkpoints:
         for step in steps:
             try:
                 _verify(self._directory / str(step))
-                restored = self._manager.restore(step, args=items)
-            except (MemoryError, PermissionError):  # which say nothing against the file
+                with _other_structure_told(self._directory, step, like):
+                    restored = self._manager.restore(step, args=items)
+            except (OtherStateError, MemoryError, PermissionError):  # which say nothing against the file
                 raise
             except Exception as error:  # whatever a damaged file makes the libraries below raise
-                _check_whole(self._directory, step, like, error)
                 damaged[step] = error
                 continue
             _check_structure(self._directory, step, restored.state, like)
@@ -295,27 +295,25 @@ def read(directory, step, like=None):
     # Not by the manager, which tidies up.
     reader = ocp.StandardCheckpointer(multiprocessing_options=_of_process_0_alone())
     with _read_only(directory, step) as checkpoint, reader:
-        try:
+        if like is None:
+            return reader.restore(checkpoint / "state")
+        with _other_structure_told(directory, step, like):
             state = reader.restore(checkpoint / "state", _empty(like))
-        except Exception as error:
-            if like is not None:
-                _check_whole(directory, step, like, error)
-            raise
-    if like is not None:
-        _check_structure(directory, step, state, like)
+    _check_structure(directory, step, state, like)
     return state
 
 
-def _check_whole(directory, step, like, error):
-    """Raises OtherStateError where Orbax failed with a checkpoint that is whole, and of another structure."""
+@contextlib.contextmanager
+def _other_structure_told(directory, step, like):
+    """Has Orbax fail with an OtherStateError where a checkpoint, which is whole, is of another structure."""
     try:
-        _verify(directory / str(step))
-        state = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
-    except Exception:  # it is damaged
-        return
-    _check_structure(directory, step, state, like)
-    if "do not match" in str(error):  # in parts without numbers, which Orbax's notes leave out
-        raise _other_state(directory, step, "its optimizer is made of other parts") from error
+        yield
+    except Exception as error:  # Orbax has no error of its own for that
+        notes = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
+        _check_structure(directory, step, notes, like)
+        if "do not match" in str(error):  # in parts without numbers, which the notes leave out
+            raise _other_state(directory, step, "its optimizer is made of other parts") from error
+        raise
 
 
 def _check_structure(directory, step, state, like):
