@@ -21,7 +21,7 @@ from absl import flags
 from PIL import Image, ImageOps
 
 from cnn_cases import command, saved_runs
-from cnn_cases.data import inputs, pixels, views
+from cnn_cases.data import decode, inputs, pixels, views
 from cnn_cases.training import checkpoint, predictions, programs, steps
 from cnn_cases.training.state import shapes_of_state
 
@@ -135,7 +135,7 @@ def read_image(path, channels):
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has more than 8 bits a channel; save it with 8")
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
+    except decode.UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 

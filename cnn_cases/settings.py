@@ -52,13 +52,18 @@ def from_json(value):
     return tuple(map(from_json, value)) if isinstance(value, list) else value
 
 
+def is_study(config):
+    """Whether a dict is the config of a study, and not that of a training."""
+    return {"base", "grid", "seeds"} <= config.keys()
+
+
 def completed(saved):
     """A config as JSON has kept it, with the defaults of configs/common.py for keys that are younger.
 
     Args:
       saved: a dict, of a training or a study; any other is given back.
     """
-    if {"base", "grid", "seeds"} <= saved.keys() and isinstance(saved["base"], dict):
+    if is_study(saved) and isinstance(saved["base"], dict):
         return saved | {"base": completed(saved["base"])}
     if not {"model", "data"} <= saved.keys():
         return saved
@@ -89,7 +94,7 @@ def check(config, prefix=""):
         values = config.to_dict()
     except TypeError as error:  # they are sorted
         raise ValueError(f"{what} has keys that are no text: {error}") from error
-    if {"base", "grid", "seeds"} <= values.keys():
+    if is_study(values):
         raise ValueError(f"{what} is a study, for python -m cnn_cases.studies.sweep, or .depth_curves")
     if "model" not in values:
         raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")

@@ -15,6 +15,8 @@ from PIL import Image
 
 CROPS = ("squeeze", "shorter_side", "area")
 MAX_SIDE = 8192  # pixels of an image's side; no network here is meant for more
+# What Pillow raises for bytes that are no image, or none that it can decode.
+UNREADABLE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
 
 cv2.setNumThreads(1)  # whoever decodes in parallel has a thread or a process for each batch already
 
@@ -43,7 +45,7 @@ def decode(data, channels):
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         # Pillow's message may quote the address of the buffer, which differs from run to run.
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(reason) from error

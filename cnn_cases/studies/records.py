@@ -33,7 +33,7 @@ def read(path):
     if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
         return None
     study = record["config"]
-    if not (isinstance(study, dict) and {"base", "grid", "seeds"} <= study.keys()):
+    if not (isinstance(study, dict) and settings.is_study(study)):
         return None
     # The values of a grid can be tuples, of which JSON made lists, and points are looked up by their values.
     study = settings.from_json(study)

@@ -290,7 +290,7 @@ def check_owner(workdir, config, suits=None):
             )
         return
     known = settings.completed(disk.read_json(path, dict, PUT_BACK))
-    kinds = ["study" if "grid" in one else "run" for one in (known, config)]
+    kinds = ["study" if settings.is_study(one) else "run" for one in (known, config)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"workdir = {workdir} belongs to a {kinds[0]}; give this {kinds[1]} one of its own")
     lines = differences(known, _as_json(config), aside=OF_THE_MACHINE)
