@@ -10,10 +10,12 @@ difference: such pairs are left out and counted.
 import math
 import statistics
 
+from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 from scipy.special import stdtrit
 
 from cnn_cases import tables
-from cnn_cases.studies import records
+from cnn_cases.studies import figures, records
 
 CONFIDENCE = 0.95
 
@@ -87,7 +89,7 @@ def table(rows, titles, form):
         cells = [row["code"]] * codes
         for name in titles:
             if not isinstance(row[name], dict):
-                cells.append(str(row[name]))
+                cells.append(records.text_of(row[name]))
                 continue
             mean, ends = row[name]["mean"], row[name]["interval"]
             if form == "csv":
@@ -97,3 +99,97 @@ def table(rows, titles, form):
                 cells.append(f"{100 * ends[0]:z.2f} to {100 * ends[1]:z.2f}" if ends else "")
         lines.append([*cells, str(row["pairs"]), str(row["left_out"])])
     return tables.render(lines, form)
+
+
+def draw(rows, labels, titles):
+    """A figure of the rows of `compare`, one below the other, with a panel for each metric.
+
+    Args:
+      rows: of `compare`, for metrics that are errors.
+      labels: what stands beside each row.
+      titles: {metric: title of its panel}.
+    """
+    figure = Figure(figsize=(4 + 3.2 * len(titles), 1.6 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        for place, row in enumerate(rows):
+            draw_marks(axis, place, row[name], upright=False)
+        axis.set(xlabel="difference (percentage points)", title=title)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(range(len(rows)), labels)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    return figure
+
+
+def draw_marks(axis, place, result, upright):
+    """Draws one mean difference (diamond) with its interval (bar), and beside them each pair's (circles).
+
+    Args:
+      axis: of matplotlib, for differences in percentage points.
+      place: on the axis that has no differences.
+      result: what a row of `compare` has of a metric.
+      upright: whether differences go upward; else to the right.
+    """
+
+    def draw_at(values, *style, **styles):
+        values = [100 * value for value in values]
+        places = [place] * len(values)
+        axis.plot(*((places, values) if upright else (values, places)), *style, **styles)
+
+    shift = {"x": 8} if upright else {"y": -8}  # or the mean would hide them
+    beside = offset_copy(axis.transData, axis.figure, units="points", **shift)
+    circles = {"color": "#666666", "markersize": 4, "markerfacecolor": "white", "transform": beside}
+    draw_at(result["differences"], "o", **circles)
+    if result["interval"]:
+        ends = "_" if upright else "|"
+        draw_at(result["interval"], f"-{ends}", color="black", linewidth=1.5, markersize=10)
+    if result["differences"]:
+        draw_at([result["mean"]], "D", color="black", markersize=4)
+
+
+def compare_study(record):
+    """The comparison that a study asks for, in all final errors; see `records.compared`.
+
+    Returns:
+      Rows of `compare`; under the compared key each says "<value> minus <first value>".
+    """
+    key, first, others = records.compared(record["config"])
+    return [
+        row | {key: f"{records.text_of(value)} minus {records.text_of(first)}"}
+        for value in others
+        for row in compare(record, key, value, first, _final_errors(record))
+    ]
+
+
+def _final_errors(record):
+    """The names of the errors with which all runs that finished end."""
+    finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
+    names = dict.fromkeys(name for metrics in finished for name in metrics if name.endswith("error"))
+    return [name for name in names if all(name in metrics for metrics in finished)]
+
+
+def study_table(record, form):
+    """The comparison that a study asks for as "text", "markdown" or "csv"; see `table`."""
+    short = records.short_names([key for key, _ in record["config"]["grid"]])
+    return table(compare_study(record), short | {name: name for name in _final_errors(record)}, form)
+
+
+def draw_study(record):
+    """A figure of the comparison that a study asks for."""
+    short = records.short_names([key for key, _ in record["config"]["grid"]])
+    compared, _, _ = records.compared(record["config"])
+    rows, labels = compare_study(record), []
+    for row in rows:
+        point = ", ".join(
+            f"{name} {records.text_of(row[key])}" for key, name in short.items() if key != compared
+        )
+        code = f"code {row['code']}" if row["code"] else ""
+        labels.append("\n".join(filter(None, (row[compared], point, code))))
+    figure = draw(rows, labels, {name: name for name in _final_errors(record)})
+    figure.suptitle(
+        f"{short[compared]}, on {figures.data_in_words(record)}\n"
+        "errors after the last step; circle: pair of runs with one seed, diamond: mean, bar: 95 % interval",
+        fontsize=9,
+    )
+    return figure

@@ -12,7 +12,6 @@ import statistics
 from absl import flags
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import offset_copy
 
 from cnn_cases import command, tables
 from cnn_cases.studies import comparison, figures, records, sweep
@@ -256,17 +255,8 @@ def draw_difference(record):
 
     def draw_panel(axis, code, name):
         axis.axhline(0, color="black", linewidth=0.8)
-        beside = offset_copy(axis.transData, axis.figure, x=8, units="points")  # or the mean would hide them
         for row in (row for row in rows if row["code"] == code):
-            result, depth = row[name], row["model.depth"]
-            values = [100 * value for value in result["differences"]]
-            circles = {"color": "#666666", "markersize": 4, "markerfacecolor": "white", "transform": beside}
-            axis.plot([depth] * len(values), values, "o", **circles)
-            if result["interval"]:
-                low, high = (100 * end for end in result["interval"])
-                axis.plot([depth, depth], [low, high], "-_", color="black", linewidth=1.5, markersize=10)
-            if values:
-                axis.plot(depth, 100 * result["mean"], "D", color="black", markersize=4)
+            comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
 
     figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
     pairs = {(run["model.depth"], run["seed"]) for run in record["runs"]}  # a row of each code counts its own

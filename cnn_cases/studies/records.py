@@ -2,7 +2,7 @@
 
 A record is a dict that JSON can hold, made by `sweep.make_record`:
 
-    config          of the study: base, grid and seeds
+    config          of the study: base, grid and seeds, and adjust and compare, where it has them
     environments    commit, code, versions, devices and data of the starts of its runs, each once
     runs            one dict a run: its point of the grid {key: value}, seed, status ("finished", "diverged"),
                     step (the last), metrics (of a finished one), seconds, date (of its end), environments
@@ -88,6 +88,29 @@ def adjustments(study, point):
             raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(point)}")
         if point[key] == value:  # a part of the grid may be run, without it
             yield from pairs
+
+
+def compared(study):
+    """What a study compares in pairs: a key of its grid, the first value of it, and the others, each with it.
+
+    Args:
+      study: the config of a study, or that of a record.
+
+    Returns:
+      (key, first value, tuple of the others); None where it has no `compare`, or one value alone.
+
+    Raises:
+      ValueError: `compare` is no key of the grid.
+    """
+    if "compare" not in study:
+        return None
+    key, grid = study["compare"], dict(study["grid"])
+    if key not in list(grid):
+        raise ValueError(
+            f"compare = {key!r} must be a key of the grid, which has {', '.join(grid) or 'none'}"
+        )
+    first, *others = grid[key]
+    return (key, first, tuple(others)) if others else None
 
 
 def code_of(environment):

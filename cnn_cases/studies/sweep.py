@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
-from cnn_cases.studies import figures, jobs, records
+from cnn_cases.studies import comparison, figures, jobs, records
 from cnn_cases.training import checkpoint, disk, logbook, processes, programs
 
 
@@ -41,7 +41,8 @@ def expand(study):
       study: a config with `base` (a training config), `grid` (pairs of a key of `base` and the values it
         takes) and `seeds`. It can have `adjust`, what some points need besides: pairs of (key of the grid,
         value) and of pairs of a key and its value there. The key is one of `base`, or a setting that the
-        network of the point has and that of `base` has not.
+        network of the point has and that of `base` has not. And it can have
+        `compare`, the key of the grid whose values are compared in pairs of runs (`comparison`).
 
     Raises:
       ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
@@ -52,8 +53,10 @@ def expand(study):
     missing = {"base", "grid", "seeds"} - set(study)
     if missing:
         raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
-    for key in set(study) - {"base", "grid", "seeds", "adjust"}:
-        raise ValueError(f"{key} is unknown; a study has base, grid, seeds and adjust")
+    for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
+        raise ValueError(
+            f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
+        )
     settings.check(study.base, "base.")
     if not (isinstance(study.grid, tuple) and all(map(_is_pair, study.grid))):
         raise ValueError(f"grid = {study.grid} must be pairs of a key and the values it takes")
@@ -75,6 +78,7 @@ def expand(study):
             raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
         if not values or any(value in values[:index] for index, value in enumerate(values)):
             raise ValueError(f"{key} = {values} must have values, and none of them twice")
+    records.compared(study)
     short = records.short_names([*keys, "seed"])
     runs = []
     for values in itertools.product(*(values for _, values in study.grid)):
@@ -292,7 +296,12 @@ def table(record):
 
 
 def write_report(record, workdir):
-    """Writes record.json, table.md, table.csv and the curves: curves.png, curves.svg and curves.html."""
+    """Writes all that a record gives into a directory.
+
+    Files:
+      record.json; table.csv, table.md; curves.html (the page); curves as PNG and SVG; where the study has
+      `compare`, comparison.csv, comparison.md, and difference as PNG and SVG.
+    """
     from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
 
     workdir = pathlib.Path(workdir)
@@ -302,6 +311,10 @@ def write_report(record, workdir):
     disk.write_text(workdir / "table.csv", tables.comma_separated(rows))
     figures.save(figures.draw_curves(record), workdir / "curves")
     page.write(record, workdir / "curves.html")
+    if records.compared(record["config"]):
+        disk.write_text(workdir / "comparison.md", comparison.study_table(record, "markdown"))
+        disk.write_text(workdir / "comparison.csv", comparison.study_table(record, "csv"))
+        figures.save(comparison.draw_study(record), workdir / "difference")
 
 
 def define_flags():
@@ -341,11 +354,13 @@ def record_of_flags(study, workdir):
 
 
 def main():
-    """Runs a study and prints the table of its final figures."""
+    """Runs a study, prints its tables and draws its figures."""
     workdir = pathlib.Path(flags.FLAGS.workdir)
     record = record_of_flags(flags.FLAGS.config, workdir)
     write_report(record, workdir)
     print(tables.aligned(table(record)))
+    if records.compared(record["config"]):
+        print(comparison.study_table(record, "text"))
     print(f"record, tables and curves: {workdir}")
 
 

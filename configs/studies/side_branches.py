@@ -1,0 +1,31 @@
+"""GoogLeNet with and without its side branches, on Imagenette.
+
+Paper: Szegedy et al. 2014, section 5, and Szegedy et al. 2015 ("Rethinking the Inception architecture for
+computer vision"), section 4.
+Command: make data DATASET=imagenette/320px-v2
+         python -m cnn_cases.studies.sweep --config=configs/studies/side_branches.py \
+             --workdir=runs/side_branches
+
+The recipe is that of `googlenet_imagenette`, twice as long. With one seed both nets start from the same
+values, see the same crops and drop the same activations: what differs is the gradient that the side branches
+send into the trunk.
+Result: not yet measured
+"""
+
+from ml_collections import ConfigDict
+
+from configs import googlenet_imagenette
+
+
+def get_config():
+    """The grid: without and with side branches."""
+    config = ConfigDict()
+    config.base = googlenet_imagenette.get_config()
+    with config.base.unlocked():
+        config.base.num_steps = 620
+        config.base.evaluation.final_splits = ("train", "validation")
+    config.grid = (("model.side_branches", (False, True)),)
+    config.compare = "model.side_branches"
+    config.seeds = (0, 1, 2, 3, 4)
+    config.lock()
+    return config
