@@ -372,8 +372,10 @@ def try_study(rng):
         "seeds": (0, 1),
         "adjust": (),
     }
+    if values["grid"]:
+        values["compare"] = values["grid"][0][0]
     kind = rng.choice(("missing", "misnamed", "mistyped", "inside", "base"))
-    part = rng.choice(("base", "grid", "seeds", "adjust"))
+    part = rng.choice(list(values))
     value = rng.choice(VALUES)
     keys = [part]
     if kind == "missing":
@@ -405,6 +407,8 @@ def try_study(rng):
         part = rng.choice(list(inside))
         key, inner = rng.choice(inside[part])
         keys, values[part] = [part, key], (inner,)
+    if part == "grid":
+        values.pop("compare", None)  # which may be none of its keys now, and be named instead
 
     def expand():
         for run in sweep.expand(ConfigDict(values)):

@@ -158,12 +158,12 @@ def compare_study(record):
     return [
         row | {key: f"{records.text_of(value)} minus {records.text_of(first)}"}
         for value in others
-        for row in compare(record, key, value, first, _final_errors(record))
+        for row in compare(record, key, value, first, final_errors(record))
     ]
 
 
-def _final_errors(record):
-    """The names of the errors with which all runs that finished end."""
+def final_errors(record):
+    """The names of the errors that all runs which finished have at their end."""
     finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
     names = dict.fromkeys(name for metrics in finished for name in metrics if name.endswith("error"))
     return [name for name in names if all(name in metrics for metrics in finished)]
@@ -172,23 +172,25 @@ def _final_errors(record):
 def study_table(record, form):
     """The comparison that a study asks for as "text", "markdown" or "csv"; see `table`."""
     short = records.short_names([key for key, _ in record["config"]["grid"]])
-    return table(compare_study(record), short | {name: name for name in _final_errors(record)}, form)
+    return table(compare_study(record), short | {name: name for name in final_errors(record)}, form)
 
 
 def draw_study(record):
     """A figure of the comparison that a study asks for."""
     short = records.short_names([key for key, _ in record["config"]["grid"]])
-    compared, _, _ = records.compared(record["config"])
+    compared, _, others = records.compared(record["config"])
     rows, labels = compare_study(record), []
     for row in rows:
-        point = ", ".join(
-            f"{name} {records.text_of(row[key])}" for key, name in short.items() if key != compared
-        )
-        code = f"code {row['code']}" if row["code"] else ""
-        labels.append("\n".join(filter(None, (row[compared], point, code))))
-    figure = draw(rows, labels, {name: name for name in _final_errors(record)})
+        lines = [row[compared]] if len(others) > 1 else []
+        point = [f"{name} {records.text_of(row[key])}" for key, name in short.items() if key != compared]
+        lines.append(", ".join(point))
+        lines.append(f"code {row['code']}" if row["code"] else "")
+        lines.append(f"{row['left_out']} left out" if row["left_out"] else "")
+        labels.append("\n".join(filter(None, lines)))
+    figure = draw(rows, labels, {name: name for name in final_errors(record)})
+    what = short[compared] if len(others) > 1 else f"{short[compared]}: {rows[0][compared]}"
     figure.suptitle(
-        f"{short[compared]}, on {figures.data_in_words(record)}\n"
+        f"{what}, on {figures.data_in_words(record)}\n"
         "errors after the last step; circle: pair of runs with one seed, diamond: mean, bar: 95 % interval",
         fontsize=9,
     )

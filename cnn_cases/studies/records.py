@@ -52,6 +52,10 @@ def _check(record, study, path):
             missing = sorted((needed | own) - one.keys())
             if missing:
                 raise ValueError(f"{path}: {part}[{number}] has no {missing[0]}")
+    try:
+        compared(study)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def lookup(config, key):

@@ -314,7 +314,8 @@ def write_report(record, workdir):
     if records.compared(record["config"]):
         disk.write_text(workdir / "comparison.md", comparison.study_table(record, "markdown"))
         disk.write_text(workdir / "comparison.csv", comparison.study_table(record, "csv"))
-        figures.save(comparison.draw_study(record), workdir / "difference")
+        if comparison.final_errors(record):
+            figures.save(comparison.draw_study(record), workdir / "difference")
 
 
 def define_flags():

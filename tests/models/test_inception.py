@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -249,6 +250,34 @@ def test_side_branches_leave_the_trunk_as_it_is(batch_norm):
     trunk = variable_shapes(GoogLeNet(batch_norm, side_branches=False), 79)["params"]
     whole = variable_shapes(GoogLeNet(batch_norm), 79)["params"]
     assert {name: layer for name, layer in whole.items() if name not in SIDE_PARAMETERS} == trunk
+
+
+def test_with_one_seed_the_trunk_starts_alike_with_and_without_side_branches():
+    def first_values(side_branches):
+        model = GoogLeNet(side_branches=side_branches, num_classes=10)
+        params = model.init(jax.random.key(0), jnp.zeros((1, 79, 79, 1)), False)["params"]
+        return [params["conv1"], params["inception_4b"]["conv_1x1"], params["logits"]]  # the rest costs time
+
+    without, beside = (jax.jit(first_values, static_argnums=0)(sides) for sides in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, without, beside)
+
+
+def test_in_training_the_trunk_drops_and_answers_the_same_with_and_without_side_branches():
+    numbers = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: (0.05 * numbers.standard_normal(leaf.shape)).astype(np.float32),
+        variable_shapes(GoogLeNet(), 79),
+    )
+    x = numbers.standard_normal((2, 79, 79, 3)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def answer(side_branches, variables, key):
+        model = GoogLeNet(side_branches=side_branches)
+        return model.apply(variables, x, True, rngs={"dropout": key})
+
+    logits, *_ = answer(True, variables, jax.random.key(0))
+    np.testing.assert_array_equal(logits, answer(False, variables, jax.random.key(0)))
+    assert (logits != answer(False, variables, jax.random.key(1))).any()
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cnn_cases.studies import comparison
+from cnn_cases.studies import comparison, records
 from tests.studies.conftest import run
 
 TITLES = {"model.depth": "depth", "test/error": "test error"}
@@ -86,3 +86,89 @@ def test_the_csv_has_the_lower_end_first(record):
     (row, _) = csv.DictReader(io.StringIO(comparison.table(compare(record), TITLES, "csv")))
     ends = compare(record)[0]["test/error"]["interval"]
     assert (float(row["test/error low"]), float(row["test/error high"])) == pytest.approx(ends)
+
+
+# What a study asks for.
+
+
+@pytest.fixture
+def asking(record):
+    """The record with a third depth; each depth is compared with the first."""
+    record["config"]["grid"] = [["model.depth", [8, 20, 32]], ["model.plain", [True, False]]]
+    record["config"]["compare"] = "model.depth"
+    record["runs"] += [run(32, plain, seed, 0.4) for plain in (True, False) for seed in (0, 1)]
+    return record
+
+
+def test_a_study_compares_each_value_with_the_first(asking):
+    rows = comparison.compare_study(asking)
+    assert [(row["model.depth"], row["model.plain"], row["pairs"]) for row in rows] == [
+        ("20 minus 8", True, 1),
+        ("20 minus 8", False, 2),
+        ("32 minus 8", True, 2),
+        ("32 minus 8", False, 2),
+    ]
+    assert rows[1]["train/error"]["differences"] == pytest.approx([0.0 - 0.2, 0.1 - 0.2])
+
+
+def test_its_table_names_what_is_compared_and_the_rest_of_the_grid(asking):
+    lines = comparison.study_table(asking, "markdown").splitlines()
+    assert lines[0].startswith(
+        "| depth | plain | train/error (points) | 95 % interval | test/error (points) |"
+    )
+    assert lines[3].startswith("| 20 minus 8 | False | -15.00 | ")
+    (first, *_) = csv.DictReader(io.StringIO(comparison.study_table(asking, "csv")))
+    assert (first["depth"], first["plain"], first["left out"]) == ("20 minus 8", "True", "1")
+
+
+def test_only_errors_that_all_runs_have_are_compared(asking):
+    del asking["runs"][0]["metrics"]["test/error"]
+    assert comparison.final_errors(asking) == ["train/error"]
+    assert "test/error" not in comparison.compare_study(asking)[0]
+
+
+@pytest.mark.parametrize(
+    ("compare", "known"), [("model.deep", "model.depth, model.plain"), ([8], "model.depth")]
+)
+def test_only_a_key_of_the_grid_can_be_compared(asking, compare, known):
+    asking["config"]["compare"] = compare
+    with pytest.raises(ValueError, match=rf"^compare = .* must be a key of the grid, which has {known}"):
+        records.compared(asking["config"])
+
+
+def test_of_one_value_alone_there_is_nothing_to_compare(asking):
+    asking["config"]["grid"][0] = ["model.depth", [8]]
+    assert records.compared(asking["config"]) is None
+
+
+def labels(figure):
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def test_the_figure_names_each_row(asking):
+    figure = comparison.draw_study(asking)
+    assert [axis.get_title() for axis in figure.axes] == ["train/error", "test/error"]
+    assert labels(figure) == [
+        "20 minus 8\nplain True\n1 left out",
+        "20 minus 8\nplain False",
+        "32 minus 8\nplain True",
+        "32 minus 8\nplain False",
+    ]
+
+
+def test_what_all_rows_of_the_figure_compare_is_in_its_title(asking):
+    asking["config"]["compare"] = "model.plain"
+    figure = comparison.draw_study(asking)
+    assert figure.get_suptitle().startswith("plain: False minus True, on digits, batches of 32\n")
+    assert labels(figure) == ["depth 8", "depth 20\n1 left out", "depth 32"]
+
+
+def test_the_figure_has_each_difference_the_mean_and_the_interval(asking):
+    axis = comparison.draw_study(asking).axes[0]
+    marks = {tuple(line.get_xdata()) for line in axis.lines if list(line.get_ydata())[:1] == [1]}
+    low, high = (100 * end for end in comparison.compare_study(asking)[1]["train/error"]["interval"])
+    assert {tuple(round(x, 6) for x in xs) for xs in marks} == {
+        (-20.0, -10.0),
+        (-15.0,),
+        (round(low, 6), round(high, 6)),
+    }

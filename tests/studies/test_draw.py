@@ -4,6 +4,7 @@ import pathlib
 import pytest
 
 from cnn_cases.studies import depth_curves, draw
+from tests.studies.conftest import run
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
@@ -23,6 +24,33 @@ def test_another_study_has_its_curves_and_its_table(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("record.json", "table.md", "table.csv", "curves.png", "curves.svg", "curves.html")
     }
+
+
+def test_a_study_that_compares_has_the_comparison_besides(record, tmp_path):
+    record["config"] |= {"grid": [["model.depth", [8, 20]]], "compare": "model.depth"}
+    record["runs"] = [one for one in record["runs"] if one["model.plain"]]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"comparison.md", "comparison.csv", "difference.png", "difference.svg"}
+    assert "| 20 minus 8 | 40.00 |  | 40.00 |  | 1 | 1 |" in (tmp_path / "out/comparison.md").read_text()
+
+
+def test_where_all_runs_diverged_nothing_is_compared_but_all_are_counted(record, tmp_path):
+    record["config"] |= {"grid": [["model.depth", [8, 20]]], "compare": "model.depth"}
+    record["runs"] = [run(depth, True, 0, None, status="diverged") for depth in (8, 20)]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert "| 20 minus 8 | 0 | 1 |" in (tmp_path / "out/comparison.md").read_text()
+    assert not (tmp_path / "out/difference.png").exists()
+
+
+def test_a_damaged_record_that_compares_nothing_is_told(record, tmp_path, capsys):
+    record["config"] |= {"grid": [["model.depth", [8, 20]]], "compare": "model.deep"}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert "compare = 'model.deep' must be a key of the grid" in capsys.readouterr().err
 
 
 def test_values_of_a_grid_can_be_tuples(record, tmp_path):

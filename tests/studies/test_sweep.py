@@ -94,7 +94,10 @@ def test_networks_with_settings_of_their_own_can_be_compared(data_dir):
             {"adjust": ((("data.augment.flip", True), (("model.depth.x", 8),)),)},
             "adjust: model.depth.x = 8 does not fit the base config",
         ),
-        ({"grids": ()}, "grids is unknown; a study has base, grid and seeds, and can have adjust and compare"),
+        (
+            {"grids": ()},
+            "grids is unknown; a study has base, grid and seeds, and can have adjust and compare",
+        ),
         ({"base": 3}, r"base = 3 \(int\) must be a ConfigDict"),
         ({"adjust": (("num_steps", 8),)}, r"adjust = \(\('num_steps', 8\),\) must be pairs of"),
         ({"grid": (("num_steps", (4, 4)),)}, "grid: num_steps = .* none of them twice"),
