@@ -143,11 +143,15 @@ def _parse(arguments):
         if "config" in flags.FLAGS:
             # What stands for a missing file raises when it is looked at.
             hasattr(flags.FLAGS.config, "to_dict")
-        if "workdir" in flags.FLAGS and flags.FLAGS.workdir == "":
-            _leave("error: --workdir= names no directory", 2)  # it would be the current one
         for name in {"workdir", "out"} & set(flags.FLAGS):
-            if flags.FLAGS[name].value:  # a shell leaves the ~ of --workdir=~/x as it is
-                flags.FLAGS[name].value = os.path.expanduser(flags.FLAGS[name].value)
+            flag = flags.FLAGS[name]
+            several = isinstance(flag.value, list)  # it may be given more than once
+            given = flag.value if several else [flag.value]
+            if name == "workdir" and "" in given:
+                _leave("error: --workdir= names no directory", 2)  # it would be the current one
+            # A shell leaves the ~ of --workdir=~/x as it is.
+            given = [value and os.path.expanduser(value) for value in given]
+            flag.value = given if several else given[0]
         return rest
     except SystemExit as leaving:  # absl's --help is no error
         asked = any(re.fullmatch(r"--?(help\w*|h|\?)", argument) for argument in arguments)

@@ -1,9 +1,11 @@
-"""Tests one checkpoint of a run of train.py, as its paper does or otherwise.
+"""Tests one checkpoint of a run of train.py, or an ensemble of several runs, as papers do or otherwise.
 
     python -m cnn_cases.evaluate --workdir=runs/x [--protocol=ten_crop] [--split=test] [--step=best]
+    python -m cnn_cases.evaluate --workdir=runs/x --workdir=runs/y --out=runs/both
 
-`cnn_cases/data/views.py` explains the protocols. What comes out lies in <workdir>/evaluation/, in a directory
-named by split, protocol and step:
+`cnn_cases/data/views.py` explains the protocols. An ensemble's probabilities are the mean of those of its
+networks (Krizhevsky et al. 2012, section 6, and most papers after it). What comes out lies in --out, by
+default in <workdir>/evaluation/, in a directory named by split, protocol and step:
 
     metrics.json     accuracy, top-5 accuracy, loss (-log of the right class's probability, whatever the loss
                      of the training was), and how they came about
@@ -17,6 +19,7 @@ The checkpoints are only read. An evaluation that is done again overwrites its f
 import math
 import pathlib
 import time
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -31,42 +34,115 @@ NUM_MISTAKES = 24
 MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
 
 
-def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_dir="", out=""):
-    """Evaluates one checkpoint and writes its files.
+class Answers(NamedTuple):
+    """What one network says of the examples of a split.
+
+    Attributes:
+      step: of its checkpoint.
+      num_views: of each example.
+      probabilities: [N, K], averaged over the views.
+      label: int [N].
+      feed: of `data.feeds`, which has the examples.
+      seconds: that it took.
+    """
+
+    step: int
+    num_views: int
+    probabilities: Any
+    label: Any
+    feed: Any
+    seconds: float
+
+
+def evaluate_checkpoint(*workdirs, protocol="", split="", which="last", data_dir="", out=""):
+    """Evaluates one checkpoint, or one of each of several runs as an ensemble, and writes its files.
 
     Args:
-      workdir: of a run of train.py.
-      protocol: a key of `views.PROTOCOLS`; "" for the config's.
-      split: a part of data.splits; "" for "test", or "validation" where there is none.
-      which: "last", "best" or a step.
+      workdirs: of one or more runs of train.py, which may have different networks.
+      protocol: a key of `views.PROTOCOLS`; "" for that of the first run's config.
+      split: a part of data.splits; "" for "test", or "validation" where the first run has none.
+      which: "last", "best" or a step, of all runs.
       data_dir: see `saved_runs.load_config`.
-      out: the directory to write to; "" for one in the workdir.
+      out: the directory to write to; "" for one in the workdir, if it is one.
 
     Returns:
       What metrics.json holds, and the directory.
 
     Raises:
-      ValueError: there is no such run, split, protocol or checkpoint, the checkpoint is damaged, or the data
-        are not those of the run.
+      ValueError: there is no such run, split, protocol or checkpoint, a checkpoint is damaged, the data are
+        not those of the run, or the runs' examples are not the same.
       OSError: the directory cannot be made or written to.
     """
-    config = saved_runs.load_config(workdir, data_dir)
-    protocol = protocol or config.evaluation.protocol
-    split = split or ("test" if "test" in config.data.splits else "validation")
-    if split not in config.data.splits:
-        raise ValueError(
-            f"split = {split!r} is not in data.splits, which has {', '.join(config.data.splits)}"
-        )
-    checkpoints = pathlib.Path(workdir) / "checkpoints"
-    step = checkpoint.find(checkpoints, which)
+    configs = [saved_runs.load_config(workdir, data_dir) for workdir in workdirs]
+    first = configs[0]
+    protocol = protocol or first.evaluation.protocol
+    split = split or ("test" if "test" in first.data.splits else "validation")
+    if len(workdirs) > 1 and not out:
+        raise ValueError("out = '' is for one run; say where the evaluation of an ensemble is to lie")
+    steps = []
+    for workdir, config in zip(workdirs, configs, strict=True):
+        if split not in config.data.splits:
+            raise ValueError(
+                f"split = {split!r} is not in data.splits of {workdir}, which has "
+                f"{', '.join(config.data.splits)}"
+            )
+        if examples_of(config, split) != examples_of(first, split):
+            raise ValueError(
+                f"workdir = {workdir}: its split {split!r} is {examples_of(config, split)}, that of "
+                f"{workdirs[0]} {examples_of(first, split)}; an ensemble is tested on the same examples"
+            )
+        steps.append(checkpoint.find(pathlib.Path(workdir) / "checkpoints", which))
+    out = pathlib.Path(out or pathlib.Path(workdirs[0]) / "evaluation" / f"{split}_{protocol}_{steps[0]}")
 
+    networks = [
+        _ask(workdir, config, step, split, protocol, out)
+        for workdir, config, step in zip(workdirs, configs, steps, strict=True)
+    ]
+    feed, label = networks[0].feed, networks[0].label
+    for workdir, network in zip(workdirs, networks, strict=True):
+        if not np.array_equal(network.label, label):
+            raise ValueError(f"workdir = {workdir} has other labels in {split!r} than {workdirs[0]}")
+
+    probabilities = np.mean([network.probabilities for network in networks], axis=0)
+    if len(networks) == 1:
+        of_networks = {"step": networks[0].step}
+    else:
+        of_networks = {
+            "networks": [
+                {"workdir": str(workdir), "step": network.step, **_scores(network.probabilities, label)}
+                for workdir, network in zip(workdirs, networks, strict=True)
+            ]
+        }
+    metrics = {
+        "split": split,
+        "examples_of": examples_of(first, split),
+        "protocol": protocol,
+        "views_per_example": networks[0].num_views,
+        **of_networks,
+        "num_examples": len(label),
+        **_scores(probabilities, label),
+        "seconds": round(sum(network.seconds for network in networks), 2),
+        "environment": provenance.environment(),
+    }
+    names = feeds.class_names(first.data.name, first.data.data_dir)
+    write_report(out, metrics, names, probabilities, label, feed.examples(split))
+    return metrics, out
+
+
+def examples_of(config, split):
+    """The data set and the part of it that a split is."""
+    return f"{config.data.name} {config.data.splits[split]}"
+
+
+def _ask(workdir, config, step, split, protocol, out):
+    """The `Answers` of one network; makes the directory `out` before it asks."""
     program = programs.make_program(config, saved_runs.usable_devices(config))
     saved_runs.check_unchanged(workdir, program.feed, ("train", split))
     like = program.shapes_of_state()
     num_views = len(programs.check_protocol(program, like, protocol))
-    state = devices.replicate(checkpoint.read(checkpoints, step, like), program.devices)
-    out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / f"{split}_{protocol}_{step}")
+    saved = checkpoint.read(pathlib.Path(workdir) / "checkpoints", step, like)
     out.mkdir(parents=True, exist_ok=True)  # so that a bad one is known now, not after an hour of predictions
+    state = devices.replicate(saved, program.devices)
     started = time.monotonic()
     probabilities, label = programs.predict(
         program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True
@@ -78,24 +154,17 @@ def evaluate_checkpoint(workdir, *, protocol="", split="", which="last", data_di
             f"{workdir}: step {step} answers {lost} of {len(label)} images with NaN; take another checkpoint "
             "(--step), or see where it begins: python -m cnn_cases.replay"
         )
+    return Answers(step, num_views, probabilities, label, program.feed, seconds)
 
+
+def _scores(probabilities, label):
+    """Accuracy, top-5 accuracy where there are more than five classes, and loss."""
     scores = predictions.scores(probabilities, label)
-    metrics = {
-        "split": split,
-        "examples_of": f"{config.data.name} {config.data.splits[split]}",
-        "protocol": protocol,
-        "views_per_example": num_views,
-        "step": step,
-        "num_examples": len(label),
+    return {
         "accuracy": 1 - scores["error"],
         **({"top_5_accuracy": 1 - scores["top_5_error"]} if "top_5_error" in scores else {}),
         "loss": scores["loss"],
-        "seconds": round(seconds, 2),
-        "environment": provenance.environment(),
     }
-    names = feeds.class_names(config.data.name, config.data.data_dir)
-    write_report(out, metrics, names, probabilities, label, program.feed.examples(split))
-    return metrics, out
 
 
 def write_report(out, metrics, names, probabilities, label, examples):
@@ -113,7 +182,7 @@ def write_report(out, metrics, names, probabilities, label, examples):
     counts = confusion(predicted, label, len(names))
     disk.write_json(out / "metrics.json", metrics)
     disk.write_text(out / "confusion.csv", confusion_csv(counts, names))
-    title = f"{metrics['examples_of']}, step {metrics['step']}, {metrics['protocol']}"
+    title = f"{metrics['examples_of']}, {network_in_words(metrics)}, {metrics['protocol']}"
     title += f": {(predicted != label).sum():,} of {len(label):,} are wrong"
     mistakes = surest_mistakes(probabilities, label, NUM_MISTAKES)
     images = pick(examples, mistakes)
@@ -203,11 +272,21 @@ def shorten(name):
     return name if len(name) <= 16 else name[:15] + "…"
 
 
+def network_in_words(metrics):
+    """Which checkpoint was tested, or how many."""
+    return f"step {metrics['step']}" if "step" in metrics else f"{len(metrics['networks'])} networks"
+
+
 def table(metrics):
     """The figures as a short text."""
     lines = [
         f"split {metrics['split']!r} ({metrics['examples_of']}), {metrics['num_examples']:,} examples",
-        f"step {metrics['step']}, protocol {metrics['protocol']!r}, "
+        *(
+            f"  {network['workdir']}, step {network['step']}: accuracy {network['accuracy']:.2%}, "
+            f"loss {network['loss']:.4f}"
+            for network in metrics.get("networks", ())
+        ),
+        f"{network_in_words(metrics)}, protocol {metrics['protocol']!r}, "
         f"views of each: {metrics['views_per_example']}, {metrics['seconds']} s",
         f"  accuracy         {metrics['accuracy']:8.2%}",
     ]
@@ -219,7 +298,12 @@ def table(metrics):
 
 def define_flags():
     """The flags of the command."""
-    flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
+    flags.DEFINE_multi_string(
+        "workdir",
+        None,
+        "The directory of a run of train.py; of an ensemble, once for each run.",
+        required=True,
+    )
     flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
     flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
     flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
@@ -232,7 +316,7 @@ def main():
     matplotlib.use("agg")
     given = flags.FLAGS
     metrics, out = evaluate_checkpoint(
-        given.workdir,
+        *given.workdir,
         protocol=given.protocol,
         split=given.split,
         which=given.step,

@@ -128,7 +128,7 @@ def test_a_config_comes_back_as_it_was(trained, data_dir):
     ("arguments", "message"),
     [
         ({"protocol": "tencrop"}, "evaluation.protocol = 'tencrop' is unknown; known: single, flip"),
-        ({"split": "tset"}, "split = 'tset' is not in data.splits, which has test, train, validation"),
+        ({"split": "tset"}, "split = 'tset' is not in data.splits of .*, which has test, train, validation"),
         ({"which": "5"}, r"no checkpoint of step '5'; .* has 4, 8, 12; 'last' and 'best' will do"),
         ({"which": "newest"}, "no checkpoint of step 'newest'"),
         ({"protocol": "multi_scale_dense"}, r"multi_scale_dense' has views of 27x27 .* cannot take"),
@@ -168,6 +168,100 @@ def test_a_directory_without_a_run_is_refused(trained, tmp_path):
     shutil.copy(trained / "config.json", tmp_path)
     with pytest.raises(ValueError, match=r"there is no checkpoint in .*checkpoints"):
         evaluate.evaluate_checkpoint(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def twin(data_dir, program, tmp_path_factory):
+    """The workdir of a run with another seed, to be read only."""
+    workdir = tmp_path_factory.mktemp("twin")
+    config = tiny_config(data_dir)
+    config.seed = 1
+    config.checkpoint.keep_last = 3
+    train(config, workdir, program)
+    return workdir
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_networks_probabilities(trained, twin, program, tmp_path):
+    metrics, out = evaluate.evaluate_checkpoint(trained, twin, split="validation", out=tmp_path / "out")
+    answers = []
+    for workdir, network in zip((trained, twin), metrics["networks"], strict=True):
+        alone, _ = evaluate.evaluate_checkpoint(workdir, split="validation", out=tmp_path / "alone")
+        assert network == {"workdir": str(workdir)} | {
+            key: alone[key] for key in ("step", "accuracy", "top_5_accuracy", "loss")
+        }
+        state = checkpoint.read(workdir / "checkpoints", 12, program.shapes_of_state())
+        probabilities, label = programs.predict(program, state, "validation", "single", batch_size=100)
+        answers.append(probabilities)
+    together = (answers[0] + answers[1]) / 2
+    assert metrics["accuracy"] == pytest.approx((together.argmax(axis=1) == label).mean())
+    assert metrics["loss"] == pytest.approx(-np.log(together[np.arange(len(label)), label]).mean(), rel=1e-5)
+    assert metrics["num_examples"] == 185
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    text = evaluate.table(metrics)
+    assert f"{twin}, step 12: accuracy {metrics['networks'][1]['accuracy']:.2%}" in text
+    assert "2 networks, protocol 'single'" in text
+
+
+def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(trained, twin, tmp_path):
+    one, other = (
+        evaluate.evaluate_checkpoint(*runs, protocol="flip", out=tmp_path / "out")[0]
+        for runs in ((trained, twin), (twin, trained))
+    )
+    assert one["views_per_example"] == 2
+    assert {one[key] for key in ("accuracy", "loss")} == {other[key] for key in ("accuracy", "loss")}
+    assert one["networks"] == other["networks"][::-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"data": {"splits": {"test": "test[:50]"}}},
+            r"'test' is digits test\[:50\], that of .* digits test",
+        ),
+        (
+            {"data": {"name": "mnist"}},
+            "'test' is mnist test, that of .* digits test; an ensemble is tested on",
+        ),
+        (
+            {"data": {"splits": {"tset": "test"}}},
+            "split = 'test' is not in data.splits of .*, which has train, tset",
+        ),
+    ],
+)
+def test_an_ensemble_is_of_the_same_examples(change, message, trained, twin, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "predict", lambda *_, **__: pytest.fail("predicted all the same"))
+    config = json.loads((twin / "config.json").read_text())
+    splits = {"train": "train", "validation": "validation", **change["data"].get("splits", {"test": "test"})}
+    config["data"] |= change["data"] | {"splits": splits}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate_checkpoint(trained, tmp_path, out=tmp_path / "out")
+
+
+def test_the_command_takes_an_ensemble(trained, twin, tmp_path):
+    home, runs = {"HOME": str(trained.parent)}, (f"~/{trained.name}", str(twin))
+    command = [sys.executable, "-m", "cnn_cases.evaluate", *(f"--workdir={run}" for run in runs)]
+    options = {"cwd": ROOT, "env": os.environ | home, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([*command, f"--out={tmp_path}"], **options)
+    assert done.returncode == 0, done.stderr
+    assert f"{trained}, step 12: accuracy " in done.stdout
+    assert "2 networks" in done.stdout
+    done = subprocess.run([*command, "--workdir=", f"--out={tmp_path}"], **options)
+    assert (done.returncode, done.stderr.strip()) == (2, "error: --workdir= names no directory")
+
+
+def test_an_ensemble_wants_to_know_where_its_files_go(trained, twin):
+    with pytest.raises(ValueError, match="out = '' is for one run; say where the evaluation of an ensemble"):
+        evaluate.evaluate_checkpoint(trained, twin)
+
+
+def test_networks_whose_labels_differ_are_no_ensemble(trained, twin, tmp_path, monkeypatch):
+    labels = iter((np.array([0, 1]), np.array([1, 0])))
+    monkeypatch.setattr(programs, "predict", lambda *_, **__: (np.full((2, 10), 0.1), next(labels)))
+    with pytest.raises(ValueError, match=rf"workdir = {twin} has other labels in 'test' than {trained}"):
+        evaluate.evaluate_checkpoint(trained, twin, out=tmp_path / "out")
 
 
 def test_the_command_ends_with_one_message(trained):
