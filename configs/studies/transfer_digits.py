@@ -33,6 +33,7 @@ def get_config():
         ("start.workdir", ("", "runs/lenet5_mnist")),
         ("optimizer.frozen", ((), ("conv*",), ("conv*", "dense*"))),
     )
+    config.compare = "start.workdir"
     config.seeds = (0, 1, 2)
     config.lock()
     return config

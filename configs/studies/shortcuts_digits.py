@@ -1,0 +1,27 @@
+"""The three kinds of shortcuts of a residual net as depth grows, on scikit-learn's digits.
+
+Paper: He et al. 2015, section 4.1 and table 3, there with 34 layers on ImageNet; and He et al. 2016, section
+3, for projections in place of all identities in 110 layers on CIFAR-10.
+Command: python -m cnn_cases.studies.sweep --config=configs/studies/shortcuts_digits.py \
+             --workdir=runs/shortcuts_digits
+
+The recipe is that of `resnet_digits`.
+Result: not yet measured
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, resnet_digits
+
+
+def get_config():
+    """The grid: four depths with shortcuts of options A, B and C."""
+    config = ConfigDict()
+    config.base = resnet_digits.get_config()
+    with config.base.unlocked():
+        common.follow_test_error(config.base)
+    config.grid = (("model.depth", (20, 32, 44, 56)), ("model.shortcut", ("A", "B", "C")))
+    config.compare = "model.shortcut"
+    config.seeds = (0, 1, 2)
+    config.lock()
+    return config
