@@ -19,6 +19,8 @@ TUPLES = {
     "data.crop.shorter_side": tuple[int, int],
     "data.crop.area": tuple[float, float],
     "data.crop.aspect": tuple[float, float],
+    "optimizer.rate_patterns": tuple[str, ...],
+    "optimizer.rate_factors": tuple[float, ...],
     "optimizer.frozen": tuple[str, ...],
     "schedule.boundaries": tuple[float, ...],
     "schedule.factors": tuple[float, ...],

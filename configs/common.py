@@ -105,6 +105,10 @@ def get_config():
     config.optimizer.weight_decay = 1e-4  # times a parameter, added to its gradient
     config.optimizer.decayed = "all"  # which parameters: "all", or "kernels" without biases and normalisation
     config.optimizer.clip_norm = 0.0  # greatest norm of the gradient; 0: no limit
+    # Patterns of names of parameters, as in "*/bias" or "conv1/*", whose learning rate is multiplied by
+    # `rate_factors`, one for each pattern; by all of them where several fit.
+    config.optimizer.rate_patterns = ()
+    config.optimizer.rate_factors = ()
     # Patterns of the names of layers whose parameters stay as they are at the start. Their batch statistics
     # do not.
     config.optimizer.frozen = ()

@@ -6,14 +6,14 @@ Command: make data DATASET=imagenet2012
          python train.py --config=configs/nin_imagenet2012.py --workdir=runs/nin_imagenet2012
 
 The release's recipe, item by item:
-- SGD with momentum 0.9, batch 64, weight decay 5e-4 without biases;
+- SGD with momentum 0.9, batch 64, weight decay 5e-4 without biases, which have twice the weights' rate;
 - a rate of 0.01, divided by 10 after 200,000 and 400,000 of 450,000 steps (22 epochs; as a copy of its solver
   has it);
 - random 224-pixel crops, flips, the mean image subtracted from pixels that range over 256 values;
 - first weights and dropout: in the model.
 
-Departures: biases have the rate of the weights, where the release gives them twice that; crops are of images
-whose shorter side is 256; the mean image is that of a sample, of central crops.
+Departures: crops are of images whose shorter side is 256; the mean image is that of a sample, of central
+crops.
 Not run yet.
 """
 
@@ -33,6 +33,8 @@ def get_config():
     config.optimizer.learning_rate = 0.01
     config.optimizer.weight_decay = 5e-4
     config.optimizer.decayed = "kernels"
+    config.optimizer.rate_patterns = ("*/bias",)
+    config.optimizer.rate_factors = (2.0,)
     config.schedule.boundaries = (20 / 45, 40 / 45)
     config.schedule.factors = (0.1, 0.1)
     config.lock()

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, from plain numbers."""
 
+import fnmatch
 import functools
 import itertools
 import math
@@ -98,6 +99,8 @@ def make_optimizer(
     weight_decay,
     decayed,
     clip_norm,
+    rate_patterns=(),
+    rate_factors=(),
     frozen=None,
 ):
     """The optimizer called `name`.
@@ -115,10 +118,13 @@ def make_optimizer(
         time; with "adamw" it is decoupled: rate * weight_decay * w is subtracted from w.
       decayed: one of DECAYED: "all" parameters, or "kernels" without biases and normalisation.
       clip_norm: the greatest norm of the whole gradient, weight decay included; 0 for no limit.
+      rate_patterns: those of a shell, of names of parameters whose rate is multiplied: "*/bias", "conv1/*".
+      rate_factors: by what, one for each pattern; where several patterns fit, by all of theirs.
       frozen: name of a layer -> whether it stays as it is, which takes a gradient of zero; None: none does.
 
     Raises:
-      ValueError: a name is unknown or a number is out of range.
+      ValueError: a name is unknown or a number is out of range. Where the optimizer is given parameters, also
+        if a pattern fits none of them.
     """
     _one_of("optimizer.name", name, OPTIMIZERS)
     _one_of("optimizer.decayed", decayed, DECAYED)
@@ -129,6 +135,13 @@ def make_optimizer(
         if not 0 <= value < math.inf:
             raise ValueError(f"optimizer.{key} = {value} must be 0 or more, and finite")
     _positive("optimizer.epsilon", epsilon)
+    if len(rate_factors) != len(rate_patterns):
+        raise ValueError(
+            f"optimizer.rate_factors = {rate_factors} must have one number for each of "
+            f"optimizer.rate_patterns = {rate_patterns}"
+        )
+    for factor in rate_factors:
+        _positive("optimizer.rate_factors", factor)
 
     mask = None
     if frozen or decayed == "kernels":
@@ -151,7 +164,38 @@ def make_optimizer(
                 schedule, momentum, second_moment, epsilon, weight_decay=decay, mask=mask, nesterov=nesterov
             )
         )
+    if rate_patterns:
+        chain.append(_multiply_rates(rate_patterns, rate_factors))
     return optax.chain(*chain)
+
+
+def _multiply_rates(patterns, factors):
+    """Multiplies the change of each parameter by the factors of all patterns that fit its name."""
+
+    def name_of(path):
+        return "/".join(part.key for part in path)
+
+    def init(params):
+        names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                some = ", ".join(names[:6]) + ", ..." * (len(names) > 6)
+                raise ValueError(
+                    f"optimizer.rate_patterns = {patterns}: {pattern!r} fits no parameter; there are {some}"
+                )
+        return optax.EmptyState()
+
+    def multiply(path, change):
+        pairs = zip(patterns, factors, strict=True)
+        return change * math.prod(
+            factor for pattern, factor in pairs if fnmatch.fnmatchcase(name_of(path), pattern)
+        )
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map_with_path(multiply, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _is_decayed(params, *, kernels_only, frozen):

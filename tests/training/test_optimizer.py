@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -177,6 +178,14 @@ def test_an_impossible_learning_rate_is_refused(rate):
         ({"clip_norm": -1.0}, "optimizer.clip_norm = -1.0 must be 0 or more"),
         ({"second_moment": 1.5}, r"optimizer.second_moment = 1.5 must be in \[0, 1\)"),
         ({"epsilon": 0.0}, "optimizer.epsilon = 0.0 must be above 0"),
+        (
+            {"rate_patterns": ("*/bias",)},
+            r"optimizer.rate_factors = \(\) must have one number for each of optimizer.rate_patterns = \('",
+        ),
+        (
+            {"rate_patterns": ("a", "b"), "rate_factors": (2.0, 0.0)},
+            "optimizer.rate_factors = 0.0 must be above 0, and finite",
+        ),
         ({"decayed": "biases"}, "optimizer.decayed = 'biases' is unknown; known: all, kernels"),
     ],
 )
@@ -227,3 +236,34 @@ def test_adamw_leaves_biases_out_of_the_decay_too():
         change, _ = tx.update(grads, tx.init(params), params)
         np.testing.assert_allclose(change["kernel"], -0.05, rtol=1e-6)
         np.testing.assert_allclose(change["bias"], bias, rtol=1e-6)
+
+
+LAYERS = {"conv1": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "dense": {"kernel": jnp.full(2, 2.0)}}
+
+
+def train_layers(rate, num_steps=3, **changes):
+    """The layers after some steps, whose gradient is the step's number times the parameter."""
+    tx, params = make_optimizer(lambda _: rate, **SGD | dict(weight_decay=0.1) | changes), LAYERS
+    state = tx.init(params)
+    for step in range(num_steps):
+        grads = jax.tree.map(lambda value, step=step: step * value, params)
+        change, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, change)
+    return params
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
+def test_each_parameter_has_the_rate_that_the_patterns_which_fit_it_make(name):
+    layers = train_layers(0.1, name=name, rate_patterns=("*/bias", "conv1/*"), rate_factors=(2.0, 0.3))
+    for rate, layer, leaf in ((0.06, "conv1", "bias"), (0.03, "conv1", "kernel"), (0.1, "dense", "kernel")):
+        expected = train_layers(rate, name=name)[layer][leaf]
+        np.testing.assert_allclose(layers[layer][leaf], expected, rtol=1e-6)
+        assert (layers[layer][leaf] != LAYERS[layer][leaf]).all()
+
+
+def test_a_pattern_of_rates_that_fits_no_parameter_is_refused_with_those_that_there_are():
+    tx = make_optimizer(lambda _: 0.1, **SGD, rate_patterns=("*/bias", "conv2/*"), rate_factors=(2.0, 2.0))
+    with pytest.raises(
+        ValueError, match=r"optimizer.rate_patterns = .*: 'conv2/\*' fits no parameter; there "
+    ):
+        jax.eval_shape(tx.init, LAYERS)

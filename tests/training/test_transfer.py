@@ -145,6 +145,10 @@ def test_the_deeper_vgg_starts_from_the_layers_of_net_a(data_dir, tmp_path):
         ({"data.border": 2}, r"start\.layers = \('\*',\): dense1/kernel is 16x120 in .* and 64x120 here"),
         ({"model.name": "lenet5_1998"}, r"start\.layers = .* has no c1, but conv1, conv2, dense1"),
         ({"optimizer.frozen": ("conv1", "z")}, r"optimizer\.frozen = .*'z' fits no layer; there are conv1"),
+        (
+            {"optimizer.rate_patterns": ("z/*",), "optimizer.rate_factors": (2.0,)},
+            r"optimizer\.rate_patterns = .*'z/\*' fits no parameter; there are conv1/bias, .*, \.\.\.",
+        ),
         ({"optimizer.frozen": ("*",)}, r"optimizer\.frozen = \('\*',\) leaves no layer to train, of conv1"),
     ],
 )
