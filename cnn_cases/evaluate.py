@@ -4,8 +4,8 @@
     python -m cnn_cases.evaluate --workdir=runs/x --workdir=runs/y --out=runs/both
 
 `cnn_cases/data/views.py` explains the protocols. An ensemble's probabilities are the mean of those of its
-networks (Krizhevsky et al. 2012, section 6, and most papers after it). What comes out lies in --out, by
-default in <workdir>/evaluation/, in a directory named by split, protocol and step:
+networks (Krizhevsky et al. 2012, section 6, and most papers after it). What comes out lies in --out, or else
+in a directory of <workdir>/evaluation/ that is named by split, protocol and step:
 
     metrics.json     accuracy, top-5 accuracy, loss (-log of the right class's probability, whatever the loss
                      of the training was), and how they came about
@@ -34,127 +34,140 @@ NUM_MISTAKES = 24
 MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and for every name
 
 
-class Answers(NamedTuple):
-    """What one network says of the examples of a split.
+class Network(NamedTuple):
+    """A network that is to be asked.
 
     Attributes:
+      workdir, config, program: of its run.
       step: of its checkpoint.
+      state: what the checkpoint holds.
       num_views: of each example.
-      probabilities: [N, K], averaged over the views.
-      label: int [N].
-      feed: of `data.feeds`, which has the examples.
-      seconds: that it took.
     """
 
+    workdir: Any
+    config: Any
+    program: Any
     step: int
+    state: Any
     num_views: int
-    probabilities: Any
-    label: Any
-    feed: Any
-    seconds: float
 
 
-def evaluate_checkpoint(*workdirs, protocol="", split="", which="last", data_dir="", out=""):
+def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", data_dir="", out=""):
     """Evaluates one checkpoint, or one of each of several runs as an ensemble, and writes its files.
 
+    All networks are read before the first is asked, so that nothing fails after an hour of predictions.
+
     Args:
-      workdirs: of one or more runs of train.py, which may have different networks.
+      workdir: of a run of train.py.
+      others: of further ones, which may have different networks and must have the same examples.
       protocol: a key of `views.PROTOCOLS`; "" for that of the first run's config.
       split: a part of data.splits; "" for "test", or "validation" where the first run has none.
       which: "last", "best" or a step, of all runs.
       data_dir: see `saved_runs.load_config`.
-      out: the directory to write to; "" for one in the workdir, if it is one.
+      out: the directory to write to; "" for one in the workdir, if there is one run.
 
     Returns:
       What metrics.json holds, and the directory.
 
     Raises:
       ValueError: there is no such run, split, protocol or checkpoint, a checkpoint is damaged, the data are
-        not those of the run, or the runs' examples are not the same.
+        not those of the run, a run is named twice, or the runs' examples are not the same.
       OSError: the directory cannot be made or written to.
     """
-    configs = [saved_runs.load_config(workdir, data_dir) for workdir in workdirs]
+    workdirs = [workdir, *others]
+    places = [pathlib.Path(one).resolve() for one in workdirs]
+    configs = [saved_runs.load_config(one, data_dir) for one in workdirs]
     first = configs[0]
     protocol = protocol or first.evaluation.protocol
     split = split or ("test" if "test" in first.data.splits else "validation")
-    if len(workdirs) > 1 and not out:
+    if others and not out:
         raise ValueError("out = '' is for one run; say where the evaluation of an ensemble is to lie")
-    steps = []
-    for workdir, config in zip(workdirs, configs, strict=True):
+    for number, (one, config) in enumerate(zip(workdirs, configs, strict=True)):
+        if places[number] in places[:number]:
+            raise ValueError(f"workdir = {one} is named twice, and would have two votes")
         if split not in config.data.splits:
             raise ValueError(
-                f"split = {split!r} is not in data.splits of {workdir}, which has "
-                f"{', '.join(config.data.splits)}"
+                f"split = {split!r} is not in data.splits of {one}, which has {', '.join(config.data.splits)}"
             )
-        if examples_of(config, split) != examples_of(first, split):
+        if _examples(config, split) != _examples(first, split):
             raise ValueError(
-                f"workdir = {workdir}: its split {split!r} is {examples_of(config, split)}, that of "
-                f"{workdirs[0]} {examples_of(first, split)}; an ensemble is tested on the same examples"
+                f"workdir = {one}: its split {split!r} is {_examples(config, split)}, that of {workdir} "
+                f"{_examples(first, split)}; an ensemble is tested on the same examples (see --data_dir)"
             )
-        steps.append(checkpoint.find(pathlib.Path(workdir) / "checkpoints", which))
-    out = pathlib.Path(out or pathlib.Path(workdirs[0]) / "evaluation" / f"{split}_{protocol}_{steps[0]}")
-
     networks = [
-        _ask(workdir, config, step, split, protocol, out)
-        for workdir, config, step in zip(workdirs, configs, steps, strict=True)
+        _read(one, config, split, protocol, which) for one, config in zip(workdirs, configs, strict=True)
     ]
-    feed, label = networks[0].feed, networks[0].label
-    for workdir, network in zip(workdirs, networks, strict=True):
-        if not np.array_equal(network.label, label):
-            raise ValueError(f"workdir = {workdir} has other labels in {split!r} than {workdirs[0]}")
+    default = f"{split}_{protocol}_{networks[0].step}"
+    out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / default)
+    out.mkdir(parents=True, exist_ok=True)
 
-    probabilities = np.mean([network.probabilities for network in networks], axis=0)
-    if len(networks) == 1:
-        of_networks = {"step": networks[0].step}
-    else:
-        of_networks = {
+    started = time.monotonic()
+    answers = [_ask(network, split, protocol) for network in networks]
+    seconds = time.monotonic() - started
+    label = answers[0][1]
+    probabilities = np.mean([one for one, _ in answers], axis=0)
+    if others:
+        tested = {
             "networks": [
-                {"workdir": str(workdir), "step": network.step, **_scores(network.probabilities, label)}
-                for workdir, network in zip(workdirs, networks, strict=True)
+                {"workdir": str(network.workdir), "step": network.step, **_scores(one, label)}
+                for network, (one, _) in zip(networks, answers, strict=True)
             ]
         }
+    else:
+        tested = {"step": networks[0].step}
     metrics = {
         "split": split,
-        "examples_of": examples_of(first, split),
+        "examples_of": f"{first.data.name} {first.data.splits[split]}",
         "protocol": protocol,
         "views_per_example": networks[0].num_views,
-        **of_networks,
+        **tested,
         "num_examples": len(label),
         **_scores(probabilities, label),
-        "seconds": round(sum(network.seconds for network in networks), 2),
+        "seconds": round(seconds, 2),
         "environment": provenance.environment(),
     }
     names = feeds.class_names(first.data.name, first.data.data_dir)
-    write_report(out, metrics, names, probabilities, label, feed.examples(split))
+    write_report(out, metrics, names, probabilities, label, networks[0].program.feed.examples(split))
     return metrics, out
 
 
-def examples_of(config, split):
-    """The data set and the part of it that a split is."""
-    return f"{config.data.name} {config.data.splits[split]}"
+def _examples(config, split):
+    """What tells the examples of a split: the data set, the part of it, and where it lies."""
+    place = f" in {config.data.data_dir}" if config.data.data_dir else ""
+    return f"{config.data.name} {config.data.splits[split]}{place}"
 
 
-def _ask(workdir, config, step, split, protocol, out):
-    """The `Answers` of one network; makes the directory `out` before it asks."""
+def _read(workdir, config, split, protocol, which):
+    """The `Network` of a run."""
+    checkpoints = pathlib.Path(workdir) / "checkpoints"
+    step = checkpoint.find(checkpoints, which)
     program = programs.make_program(config, saved_runs.usable_devices(config))
     saved_runs.check_unchanged(workdir, program.feed, ("train", split))
     like = program.shapes_of_state()
-    num_views = len(programs.check_protocol(program, like, protocol))
-    saved = checkpoint.read(pathlib.Path(workdir) / "checkpoints", step, like)
-    out.mkdir(parents=True, exist_ok=True)  # so that a bad one is known now, not after an hour of predictions
-    state = devices.replicate(saved, program.devices)
-    started = time.monotonic()
+    try:
+        num_views = len(programs.check_protocol(program, like, protocol))
+    except ValueError as error:
+        raise ValueError(f"workdir = {workdir}: {error}") from error
+    return Network(workdir, config, program, step, checkpoint.read(checkpoints, step, like), num_views)
+
+
+def _ask(network, split, protocol):
+    """(probabilities [N, K], averaged over views, label int [N]) of the examples of a split."""
     probabilities, label = programs.predict(
-        program, state, split, protocol, batch_size=config.evaluation.batch_size, show_progress=True
+        network.program,
+        devices.replicate(network.state, network.program.devices),
+        split,
+        protocol,
+        batch_size=network.config.evaluation.batch_size,
+        show_progress=True,
     )
-    seconds = time.monotonic() - started
     lost = np.isnan(probabilities).any(axis=1).sum()
     if lost:
         raise ValueError(
-            f"{workdir}: step {step} answers {lost} of {len(label)} images with NaN; take another checkpoint "
-            "(--step), or see where it begins: python -m cnn_cases.replay"
+            f"{network.workdir}: step {network.step} answers {lost} of {len(label)} images with NaN; take "
+            "another checkpoint (--step), or see where it begins: python -m cnn_cases.replay"
         )
-    return Answers(step, num_views, probabilities, label, program.feed, seconds)
+    return probabilities, label
 
 
 def _scores(probabilities, label):

@@ -1,9 +1,9 @@
 """GoogLeNet, as its paper has it, on Imagenette, ten easy classes of ImageNet, in crops of 96 pixels that
 stream from the disk.
 
-Paper: Szegedy et al. 2014, section 5 and table 1. Kept: 5x5 windows, local response normalisation in place of
-batch normalisation, side branches with weight 0.3, and crops of any size and shape (section 6). The size and
-the schedule are ours.
+Paper: Szegedy et al. 2014. Kept: the net of table 1, with 5x5 windows, local response normalisation and side
+branches that weigh 0.3, and crops of any size and shape (section 6). The size of the crops is ours, and so is
+the recipe, without the paper's photometric distortions and average of parameters.
 Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/googlenet_imagenette.py --workdir=runs/googlenet_imagenette
 Result: not yet measured

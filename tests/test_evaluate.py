@@ -131,7 +131,10 @@ def test_a_config_comes_back_as_it_was(trained, data_dir):
         ({"split": "tset"}, "split = 'tset' is not in data.splits of .*, which has test, train, validation"),
         ({"which": "5"}, r"no checkpoint of step '5'; .* has 4, 8, 12; 'last' and 'best' will do"),
         ({"which": "newest"}, "no checkpoint of step 'newest'"),
-        ({"protocol": "multi_scale_dense"}, r"multi_scale_dense' has views of 27x27 .* cannot take"),
+        (
+            {"protocol": "multi_scale_dense"},
+            r"workdir = .*: .*multi_scale_dense' has views of 27x27 .* cannot take",
+        ),
         ({"data_dir": "/nowhere"}, "data_dir='/nowhere'|/nowhere"),
     ],
 )
@@ -218,11 +221,11 @@ def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(trained, twin,
     [
         (
             {"data": {"splits": {"test": "test[:50]"}}},
-            r"'test' is digits test\[:50\], that of .* digits test",
+            r"'test' is digits test\[:50\] in .*, that of .* digits test",
         ),
         (
             {"data": {"name": "mnist"}},
-            "'test' is mnist test, that of .* digits test; an ensemble is tested on",
+            "'test' is mnist test in .*, that of .* digits test in .*; an ensemble is",
         ),
         (
             {"data": {"splits": {"tset": "test"}}},
@@ -257,11 +260,19 @@ def test_an_ensemble_wants_to_know_where_its_files_go(trained, twin):
         evaluate.evaluate_checkpoint(trained, twin)
 
 
-def test_networks_whose_labels_differ_are_no_ensemble(trained, twin, tmp_path, monkeypatch):
-    labels = iter((np.array([0, 1]), np.array([1, 0])))
-    monkeypatch.setattr(programs, "predict", lambda *_, **__: (np.full((2, 10), 0.1), next(labels)))
-    with pytest.raises(ValueError, match=rf"workdir = {twin} has other labels in 'test' than {trained}"):
-        evaluate.evaluate_checkpoint(trained, twin, out=tmp_path / "out")
+def test_a_run_has_one_vote(trained, twin, tmp_path):
+    with pytest.raises(ValueError, match=rf"workdir = {trained}/\.\./{trained.name} is named twice"):
+        evaluate.evaluate_checkpoint(twin, trained, f"{trained}/../{trained.name}", out=tmp_path / "out")
+
+
+def test_all_networks_of_an_ensemble_are_read_before_the_first_is_asked(trained, twin, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "predict", lambda *_, **__: pytest.fail("predicted all the same"))
+    shutil.copytree(twin, tmp_path / "damaged")
+    for path in (tmp_path / "damaged" / "checkpoints" / "12").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"damaged/checkpoints"):
+        evaluate.evaluate_checkpoint(trained, tmp_path / "damaged", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_ends_with_one_message(trained):

@@ -1,10 +1,11 @@
 """Two kinds of runs compared in pairs: the same point of the grid and the same seed, except for one key.
 
-Partners of a pair see the same batches, and start from the same values where their parameters are the same,
-so what a seed does to both is not in their difference. A mean difference has a 95 % confidence interval of
-Student's t, which takes the differences for independent draws of one normal distribution; with three seeds it
-is wide, and of one pair there is none. Where a partner diverged, or is of another code, there is no
-difference: such pairs are left out and counted.
+What a seed does to both partners is not in their difference: they see the same batches, unless the key or
+what `adjust` of the study changes with it is of the data, and start from the same values where their
+parameters are the same. A mean difference has a 95 % confidence interval of Student's t, which takes the
+differences for independent draws of one normal distribution; with three seeds it is wide, and of one pair
+there is none. Where a partner diverged, or is of another code, there is no difference: such pairs are left
+out and counted.
 """
 
 import math
@@ -18,6 +19,7 @@ from cnn_cases import tables
 from cnn_cases.studies import figures, records
 
 CONFIDENCE = 0.95
+LONGEST = 36  # characters of a value in a figure
 
 
 def interval(values):
@@ -40,9 +42,10 @@ def compare(record, key, first, second, names):
       names: of final metrics, such as "test/error".
 
     Returns:
-      A dict for each code and each point of the other keys: {"code", **point, "pairs": number of those in
-      which both finished, "left_out": number of the other seeds, <name>: {"differences", "mean",
-      "interval"}}. With no pair the mean is None, and with fewer than two the interval.
+      A dict for each code and each point of the other keys at which it has runs of either kind: {"code",
+      **point, "pairs": number of those in which both finished, "left_out": number of the other seeds, <name>:
+      {"differences", "mean", "interval"}}. With no pair the mean is None, and with fewer than two the
+      interval.
     """
     rows = []
     for code, part in records.split_by_code(record).items():
@@ -53,6 +56,9 @@ def compare(record, key, first, second, names):
             partners.setdefault(point, {}).setdefault(run["seed"], {})[run[key]] = run
         for point, seeds in partners.items():
             pairs = [(one.get(first), one.get(second)) for one in seeds.values()]
+            pairs = [pair for pair in pairs if any(pair)]
+            if not pairs:  # the key has further values
+                continue
             good = [pair for pair in pairs if all(run and run["status"] == "finished" for run in pair)]
             row = {"code": code, **dict(zip(others, point, strict=True))}
             row |= {"pairs": len(good), "left_out": len(pairs) - len(good)}
@@ -117,7 +123,7 @@ def draw(rows, labels, titles):
             draw_marks(axis, place, row[name], upright=False)
         axis.set(xlabel="difference (percentage points)", title=title)
         axis.grid(alpha=0.3, axis="x")
-    axes[0].set_yticks(range(len(rows)), labels)
+    axes[0].set_yticks(range(len(rows)), labels, parse_math=False)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
@@ -152,11 +158,15 @@ def compare_study(record):
     """The comparison that a study asks for, in all final errors; see `records.compared`.
 
     Returns:
-      Rows of `compare`; under the compared key each says "<value> minus <first value>".
+      Rows of `compare`, each with "value", one of the compared key, which itself is "<value> minus <first>".
+      None where the study asks for no comparison.
     """
-    key, first, others = records.compared(record["config"])
+    asked = records.compared(record["config"])
+    if not asked:
+        return []
+    key, first, others = asked
     return [
-        row | {key: f"{records.text_of(value)} minus {records.text_of(first)}"}
+        row | {"value": value, key: f"{records.text_of(value)} minus {records.text_of(first)}"}
         for value in others
         for row in compare(record, key, value, first, final_errors(record))
     ]
@@ -169,29 +179,43 @@ def final_errors(record):
     return [name for name in names if all(name in metrics for metrics in finished)]
 
 
-def study_table(record, form):
-    """The comparison that a study asks for as "text", "markdown" or "csv"; see `table`."""
-    short = records.short_names([key for key, _ in record["config"]["grid"]])
-    return table(compare_study(record), short | {name: name for name in final_errors(record)}, form)
+def study_table(record, rows, form):
+    """The rows of `compare_study` as "text", "markdown" or "csv"; see `table`."""
+    keys = [key for key, _ in record["config"]["grid"]]
+    titles = {key: key for key in keys} if form == "csv" else records.short_names(keys)
+    return table(rows, titles | {name: name for name in final_errors(record)}, form)
 
 
-def draw_study(record):
-    """A figure of the comparison that a study asks for."""
+def draw_study(record, rows):
+    """A figure of the rows of `compare_study`."""
     short = records.short_names([key for key, _ in record["config"]["grid"]])
-    compared, _, others = records.compared(record["config"])
-    rows, labels = compare_study(record), []
+    compared, first, others = records.compared(record["config"])
+    several, labels = len(others) > 1, []
+
+    def minus(value):
+        return f"{_shortened(value)} minus {_shortened(first)}"
+
     for row in rows:
-        lines = [row[compared]] if len(others) > 1 else []
-        point = [f"{name} {records.text_of(row[key])}" for key, name in short.items() if key != compared]
-        lines.append(", ".join(point))
-        lines.append(f"code {row['code']}" if row["code"] else "")
-        lines.append(f"{row['left_out']} left out" if row["left_out"] else "")
+        point = [f"{name} {_shortened(row[key])}" for key, name in short.items() if key != compared]
+        lines = [
+            minus(row["value"]) if several else "",
+            ", ".join(point),
+            f"code {row['code']}" if row["code"] else "",
+            f"{row['left_out']} left out" if row["left_out"] else "",
+        ]
         labels.append("\n".join(filter(None, lines)))
     figure = draw(rows, labels, {name: name for name in final_errors(record)})
-    what = short[compared] if len(others) > 1 else f"{short[compared]}: {rows[0][compared]}"
+    what = short[compared] if several else f"{short[compared]}: {minus(others[0])}"
     figure.suptitle(
         f"{what}, on {figures.data_in_words(record)}\n"
         "errors after the last step; circle: pair of runs with one seed, diamond: mean, bar: 95 % interval",
         fontsize=9,
+        parse_math=False,
     )
     return figure
+
+
+def _shortened(value):
+    """A value with room beside others: the middle of a long one, as of a path, is left out."""
+    text = records.text_of(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"

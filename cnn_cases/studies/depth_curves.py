@@ -47,10 +47,13 @@ def _final_figures(record):
 
 
 def suits(record):
-    """Whether a record has the grid of a depth study, and all final figures of each run that finished."""
+    """Whether a record is that of a depth study, with all final figures of each run that finished."""
     finished = [run["metrics"].keys() for run in record["runs"] if run["status"] == "finished"]
-    return _is_of_twins(record["config"]["grid"]) and all(
-        _final_figures(record).keys() <= names for names in finished
+    config = record["config"]
+    return (
+        _is_of_twins(config["grid"])
+        and "compare" not in config
+        and all(_final_figures(record).keys() <= names for names in finished)
     )
 
 
@@ -314,6 +317,11 @@ def check(study):
         raise ValueError(
             f"grid = {study.grid}: a depth study needs values of model.depth, and True and False for "
             "model.plain; cnn_cases.studies.sweep runs other grids"
+        )
+    if "compare" in study:
+        raise ValueError(
+            f"compare = {study.compare!r}: a depth study compares plain and residual nets; leave it out, or "
+            "take cnn_cases.studies.sweep"
         )
     splits = study.base.evaluation.final_splits
     if not {"train", "test"} <= set(splits):

@@ -3,8 +3,9 @@
     python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/lenet5
 
 runs one, prints a table of the final figures and writes it (table.md) beside the curves (curves.png,
-curves.svg and the page curves.html) and all that the runs gave (record.json). Started again, it skips the
-runs that are finished and resumes those that are not.
+curves.svg and the page curves.html), a comparison in pairs (comparison.md, difference.png), if the study asks
+for one, and all that the runs gave (record.json). Started again, it skips the runs that are finished and
+resumes those that are not.
 """
 
 import collections
@@ -311,11 +312,12 @@ def write_report(record, workdir):
     disk.write_text(workdir / "table.csv", tables.comma_separated(rows))
     figures.save(figures.draw_curves(record), workdir / "curves")
     page.write(record, workdir / "curves.html")
-    if records.compared(record["config"]):
-        disk.write_text(workdir / "comparison.md", comparison.study_table(record, "markdown"))
-        disk.write_text(workdir / "comparison.csv", comparison.study_table(record, "csv"))
+    compared = comparison.compare_study(record)
+    if compared:
+        disk.write_text(workdir / "comparison.md", comparison.study_table(record, compared, "markdown"))
+        disk.write_text(workdir / "comparison.csv", comparison.study_table(record, compared, "csv"))
         if comparison.final_errors(record):
-            figures.save(comparison.draw_study(record), workdir / "difference")
+            figures.save(comparison.draw_study(record, compared), workdir / "difference")
 
 
 def define_flags():
@@ -360,9 +362,10 @@ def main():
     record = record_of_flags(flags.FLAGS.config, workdir)
     write_report(record, workdir)
     print(tables.aligned(table(record)))
-    if records.compared(record["config"]):
-        print(comparison.study_table(record, "text"))
-    print(f"record, tables and curves: {workdir}")
+    compared = comparison.compare_study(record)
+    if compared:
+        print(comparison.study_table(record, compared, "text"))
+    print(f"record, tables, figures and the page curves.html: {workdir}")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,15 @@ def test_144_crops_of_an_image_that_is_not_square_are_all_different(shape):
         np.testing.assert_array_equal(view[:, ::-1], mirror)
 
 
+def test_144_crops_are_of_the_papers_four_sizes(monkeypatch):
+    sides, resize = [], views._resize_shorter
+    monkeypatch.setattr(
+        views, "_resize_shorter", lambda image, side: sides.append(side) or resize(image, side)
+    )
+    make_views("googlenet_144", (224, 224, 3))(smooth_image(300, 451))
+    assert sides == [256, 288, 320, 352]
+
+
 def test_144_crops_reach_both_ends_of_the_longer_side():
     image = index_image(73, 146)  # crop 64: the first size is 73, so nothing is resized in it
     shown = make_views("googlenet_144", (64, 64, 3))(image)

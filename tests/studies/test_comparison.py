@@ -112,13 +112,14 @@ def test_a_study_compares_each_value_with_the_first(asking):
 
 
 def test_its_table_names_what_is_compared_and_the_rest_of_the_grid(asking):
-    lines = comparison.study_table(asking, "markdown").splitlines()
+    rows = comparison.compare_study(asking)
+    lines = comparison.study_table(asking, rows, "markdown").splitlines()
     assert lines[0].startswith(
         "| depth | plain | train/error (points) | 95 % interval | test/error (points) |"
     )
     assert lines[3].startswith("| 20 minus 8 | False | -15.00 | ")
-    (first, *_) = csv.DictReader(io.StringIO(comparison.study_table(asking, "csv")))
-    assert (first["depth"], first["plain"], first["left out"]) == ("20 minus 8", "True", "1")
+    (first, *_) = csv.DictReader(io.StringIO(comparison.study_table(asking, rows, "csv")))
+    assert (first["model.depth"], first["model.plain"], first["left out"]) == ("20 minus 8", "True", "1")
 
 
 def test_only_errors_that_all_runs_have_are_compared(asking):
@@ -136,9 +137,33 @@ def test_only_a_key_of_the_grid_can_be_compared(asking, compare, known):
         records.compared(asking["config"])
 
 
-def test_of_one_value_alone_there_is_nothing_to_compare(asking):
-    asking["config"]["grid"][0] = ["model.depth", [8]]
+@pytest.mark.parametrize("values", [[8], []])
+def test_of_fewer_than_two_values_there_is_nothing_to_compare(asking, values):
+    asking["config"]["grid"][0] = ["model.depth", values]
     assert records.compared(asking["config"]) is None
+    assert comparison.compare_study(asking) == []
+
+
+def test_a_code_has_no_row_of_values_that_it_never_ran(asking):
+    asking["environments"].append(asking["environments"][0] | {"commit": "b" * 40})
+    for one in asking["runs"]:
+        one["environments"] = [int(one["model.depth"] == 32)]  # added later
+    rows = comparison.compare_study(asking)
+    assert [
+        (row["code"], row["value"], row["model.plain"], row["pairs"], row["left_out"]) for row in rows
+    ] == [
+        ("aaaaaaa", 20, True, 1, 1),
+        ("aaaaaaa", 20, False, 2, 0),
+        ("aaaaaaa", 32, True, 0, 2),
+        ("aaaaaaa", 32, False, 0, 2),
+        ("bbbbbbb", 32, True, 0, 2),
+        ("bbbbbbb", 32, False, 0, 2),
+    ]
+    assert labels(draw(asking))[-1] == "32 minus 8\nplain False\ncode bbbbbbb\n2 left out"
+
+
+def draw(record):
+    return comparison.draw_study(record, comparison.compare_study(record))
 
 
 def labels(figure):
@@ -146,8 +171,9 @@ def labels(figure):
 
 
 def test_the_figure_names_each_row(asking):
-    figure = comparison.draw_study(asking)
+    figure = draw(asking)
     assert [axis.get_title() for axis in figure.axes] == ["train/error", "test/error"]
+    assert figure.get_suptitle().startswith("depth, on digits, batches of 32\n")
     assert labels(figure) == [
         "20 minus 8\nplain True\n1 left out",
         "20 minus 8\nplain False",
@@ -158,13 +184,13 @@ def test_the_figure_names_each_row(asking):
 
 def test_what_all_rows_of_the_figure_compare_is_in_its_title(asking):
     asking["config"]["compare"] = "model.plain"
-    figure = comparison.draw_study(asking)
+    figure = draw(asking)
     assert figure.get_suptitle().startswith("plain: False minus True, on digits, batches of 32\n")
     assert labels(figure) == ["depth 8", "depth 20\n1 left out", "depth 32"]
 
 
 def test_the_figure_has_each_difference_the_mean_and_the_interval(asking):
-    axis = comparison.draw_study(asking).axes[0]
+    axis = draw(asking).axes[0]
     marks = {tuple(line.get_xdata()) for line in axis.lines if list(line.get_ydata())[:1] == [1]}
     low, high = (100 * end for end in comparison.compare_study(asking)[1]["train/error"]["interval"])
     assert {tuple(round(x, 6) for x in xs) for xs in marks} == {
@@ -172,3 +198,15 @@ def test_the_figure_has_each_difference_the_mean_and_the_interval(asking):
         (-15.0,),
         (round(low, 6), round(high, 6)),
     }
+
+
+def test_long_values_leave_room_in_the_figure_and_dollars_are_no_formulas(asking):
+    path = "runs/" + 20 * "long_" + "name$1$"
+    asking["config"] |= {"grid": [["start.workdir", ["", path]]], "compare": "start.workdir"}
+    for one in asking["runs"]:
+        one["start.workdir"] = path if one.pop("model.plain") else ""
+    figure = draw(asking)
+    (line, _) = figure.get_suptitle().splitlines()
+    assert line == "workdir: runs/long_long_lon…_long_long_name$1$ minus none, on digits, batches of 32"
+    assert path in comparison.study_table(asking, comparison.compare_study(asking), "markdown")
+    assert not figure._suptitle.get_parse_math()

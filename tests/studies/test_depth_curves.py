@@ -141,12 +141,14 @@ def test_the_test_is_that_of_the_protocol(record):
         ("grid", (("model.depth", (8,)), ("model.plain", (True,))), "True and False for model.plain; cnn_ca"),
         ("base.evaluation.final_splits", ("test",), r"final_splits = \('test',\) must have train and test"),
         ("seeds", (), r"seeds = \(\) must have values"),
+        ("compare", "model.depth", "compare = 'model.depth': a depth study compares plain and residual nets"),
     ],
 )
 def test_a_study_that_cannot_be_drawn_is_refused(key, value, message):
     study = depth_digits.get_config()
     depth_curves.check(study)
-    study.update_from_flattened_dict({key: value})
+    with study.unlocked():
+        study.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         depth_curves.check(study)
 

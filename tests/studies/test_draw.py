@@ -36,6 +36,14 @@ def test_a_study_that_compares_has_the_comparison_besides(record, tmp_path):
     assert "| 20 minus 8 | 40.00 |  | 40.00 |  | 1 | 1 |" in (tmp_path / "out/comparison.md").read_text()
 
 
+def test_a_grid_of_depths_that_compares_something_else_is_drawn_as_any_study(record, tmp_path):
+    record["config"]["compare"] = "model.depth"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert "| 20 minus 8 | True |" in (tmp_path / "out/comparison.md").read_text()
+    assert not (tmp_path / "out/depth.png").exists()
+
+
 def test_where_all_runs_diverged_nothing_is_compared_but_all_are_counted(record, tmp_path):
     record["config"] |= {"grid": [["model.depth", [8, 20]]], "compare": "model.depth"}
     record["runs"] = [run(depth, True, 0, None, status="diverged") for depth in (8, 20)]
