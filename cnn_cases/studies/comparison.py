@@ -141,7 +141,12 @@ def draw_marks(axis, place, result, upright):
     def draw_at(values, *style, **styles):
         values = [100 * value for value in values]
         places = [place] * len(values)
-        axis.plot(*((places, values) if upright else (values, places)), *style, **styles)
+        points = (places, values) if upright else (values, places)
+        axis.plot(*points, *style, **styles)
+        axis.update_datalim(
+            list(zip(*points, strict=True))
+        )  # without this there is no room for what is shifted
+        axis.autoscale_view()
 
     shift = {"x": 8} if upright else {"y": -8}  # or the mean would hide them
     beside = offset_copy(axis.transData, axis.figure, units="points", **shift)

@@ -11,7 +11,6 @@ import statistics
 
 from absl import flags
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from cnn_cases import command, tables
 from cnn_cases.studies import comparison, figures, records, sweep
@@ -121,52 +120,11 @@ def table(record, form):
 
 
 def draw_panels(record, curves):
-    """Curves over steps, plain nets left and residual ones right, a row of panels for each code.
-
-    Args:
-      record: see `summarise`.
-      curves: {name of a curve: width of its line}, all of errors or all of losses.
-    """
-    parts = records.split_by_code(record)
+    """Curves over steps, plain nets left and residual ones right; see `figures.draw_panels`."""
+    titles = {plain: f"{kind} nets" for plain, kind in KINDS.items()}
     depths = sorted({run["model.depth"] for run in record["runs"]})
-    figure = Figure(figsize=(9.5, 3.8 * len(parts) + 0.4), layout="constrained")
-    rows = figure.subplots(len(parts), 2, squeeze=False, sharex=True, sharey=True)
-    for axes, (code, part) in zip(rows, parts.items(), strict=True):
-        for axis, (plain, kind) in zip(axes, KINDS.items(), strict=True):
-            for number, (depth, shade) in enumerate(zip(depths, figures.shades(len(depths)), strict=True)):
-                point = {"model.depth": depth, "model.plain": plain}
-                runs = [run for run in part["runs"] if point.items() <= run.items()]
-                for name, width in curves.items():
-                    bold = width == max(curves.values())
-                    figures.draw_runs(
-                        axis,
-                        runs,
-                        name,
-                        color=shade,
-                        linewidth=width,
-                        marker=figures.MARKERS[number % len(figures.MARKERS)] if bold else None,
-                        first=number,
-                        band=bold,
-                    )
-            axis.set(title=f"{kind} nets{', code ' * bool(code)}{code}", xlim=(0, None))
-            axis.grid(alpha=0.3)
-    for axis in rows[-1]:
-        axis.set_xlabel("training step")
-    _add_legend(figure, record, depths)
-    return figure, rows
-
-
-def _add_legend(figure, record, depths):
-    handles = []
-    for number, (depth, shade) in enumerate(zip(depths, figures.shades(len(depths)), strict=True)):
-        runs = [run for run in record["runs"] if run["model.depth"] == depth]
-        marker = figures.MARKERS[number % len(figures.MARKERS)]
-        title = figures.label_of(f"{depth} layers", runs)
-        handles.append(Line2D([], [], color=shade, linewidth=figures.BOLD, marker=marker, label=title))
-    handles.reverse()  # the deepest on top, as the plain curves lie
-    if any(run["status"] == "diverged" for run in record["runs"]):
-        handles.append(figures.cross())
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    names = {(depth,): f"{depth} layers" for depth in depths}
+    return figures.draw_panels(record, curves, "model.plain", titles, names)
 
 
 def draw_curves(record):

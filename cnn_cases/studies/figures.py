@@ -209,7 +209,7 @@ def draw_curves(record):
         if losses:
             set_loss_axis(row[0], record)
         row[-1].set_ylabel("error (%)")
-        _scale_errors(row[-1])
+        _scale_errors([row[-1]])
         for axis in row:
             axis.set(xlabel="training step", xlim=(0, None))
             axis.grid(alpha=0.3)
@@ -226,15 +226,108 @@ def draw_curves(record):
     return figure
 
 
-def _scale_errors(axis):
+def _scale_errors(axes):
     """From 0 to the greatest; where some are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room."""
-    lines = [line for line in axis.lines if line.get_transform() == axis.transData]  # not a cross at the edge
+    # Without the crosses at the edge.
+    lines = [line for axis in axes for line in axis.lines if line.get_transform() == axis.transData]
     values = [value for line in lines for value in line.get_ydata()]
     if values and min(values) < 5:
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)
-        axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_ylim(0, min(100, 1.05 * max(values, default=100)))
+        axes[0].set_yscale("symlog", linthresh=1)
+        axes[0].set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)
+        axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)))
+
+
+def draw_panels(record, curves, key, titles, names):
+    """Curves over steps, a column of panels for each value of a key of the grid, a row for each code.
+
+    Args:
+      record: see `records`.
+      curves: {name of a curve: width of its line}, all of errors or all of losses.
+      key: of the grid.
+      titles: {value of the key: title of its column}.
+      names: {point of the other keys, as a tuple of values: what the legend calls it}, from light to dark.
+
+    Returns:
+      The figure, and its rows of axes, which share theirs.
+    """
+    parts = records.split_by_code(record)
+    others = [one for one, _ in record["config"]["grid"] if one != key]
+    figure = Figure(figsize=(1.5 + 4 * len(titles), 3.8 * len(parts) + 0.4), layout="constrained")
+    rows = figure.subplots(len(parts), len(titles), squeeze=False, sharex=True, sharey=True)
+    runs_of = collections.defaultdict(list)
+    for code, part in parts.items():
+        for run in part["runs"]:
+            runs_of[code, run[key], tuple(run[one] for one in others)].append(run)
+    for axes, code in zip(rows, parts, strict=True):
+        for axis, (value, title) in zip(axes, titles.items(), strict=True):
+            for number, (point, shade) in enumerate(zip(names, shades(len(names)), strict=True)):
+                for name, width in curves.items():
+                    bold = width == max(curves.values())
+                    draw_runs(
+                        axis,
+                        runs_of[code, value, point],
+                        name,
+                        color=shade,
+                        linewidth=width,
+                        marker=MARKERS[number % len(MARKERS)] if bold else None,
+                        first=number,
+                        band=bold,
+                    )
+            axis.set(title=f"{title}{', code ' * bool(code)}{code}", xlim=(0, None))
+            axis.grid(alpha=0.3)
+    for axis in rows[-1]:
+        axis.set_xlabel("training step")
+    handles = []
+    for number, (point, shade) in enumerate(zip(names, shades(len(names)), strict=True)):
+        runs = [run for run in record["runs"] if tuple(run[one] for one in others) == point]
+        marker = MARKERS[number % len(MARKERS)]
+        title = label_of(names[point], runs)
+        handles.append(Line2D([], [], color=shade, linewidth=BOLD, marker=marker, label=title))
+    handles.reverse()  # the darkest on top, as curves of plain nets lie
+    if any(run["status"] == "diverged" for run in record["runs"]):
+        handles.append(cross())
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    return figure, rows
+
+
+def panels(record, key):
+    """{value of a key of the grid: title of its panels}, such as "shortcut A"."""
+    short = records.short_names([one for one, _ in record["config"]["grid"]])[key]
+    return {value: f"{short} {records.text_of(value)}" for value in records.values(record, key)}
+
+
+def draw_errors_by(record, key):
+    """Errors over steps with panels for each value of a key of the grid, which has others, too."""
+    evaluated = splits(record)[:1]
+    curves = {"running/error": THIN, **{f"{split}/error": BOLD for split in evaluated}}
+    figure, rows = draw_panels(record, curves, key, panels(record, key), _names_without(record, key))
+    for axes in rows:
+        axes[0].set_ylabel("error (%)")
+        _scale_errors(axes)
+    words = (
+        "".join(f"thin: training error, bold: {split} error; " for split in evaluated) or "training error; "
+    )
+    figure.suptitle(f"{data_in_words(record)}; {words}{seeds_in_words(record)}", fontsize=10)
+    return figure
+
+
+def draw_loss_by(record, key):
+    """Training loss over steps on a logarithmic axis, likewise."""
+    figure, rows = draw_panels(
+        record, {"running/loss": 1.5}, key, panels(record, key), _names_without(record, key)
+    )
+    for axes in rows:
+        set_loss_axis(axes[0], record)
+    figure.suptitle(f"{data_in_words(record)}; training loss; {seeds_in_words(record)}", fontsize=10)
+    return figure
+
+
+def _names_without(record, key):
+    """{point of the other keys: its name}."""
+    number = [one for one, _ in record["config"]["grid"]].index(key)
+    names = records.names_of_points(record, without=key)
+    return {(*point[:number], *point[number + 1 :]): name for point, name in names.items()}
 
 
 def _add_legend_of_points(figure, record):

@@ -300,8 +300,9 @@ def write_report(record, workdir):
     """Writes all that a record gives into a directory.
 
     Files:
-      record.json; table.csv, table.md; curves.html (the page); curves as PNG and SVG; where the study has
-      `compare`, comparison.csv, comparison.md, and difference as PNG and SVG.
+      record.json; table.csv, table.md; curves.html (the page); curves as PNG and SVG. Where the study has
+      `compare`, comparison.csv, comparison.md, and difference as PNG and SVG; and where its grid has other
+      keys, too, curves and page have panels for each compared value, and loss is a figure of its own.
     """
     from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
 
@@ -310,14 +311,21 @@ def write_report(record, workdir):
     rows = table(record)
     disk.write_text(workdir / "table.md", tables.markdown(rows))
     disk.write_text(workdir / "table.csv", tables.comma_separated(rows))
-    figures.save(figures.draw_curves(record), workdir / "curves")
-    page.write(record, workdir / "curves.html")
     compared = comparison.compare_study(record)
     if compared:
         disk.write_text(workdir / "comparison.md", comparison.study_table(record, compared, "markdown"))
         disk.write_text(workdir / "comparison.csv", comparison.study_table(record, compared, "csv"))
         if comparison.final_errors(record):
             figures.save(comparison.draw_study(record, compared), workdir / "difference")
+    if compared and len(record["config"]["grid"]) > 1:
+        key = record["config"]["compare"]
+        figures.save(figures.draw_errors_by(record, key), workdir / "curves")
+        if figures.has(record, "running/loss"):
+            figures.save(figures.draw_loss_by(record, key), workdir / "loss")
+        page.write(record, workdir / "curves.html", key, figures.panels(record, key))
+    else:
+        figures.save(figures.draw_curves(record), workdir / "curves")
+        page.write(record, workdir / "curves.html")
 
 
 def define_flags():

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from cnn_cases.studies import comparison, records
 from tests.studies.conftest import run
@@ -210,3 +211,20 @@ def test_long_values_leave_room_in_the_figure_and_dollars_are_no_formulas(asking
     assert line == "workdir: runs/long_long_lon…_long_long_name$1$ minus none, on digits, batches of 32"
     assert path in comparison.study_table(asking, comparison.compare_study(asking), "markdown")
     assert not figure._suptitle.get_parse_math()
+
+
+def test_the_figure_has_room_for_every_difference(asking):
+    # Of six differences that are alike and one that is not, the interval does not reach the last one.
+    asking["config"] |= {"grid": [["model.plain", [False, True]]], "compare": "model.plain"}
+    errors = [0.1] * 6 + [0.4]
+    asking["runs"] = [run(8, True, seed, error) for seed, error in enumerate(errors)]
+    asking["runs"] += [run(8, False, seed, 0.1) for seed in range(7)]
+    for upright in (False, True):
+        figure = Figure()
+        axis = figure.subplots()
+        (row,) = comparison.compare_study(asking)
+        comparison.draw_marks(axis, 0, row["train/error"], upright=upright)
+        low, high = axis.get_ylim() if upright else axis.get_xlim()
+        assert row["train/error"]["interval"][1] < 0.3
+        assert low < 0
+        assert high > 30

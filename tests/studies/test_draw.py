@@ -42,6 +42,10 @@ def test_a_grid_of_depths_that_compares_something_else_is_drawn_as_any_study(rec
     draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
     assert "| 20 minus 8 | True |" in (tmp_path / "out/comparison.md").read_text()
     assert not (tmp_path / "out/depth.png").exists()
+    assert (tmp_path / "out/loss.png").exists()
+    page = (tmp_path / "out/curves.html").read_text()
+    assert "depth 8: error" in page
+    assert "depth 20: loss" in page
 
 
 def test_where_all_runs_diverged_nothing_is_compared_but_all_are_counted(record, tmp_path):

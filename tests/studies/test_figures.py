@@ -131,3 +131,31 @@ def test_every_record_of_a_study_can_be_drawn(name, tmp_path):
     figures.save(figures.draw_curves(records.read(RESULTS / name)), tmp_path / "curves")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "curves.svg").stat().st_size > 10_000
+
+
+def test_a_key_can_have_panels_and_the_others_colours(record):
+    figure = figures.draw_errors_by(record, "model.depth")
+    assert [axis.get_title() for axis in figure.axes] == ["depth 8", "depth 20"]
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["plain False", "plain True (1 of 4 diverged)", "diverged, up to its end"]
+    bold = [line for line in figure.axes[0].lines if line.get_linewidth() == figures.BOLD]
+    assert [list(line.get_ydata()) for line in bold] == [[50, pytest.approx(20)]] * 2  # plain, then residual
+    assert figure.get_suptitle().startswith("digits, batches of 32; thin: training error, bold: test error; ")
+    assert figures.draw_loss_by(record, "model.depth").axes[0].get_yscale() == "log"
+
+
+def test_panels_have_a_row_for_each_code(mixed):
+    titles = [axis.get_title() for axis in figures.draw_errors_by(mixed, "model.plain").axes]
+    assert titles == [
+        *("plain True, code aaaaaaa", "plain False, code aaaaaaa"),
+        *("plain True, code bbbbbbb-dirty", "plain False, code bbbbbbb-dirty"),
+    ]
+
+
+def test_without_evaluations_panels_have_the_training_error(record):
+    for one in record["runs"]:
+        one["curves"] = {"running/error": one["curves"]["running/error"]}
+    figure = figures.draw_errors_by(record, "model.plain")
+    assert figure.get_suptitle().startswith("digits, batches of 32; training error; mean over")
+    assert figure.axes[0].lines
