@@ -10,6 +10,7 @@ import math
 import pathlib
 import re
 import shlex
+import statistics
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from PIL import Image
 from benchmarks import report
 from cnn_cases import models
 from cnn_cases.data import feeds
-from cnn_cases.studies import depth_curves, ledger, records
+from cnn_cases.studies import comparison, depth_curves, ledger, records
 from cnn_cases.tables import mean_and_deviation
 from configs import lenet5_digits
 
@@ -361,6 +362,40 @@ def test_the_table_of_the_transfer_study_is_that_of_its_record():
                 errors = [100 * run["metrics"]["test/error"] for run in points[split, workdir, frozen]]
                 cells.append(mean_and_deviation(errors, digits=2))
             assert f"| {images} | {words} | {' | '.join(cells)} |" in text
+
+
+def test_the_table_of_the_shortcuts_is_that_of_its_record():
+    points = records.group_by_point(records.read(ROOT / "results/shortcuts_digits.json"))
+    text = (ROOT / "docs/case_studies.md").read_text()
+    for depth in (20, 32, 44, 56):
+        errors = (
+            [100 * run["metrics"]["test/error"] for run in points[depth, shortcut]] for shortcut in "ABC"
+        )
+        cells = [mean_and_deviation(values, digits=2) for values in errors]
+        assert f"| {depth} | {' | '.join(cells)} |" in text
+
+
+@pytest.mark.parametrize(
+    ("study", "record", "metric"),
+    [
+        ("side_branches", "side_branches_imagenette", "validation/error"),
+        ("response_norm_digits", "response_norm_digits", "test/error"),
+    ],
+)
+def test_the_head_of_a_study_has_the_comparison_of_its_record(study, record, metric):
+    record = records.read(ROOT / f"results/{record}.json")
+    (row,) = comparison.compare_study(record)
+    head = one_line(ast.get_docstring(ast.parse((ROOT / f"configs/studies/{study}.py").read_text())))
+    without, beside = (
+        f"{100 * statistics.mean(run['metrics'][metric] for run in runs):.2f} %"
+        for runs in records.group_by_point(record).values()
+    )
+    low, high = (f"{100 * end:.2f}" for end in row[metric]["interval"])
+    assert f"errors of {without} without and of {beside} with " in head
+    difference = (
+        f"difference of {100 * row[metric]['mean']:.2f} points has a 95 % interval of {low} to {high}"
+    )
+    assert difference in head
 
 
 def test_the_tables_of_speed_are_those_of_the_records():

@@ -9,7 +9,10 @@ Command: make data DATASET=imagenette/320px-v2
 The recipe is that of `googlenet_imagenette`, twice as long. With one seed both nets start from the same
 values, see the same crops and drop the same activations: what differs is the gradient that the side branches
 send into the trunk.
-Result: not yet measured
+Result: mean validation errors of 59.27 % without and of 60.23 % with side branches, of which the difference
+of 0.97 points has a 95 % interval of 0.20 to 1.73, on a subset of 2,000 images to train on, ten epochs of it,
+and 600 for validation; 8 to 10 minutes a run, two at a time, on two CPU cores, beside other work, 2026-11-28
+(results/side_branches_imagenette.json).
 """
 
 from ml_collections import ConfigDict
