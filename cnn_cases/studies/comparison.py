@@ -19,7 +19,6 @@ from cnn_cases import tables
 from cnn_cases.studies import figures, records
 
 CONFIDENCE = 0.95
-LONGEST = 36  # characters of a value in a figure
 
 
 def interval(values):
@@ -198,10 +197,10 @@ def draw_study(record, rows):
     several, labels = len(others) > 1, []
 
     def minus(value):
-        return f"{_shortened(value)} minus {_shortened(first)}"
+        return f"{figures.shortened(value)} minus {figures.shortened(first)}"
 
     for row in rows:
-        point = [f"{name} {_shortened(row[key])}" for key, name in short.items() if key != compared]
+        point = [f"{name} {figures.shortened(row[key])}" for key, name in short.items() if key != compared]
         lines = [
             minus(row["value"]) if several else "",
             ", ".join(point),
@@ -218,9 +217,3 @@ def draw_study(record, rows):
         parse_math=False,
     )
     return figure
-
-
-def _shortened(value):
-    """A value with room beside others: the middle of a long one, as of a path, is left out."""
-    text = records.text_of(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"

@@ -21,6 +21,8 @@ MARKERS = "osD^vP*X<>"
 THIN, BOLD = 0.8, 2.2  # line widths of training and of evaluation, as in figure 6 of He et al. 2015
 LINES = ("-", "--", ":", "-.")
 MAX_MARKERS = 8  # on one curve
+MAX_PANELS = 4  # side by side
+LONGEST = 36  # characters of a value
 
 _TRAINING = ("running", "train")
 
@@ -97,6 +99,12 @@ def draw_runs(
                 if steps:
                     place, transform = (steps[-1], values[-1]), axis.transData
                 axis.plot(*place, "x", color=color, markersize=8, markeredgewidth=2, transform=transform)
+
+
+def shortened(value):
+    """The text of a value with room beside others: the middle of a long one, as of a path, is left out."""
+    text = records.text_of(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
 
 
 def label_of(text, runs):
@@ -294,7 +302,7 @@ def draw_panels(record, curves, key, titles, names):
 def panels(record, key):
     """{value of a key of the grid: title of its panels}, such as "shortcut A"."""
     short = records.short_names([one for one, _ in record["config"]["grid"]])[key]
-    return {value: f"{short} {records.text_of(value)}" for value in records.values(record, key)}
+    return {value: f"{short} {shortened(value)}" for value in records.values(record, key)}
 
 
 def draw_errors_by(record, key):
@@ -305,10 +313,8 @@ def draw_errors_by(record, key):
     for axes in rows:
         axes[0].set_ylabel("error (%)")
         _scale_errors(axes)
-    words = (
-        "".join(f"thin: training error, bold: {split} error; " for split in evaluated) or "training error; "
-    )
-    figure.suptitle(f"{data_in_words(record)}; {words}{seeds_in_words(record)}", fontsize=10)
+    words = f"thin: training error, bold: {evaluated[0]} error" if evaluated else "training error"
+    figure.suptitle(f"{data_in_words(record)}; {words}; {seeds_in_words(record)}", fontsize=10)
     return figure
 
 

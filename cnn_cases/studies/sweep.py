@@ -302,7 +302,8 @@ def write_report(record, workdir):
     Files:
       record.json; table.csv, table.md; curves.html (the page); curves as PNG and SVG. Where the study has
       `compare`, comparison.csv, comparison.md, and difference as PNG and SVG; and where its grid has other
-      keys, too, curves and page have panels for each compared value, and loss is a figure of its own.
+      keys, too, curves and page have panels for each compared value, if they are few, and loss is a figure of
+      its own.
     """
     from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
 
@@ -317,8 +318,12 @@ def write_report(record, workdir):
         disk.write_text(workdir / "comparison.csv", comparison.study_table(record, compared, "csv"))
         if comparison.final_errors(record):
             figures.save(comparison.draw_study(record, compared), workdir / "difference")
-    if compared and len(record["config"]["grid"]) > 1:
-        key = record["config"]["compare"]
+    key = record["config"].get("compare")
+    if (
+        compared
+        and len(record["config"]["grid"]) > 1
+        and len(records.values(record, key)) <= figures.MAX_PANELS
+    ):
         figures.save(figures.draw_errors_by(record, key), workdir / "curves")
         if figures.has(record, "running/loss"):
             figures.save(figures.draw_loss_by(record, key), workdir / "loss")

@@ -48,6 +48,16 @@ def test_a_grid_of_depths_that_compares_something_else_is_drawn_as_any_study(rec
     assert "depth 20: loss" in page
 
 
+def test_many_compared_values_have_no_panels_of_their_own(record, tmp_path):
+    depths = [8, 20, 32, 44, 56]
+    record["config"] |= {"compare": "model.depth", "grid": [["model.depth", depths], ["model.plain", [True]]]}
+    record["runs"] = [run(depth, True, 0, 0.1) for depth in depths]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out/difference.png").exists()
+    assert not (tmp_path / "out/loss.png").exists()
+
+
 def test_where_all_runs_diverged_nothing_is_compared_but_all_are_counted(record, tmp_path):
     record["config"] |= {"grid": [["model.depth", [8, 20]]], "compare": "model.depth"}
     record["runs"] = [run(depth, True, 0, None, status="diverged") for depth in (8, 20)]
