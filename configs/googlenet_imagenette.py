@@ -6,7 +6,9 @@ branches that weigh 0.3, and crops of any size and shape (section 6). The size o
 the recipe, without the paper's photometric distortions and average of parameters.
 Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/googlenet_imagenette.py --workdir=runs/googlenet_imagenette
-Result: not yet measured
+Result: 75.5 % validation error with seed 0, on a subset of 2,000 images to train on, five epochs of it, and
+        600 for validation; 4 minutes on two CPU cores, beside other work, 2026-11-28
+        (results/googlenet_imagenette.json). The study side_branches trains it for ten epochs.
 
 310 steps of 32 images are an epoch of the published set and 14 steps, for it has 9,469 images to train on
 and 3,925 for validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs

@@ -1,7 +1,7 @@
 """VGG-16 from the beginning, and from layers of a trained net A, on digits enlarged to 32x32 pixels.
 
-Paper: Simonyan and Zisserman 2014, section 3.1: the deeper nets took A's first four convolutions and its dense
-layers, and as its authors found later, initial values of Glorot and Bengio 2010 would have done.
+Paper: Simonyan and Zisserman 2014, section 3.1: the deeper nets took A's first four convolutions and dense
+layers; as the authors found later, initial values of Glorot and Bengio 2010 would have done.
 Command: python train.py --config=configs/vgg_digits.py --config.model.batch_norm=False \
              --config.num_steps=200 --workdir=runs/vgg_a
          python -m cnn_cases.studies.sweep --config=configs/studies/vgg_start_digits.py \
