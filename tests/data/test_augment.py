@@ -318,6 +318,15 @@ def test_a_shear_moves_rows_to_the_side_by_their_height():
     np.testing.assert_allclose(covariance[:, 1, 1], 16 * (1 + slant**2), rtol=0.02)
 
 
+def test_the_distortions_of_an_image_are_drawn_apart_from_each_other():
+    centre, covariance = warped(blob(), batch=400, shift=3.0, scale=0.3, squeeze=0.3, shear=0.3)
+    slant = covariance[:, 0, 1] / covariance[:, 0, 0]
+    height = np.sqrt(covariance[:, 0, 0])
+    width = np.sqrt(covariance[:, 1, 1] - slant**2 * covariance[:, 0, 0])
+    correlations = np.corrcoef([*centre.T, height * width, width / height, slant])
+    assert abs(correlations - np.eye(5)).max() < 0.2
+
+
 def test_what_comes_in_from_outside_is_zero_and_no_distortion_is_the_identity():
     image = jnp.ones((200, 8, 8, 1))
     moved = np.asarray(warp(image, streams_of(200), shift=8.0))
