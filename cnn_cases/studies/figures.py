@@ -299,6 +299,15 @@ def draw_panels(record, curves, key, titles, names):
     return figure, rows
 
 
+def key_of_panels(record):
+    """The key that a study compares, if its values are few and its grid has other keys, too; else None."""
+    asked = records.compared(record["config"])
+    if not asked or len(record["config"]["grid"]) == 1:
+        return None
+    key, _, others = asked
+    return key if len(others) < MAX_PANELS else None
+
+
 def panels(record, key):
     """{value of a key of the grid: title of its panels}, such as "shortcut A"."""
     short = records.short_names([one for one, _ in record["config"]["grid"]])[key]

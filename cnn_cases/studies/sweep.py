@@ -318,12 +318,8 @@ def write_report(record, workdir):
         disk.write_text(workdir / "comparison.csv", comparison.study_table(record, compared, "csv"))
         if comparison.final_errors(record):
             figures.save(comparison.draw_study(record, compared), workdir / "difference")
-    key = record["config"].get("compare")
-    if (
-        compared
-        and len(record["config"]["grid"]) > 1
-        and len(records.values(record, key)) <= figures.MAX_PANELS
-    ):
+    key = figures.key_of_panels(record)
+    if key:
         figures.save(figures.draw_errors_by(record, key), workdir / "curves")
         if figures.has(record, "running/loss"):
             figures.save(figures.draw_loss_by(record, key), workdir / "loss")
