@@ -251,8 +251,6 @@ def test_the_command_takes_an_ensemble(trained, twin, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{trained}, step 12: accuracy " in done.stdout
     assert "2 networks" in done.stdout
-    done = subprocess.run([*command, "--workdir=", f"--out={tmp_path}"], **options)
-    assert (done.returncode, done.stderr.strip()) == (2, "error: --workdir= names no directory")
 
 
 def test_an_ensemble_wants_to_know_where_its_files_go(trained, twin):
