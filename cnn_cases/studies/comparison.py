@@ -4,8 +4,8 @@ What a seed does to both partners is not in their difference: they see the same 
 what `adjust` of the study changes with it is of the data, and start from the same values where their
 parameters are the same. A mean difference has a 95 % confidence interval of Student's t, which takes the
 differences for independent draws of one normal distribution; with three seeds it is wide, and of one pair
-there is none. Where a partner diverged, or is of another code, there is no difference: such pairs are left
-out and counted.
+there is none. Each stands for itself, uncorrected: of twenty, one is expected to miss. Where a partner
+diverged, or is of another code, there is no difference: such pairs are left out and counted.
 """
 
 import math
@@ -142,9 +142,8 @@ def draw_marks(axis, place, result, upright):
         places = [place] * len(values)
         points = (places, values) if upright else (values, places)
         axis.plot(*points, *style, **styles)
-        axis.update_datalim(
-            list(zip(*points, strict=True))
-        )  # without this there is no room for what is shifted
+        # Matplotlib makes no room for what is shifted.
+        axis.update_datalim(list(zip(*points, strict=True)))
         axis.autoscale_view()
 
     shift = {"x": 8} if upright else {"y": -8}  # or the mean would hide them
