@@ -22,7 +22,7 @@ from cnn_cases import command, settings
 from cnn_cases.data import feeds
 from cnn_cases.training import steps
 
-COLUMNS = 8
+COLUMNS = (4, 8)  # of a sheet, at least and at most; fewer have no room for its heading
 
 
 def training_images(config, step):
@@ -56,10 +56,11 @@ def draw_sheet(images, titles, heading):
       titles: as many texts.
       heading: of the whole.
     """
-    rows = max(1, math.ceil(len(images) / COLUMNS))
+    columns = min(max(len(images), COLUMNS[0]), COLUMNS[1])
+    rows = max(1, math.ceil(len(images) / columns))
     lines = max([title.count("\n") + 1 for title in titles], default=1)
-    size = (1.5 * COLUMNS, (1.5 + 0.17 * lines) * rows + 0.4)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    size = (1.5 * columns, (1.5 + 0.17 * lines) * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):

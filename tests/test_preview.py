@@ -39,10 +39,11 @@ def test_a_mixture_is_called_by_its_parts():
     assert preview.title_of(np.array([0.0, 1.0]), ["cat", "dog"]) == "100 % dog"
 
 
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_a_sheet_has_a_place_for_every_image(count):
+@pytest.mark.parametrize(("count", "places"), [(0, 4), (1, 4), (5, 5), (9, 16)])
+def test_a_sheet_has_a_place_for_every_image_and_few_empty_ones(count, places):
     images = [np.full((4, 5, 3), n, np.uint8) for n in range(count)]
     figure = preview.draw_sheet(images, [str(n) for n in range(count)], "a sheet")
+    assert len(figure.axes) == places
     drawn = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in drawn] == [str(n) for n in range(count)]
     preview.plt.close(figure)
