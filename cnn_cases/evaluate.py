@@ -40,7 +40,7 @@ class Network(NamedTuple):
     Attributes:
       workdir, config, program: of its run.
       step: of its checkpoint.
-      state: what the checkpoint holds.
+      state: what the checkpoint holds, without the optimizer's part.
       num_views: of each example.
     """
 
@@ -105,6 +105,9 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
     answers = [_ask(network, split, protocol) for network in networks]
     seconds = time.monotonic() - started
     label = answers[0][1]
+    for network, (_, other) in zip(networks, answers, strict=True):
+        if not np.array_equal(other, label):  # a stream leaves out what it cannot read
+            raise ValueError(f"workdir = {network.workdir} has other labels in {split!r} than {workdir}")
     probabilities = np.mean([one for one, _ in answers], axis=0)
     if others:
         tested = {
@@ -133,7 +136,7 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
 
 def _examples(config, split):
     """What tells the examples of a split: the data set, the part of it, and where it lies."""
-    place = f" in {config.data.data_dir}" if config.data.data_dir else ""
+    place = f" in {pathlib.Path(config.data.data_dir).resolve()}" if config.data.data_dir else ""
     return f"{config.data.name} {config.data.splits[split]}{place}"
 
 
@@ -148,7 +151,9 @@ def _read(workdir, config, split, protocol, which):
         num_views = len(programs.check_protocol(program, like, protocol))
     except ValueError as error:
         raise ValueError(f"workdir = {workdir}: {error}") from error
-    return Network(workdir, config, program, step, checkpoint.read(checkpoints, step, like), num_views)
+    state = checkpoint.read(checkpoints, step, like)
+    # The optimizer's part, the half of it or more, is for training alone.
+    return Network(workdir, config, program, step, state.replace(opt_state=()), num_views)
 
 
 def _ask(network, split, protocol):

@@ -263,6 +263,13 @@ def test_a_run_has_one_vote(trained, twin, tmp_path):
         evaluate.evaluate_checkpoint(twin, trained, f"{trained}/../{trained.name}", out=tmp_path / "out")
 
 
+def test_networks_whose_labels_differ_are_no_ensemble(trained, twin, tmp_path, monkeypatch):
+    labels = iter((np.array([0, 1]), np.array([1])))
+    monkeypatch.setattr(programs, "predict", lambda *_, **__: (np.full((2, 10), 0.1), next(labels)))
+    with pytest.raises(ValueError, match=rf"workdir = {twin} has other labels in 'test' than {trained}"):
+        evaluate.evaluate_checkpoint(trained, twin, out=tmp_path / "out")
+
+
 def test_all_networks_of_an_ensemble_are_read_before_the_first_is_asked(trained, twin, tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "predict", lambda *_, **__: pytest.fail("predicted all the same"))
     shutil.copytree(twin, tmp_path / "damaged")

@@ -162,7 +162,7 @@ def compare_study(record):
 
     Returns:
       Rows of `compare`, each with "value", one of the compared key, which itself is "<value> minus <first>".
-      None where the study asks for no comparison.
+      No rows where the study asks for no comparison.
     """
     asked = records.compared(record["config"])
     if not asked:

@@ -235,7 +235,10 @@ def draw_curves(record):
 
 
 def _scale_errors(axes):
-    """From 0 to the greatest; where some are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room."""
+    """An axis of errors that all of these share, from 0 to the greatest.
+
+    Where some are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room.
+    """
     # Without the crosses at the edge.
     lines = [line for axis in axes for line in axis.lines if line.get_transform() == axis.transData]
     values = [value for line in lines for value in line.get_ydata()]
@@ -282,8 +285,9 @@ def draw_panels(record, curves, key, titles, names):
                         first=number,
                         band=bold,
                     )
-            axis.set(title=f"{title}{', code ' * bool(code)}{code}", xlim=(0, None))
+            axis.set(title=f"{title}{', code ' * bool(code)}{code}")
             axis.grid(alpha=0.3)
+    rows[0][0].set_xlim(0, None)  # of all, and now, for it ends where the longest of these curves do
     for axis in rows[-1]:
         axis.set_xlabel("training step")
     handles = []
@@ -321,7 +325,7 @@ def draw_errors_by(record, key):
     figure, rows = draw_panels(record, curves, key, panels(record, key), _names_without(record, key))
     for axes in rows:
         axes[0].set_ylabel("error (%)")
-        _scale_errors(axes)
+    _scale_errors(list(rows.flat))
     words = f"thin: training error, bold: {evaluated[0]} error" if evaluated else "training error"
     figure.suptitle(f"{data_in_words(record)}; {words}; {seeds_in_words(record)}", fontsize=10)
     return figure

@@ -153,6 +153,19 @@ def test_panels_have_a_row_for_each_code(mixed):
     ]
 
 
+def test_panels_have_room_for_the_longest_run_and_the_greatest_error(mixed):
+    for one in mixed["runs"]:
+        scale, longer = (
+            (0.01, 10) if one["seed"] else (1, 1)
+        )  # the second code's errors are small, its runs long
+        for name, curve in one["curves"].items():
+            one["curves"][name] = [[step * longer, value * scale] for step, value in curve]
+    for axis in figures.draw_errors_by(mixed, "model.plain").axes:
+        assert axis.get_ylim()[1] > 50
+        assert axis.get_xlim()[0] == 0
+        assert axis.get_xlim()[1] >= 200
+
+
 def test_without_evaluations_panels_have_the_training_error(record):
     for one in record["runs"]:
         one["curves"] = {"running/error": one["curves"]["running/error"]}
