@@ -119,12 +119,11 @@ def table(record, form):
     return tables.render(lines, form)
 
 
-def draw_panels(record, curves):
-    """Curves over steps, plain nets left and residual ones right; see `figures.draw_panels`."""
+def _panels(record):
+    """What `figures.draw_panels` is to draw: plain nets left and residual ones right, by depth."""
     titles = {plain: f"{kind} nets" for plain, kind in KINDS.items()}
     depths = sorted({run["model.depth"] for run in record["runs"]})
-    names = {(depth,): f"{depth} layers" for depth in depths}
-    return figures.draw_panels(record, curves, "model.plain", titles, names)
+    return "model.plain", titles, {(depth,): f"{depth} layers" for depth in depths}
 
 
 def draw_curves(record):
@@ -132,7 +131,8 @@ def draw_curves(record):
 
     As there, the first steps may lie above the edge, where the last ones would have no room else.
     """
-    figure, rows = draw_panels(record, {"running/error": figures.THIN, "test/error": figures.BOLD})
+    curves = {"running/error": figures.THIN, "test/error": figures.BOLD}
+    figure, rows = figures.draw_panels(record, curves, *_panels(record))
     for axes in rows:
         axes[0].set(ylabel="error (%)", ylim=(0, _room_for_errors(record, 2)))
     words = f"thin: training error, bold: test error; {figures.seeds_in_words(record)}"
@@ -142,12 +142,7 @@ def draw_curves(record):
 
 def draw_loss(record):
     """Training loss over steps on a logarithmic axis, plain left and residual right."""
-    figure, rows = draw_panels(record, {"running/loss": 1.5})
-    for axes in rows:
-        figures.set_loss_axis(axes[0], record)
-    words = f"training loss; {figures.seeds_in_words(record)}"
-    figure.suptitle(f"{figures.data_in_words(record)}; {words}", fontsize=10)
-    return figure
+    return figures.draw_loss_by(record, *_panels(record))
 
 
 def _draw_by_depth(record, draw_panel, **labels):
@@ -264,8 +259,8 @@ def write_report(record, workdir):
         drawings["loss"] = draw_loss
     for name, draw in drawings.items():
         figures.save(draw(record), workdir / name)
-    panels = {plain: f"{kind} nets" for plain, kind in KINDS.items()}
-    page.write(record, workdir / "curves.html", "model.plain", panels)
+    key, titles, _ = _panels(record)
+    page.write(record, workdir / "curves.html", key, titles)
 
 
 def check(study):

@@ -249,21 +249,24 @@ def _scale_errors(axes):
     axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)))
 
 
-def draw_panels(record, curves, key, titles, names):
+def draw_panels(record, curves, key, titles=None, names=None):
     """Curves over steps, a column of panels for each value of a key of the grid, a row for each code.
 
     Args:
       record: see `records`.
       curves: {name of a curve: width of its line}, all of errors or all of losses.
-      key: of the grid.
-      titles: {value of the key: title of its column}.
-      names: {point of the other keys, as a tuple of values: what the legend calls it}, from light to dark.
+      key: of the grid, which has others, too.
+      titles: {value of the key: title of its column}; None for those of `panels`.
+      names: {point of the other keys, as a tuple of values: what the legend calls it}, from light to dark;
+        None for all points, by the names of their keys.
 
     Returns:
       The figure, and its rows of axes, which share theirs.
     """
+    titles, names = titles or panels(record, key), names or _names_without(record, key)
     parts = records.split_by_code(record)
     others = [one for one, _ in record["config"]["grid"] if one != key]
+    looks = list(zip(names, shades(len(names)), itertools.cycle(MARKERS), strict=False))
     figure = Figure(figsize=(1.5 + 4 * len(titles), 3.8 * len(parts) + 0.4), layout="constrained")
     rows = figure.subplots(len(parts), len(titles), squeeze=False, sharex=True, sharey=True)
     runs_of = collections.defaultdict(list)
@@ -272,16 +275,16 @@ def draw_panels(record, curves, key, titles, names):
             runs_of[code, run[key], tuple(run[one] for one in others)].append(run)
     for axes, code in zip(rows, parts, strict=True):
         for axis, (value, title) in zip(axes, titles.items(), strict=True):
-            for number, (point, shade) in enumerate(zip(names, shades(len(names)), strict=True)):
+            for number, (point, color, marker) in enumerate(looks):
                 for name, width in curves.items():
                     bold = width == max(curves.values())
                     draw_runs(
                         axis,
                         runs_of[code, value, point],
                         name,
-                        color=shade,
+                        color=color,
                         linewidth=width,
-                        marker=MARKERS[number % len(MARKERS)] if bold else None,
+                        marker=marker if bold else None,
                         first=number,
                         band=bold,
                     )
@@ -291,11 +294,10 @@ def draw_panels(record, curves, key, titles, names):
     for axis in rows[-1]:
         axis.set_xlabel("training step")
     handles = []
-    for number, (point, shade) in enumerate(zip(names, shades(len(names)), strict=True)):
+    for point, color, marker in looks:
         runs = [run for run in record["runs"] if tuple(run[one] for one in others) == point]
-        marker = MARKERS[number % len(MARKERS)]
         title = label_of(names[point], runs)
-        handles.append(Line2D([], [], color=shade, linewidth=BOLD, marker=marker, label=title))
+        handles.append(Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=title))
     handles.reverse()  # the darkest on top, as curves of plain nets lie
     if any(run["status"] == "diverged" for run in record["runs"]):
         handles.append(cross())
@@ -319,10 +321,10 @@ def panels(record, key):
 
 
 def draw_errors_by(record, key):
-    """Errors over steps with panels for each value of a key of the grid, which has others, too."""
+    """Errors over steps with panels for each value of a key; see `draw_panels`."""
     evaluated = splits(record)[:1]
     curves = {"running/error": THIN, **{f"{split}/error": BOLD for split in evaluated}}
-    figure, rows = draw_panels(record, curves, key, panels(record, key), _names_without(record, key))
+    figure, rows = draw_panels(record, curves, key)
     for axes in rows:
         axes[0].set_ylabel("error (%)")
     _scale_errors(list(rows.flat))
@@ -331,11 +333,9 @@ def draw_errors_by(record, key):
     return figure
 
 
-def draw_loss_by(record, key):
+def draw_loss_by(record, key, titles=None, names=None):
     """Training loss over steps on a logarithmic axis, likewise."""
-    figure, rows = draw_panels(
-        record, {"running/loss": 1.5}, key, panels(record, key), _names_without(record, key)
-    )
+    figure, rows = draw_panels(record, {"running/loss": 1.5}, key, titles, names)
     for axes in rows:
         set_loss_axis(axes[0], record)
     figure.suptitle(f"{data_in_words(record)}; training loss; {seeds_in_words(record)}", fontsize=10)

@@ -42,8 +42,8 @@ def expand(study):
       study: a config with `base` (a training config), `grid` (pairs of a key of `base` and the values it
         takes) and `seeds`. It can have `adjust`, what some points need besides: pairs of (key of the grid,
         value) and of pairs of a key and its value there. The key is one of `base`, or a setting that the
-        network of the point has and that of `base` has not. And it can have
-        `compare`, the key of the grid whose values are compared in pairs of runs (`comparison`).
+        network of the point has and that of `base` has not. And it can have `compare`, the key of the grid
+        whose values are compared in pairs of runs (`comparison`).
 
     Raises:
       ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
