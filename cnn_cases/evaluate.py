@@ -75,25 +75,13 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
       OSError: the directory cannot be made or written to.
     """
     workdirs = [workdir, *others]
-    places = [pathlib.Path(one).resolve() for one in workdirs]
     configs = [saved_runs.load_config(one, data_dir) for one in workdirs]
     first = configs[0]
     protocol = protocol or first.evaluation.protocol
     split = split or ("test" if "test" in first.data.splits else "validation")
     if others and not out:
         raise ValueError("out = '' is for one run; say where the evaluation of an ensemble is to lie")
-    for number, (one, config) in enumerate(zip(workdirs, configs, strict=True)):
-        if places[number] in places[:number]:
-            raise ValueError(f"workdir = {one} is named twice, and would have two votes")
-        if split not in config.data.splits:
-            raise ValueError(
-                f"split = {split!r} is not in data.splits of {one}, which has {', '.join(config.data.splits)}"
-            )
-        if _examples(config, split) != _examples(first, split):
-            raise ValueError(
-                f"workdir = {one}: its split {split!r} is {_examples(config, split)}, that of {workdir} "
-                f"{_examples(first, split)}; an ensemble is tested on the same examples (see --data_dir)"
-            )
+    _check_together(workdirs, configs, split)
     networks = [
         _read(one, config, split, protocol, which) for one, config in zip(workdirs, configs, strict=True)
     ]
@@ -120,7 +108,7 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
         tested = {"step": networks[0].step}
     metrics = {
         "split": split,
-        "examples_of": f"{first.data.name} {first.data.splits[split]}",
+        "examples_of": _examples(first, split),
         "protocol": protocol,
         "views_per_example": networks[0].num_views,
         **tested,
@@ -134,10 +122,31 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
     return metrics, out
 
 
+def _check_together(workdirs, configs, split):
+    """Raises ValueError unless the runs are different ones, and have the same examples in a split."""
+    places, sources = [], []
+    for workdir, config in zip(workdirs, configs, strict=True):
+        if pathlib.Path(workdir).resolve() in places:
+            raise ValueError(f"workdir = {workdir} is named twice, and would have two votes")
+        if split not in config.data.splits:
+            raise ValueError(
+                f"split = {split!r} is not in data.splits of {workdir}, which has "
+                f"{', '.join(config.data.splits)}"
+            )
+        places.append(pathlib.Path(workdir).resolve())
+        data_dir = config.data.data_dir
+        where = f" in {pathlib.Path(data_dir).expanduser().resolve()}" if data_dir else ""
+        sources.append(_examples(config, split) + where)
+        if sources[-1] != sources[0]:
+            raise ValueError(
+                f"workdir = {workdir}: its split {split!r} is {sources[-1]}, that of {workdirs[0]} "
+                f"{sources[0]}; an ensemble is tested on the same examples (see --data_dir)"
+            )
+
+
 def _examples(config, split):
-    """What tells the examples of a split: the data set, the part of it, and where it lies."""
-    place = f" in {pathlib.Path(config.data.data_dir).resolve()}" if config.data.data_dir else ""
-    return f"{config.data.name} {config.data.splits[split]}{place}"
+    """The data set, and the part of it that a split is."""
+    return f"{config.data.name} {config.data.splits[split]}"
 
 
 def _read(workdir, config, split, protocol, which):
