@@ -3,7 +3,7 @@
 Paper: He et al. 2015, section 4.1 and table 3, there with 34 layers on ImageNet; and He et al. 2016, section
 3, for projections in place of all identities in 110 layers on CIFAR-10.
 Command: python -m cnn_cases.studies.sweep --config=configs/studies/shortcuts_digits.py \
-             --workdir=runs/shortcuts_digits
+             --workdir=runs/shortcuts_digits --jobs=2
 
 The recipe is that of `resnet_digits`.
 Result: mean test errors of 2.25, 2.07, 1.88 and 1.69 % with 20, 32, 44 and 56 layers and option A, of 2.35,

@@ -4,7 +4,7 @@ Paper: Szegedy et al. 2014, section 5, and Szegedy et al. 2015 ("Rethinking the 
 computer vision"), section 4.
 Command: make data DATASET=imagenette/320px-v2
          python -m cnn_cases.studies.sweep --config=configs/studies/side_branches.py \
-             --workdir=runs/side_branches
+             --workdir=runs/side_branches --jobs=2
 
 The recipe is that of `googlenet_imagenette`, twice as long. With one seed both nets start from the same
 values, see the same crops and drop the same activations: what differs is the gradient that the side branches
