@@ -5,7 +5,7 @@ import os
 # Before JAX starts. Four devices need more threads than two cores would get (see devices.max_in_flight).
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compiling, and little into running what was compiled.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 os.environ["PJRT_NPROC"] = "16"
 
 import jax
@@ -81,6 +81,11 @@ def poisoned(config, monkeypatch, example):
 
     monkeypatch.setattr(ResidentFeed, "prepare", poisonous)
     return programs.make_program(config, jax.devices()[:1])
+
+
+def drawn(seed, *shape):
+    """Normally distributed numbers, float32; `jax.random` would compile a program for each shape."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def draw(model, image_shape, seed):

@@ -10,6 +10,7 @@ from jax import lax
 
 from cnn_cases.models import fast
 from cnn_cases.models.fast import conv_general_dilated, max_pool
+from tests.conftest import drawn
 
 PLAIN = dict(
     lhs_dilation=(1, 1),
@@ -19,26 +20,27 @@ PLAIN = dict(
 )
 
 
-def value_and_gradients(function, make_cotangent, *arguments):
-    """As one program: to compile one takes a fraction of the time of its operations one by one."""
+def values_and_gradients(functions, make_cotangent, *arguments):
+    """Of each function, in one program: operations that are compiled one by one take far longer."""
 
-    def both(*arguments):
-        value, pull = jax.vjp(function, *arguments)
-        return value, pull(make_cotangent(value.shape))
+    def of_each(*arguments):
+        for function in functions:
+            value, pull = jax.vjp(function, *arguments)
+            yield value, pull(make_cotangent(value.shape))
 
-    return jax.jit(both)(*arguments)
+    return jax.jit(lambda *arguments: tuple(of_each(*arguments)))(*arguments)
 
 
 def assert_same_convolution(x, kernel, strides, padding, options):
     """Ours against XLA's, in value and in both gradients."""
-    (ours, our_gradients), (xla, xla_gradients) = (
-        value_and_gradients(
-            lambda x, kernel, conv=conv: conv(x, kernel, strides, padding, **PLAIN | options),
-            lambda shape: np.random.default_rng(2).normal(size=shape).astype(np.float32),
-            x,
-            kernel,
-        )
-        for conv in (conv_general_dilated, lax.conv_general_dilated)
+    (ours, our_gradients), (xla, xla_gradients) = values_and_gradients(
+        [
+            functools.partial(conv, window_strides=strides, padding=padding, **PLAIN | options)
+            for conv in (conv_general_dilated, lax.conv_general_dilated)
+        ],
+        lambda shape: drawn(2, *shape),
+        x,
+        kernel,
     )
     np.testing.assert_allclose(ours, xla, atol=1e-5)
     for one, other in zip(our_gradients, xla_gradients, strict=True):
@@ -78,8 +80,8 @@ def test_wide_pixels_have_the_same_convolution(image_shape, window, filters, pad
         "conv_of_wide_pixels",
         lambda *args, **options: asked.append(args[3]) or wide(*args, **options),
     )
-    x = jax.random.normal(jax.random.key(0), (2, *image_shape))
-    kernel = 0.1 * jax.random.normal(jax.random.key(1), (window, window, image_shape[-1], filters))
+    x = drawn(0, 2, *image_shape)
+    kernel = 0.1 * drawn(1, window, window, image_shape[-1], filters)
     assert_same_convolution(x, kernel, (1, 1), padding, {})
     assert asked == [size] * (size > 1)
 
@@ -92,9 +94,9 @@ def test_wide_pixels_have_the_same_convolution(image_shape, window, filters, pad
 )
 def test_wide_pixels_are_for_plain_convolutions(strides, options, monkeypatch):
     monkeypatch.setattr(fast, "conv_of_wide_pixels", pytest.fail)
-    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 8))
+    x = drawn(0, 2, 16, 16, 8)
     channels = 8 // options.get("feature_group_count", 1)
-    kernel = 0.1 * jax.random.normal(jax.random.key(1), (3, 3, channels, 16))
+    kernel = 0.1 * drawn(1, 3, 3, channels, 16)
     assert_same_convolution(x, kernel, strides, "SAME", options)
 
 
@@ -103,8 +105,8 @@ def test_wide_pixels_are_for_plain_convolutions(strides, options, monkeypatch):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (2, 0)), "SAME"])
 def test_the_matrix_product_is_the_convolution(size, window, stride, padding):
-    x = jax.random.normal(jax.random.key(0), (3, size, size, 5))
-    kernel = jax.random.normal(jax.random.key(1), (window, window, 5, 4))
+    x = drawn(0, 3, size, size, 5)
+    kernel = drawn(1, window, window, 5, 4)
     assert_same_convolution(x, kernel, (stride, stride), padding, {})
 
 
@@ -118,8 +120,8 @@ def test_the_matrix_product_is_the_convolution(size, window, stride, padding):
     ],
 )
 def test_the_banded_product_is_the_convolution(size, channels, window, stride, padding, monkeypatch):
-    x = jax.random.normal(jax.random.key(0), (2, size, size, channels))
-    kernel = jax.random.normal(jax.random.key(1), (window, window, channels, 4))
+    x = drawn(0, 2, size, size, channels)
+    kernel = drawn(1, window, window, channels, 4)
 
     def text():
         program = jax.jit(lambda x: conv_general_dilated(x, kernel, (stride, stride), padding, **PLAIN))
@@ -137,8 +139,8 @@ def test_the_banded_product_is_the_convolution(size, channels, window, stride, p
 @pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_groups_and_dilation_are_xla_s(options, size, platform):
-    x = jax.random.normal(jax.random.key(0), (3, size, size, 4))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4 // options.get("feature_group_count", 1), 6))
+    x = drawn(0, 3, size, size, 4)
+    kernel = drawn(1, 3, 3, 4 // options.get("feature_group_count", 1), 6)
     with fast.written_for(platform):
         assert_same_convolution(x, kernel, (2, 2), ((2, 2), (2, 2)), options)
 
@@ -179,13 +181,10 @@ def test_max_pool_is_flax_s_in_value_and_gradient(backend, window, strides, padd
     # ReLU's zeros and small integers, so that many cells of a window are equal; and gradients that add up
     # without rounding.
     x = np.random.default_rng(0).integers(-4, 3, (2, 8, 9, 4)).clip(0).astype(dtype)
-    (ours, our_gradients), (flax, flax_gradients) = (
-        value_and_gradients(
-            lambda x, pool=pool: pool(x, window, strides, padding),
-            lambda shape: np.random.default_rng(1).integers(1, 5, shape).astype(dtype),
-            x,
-        )
-        for pool in (max_pool, nn.max_pool)
+    (ours, our_gradients), (flax, flax_gradients) = values_and_gradients(
+        [lambda x, pool=pool: pool(x, window, strides, padding) for pool in (max_pool, nn.max_pool)],
+        lambda shape: np.random.default_rng(1).integers(1, 5, shape).astype(dtype),
+        x,
     )
     np.testing.assert_array_equal(ours, flax)
     assert ours.dtype == dtype

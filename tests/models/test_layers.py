@@ -12,6 +12,7 @@ from cnn_cases.models.layers import (
     Dropout,
     local_response_norm,
 )
+from tests.conftest import drawn
 
 
 def drop(x, rate=0.5, train=True, axis_name=None, seed=0):
@@ -32,7 +33,7 @@ def test_dropout_refuses_a_rate_that_is_none(rate, train):
 
 
 def test_dropout_is_the_identity_in_evaluation():
-    x = jax.random.normal(jax.random.key(0), (4, 5))
+    x = drawn(0, 4, 5)
     np.testing.assert_array_equal(drop(x, train=False), x)
 
 
@@ -81,7 +82,7 @@ def test_response_norm_by_hand_with_the_papers_constants():
 
 
 def test_response_norm_of_bfloat16_is_the_float32_result_rounded_once():
-    x = 50 * jax.random.normal(jax.random.key(0), (1, 2, 2, 16), jnp.bfloat16)
+    x = 50 * drawn(0, 1, 2, 2, 16).astype(jnp.bfloat16)
     b = local_response_norm(x)
     assert b.dtype == jnp.bfloat16
     np.testing.assert_array_equal(b, local_response_norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
@@ -137,7 +138,7 @@ def norms(train, **settings):
     """Ours and Flax's, with variables that are not those of the start."""
     ours = BatchNorm(use_running_average=not train, epsilon=1e-3, **settings)
     flax = nn.BatchNorm(use_running_average=not train, epsilon=1e-3, momentum=0.9, **settings)
-    x = 3 * jax.random.normal(jax.random.key(0), (8, 5, 5, 6)) + jnp.arange(6)
+    x = 3 * drawn(0, 8, 5, 5, 6) + jnp.arange(6)
     variables = jax.tree.map(lambda leaf: leaf + jnp.linspace(0, 1, 6), ours.init(jax.random.key(1), x))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, flax.init(jax.random.key(1), x))
     return ours, flax, x, variables
@@ -146,7 +147,7 @@ def norms(train, **settings):
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_normalisation_is_that_of_flax(train):
     ours, flax, x, variables = norms(train)
-    stats, weights = variables["batch_stats"], jax.random.normal(jax.random.key(2), x.shape)
+    stats, weights = variables["batch_stats"], drawn(2, *x.shape)
 
     def apply(norm):
         def loss(x, params):

@@ -18,6 +18,7 @@ from cnn_cases.models.lenet import (
     digit_codes,
     squash,
 )
+from tests.conftest import drawn
 from tests.models.tracing import count, inputs_and_outputs
 
 # What runs once had better compile fast: four times as fast as by default.
@@ -130,7 +131,7 @@ def test_connection_table_is_that_of_table_1():
 def test_table_convolution_sums_over_the_connected_maps_only():
     inputs = ((0, 2), (1,), (0, 1, 2))
     layer = TableConv(inputs)
-    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
+    x = drawn(0, 2, 6, 7, 3)
     y, variables = quick_jit(layer.init_with_output)(jax.random.key(1), x)
     kernel, bias = (np.asarray(variables["params"][name]) for name in ("kernel", "bias"))
     assert kernel.shape == (5, 5, 6)
@@ -216,7 +217,7 @@ def test_rbf_penalties_are_squared_distances_to_the_codes():
     codes = digit_codes()
     penalties = RBF(10).apply({}, jnp.asarray(codes))
     np.testing.assert_allclose(penalties, 2 * (84 - codes @ codes.T))  # 4 for each pixel that differs
-    x = jax.random.normal(jax.random.key(0), (84,))
+    x = drawn(0, 84)
     expected = [((x - code) ** 2).sum() for code in codes]
     np.testing.assert_allclose(RBF(10).apply({}, x[None])[0], expected, rtol=1e-5)
 

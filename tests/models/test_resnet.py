@@ -19,6 +19,7 @@ from cnn_cases.models.resnet import (
     identity_shortcut,
     make_layers,
 )
+from tests.conftest import drawn
 from tests.models.tracing import count, inputs_and_outputs
 
 # What runs once had better compile fast: four times as fast as by default.
@@ -89,7 +90,7 @@ def train(model, variables, image):
 
 @pytest.fixture(scope="module")
 def image():
-    return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    return drawn(1, 4, 8, 8, 3)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def test_plain_and_residual_twins_have_the_same_layers(net):
     ("block_type", "filters", "last"), [(BasicBlock, 8, "norm2"), (BottleneckBlock, 2, "norm3")]
 )
 def test_plain_removes_the_addition_and_nothing_else(block_type, filters, last):
-    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8))
+    x = drawn(0, 2, 5, 5, 8)
     residual, plain = (block_type(filters, 1, "A", plain, CONV, NORM) for plain in (False, True))
     variables, plain_variables = quick_jit(lambda *args: (residual.init(*args), plain.init(*args)))(
         jax.random.key(1), x
@@ -298,7 +299,7 @@ def test_shortcut_options_project_where_the_paper_says(shortcut, changes, stays)
 
 
 def test_preactivation_block_adds_to_an_untouched_input():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8))
+    x = drawn(0, 2, 5, 5, 8)
     block = PreactBlock(2, 1, CONV, NORM)
     variables = init(block, x)
     variables["params"]["conv3"]["kernel"] *= 0
@@ -306,7 +307,7 @@ def test_preactivation_block_adds_to_an_untouched_input():
 
 
 def test_preactivation_projection_sees_the_activated_input():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3))
+    x = drawn(0, 2, 5, 5, 3)
     block = PreactBlock(2, 2, CONV, NORM)
     variables = init(block, x)
     variables["params"]["conv3"]["kernel"] *= 0
@@ -410,7 +411,7 @@ def test_one_block_a_stage_leaves_nothing_to_scan():
 
 @pytest.mark.parametrize(("block_type", "filters"), [(BasicBlock, 8), (BottleneckBlock, 2)])
 def test_zero_last_gamma_makes_a_block_the_identity(block_type, filters):
-    x = jax.random.uniform(jax.random.key(0), (2, 5, 5, 8))  # not negative, so that ReLU keeps it
+    x = np.abs(drawn(0, 2, 5, 5, 8))  # not negative, so that ReLU keeps it
     block = block_type(filters, 1, "B", False, CONV, NORM, zero_init_last_gamma=True)
     y, _ = quick_jit(block.init_with_output)(jax.random.key(1), x)
     np.testing.assert_array_equal(y, x)
@@ -582,7 +583,7 @@ def test_a_bottleneck_has_relu_between_its_layers(image):
 
 
 def test_an_imagenet_net_begins_with_relu_and_the_largest_and_ends_with_an_average():
-    seen = layers_of(ResNet(18), jax.random.normal(jax.random.key(1), (2, 40, 40, 3)))
+    seen = layers_of(ResNet(18), drawn(1, 2, 40, 40, 3))
 
     def pooled(maps):
         return nn.max_pool(nn.relu(maps), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
