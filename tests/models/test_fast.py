@@ -134,6 +134,33 @@ def test_the_banded_product_is_the_convolution(size, channels, window, stride, p
 
 
 @pytest.mark.parametrize(
+    ("image_shape", "window", "strides", "padding"),
+    [
+        ((8, 9, 5), (3, 3), (1, 1), "SAME"),
+        ((8, 9, 5), (3, 3), (2, 2), ((1, 1), (1, 1))),  # of the width, no window is left over
+        ((9, 8, 5), (2, 5), (1, 2), ((0, 2), (3, 0))),
+        ((23, 23, 3), (7, 7), (2, 2), ((3, 3), (3, 3))),  # a ResNet's first, for ImageNet
+        ((27, 29, 3), (11, 11), (4, 4), "VALID"),  # AlexNet's, with windows that two columns are left over by
+        ((6, 6, 4), (3, 3), (1, 3), ((4, 3), (0, 5))),  # more pixels of padding than a window reaches over
+    ],
+    ids=str,
+)
+def test_a_convolution_and_its_gradients_have_their_axes_in_order(image_shape, window, strides, padding):
+    x, kernel = drawn(0, 2, *image_shape), drawn(1, *window, image_shape[-1], 4)
+    assert_same_convolution(x, kernel, strides, padding, {})
+
+    def loss(x, kernel):
+        return conv_general_dilated(x, kernel, strides, padding, **PLAIN).sum()
+
+    orders = re.findall(
+        r"dimension_numbers=ConvDimensionNumbers\((.*?)\)\n",
+        str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernel)),
+    )
+    assert len(orders) == 3
+    assert set(orders) == {"lhs_spec=(0, 3, 1, 2), rhs_spec=(3, 2, 0, 1), out_spec=(0, 3, 1, 2)"}
+
+
+@pytest.mark.parametrize(
     "options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}]
 )
 @pytest.mark.parametrize("size", [2, 8])
