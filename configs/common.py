@@ -20,9 +20,8 @@ def get_config():
     config.num_steps = 1_000  # training steps
     config.batch_size = 128  # examples of one step, over all devices
     # Steps in one call to the devices; divides num_steps and the intervals of log, evaluations, checkpoints
-    # and profile. 0: one on a CPU, where XLA has one thread for a convolution inside a loop and a step of
-    # ResNet-20 on digits took 8 times as long; else, with a resident feed, the most that divides all of them,
-    # up to 50, which saves launches.
+    # and profile. 0: one on a CPU, where a call costs little and a loop takes longer to compile; else, with a
+    # resident feed, the most that divides all of them, up to 50, which saves launches.
     config.steps_per_call = 0
     config.dtype = "float32"  # compute type, "float32" or "bfloat16"; parameters are float32
     config.sync_batch_norm = True  # batch statistics over the global batch; False: over each device's share

@@ -51,15 +51,14 @@ Very deep nets: `scan_blocks=True` runs blocks 2 to n of each stage of a CIFAR n
 stage compiles two blocks, whatever its depth. Their parameters and statistics are then stacked along a new
 first axis, block 2 first: `stage1_blocks/conv1/kernel [n-1, 3, 3, 16, 16]` in place of
 `stage1_block2/conv1/kernel` to `stage1_block{n}/conv1/kernel`, each [3, 3, 16, 16]. The net computes the same
-from the same values, but draws others from the same key. On a CPU its steps are slower, since inside a loop
-XLA's convolutions lose their threads. A training step of `CifarResNet` at 8x8 pixels and batch 8, traced and
-compiled, then run, on two CPU cores, 2026-11-23:
+from the same values, but draws others from the same key. A training step of `CifarResNet` at 8x8 pixels and
+batch 8, traced and compiled, then run, on two CPU cores, 2026-11-28:
 
     depth                   20       110     1202
-    unrolled  compile    3.1 s    19.6 s     about 220 s, an estimate: 28 s of tracing and 0.32 s a block
-              step        3 ms     22 ms     not measured
-    scanned   compile    4.7 s     4.4 s     4.9 s
-              step       14 ms     88 ms     1.1 s
+    unrolled  compile    4.7 s    17.2 s     about 170 s, an estimate: 0.28 s a block
+              step      3.5 ms     22 ms     not measured
+    scanned   compile    5.8 s     6.8 s     6.6 s
+              step      4.3 ms     25 ms     0.32 s
 
 Departures from the papers: none in the networks, with their default fields. Where the papers are silent:
 batch normalisation has fb.resnet.torch's epsilon of 1e-5 and running statistics that keep 0.9 at each step

@@ -181,7 +181,7 @@ def make_network(config, num_classes):
 def steps_per_call(config, platform):
     """How many steps one call to the devices does.
 
-    If the config says 0, it is 1 on a CPU, where convolutions lose their threads inside XLA's loops, and with
+    If the config says 0, it is 1 on a CPU, where a call costs little and a loop is more to compile, and with
     a stream, since the images of all steps would be in memory at once. Otherwise it is the largest number up
     to MAX_STEPS_PER_CALL that divides all intervals of the run, so that one launch serves many steps.
 

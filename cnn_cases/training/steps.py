@@ -122,7 +122,7 @@ def make_train_steps(
 
     def train_steps(state, arrays, batches):
         if jax.tree.leaves(batches)[0].shape[0] == 1:
-            # Not a loop of one round: on the CPU, XLA's convolutions have one thread inside a loop.
+            # Not a loop of one round, which takes longer to compile.
             state, metrics = train_step(state, arrays, jax.tree.map(lambda leaf: leaf[0], batches))
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
         return lax.scan(lambda state, batch: train_step(state, arrays, batch), state, batches)

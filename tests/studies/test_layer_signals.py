@@ -29,7 +29,7 @@ def tiny_study(data_dir):
     base.data.data_dir = data_dir
     base.data.image_size = 4
     base.data.augment.pad = 1
-    base.num_steps = 4
+    base.num_steps, base.steps_per_call = 4, 1
     base.batch_size = 24
     base.evaluation.every_steps = 4
     base.evaluation.batch_size = 200
