@@ -122,11 +122,11 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv_in_order(x, kernel, strides, pads):
-    """A convolution whose gradients have their axes in its order, as which XLA's CPU compiler wants them.
+    """A convolution whose gradients have the order of axes that XLA's library for CPUs wants.
 
-    Those that JAX derives have it in the names of the axes alone that batch and channels have changed places.
-    XLA moves the axes, but not in a loop, and computes there without its library for convolutions: a step of
-    ResNet-20 on digits took 14 times as long (one core, November 2026).
+    Those that JAX derives leave the arrays as they are and name their axes anew, batch and channels having
+    changed places. XLA then moves the axes, but not inside a loop, where it computes without its library: a
+    step of ResNet-20 on digits took 14 times as long (one core, November 2026).
 
     Args:
       x: [B, H, W, C].
