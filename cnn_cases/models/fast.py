@@ -91,13 +91,15 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
     - One of few channels and a small map, as LeNet-5's two and the first of a ResNet for CIFAR-10, becomes
       the product of its strips with a banded matrix, and takes a quarter to a half of the time. It takes a
       third of a second more to compile, for which a small batch is not worth it.
-    - With more channels, or larger maps, XLA's own is the faster one, and `conv_in_order` is quick in loops.
+    - With more channels, or larger maps, XLA's own is faster, and by `conv_in_order` inside a loop, too.
     - Barriers make XLA keep the input and the output. Without them it recomputes the input, transposed, for
       the gradient of the kernel, all the way back to the previous convolution or through all shortcuts of a
       stage, and likewise the gradient of the output: a ResNet-20's step takes a quarter longer.
     """
     keep = lax.optimization_barrier
     x = keep(x)
+    if _is_dilated(options):
+        return keep(lax.conv_general_dilated(x, kernel, window_strides, padding, **options))
     height, width, channels, filters = kernel.shape
     pads = _pads(x, (height, width), window_strides, padding)
     padded = [sum(edges) + size for edges, size in zip(pads, x.shape[1:3], strict=True)]
@@ -105,16 +107,13 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
         (size - window) // stride + 1
         for size, window, stride in zip(padded, (height, width), window_strides, strict=True)
     )
-    dilated = _is_dilated(options)
     narrow = channels < 8 and out_width <= 32 and _block(out_width) >= 4
-    if not dilated and (height * width == 1 or max(out_height, out_width) <= 2):
+    if height * width == 1 or max(out_height, out_width) <= 2:
         factors = _patches_and_matrix
-    elif not dilated and narrow and x.shape[0] * out_height * out_width * kernel.size >= _WORTH_A_BAND:
+    elif narrow and x.shape[0] * out_height * out_width * kernel.size >= _WORTH_A_BAND:
         factors = _strips_and_band
-    elif not dilated:
-        return keep(conv_in_order(x, kernel, tuple(window_strides), tuple(map(tuple, pads))))
     else:
-        return keep(lax.conv_general_dilated(x, kernel, window_strides, padding, **options))
+        return keep(conv_in_order(x, kernel, tuple(window_strides), tuple(map(tuple, pads))))
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, matrix = factors(x, kernel, window_strides, out_height, out_width)
     return keep(keep(rows) @ keep(matrix)).reshape(-1, out_height, out_width, filters)

@@ -20,7 +20,7 @@ def get_config():
     with config.base.unlocked():
         config.base.evaluation.every_steps = 25
         config.base.evaluation.batch_size = 120
-        # Runs of seconds: fewer calls, and no more than one checkpoint, save a tenth of them.
+        # Of runs of seconds, fewer calls and one checkpoint alone save a tenth of the time.
         config.base.steps_per_call = 5
         config.base.checkpoint.every_steps = 0
         common.follow_test_error(config.base)

@@ -21,9 +21,6 @@ from cnn_cases.models.lenet import (
 from tests.conftest import drawn
 from tests.models.tracing import count, inputs_and_outputs
 
-# What runs once had better compile fast: four times as fast as by default.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def shapes(model, *image_shape):
     """The variables of a model and the outputs of its layers, as shapes; nothing is computed."""
@@ -43,7 +40,7 @@ def shapes(model, *image_shape):
 
 
 def init(model, image):
-    return quick_jit(functools.partial(model.init, train=False))(jax.random.key(0), image)
+    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), image)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +129,7 @@ def test_table_convolution_sums_over_the_connected_maps_only():
     inputs = ((0, 2), (1,), (0, 1, 2))
     layer = TableConv(inputs)
     x = drawn(0, 2, 6, 7, 3)
-    y, variables = quick_jit(layer.init_with_output)(jax.random.key(1), x)
+    y, variables = jax.jit(layer.init_with_output)(jax.random.key(1), x)
     kernel, bias = (np.asarray(variables["params"][name]) for name in ("kernel", "bias"))
     assert kernel.shape == (5, 5, 6)
     expected = np.zeros((2, 2, 3, 3))
@@ -164,7 +161,7 @@ def test_squashing_function_keeps_plus_and_minus_one():
 def test_original_squashes_every_layer_up_to_f6_and_nothing_after(variables, image):
     layers = []
 
-    @quick_jit
+    @jax.jit
     def run(variables, image):
         seen = []
 
@@ -224,7 +221,7 @@ def test_rbf_penalties_are_squared_distances_to_the_codes():
 
 def test_fewer_classes_use_the_first_codes(variables, image):
     three, ten = (
-        quick_jit(functools.partial(LeNet5Original(num_classes).apply, train=False))(variables, image)
+        jax.jit(functools.partial(LeNet5Original(num_classes).apply, train=False))(variables, image)
         for num_classes in (3, 10)
     )
     np.testing.assert_allclose(three, ten[:, :3], rtol=1e-6)
@@ -235,7 +232,7 @@ def test_every_parameter_of_the_original_learns(variables, image):
         logits = LeNet5Original().apply({"params": params}, image, True)
         return (logits[:, 0] - 2 * logits[:, 1] + 3 * logits[:, 2]).mean()
 
-    for gradient in jax.tree.leaves(quick_jit(jax.grad(loss))(variables["params"])):
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(variables["params"])):
         assert jnp.isfinite(gradient).all()
         assert (gradient != 0).all()
 

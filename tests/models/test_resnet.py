@@ -22,9 +22,6 @@ from cnn_cases.models.resnet import (
 from tests.conftest import drawn
 from tests.models.tracing import count, inputs_and_outputs
 
-# What runs once had better compile fast: four times as fast as by default.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SMALLEST = [
     functools.partial(CifarResNet, 8),
     functools.partial(PreactCifarResNet, 11),
@@ -76,16 +73,16 @@ def same_values(a, b):
 def init(model, image):
     """The variables of a network, or of a block, which is not told whether it trains."""
     flags = {} if isinstance(model, BasicBlock | BottleneckBlock | PreactBlock) else dict(train=False)
-    return quick_jit(functools.partial(model.init, **flags))(jax.random.key(0), image)
+    return jax.jit(functools.partial(model.init, **flags))(jax.random.key(0), image)
 
 
 def evaluate(model, variables, image):
-    return quick_jit(lambda v, x: model.apply(v, x, False))(variables, image)
+    return jax.jit(lambda v, x: model.apply(v, x, False))(variables, image)
 
 
 def train(model, variables, image):
     """Logits and the new batch statistics."""
-    return quick_jit(lambda v, x: model.apply(v, x, True, mutable=["batch_stats"]))(variables, image)
+    return jax.jit(lambda v, x: model.apply(v, x, True, mutable=["batch_stats"]))(variables, image)
 
 
 @pytest.fixture(scope="module")
@@ -262,12 +259,12 @@ def test_plain_and_residual_twins_have_the_same_layers(net):
 def test_plain_removes_the_addition_and_nothing_else(block_type, filters, last):
     x = drawn(0, 2, 5, 5, 8)
     residual, plain = (block_type(filters, 1, "A", plain, CONV, NORM) for plain in (False, True))
-    variables, plain_variables = quick_jit(lambda *args: (residual.init(*args), plain.init(*args)))(
+    variables, plain_variables = jax.jit(lambda *args: (residual.init(*args), plain.init(*args)))(
         jax.random.key(1), x
     )
     assert same_values(variables, plain_variables)
 
-    @quick_jit
+    @jax.jit
     def apply(variables, x):
         y, state = residual.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
         return y, plain.apply(variables, x), state["intermediates"][last]["__call__"][0]
@@ -303,7 +300,7 @@ def test_preactivation_block_adds_to_an_untouched_input():
     block = PreactBlock(2, 1, CONV, NORM)
     variables = init(block, x)
     variables["params"]["conv3"]["kernel"] *= 0
-    np.testing.assert_array_equal(quick_jit(block.apply)(variables, x), x)
+    np.testing.assert_array_equal(jax.jit(block.apply)(variables, x), x)
 
 
 def test_preactivation_projection_sees_the_activated_input():
@@ -314,7 +311,7 @@ def test_preactivation_projection_sees_the_activated_input():
     variables["batch_stats"]["norm1"]["mean"] += 0.3
     kernel = variables["params"]["projection"]["kernel"][0, 0]
     expected = nn.relu((x - 0.3) / np.sqrt(1 + 1e-5))[:, ::2, ::2] @ kernel
-    np.testing.assert_allclose(quick_jit(block.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(block.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_preactivation_order_is_norm_then_convolution():
@@ -368,7 +365,7 @@ def test_scanned_blocks_compute_what_unrolled_ones_do(net, image):
 
 def test_scanned_blocks_are_stacked_and_start_from_different_values(image):
     model = CifarResNet(20, scan_blocks=True)
-    block = quick_jit(lambda key: model.init(key, image, False)["params"]["stage1_blocks"])(jax.random.key(0))
+    block = jax.jit(lambda key: model.init(key, image, False)["params"]["stage1_blocks"])(jax.random.key(0))
     kernel = block["conv1"]["kernel"]
     assert kernel.shape == (2, 3, 3, 16, 16)
     assert jnp.abs(kernel[0] - kernel[1]).max() > 0.1
@@ -413,7 +410,7 @@ def test_one_block_a_stage_leaves_nothing_to_scan():
 def test_zero_last_gamma_makes_a_block_the_identity(block_type, filters):
     x = np.abs(drawn(0, 2, 5, 5, 8))  # not negative, so that ReLU keeps it
     block = block_type(filters, 1, "B", False, CONV, NORM, zero_init_last_gamma=True)
-    y, _ = quick_jit(block.init_with_output)(jax.random.key(1), x)
+    y, _ = jax.jit(block.init_with_output)(jax.random.key(1), x)
     np.testing.assert_array_equal(y, x)
 
 
@@ -465,7 +462,7 @@ def test_batch_statistics_over_an_axis_are_those_of_the_whole_batch(cifar8, imag
     def train_part(x):
         return model.apply(cifar8, x, True, mutable=["batch_stats"])
 
-    halves = quick_jit(jax.vmap(train_part, axis_name="batch"))(image.reshape(2, 2, 8, 8, 3))
+    halves = jax.jit(jax.vmap(train_part, axis_name="batch"))(image.reshape(2, 2, 8, 8, 3))
     np.testing.assert_allclose(halves[0].reshape(4, 10), logits, atol=1e-4)
     for half, both in zip(jax.tree.leaves(halves[1]), jax.tree.leaves(updates), strict=True):
         np.testing.assert_allclose(half[1], both, atol=1e-5)
@@ -549,7 +546,7 @@ def layers_of(model, image):
     variables = jax.eval_shape(functools.partial(model.init, **flags), jax.random.key(0), image)
     variables = jax.tree_util.tree_map_with_path(spread, variables)
 
-    run = quick_jit(lambda *given: inputs_and_outputs(lambda: model.apply(*given, **flags)))
+    run = jax.jit(lambda *given: inputs_and_outputs(lambda: model.apply(*given, **flags)))
     return run(variables, image)
 
 

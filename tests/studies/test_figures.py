@@ -155,9 +155,8 @@ def test_panels_have_a_row_for_each_code(mixed):
 
 def test_panels_have_room_for_the_longest_run_and_the_greatest_error(mixed):
     for one in mixed["runs"]:
-        scale, longer = (
-            (0.01, 10) if one["seed"] else (1, 1)
-        )  # the second code's errors are small, its runs long
+        # The second code's errors are small, and its runs long.
+        scale, longer = (0.01, 10) if one["seed"] else (1, 1)
         for name, curve in one["curves"].items():
             one["curves"][name] = [[step * longer, value * scale] for step, value in curve]
     for axis in figures.draw_errors_by(mixed, "model.plain").axes:
