@@ -35,7 +35,7 @@ class TrainedNetwork:
       class_names: of the K classes.
       image_shape: (H, W, C) of what the network is shown.
       model: the Linen module.
-      state: of `training.state`: params, batch_stats, ...
+      state: of `training.state`, without its optimizer's part: params, batch_stats, ...
     """
 
     def __init__(self, config, step, model, state, shown):
@@ -74,19 +74,24 @@ class TrainedNetwork:
                 raise ValueError(f"image {number} has no pixels: {image.shape}")
         if not len(images):
             raise ValueError("there are no images")
-        batch_size = min(len(images), self.config.evaluation.batch_size)
         data = self.config.data
         store, view = inputs.make_ways(
             self.image_shape, feed=data.feed, border=data.border, crop=dict(**data.crop)
         )
-        programs.check_views(
+        shapes = programs.check_views(
             self._predict, self.state, self._statistics, protocol, image_shape=self.image_shape, view=view
         )
+
+        def batch_size(shape):
+            most = programs.views_at_once(self.image_shape, shape, self.config.evaluation.batch_size)
+            # Of an image that is not square, dense views have other shapes than those of a square one.
+            return min(most, len(images) * max(1, shapes.count(shape)))
+
         probabilities, _ = predictions.average_views(
             ((store(image), 0) for image in images),
             views.make_views(protocol, self.image_shape, view),
             functools.partial(self._predict, self.state, self._statistics),
-            batch_size=lambda _: batch_size,
+            batch_size=batch_size,
         )
         return probabilities
 
@@ -114,7 +119,8 @@ def load(workdir, which="last"):
     like = shapes_of_state(model, tx, shown.image_shape, with_ema=config.ema_decay > 0)
     checkpoints = pathlib.Path(workdir) / "checkpoints"
     step = checkpoint.find(checkpoints, which)
-    return TrainedNetwork(config, step, model, checkpoint.read(checkpoints, step, like), shown)
+    state = checkpoint.read(checkpoints, step, like).replace(opt_state=())
+    return TrainedNetwork(config, step, model, state, shown)
 
 
 def read_image(path, channels):
@@ -132,12 +138,9 @@ def read_image(path, channels):
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("it has more than 8 bits a channel; save it with 8")
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L"))
+            return decode.to_pixels(ImageOps.exif_transpose(image), channels)
     except decode.UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def define_flags():

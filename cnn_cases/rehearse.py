@@ -72,7 +72,7 @@ def rehearse(config, devices):
         shown = protocol != "single" and set(config.evaluation.final_splits) - {"train"}
         shapes = programs.check_protocol(program, state, protocol) if shown else []
         for shape in sorted(set(shapes)):
-            share = num_devices, programs.views_at_once(program, shape, size)
+            share = num_devices, programs.views_on_device(program, shape, size)
             views = jax.ShapeDtypeStruct((*share, *shape), np.uint8)
             stages.append((f"views of {shape[0]}x{shape[1]}", program.predict, views))
     for name, function, *batch in stages:

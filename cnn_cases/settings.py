@@ -45,6 +45,11 @@ def _kinds(section, prefix=""):
 KEYS = _kinds(common.get_config().to_dict())
 KEYS["model"] = {"name": str, ...: object}  # the architecture's own fields have their types in `models`
 KEYS["data"]["splits"] = {"train": str, ...: str}
+NOT_OF_MODEL = {  # its fields that are set by others
+    "num_classes": "there are as many classes as the data set has",
+    "dtype": "the compute type is dtype, without model.",
+    "axis_name": "sync_batch_norm says whether devices share their batch statistics",
+}
 
 
 def from_json(value):
@@ -101,6 +106,9 @@ def check(config, prefix=""):
     if "model" not in values:
         raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")
     _check_section(prefix, values, KEYS)
+    for key, whose in NOT_OF_MODEL.items():
+        if key in values["model"]:
+            raise ValueError(f"{prefix}model.{key} is no setting: {whose}; leave it out")
 
 
 def _check_section(prefix, section, keys):

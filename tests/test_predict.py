@@ -1,8 +1,10 @@
+import collections
 import re
 import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,6 +94,40 @@ def test_a_photo_is_read_the_right_way_up(tmp_path):
     assert read.shape == (20, 10, 1)
     assert (read[:8] > 200).all()
     assert (read[12:] < 50).all()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "batches"),
+    [
+        ("single", {(3, 16, 16, 1): 1}),
+        ("ten_crop", {(20, 16, 16, 1): 2}),
+        ("googlenet_144", {(20, 16, 16, 1): 22}),
+        # As many pixels as 20 images of 16x16, and no more views than there are of the shape.
+        (
+            "resnet_dense",
+            {
+                (3, 16, 16, 1): 1,
+                (3, 18, 18, 1): 1,
+                (3, 27, 27, 1): 1,
+                (3, 34, 34, 1): 1,
+                (2, 46, 46, 1): 2,
+            },
+        ),
+    ],
+)
+def test_a_batch_has_the_views_of_all_images_and_no_more_pixels_than_one_of_an_evaluation(
+    run, monkeypatch, protocol, batches
+):
+    network, seen = predict.load(run[0]), collections.Counter()
+
+    def answer(_state, _arrays, images):
+        seen[images.shape] += isinstance(images, np.ndarray)  # not where shapes alone are asked for
+        return jnp.full((len(images), 10), jnp.log(0.1))
+
+    monkeypatch.setattr(network, "_predict", answer)
+    network.config.evaluation.batch_size = 20
+    network(np.zeros((3, 16, 16, 1), np.uint8), protocol)
+    assert +seen == batches
 
 
 def test_an_image_of_16_bits_is_refused(tmp_path):

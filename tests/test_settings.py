@@ -35,6 +35,9 @@ from configs.studies import depth_digits
         ("evaluation", "splits", "test", r"evaluation\.splits = 'test' \(str\) must be a tuple of strs"),
         ("evaluation", "splits", (1,), r"evaluation\.splits = \(1,\) \(tuple\) must be a tuple of strs"),
         ("model", "depth", {20}, r"model\.depth = \{20\} \(set\) must be a value that JSON can hold"),
+        ("model", "num_classes", 10, r"model\.num_classes is no setting: there are as many classes as"),
+        ("model", "dtype", "bfloat16", r"model\.dtype is no setting: the compute type is dtype"),
+        ("model", "axis_name", None, r"model\.axis_name is no setting: sync_batch_norm says whether"),
         ("model", "name", ["lenet5"], r"model\.name = \['lenet5'\] \(list\) must be a str"),
     ],
 )

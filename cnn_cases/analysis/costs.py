@@ -346,7 +346,7 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
         settings.check(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    (*size, channels), classes = DATA_SETS.get(config.data.name.split("/")[0], ((None,) * 3, None))
+    (*size, channels), classes = DATA_SETS.get(re.split("[/:]", config.data.name)[0], ((None,) * 3, None))
     image_size = image_size or config.data.image_size
     if image_shape is None:
         size = [image_size or pixels for pixels in size]

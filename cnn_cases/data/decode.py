@@ -35,7 +35,7 @@ def decode(data, channels):
       uint8 [H, W, channels].
 
     Raises:
-      ValueError: the bytes are no image, or not all of one.
+      ValueError: the bytes are no image, or not all of one, or it has more than 8 bits a channel.
     """
     if simplejpeg.is_jpeg(data):
         try:
@@ -44,11 +44,22 @@ def decode(data, channels):
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+            return to_pixels(image, channels)
     except UNREADABLE as error:
         # Pillow's message may quote the address of the buffer, which differs from run to run.
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(reason) from error
+
+
+def to_pixels(image, channels):
+    """The pixels of a Pillow image, uint8 [H, W, channels].
+
+    Raises:
+      ValueError: it has more than 8 bits a channel, all above which Pillow would make white.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("it has more than 8 bits a channel; save it with 8")
+    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

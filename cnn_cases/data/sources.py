@@ -110,7 +110,7 @@ def open_prepared(name, data_dir=""):
     """
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
-        if name not in BUNDLED:
+        if builder.name not in BUNDLED:
             where = f" DATA_DIR={data_dir}" if data_dir else ""
             raise ValueError(
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "

@@ -309,22 +309,28 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
         tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
         make_views(protocol, program.feed.image_shape, program.feed.view),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
-        batch_size=lambda shape: views_at_once(program, shape, batch_size) * num_devices,
+        batch_size=lambda shape: num_devices * views_on_device(program, shape, batch_size),
         ahead=devices_lib.max_in_flight(program.devices),
     )
 
 
-def views_at_once(program, shape, batch_size):
-    """How many views of a shape a device takes in one call of `program.predict`.
+def views_on_device(program, shape, batch_size):
+    """How many views of a shape a device takes in one call of `program.predict`; see `views_at_once`."""
+    num_devices = len(devices_lib.of_all_processes(program.devices))
+    return views_at_once(program.feed.image_shape, shape, batch_size, num_devices)
+
+
+def views_at_once(image_shape, shape, batch_size, num_devices=1):
+    """How many views of a shape, at least one, each device takes at once.
 
     Args:
-      program: of `make_program`.
+      image_shape: (H, W, C) of the training images.
       shape: (h, w, C) of the views.
       batch_size: views of the training images' size in one batch over all devices of all processes; as many
         pixels of others, so that larger views fit into memory, too.
+      num_devices: of all processes.
     """
-    height, width, _ = program.feed.image_shape
-    num_devices = len(devices_lib.of_all_processes(program.devices))
+    height, width, _ = image_shape
     return max(1, batch_size * height * width // (shape[0] * shape[1] * num_devices))
 
 

@@ -684,6 +684,11 @@ def test_a_config_s_own_image_size_counts_before_its_data_set_s(tmp_path):
     assert report.layers == costs.count(model, (48, 48, 3))
 
 
+def test_a_version_in_a_data_set_s_name_is_no_other_data_set(tmp_path):
+    config = write_config(tmp_path / "c.py", "config.data.name = 'cifar100:3.0.2'")
+    assert costs.analyse(str(config)).image_shape == (32, 32, 3)
+
+
 def test_the_border_of_the_data_counts():
     for name, parameters in (("lenet5_mnist", 61_706), ("lenet5_1998_mnist", 60_000)):
         report = costs.analyse(f"configs/{name}.py")

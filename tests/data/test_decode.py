@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,6 +40,13 @@ def test_the_number_of_channels_is_that_of_the_set_and_not_of_the_file(image_for
     one = decode.decode(encoded(0, image_format, "RGB"), 1)
     assert one.shape == (20, 24, 1)
     assert distance(one[..., 0], picture(0, "L")) < 4
+
+
+def test_16_bits_are_refused_and_not_made_white():
+    deep = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(deep, "PNG")
+    with pytest.raises(ValueError, match="it has more than 8 bits a channel; save it with 8"):
+        decode.decode(deep.getvalue(), 1)
 
 
 def test_bytes_after_the_image_do_no_harm():

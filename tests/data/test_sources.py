@@ -108,8 +108,9 @@ def test_splits_have_to_be_in_memory_together(data_dir, monkeypatch):
         feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
 
 
-def test_the_digits_are_prepared_on_first_use(tmp_path):
-    images, _, _ = sources.load_split("digits", "test", str(tmp_path))
+@pytest.mark.parametrize("name", ["digits", "digits:1.0.0"])
+def test_the_digits_are_prepared_on_first_use(name, tmp_path):
+    images, _, _ = sources.load_split(name, "test", str(tmp_path))
     assert len(images) == 355
     assert (tmp_path / "digits" / "1.0.0" / "dataset_info.json").exists()
 
