@@ -356,7 +356,7 @@ def test_the_table_of_the_transfer_study_is_that_of_its_record():
     points = records.group_by_point(records.read(ROOT / "results/transfer_digits.json"))
     text = (ROOT / "docs/training.md").read_text()
     for split, images in (("train[:50]", "50"), ("train[:200]", "200"), ("train", "1,257")):
-        for workdir, words in (("", "drawn"), ("runs/lenet5_mnist", "from MNIST")):
+        for workdir, words in (("", "at random"), ("runs/lenet5_mnist", "from MNIST")):
             cells = []
             for frozen in ((), ("conv*",), ("conv*", "dense*")):
                 errors = [100 * run["metrics"]["test/error"] for run in points[split, workdir, frozen]]
