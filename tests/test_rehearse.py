@@ -1,9 +1,11 @@
 """What a training asks for, known before it begins."""
 
+import os
 import re
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import jax
 import pytest
@@ -96,7 +98,7 @@ def test_the_command_prints_a_row_for_each_program():
 @pytest.mark.parametrize("topology", ["", "v5e", "v5e-4", "V4:2x2x1", "v4=2x2x1"])
 def test_what_is_no_topology_is_refused(topology):
     with pytest.raises(ValueError, match=f"topology = '{topology}' must be a kind of TPU and the layout"):
-        devices.of_topology(topology)
+        rehearse.of_topology(topology)
 
 
 def test_the_command_takes_no_empty_topology():
@@ -105,19 +107,52 @@ def test_the_command_takes_no_empty_topology():
     assert "topology = '' must be a kind of TPU" in done.stderr
 
 
+def test_tpus_that_are_not_there_need_their_compiler(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"topology = 'v5e:2x2' needs the TPU compiler: pip install"):
+        rehearse.of_topology("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("v5e:4x4", {}),
+        ("v6e:1x2", {"chips_per_host_bounds": [1, 2, 1]}),
+        ("v4:2x2x4", {"chip_config_name": "megacore"}),
+        ("v4:1x1x2", {"chip_config_name": "megacore", "chips_per_host_bounds": [1, 1, 2]}),
+    ],
+)
+def test_a_topology_is_asked_of_libtpu_in_its_words(name, options, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: mock.Mock(origin="libtpu/__init__.py"))
+    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "mine"})
+    asked = mock.Mock()
+    monkeypatch.setattr(rehearse.topologies, "get_topology_desc", asked)
+    assert rehearse.of_topology(name) is asked.return_value.devices
+    asked.assert_called_once_with(name, "tpu", **options)
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+
+
+def test_a_directory_with_the_name_of_the_tpu_compiler_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "libtpu").mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "libtpu", raising=False)
+    with pytest.raises(ValueError, match=r"topology = 'v5e:2x2' needs the TPU compiler"):
+        rehearse.of_topology("v5e:2x2")
+
+
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     ("topology", "count"), [("v5e:1x1", 1), ("v5e:1x2", 2), ("v5e:4x4", 16), ("v4:2x2x2", 8)]
 )
 def test_a_topology_has_its_chips(topology, count):
-    assert len(devices.of_topology(topology)) == count
+    assert len(rehearse.of_topology(topology)) == count
 
 
 @pytest.mark.usefixtures("libtpu")
 def test_a_training_is_compiled_for_tpus_that_are_not_there(config):
     config.batch_size = config.evaluation.batch_size = 32
     config.log_every_steps = 4
-    training, evaluation = rehearse.rehearse(config, devices.of_topology("v5e:4x4"))
+    training, evaluation = rehearse.rehearse(config, rehearse.of_topology("v5e:4x4"))
     # 12 steps, an evaluation every 4: a call does 4, unlike on a CPU.
     assert (training.steps, training.images, evaluation.images) == (4, 2, 2)
     assert training.total > training.arguments > 0
@@ -127,7 +162,7 @@ def test_a_training_is_compiled_for_tpus_that_are_not_there(config):
 def test_a_training_that_does_not_fit_is_refused(config):
     config.data.image_size, config.batch_size = 640, 1200
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
-        next(rehearse.rehearse(config, devices.of_topology("v5e:2x2")[:1]))
+        next(rehearse.rehearse(config, rehearse.of_topology("v5e:2x2")[:1]))
     assert "a device has no memory left" in devices.refusal(raised.value)
 
 
@@ -135,4 +170,4 @@ def test_a_training_that_does_not_fit_is_refused(config):
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x5"])
 def test_a_topology_that_there_is_not_is_refused(topology):
     with pytest.raises(ValueError, match=f"topology = '{topology}' is none that libtpu knows"):
-        devices.of_topology(topology)
+        rehearse.of_topology(topology)

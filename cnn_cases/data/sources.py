@@ -116,8 +116,8 @@ def open_prepared(name, data_dir=""):
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "
                 f"run `make data DATASET={name}{where}`"
             )
-        with _no_progress_bars():  # it takes a second
-            builder = prepare(name, data_dir)
+        tfds.disable_progress_bar()  # it takes a second
+        builder = prepare(name, data_dir)
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")
@@ -407,15 +407,6 @@ def _keep(path, save):
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         logging.getLogger(__name__).warning("%s is not kept for the next start: %s", path, error)
-
-
-@contextlib.contextmanager
-def _no_progress_bars():
-    tfds.disable_progress_bar()
-    try:
-        yield
-    finally:
-        tfds.enable_progress_bar()
 
 
 def resize(image, height, width):

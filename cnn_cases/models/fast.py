@@ -48,7 +48,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     row become one pixel with all their channels, by `conv_of_wide_pixels`. On a CPU and a TPU, a convolution
     in groups becomes one for each group: on a CPU the gradient of a kernel in two groups takes fifteen times
     as long as those of two kernels, and on a TPU the step of AlexNet's two groups an eighth less, by its
-    compiler's estimate.
+    compiler's estimate. One with dilations, which no network here has, is left as it is.
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
 
@@ -66,22 +66,19 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
         parts = [conv_general_dilated(*part, window_strides, padding, **options) for part in parts]
         return jnp.concatenate(parts, axis=-1)
+    if any(dilation > 1 for dilation in (*options["lhs_dilation"], *options["rhs_dilation"])):
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     if is_for_cpu():
-        return _conv_for_cpu(x, kernel, window_strides, padding, **options)
+        return _conv_for_cpu(x, kernel, window_strides, padding)
     if platform() == "gpu":
         pads = _pads(x, kernel.shape[:2], window_strides, padding)
-        plain = max(window_strides) == groups == 1 and not _is_dilated(options)
-        size = _pixels_in_one(x, kernel, pads) if plain else 1
+        size = _pixels_in_one(x, kernel, pads) if max(window_strides) == groups == 1 else 1
         if size > 1:
             return conv_of_wide_pixels(x, kernel, pads, size, **options)
     return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
 
-def _is_dilated(options):
-    return any(dilation > 1 for dilation in (*options["lhs_dilation"], *options["rhs_dilation"]))
-
-
-def _conv_for_cpu(x, kernel, window_strides, padding, **options):
+def _conv_for_cpu(x, kernel, window_strides, padding):
     """A convolution in operations with which XLA is quick on a CPU.
 
     Times are of two cores, in November 2026; `docs/speed.md` has those of whole networks.
@@ -98,8 +95,6 @@ def _conv_for_cpu(x, kernel, window_strides, padding, **options):
     """
     keep = lax.optimization_barrier
     x = keep(x)
-    if _is_dilated(options):
-        return keep(lax.conv_general_dilated(x, kernel, window_strides, padding, **options))
     height, width, channels, filters = kernel.shape
     pads = _pads(x, (height, width), window_strides, padding)
     padded = [sum(edges) + size for edges, size in zip(pads, x.shape[1:3], strict=True)]

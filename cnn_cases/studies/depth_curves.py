@@ -154,7 +154,7 @@ def _draw_by_depth(record, draw_panel, **labels):
     for axes, code in zip(grid, codes, strict=True):
         for axis, (name, title) in zip(axes, _final_errors(record).items(), strict=True):
             draw_panel(axis, code, name)
-            axis.set(xlabel="depth (weighted layers)", title=f"{title}{', code ' * bool(code)}{code}")
+            axis.set(xlabel="depth (weighted layers)", title=f"{title}, code {code}" if code else title)
             axis.set_xticks(sorted({row["depth"] for row in rows}))
             axis.grid(alpha=0.3)
         axes[0].set(**labels)

@@ -288,7 +288,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
                         first=number,
                         band=bold,
                     )
-            axis.set(title=f"{title}{', code ' * bool(code)}{code}")
+            axis.set(title=f"{title}, code {code}" if code else title)
             axis.grid(alpha=0.3)
     rows[0][0].set_xlim(0, None)  # of all, and now, for it ends where the longest of these curves do
     for axis in rows[-1]:

@@ -283,11 +283,12 @@ def table(record):
     finished = [run for run in record["runs"] if run["status"] == "finished"]
     names = list(dict.fromkeys(name for run in finished for name in run["metrics"]))
     titles = [f"{name} %" if name.endswith("error") else name for name in names]
-    rows = [[*keys, *["code"] * (len(parts) > 1), "seeds", *titles, "diverged"]]
+    several = len(parts) > 1
+    rows = [[*keys, *(["code"] if several else []), "seeds", *titles, "diverged"]]
     for code, part in parts.items():
         for point, runs in records.group_by_point(part).items():
             metrics = [run["metrics"] for run in runs if run["status"] == "finished"]
-            cells = [*map(records.text_of, point), *[code] * (len(parts) > 1), str(len(runs))]
+            cells = [*map(records.text_of, point), *([code] if several else []), str(len(runs))]
             for name in names:
                 error = name.endswith("error")  # top_5_error, too
                 values = [one[name] * (100 if error else 1) for one in metrics if name in one]

@@ -9,15 +9,12 @@ in the order of the processes.
 """
 
 import importlib.util
-import math
 import os
-import re
 
 import jax
 import jaxlib
 import numpy as np
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_cases.training import processes
@@ -39,7 +36,7 @@ def choose_cpu_flags():
 
     XLA has two libraries for CPUs, YNNPACK and Eigen. Left alone it gives convolutions to the one and sums to
     neither; with the flag, Eigen has the convolutions and YNNPACK the sums. And it computes activations again
-    wherever they are used, which costs more than to keep them; `models.layers.conv_general_dilated` marks
+    wherever they are used, which costs more than to keep them; `models.fast.conv_general_dilated` marks
     those to be kept by barriers, which it would remove too early. What all that brings, `python -m
     benchmarks.flags` measures.
 
@@ -120,45 +117,6 @@ def local_devices():
             "start train.py with --distributed=on on each of them"
         )
     return found
-
-
-def of_topology(name):
-    """The devices of TPUs that are not there, for which programs can be compiled and not run.
-
-    A chip is one device, and two where TPUs themselves have it so: of v2, v3 and tpu7x.
-
-    Args:
-      name: kind (v2, v3, v4, v5e, v5p, v6e or tpu7x) and layout of the chips: "v5e:4x4", "v4:2x2x4".
-
-    Raises:
-      ValueError: libtpu, which has the compiler, is not installed, or knows no such topology.
-    """
-    known = re.fullmatch(r"([a-z0-9]+):(\d+)x(\d+)(?:x(\d+))?", name)
-    if not known:
-        raise ValueError(
-            f"topology = {name!r} must be a kind of TPU and the layout of its chips, such as 'v5e:4x4' or "
-            "'v4:2x2x4'"
-        )
-    libtpu = importlib.util.find_spec("libtpu")
-    if libtpu is None or libtpu.origin is None:  # of a directory that only has the name, there is no origin
-        raise ValueError(
-            f"topology = {name!r} needs the TPU compiler: "
-            f'pip install "jax[tpu]=={jax.__version__}", on any machine with Linux on x86'
-        )
-    # libtpu would ask the cloud which TPU it is on, and not share it with a training that is under way.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    kind, *layout = known.groups(default="1")
-    layout = [int(chips) for chips in layout]
-    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
-    if math.prod(layout) < 4:
-        options["chips_per_host_bounds"] = layout  # libtpu would have 2x2 chips for each host
-    try:
-        return topologies.get_topology_desc(name, "tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology = {name!r} is none that libtpu knows: {error}") from error
 
 
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):

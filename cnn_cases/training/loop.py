@@ -213,8 +213,8 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             rewound_to = extra["rewound_to"] + [min(kept, step) for kept in rewound_to[saved:]]
         seed = seed_of_batches(config.seed, rewound_to, step)
         if step:
-            rewinds = len(rewound_to)
-            log.say(f"{workdir}: resuming after step {step}" + f", rewind {rewinds}" * bool(rewinds))
+            rewinds = f", rewind {len(rewound_to)}" if rewound_to else ""
+            log.say(f"{workdir}: resuming after step {step}{rewinds}")
         else:
             log.say(f"{workdir}: {_described(config, program, state)}")
         final = extra["final"]
@@ -267,8 +267,10 @@ def _described(config, program, state):
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     where = " and ".join(f"{number} x {kind}" for kind, number in devices.items())
-    start = f", starting from {', '.join(config.start.layers)} of {config.start.workdir}"
-    return f"{config.model.name}, {count:,} parameters, on {where}" + start * bool(config.start.workdir)
+    words = f"{config.model.name}, {count:,} parameters, on {where}"
+    if config.start.workdir:
+        words += f", starting from {', '.join(config.start.layers)} of {config.start.workdir}"
+    return words
 
 
 def _restore(config, program, state, log, checkpoints):

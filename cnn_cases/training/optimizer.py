@@ -179,7 +179,7 @@ def _multiply_rates(patterns, factors):
         names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
-                some = ", ".join(names[:6]) + ", ..." * (len(names) > 6)
+                some = ", ".join([*names[:6], "..."] if names[6:] else names)
                 raise ValueError(
                     f"optimizer.rate_patterns = {patterns}: {pattern!r} fits no parameter; there are {some}"
                 )

@@ -27,7 +27,7 @@ def get_config(which="lenet5_digits"):
     if name not in files:
         raise ValueError(f"seeds.py:{name}: name a config after the colon, one of {', '.join(files)}")
     config = ConfigDict()
-    config.base = importlib.import_module(f"configs.{name}").get_config(*[choice] * bool(choice))
+    config.base = importlib.import_module(f"configs.{name}").get_config(*([choice] if choice else []))
     config.grid = ()
     config.seeds = (0, 1, 2)
     config.lock()

@@ -1,6 +1,5 @@
 import os
 import re
-import sys
 from unittest import mock
 
 import jax
@@ -99,39 +98,6 @@ def test_a_host_of_a_tpu_slice_that_knows_no_others_is_refused(monkeypatch):
         devices.local_devices()
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert devices.local_devices() == jax.local_devices()
-
-
-def test_tpus_that_are_not_there_need_their_compiler(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"topology = 'v5e:2x2' needs the TPU compiler: pip install"):
-        devices.of_topology("v5e:2x2")
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("v5e:4x4", {}),
-        ("v6e:1x2", {"chips_per_host_bounds": [1, 2, 1]}),
-        ("v4:2x2x4", {"chip_config_name": "megacore"}),
-        ("v4:1x1x2", {"chip_config_name": "megacore", "chips_per_host_bounds": [1, 1, 2]}),
-    ],
-)
-def test_a_topology_is_asked_of_libtpu_in_its_words(name, options, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: mock.Mock(origin="libtpu/__init__.py"))
-    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "mine"})
-    asked = mock.Mock()
-    monkeypatch.setattr(devices.topologies, "get_topology_desc", asked)
-    assert devices.of_topology(name) is asked.return_value.devices
-    asked.assert_called_once_with(name, "tpu", **options)
-    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
-
-
-def test_a_directory_with_the_name_of_the_tpu_compiler_is_not_taken_for_it(tmp_path, monkeypatch):
-    (tmp_path / "libtpu").mkdir()
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "libtpu", raising=False)
-    with pytest.raises(ValueError, match=r"topology = 'v5e:2x2' needs the TPU compiler"):
-        devices.of_topology("v5e:2x2")
 
 
 def test_a_full_memory_is_told_from_other_errors():
