@@ -300,7 +300,7 @@ def _boxes(records):
     rng = np.random.default_rng(0)
     crop = dict(**common.get_config().data.crop) | {"name": "area"}
     shapes = [simplejpeg.decode_jpeg_header(record["image"])[:2] for record in records]
-    return np.array([decode.training_box(*shape, IMAGE_SIZE, rng, **crop) for shape in shapes], np.int32)
+    return np.array([decode.training_box(*shape, IMAGE_SIZE, rng, crop) for shape in shapes], np.int32)
 
 
 def _take_turns(runs, turns):

@@ -266,12 +266,12 @@ def peer(case):
         public = getattr(importlib.import_module("torchvision.models"), case.public)
         candidates = {"torchvision": functools.partial(public, **options)} | candidates
     ours_counted = counts(case)
-    for whence, make_network in candidates.items():
+    for source, make_network in candidates.items():
         with torch.device("meta"):
             counted = make_network()
         found = {"parameters": _parameters(counted), "multiply_adds": _multiply_adds(counted, case)}
         if found == ours_counted:
-            return make_network, whence
+            return make_network, source
     raise ValueError(f"{name} of benchmarks.peers has {found}, ours {ours_counted}")
 
 

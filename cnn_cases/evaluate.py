@@ -21,10 +21,10 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from absl import flags
-from matplotlib import pyplot as plt
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 
 from cnn_cases import command, preview, saved_runs, tables
 from cnn_cases.data import feeds
@@ -220,7 +220,6 @@ def write_report(out, metrics, names, probabilities, label, examples):
         ("mistakes", draw_mistakes(shown, title)),
     ):
         figure.savefig(out / f"{name}.png", dpi=150)
-        plt.close(figure)
 
 
 def confusion(predicted, label, num_classes):
@@ -261,8 +260,9 @@ def draw_confusion(counts, names, title):
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(names) <= MANY_CLASSES
     side = max(4.5, 0.5 * len(names) + 2) if few else 9
-    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    scale = matplotlib.colors.PowerNorm(0.5, 0, 1)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    scale = PowerNorm(0.5, 0, 1)
     drawn = axis.imshow(fractions, cmap="Blues", norm=scale, interpolation="nearest" if few else "auto")
     bar = figure.colorbar(drawn, ax=axis, shrink=0.8, label="fraction of the true class")
     bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
@@ -340,7 +340,6 @@ def define_flags():
 
 def main():
     """Evaluates as the flags say, and prints the figures."""
-    matplotlib.use("agg")
     given = flags.FLAGS
     metrics, out = evaluate_checkpoint(
         *given.workdir,

@@ -12,10 +12,9 @@ import math
 import pathlib
 
 import jax
-import matplotlib
 import numpy as np
 from absl import flags
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from cnn_cases import command, settings
@@ -60,7 +59,8 @@ def draw_sheet(images, titles, heading):
     rows = max(1, math.ceil(len(images) / columns))
     lines = max([title.count("\n") + 1 for title in titles], default=1)
     size = (1.5 * columns, (1.5 + 0.17 * lines) * rows + 0.4)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
@@ -87,7 +87,6 @@ def title_of(label, names):
 
 def main():
     """Draws the sheet."""
-    matplotlib.use("agg")
     config, step, count = flags.FLAGS.config, flags.FLAGS.step, flags.FLAGS.images
     out = pathlib.Path(flags.FLAGS.out)
     if count < 1:

@@ -1,7 +1,8 @@
 """What a training config holds: every key with the type of its value.
 
-`configs/common.py` has the keys with their defaults, whose types are theirs, and units. Here is looked after
-names and types alone, once and before anything is built; what a value may be is checked where it is used.
+`configs/common.py` lists the keys with their defaults and units; a key's type is that of its default. This
+module checks names and types alone, once and before anything is built; which values are possible is checked
+where they are used.
 """
 
 import difflib
@@ -14,19 +15,19 @@ from configs import common
 
 # Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-TUPLES = {
-    "start.layers": tuple[str, ...],
-    "data.crop.shorter_side": tuple[int, int],
-    "data.crop.area": tuple[float, float],
-    "data.crop.aspect": tuple[float, float],
-    "optimizer.rate_patterns": tuple[str, ...],
-    "optimizer.rate_factors": tuple[float, ...],
-    "optimizer.frozen": tuple[str, ...],
-    "schedule.boundaries": tuple[float, ...],
-    "schedule.factors": tuple[float, ...],
-    "evaluation.splits": tuple[str, ...],
-    "evaluation.final_splits": tuple[str, ...],
-    "profile_steps": tuple[int, ...],
+TUPLES = {  # type of the elements, and their number; None for any
+    "start.layers": (str, None),
+    "data.crop.shorter_side": (int, 2),
+    "data.crop.area": (float, 2),
+    "data.crop.aspect": (float, 2),
+    "optimizer.rate_patterns": (str, None),
+    "optimizer.rate_factors": (float, None),
+    "optimizer.frozen": (str, None),
+    "schedule.boundaries": (float, None),
+    "schedule.factors": (float, None),
+    "evaluation.splits": (str, None),
+    "evaluation.final_splits": (str, None),
+    "profile_steps": (int, None),
 }
 
 
@@ -135,11 +136,10 @@ def _check_section(prefix, section, keys):
 
 
 def _is(value, kind):
-    if isinstance(kind, type(tuple[int, int])):
-        parts = kind.__args__
-        if not isinstance(value, tuple) or (... not in parts and len(value) != len(parts)):
-            return False
-        return all(_is(part, parts[0]) for part in value)
+    if isinstance(kind, tuple):
+        element, number = kind
+        of_length = isinstance(value, tuple) and number in (None, len(value))
+        return of_length and all(_is(part, element) for part in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     if kind is int:
@@ -153,9 +153,9 @@ def _is(value, kind):
 
 
 def _words(kind):
-    if isinstance(kind, type(tuple[int, int])):
-        count = "" if ... in kind.__args__ else "two "
-        return f"a tuple of {count}{kind.__args__[0].__name__}s"
+    if isinstance(kind, tuple):
+        element, number = kind
+        return f"a tuple of {'two ' if number else ''}{element.__name__}s"
     words = {
         int: "an int (of 64 bits)",
         float: "a float (finite, of 32 bits)",

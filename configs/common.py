@@ -51,7 +51,7 @@ def get_config():
     config.data.crop.shorter_side = (256, 256)
     config.data.crop.area = (0.08, 1.0)  # of "area": share of the image's area, drawn from here to there
     config.data.crop.aspect = (3 / 4, 4 / 3)  # of "area": width / height, likewise
-    # Pixels of the shorter side before the central crop of evaluation; of "squeeze" none.
+    # Pixels of the shorter side before the central crop of evaluation; "squeeze" does not use it.
     config.data.crop.eval_shorter_side = 256
     config.data.stream = ConfigDict()  # of the feed "stream"
     # Processes that make training batches; 0: threads of this process, enough for a few cores. Workers keep

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import jax
-import matplotlib
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -23,7 +22,6 @@ from cnn_cases.training.state import TrainState
 from configs import resnet_digits
 from tests.conftest import draw, tiny_config
 
-matplotlib.use("agg")
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = ["confusion.csv", "confusion.png", "metrics.json", "mistakes.png"]
 

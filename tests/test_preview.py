@@ -46,7 +46,6 @@ def test_a_sheet_has_a_place_for_every_image_and_few_empty_ones(count, places):
     assert len(figure.axes) == places
     drawn = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in drawn] == [str(n) for n in range(count)]
-    preview.plt.close(figure)
 
 
 def test_a_step_before_the_first_is_refused(config):

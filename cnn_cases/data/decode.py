@@ -63,8 +63,10 @@ def to_pixels(image, channels):
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def check(image_size, *, name, shorter_side, area, aspect, eval_shorter_side):
-    """Raises ValueError where boxes of `image_size` cannot be as the settings, those of `data.crop`, say."""
+def check(image_size, crop):
+    """Raises ValueError where no box of `image_size` can be as `crop`, the settings of `data.crop`, says."""
+    name, shorter_side, eval_shorter_side = crop["name"], crop["shorter_side"], crop["eval_shorter_side"]
+    area, aspect = crop["area"], crop["aspect"]
     if name not in CROPS:
         raise ValueError(f"data.crop.name = {name!r} is unknown; known: {', '.join(CROPS)}")
     if name == "shorter_side" and not image_size <= shorter_side[0] <= shorter_side[1] <= MAX_SIDE:
@@ -86,8 +88,10 @@ def check(image_size, *, name, shorter_side, area, aspect, eval_shorter_side):
         )
 
 
-def training_box(height, width, image_size, rng, *, name, shorter_side, area, aspect, eval_shorter_side):
+def training_box(height, width, image_size, rng, crop):
     """The random box that is cropped from a training image.
+
+    By the name of the crop:
 
     - "squeeze": all of it.
     - "shorter_side": where the shorter side measures as many pixels as are drawn, evenly, from the two of
@@ -102,17 +106,17 @@ def training_box(height, width, image_size, rng, *, name, shorter_side, area, as
       height, width: of the image, in pixels.
       image_size: height and width of what the network sees, in pixels.
       rng: a NumPy generator.
-      name, shorter_side, area, aspect: as above; `eval_shorter_side` is not for training.
+      crop: the settings of `data.crop`, a mapping that `check` has passed.
 
     Returns:
       (top, left, height, width) in pixels of the image.
     """
-    del eval_shorter_side
-    if name == "squeeze":
+    if crop["name"] == "squeeze":
         return 0, 0, height, width
-    if name == "shorter_side":
-        size = _square(height, width, image_size, rng.integers(*shorter_side, endpoint=True))
+    if crop["name"] == "shorter_side":
+        size = _square(height, width, image_size, rng.integers(*crop["shorter_side"], endpoint=True))
         return *_place(rng, height, width, size, size), size, size
+    area, aspect = crop["area"], crop["aspect"]
     for _ in range(10):
         share, ratio = rng.uniform(*area), math.exp(rng.uniform(*map(math.log, aspect)))
         box_height = max(round(math.sqrt(share * height * width / ratio)), 1)
@@ -124,17 +128,21 @@ def training_box(height, width, image_size, rng, *, name, shorter_side, area, as
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def evaluation_box(height, width, image_size, *, name, eval_shorter_side, shorter_side, area, aspect):
+def evaluation_box(height, width, image_size, crop):
     """The box of an image that is evaluated: all of it for "squeeze", else the centre.
 
     The centre is the square of `image_size` pixels where the shorter side measures `eval_shorter_side`
-    pixels. Arguments and result as of `training_box`; the ranges to draw from have no part in it.
+    pixels. Arguments and result as of `training_box`.
     """
-    del shorter_side, area, aspect
-    if name == "squeeze":
+    if crop["name"] == "squeeze":
         return 0, 0, height, width
-    size = _square(height, width, image_size, eval_shorter_side)
+    size = _square(height, width, image_size, crop["eval_shorter_side"])
     return (height - size) // 2, (width - size) // 2, size, size
+
+
+def evaluation_view(image, image_size, border, crop):
+    """An image as evaluation shows it: its `evaluation_box`, `framed`. uint8 [H, W, C] -> uint8 [S, S, C]."""
+    return framed(image, evaluation_box(*image.shape[:2], image_size, crop), image_size, border)
 
 
 def resized(image, box, image_size):

@@ -56,7 +56,7 @@ def make_feed(
       name, data_dir, image_size, border: see `sources.load_split`.
       feed: "resident" for a set that lives on the devices, "stream" for one that is decoded step by step.
       splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"}.
-      crop: the settings of `decode.training_box`. A resident feed has whole images: "squeeze".
+      crop: see `decode.training_box`. A resident feed has whole images: "squeeze".
       stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed has no use for them.
       normalization, augment, axis_name: see `pixels.make_pixels`.
       batch_size, eval_batch_size: examples of a training or an evaluation step, over all devices of all
@@ -73,7 +73,7 @@ def make_feed(
         if not 0 <= pixels <= decode.MAX_SIDE:
             raise ValueError(f"data.{key} = {pixels} must be between 0 and {decode.MAX_SIDE} pixels")
     crop, stream, splits = dict(**crop), dict(**stream), dict(**splits)
-    decode.check(image_size, **crop)
+    decode.check(image_size, crop)
     pixels = functools.partial(
         make_pixels,
         normalization=normalization,

@@ -52,7 +52,7 @@ def from_bytes(content):
 
 
 def make_ways(image_shape, *, feed, border, crop):
-    """The two ways of an image of any size to what a network is shown in evaluation.
+    """Two functions that together turn an image of any size into what a network is shown in evaluation.
 
     Args:
       image_shape: (H, W, C) of what the network is shown, the border included.
@@ -68,8 +68,7 @@ def make_ways(image_shape, *, feed, border, crop):
         return image
 
     def frame(image):
-        box = decode.evaluation_box(*image.shape[:2], height, **crop)
-        return decode.framed(image, box, height, border)
+        return decode.evaluation_view(image, height, border, crop)
 
     def fit(image):
         if image.shape[:2] != (height, width):

@@ -1,4 +1,4 @@
-"""TFDS sets: preparing them, and reading whole splits into memory."""
+"""TFDS sets: preparing them, opening their splits, and reading whole ones into memory where they fit."""
 
 import contextlib
 import functools
@@ -242,7 +242,13 @@ def open_split(name, split, data_dir=""):
 
 
 def check_memory(num_images, shape, keys, times=1):
-    """Raises ValueError where images uint8, held so many times, are more than the memory; `keys` say why."""
+    """Raises ValueError where images uint8 do not fit into the memory.
+
+    Args:
+      num_images, shape: their number, and (H, W, C) of each.
+      keys: of the config, which the message says to change.
+      times: how many copies of them are held.
+    """
     wanted, memory = times * num_images * math.prod(shape), _memory()
     if wanted > memory:
         held = ", held twice," if times == 2 else ""
@@ -275,13 +281,13 @@ def _check_labels(name, split, labels):
         raise ValueError(f"split {split!r} of {name!r} has no labels")
 
 
-def _parts(builder, split, whence=""):
+def _parts(builder, split, prefix=""):
     """[(name of a whole split, first, end)] of which a split expression is made.
 
     Args:
       builder: a TFDS builder.
       split: a split expression.
-      whence: what the message of an error says before it.
+      prefix: what the message of an error says before it.
 
     Raises:
       ValueError: the set has no such split, or there is nothing in it.
@@ -293,7 +299,7 @@ def _parts(builder, split, whence=""):
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{whence or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
+            f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
             f"{', '.join(builder.info.splits)} ({error})"
         ) from error
     parts = []
@@ -301,7 +307,7 @@ def _parts(builder, split, whence=""):
         size = builder.info.splits[part.splitname].num_examples
         parts.append((part.splitname, part.from_ or 0, size if part.to is None else part.to))
     if all(start >= end for _, start, end in parts):
-        raise ValueError(f"{whence or 'split '}{split!r} of {builder.info.name!r} has no examples")
+        raise ValueError(f"{prefix or 'split '}{split!r} of {builder.info.name!r} has no examples")
     return parts
 
 

@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
       channels: 1 or 3.
       image_size: pixels, height and width of a crop.
       border: zero pixels then added on every side.
-      crop: the settings of `decode.training_box`, a mapping.
+      crop: the settings of `data.crop`, a mapping.
       max_damaged: records of the split that may be damaged; less than all of them.
     """
 
@@ -91,7 +91,7 @@ class StreamFeed:
           splits: {role: what `sources.open_split` gives}, with the role "train" among them.
           image_size: pixels, height and width of a crop.
           border: zero pixels then added on every side.
-          crop: the settings of `decode.training_box`, a mapping that `decode.check` has passed.
+          crop: the settings of `data.crop`, a mapping that `decode.check` has passed.
           batch_size: examples of a training step, over all devices of all processes.
           eval_batch_size: examples of an evaluation step, likewise.
           workers: processes that make training batches; 0 for threads of this process.
@@ -329,7 +329,7 @@ def training_batch(step, *, recipe, seed, batch_size, position):
                 number += 1
                 index = training_order(seed, np.array([number]), size).item()
                 continue
-            box = decode.training_box(*image.shape[:2], recipe.image_size, rng, **recipe.crop)
+            box = decode.training_box(*image.shape[:2], recipe.image_size, rng, recipe.crop)
             batch["image"][row] = decode.framed(image, box, recipe.image_size, recipe.border)
             batch["label"][row] = label
             break
@@ -371,8 +371,7 @@ def _black(recipe, count):
 
 def evaluation_view(recipe, image):
     """An image uint8 [h, w, C] as evaluation shows it: uint8 [H, W, C], cropped, resized and framed."""
-    box = decode.evaluation_box(*image.shape[:2], recipe.image_size, **recipe.crop)
-    return decode.framed(image, box, recipe.image_size, recipe.border)
+    return decode.evaluation_view(image, recipe.image_size, recipe.border, recipe.crop)
 
 
 def _first(iterator):

@@ -2,7 +2,7 @@
 
 Both ways yield (name of the run, what it gave in words) as runs end. Processes share the cores of a CPU, each
 with threads for its part of them, and XLA rounds its sums as its threads split them: a run gives the same
-bits either way only with as many threads. They share several GPUs out, and one GPU all of them use.
+bits either way only with as many threads. Several GPUs are divided among them; a single one they all use.
 """
 
 import contextlib

@@ -212,7 +212,7 @@ def collect(studies):
     Raises:
       ValueError: two records hold the same run.
     """
-    rows, whence = {}, {}
+    rows, records_of = {}, {}
     for name, record in studies.items():
         study = settings.completed(record["config"])  # an older record lacks the keys that are younger
         keys = [key for key, _ in study["grid"]]
@@ -225,12 +225,12 @@ def collect(studies):
             code = sorted(set(map(records.code_of, environments)))
             group = json.dumps([recipe(config), code], sort_keys=True)
             row = rows.setdefault(group, Row(name, point, config, environments, []))
-            if (group, run["seed"]) in whence:
+            if (group, run["seed"]) in records_of:
                 raise ValueError(
-                    f"seed {run['seed']} of {network(config)} is in {whence[group, run['seed']]} and "
+                    f"seed {run['seed']} of {network(config)} is in {records_of[group, run['seed']]} and "
                     f"in {name}; remove one of the records"
                 )
-            whence[group, run["seed"]] = name
+            records_of[group, run["seed"]] = name
             row.runs.append(run)
     return list(rows.values())
 
@@ -327,8 +327,8 @@ TITLES = (
 )
 
 
-# Keys of which another cell tells.
-_TOLD = ("model.", "num_steps", "start.", "optimizer.frozen", "data.name", "data.splits.train")
+# Keys that another cell shows.
+_SHOWN_ELSEWHERE = ("model.", "num_steps", "start.", "optimizer.frozen", "data.name", "data.splits.train")
 SHORT = tuple(title for title in TITLES if title not in ("steps", "devices", "date"))
 
 
@@ -355,7 +355,7 @@ def table(rows, place="results", short=False):
         others = [
             f"{key} {records.text_of(value)}"
             for key, value in row.point.items()
-            if value not in ("", ()) and not key.startswith(_TOLD)
+            if value not in ("", ()) and not key.startswith(_SHOWN_ELSEWHERE)
         ]
         diverged = sum(run["status"] == "diverged" for run in row.runs)
         lines.append(

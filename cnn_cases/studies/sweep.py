@@ -125,7 +125,7 @@ def _is_adjustment(pair):
     )
 
 
-def _override(config, whence, key, value):
+def _override(config, where, key, value):
     try:
         old = config
         for part in key.split("."):
@@ -133,7 +133,7 @@ def _override(config, whence, key, value):
         config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError, TypeError) as error:
         reason = error.args[0]
-        raise ValueError(f"{whence}: {key} = {value!r} does not fit the base config: {reason}") from None
+        raise ValueError(f"{where}: {key} = {value!r} does not fit the base config: {reason}") from None
 
 
 def run_all(study, workdir, num_jobs=1, cluster=None):

@@ -100,7 +100,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(jax.device_get(state)),
             extra=ocp.args.JsonSave({"error": error, "extra": extra}),
         )
-        with self._told(step):
+        with self._failing_in_one_line(step):
             self._manager.save(step, args=items)
         self._saving = step, self._thread.submit(self._note_when_committed, step)
 
@@ -118,7 +118,7 @@ class Checkpoints:
         """
         if self._saving is not None:
             (step, future), self._saving = self._saving, None
-            with self._told(step):
+            with self._failing_in_one_line(step):
                 future.result()
 
     def _note_when_committed(self, step):
@@ -142,7 +142,7 @@ class Checkpoints:
             ) from None
 
     @contextlib.contextmanager
-    def _told(self, step):
+    def _failing_in_one_line(self, step):
         """Tells in one line what Orbax and TensorStore tell in hundreds."""
         try:
             yield
@@ -180,7 +180,7 @@ class Checkpoints:
         for step in steps:
             try:
                 _verify(self._directory / str(step))
-                with _other_structure_told(self._directory, step, like):
+                with _other_structure_refused(self._directory, step, like):
                     restored = self._manager.restore(step, args=items)
             except (OtherStateError, MemoryError, PermissionError):  # which say nothing against the file
                 raise
@@ -297,14 +297,14 @@ def read(directory, step, like=None):
     with _read_only(directory, step) as checkpoint, reader:
         if like is None:
             return reader.restore(checkpoint / "state")
-        with _other_structure_told(directory, step, like):
+        with _other_structure_refused(directory, step, like):
             state = reader.restore(checkpoint / "state", _empty(like))
     _check_structure(directory, step, state, like)
     return state
 
 
 @contextlib.contextmanager
-def _other_structure_told(directory, step, like):
+def _other_structure_refused(directory, step, like):
     """Has Orbax fail with an OtherStateError where a checkpoint, which is whole, is of another structure."""
     try:
         yield
@@ -438,14 +438,14 @@ def _first_line(error):
 
 
 def _reason(error):
-    """Why a save failed. TensorStore's own words name all but the kitchen sink before they come to it."""
+    """Why a save failed: the system's word for it, which TensorStore's long message has as a number."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(found[1])) if found else _first_line(error)
 
 
-# A save that fails is told by `Checkpoints` in one line. What the libraries below it print of each file
-# that they could not write, from threads of their own, is a thousand lines.
-def _is_told(record):
+# `Checkpoints` reports a save that failed in one line. The libraries below it print a thousand, of each file
+# that they could not write, from threads of their own.
+def _is_reported_already(record):
     by_orbax = record.name == "absl" and f"{os.sep}orbax{os.sep}" in record.pathname
     return (by_orbax and record.levelno == logging.ERROR) or (
         record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
@@ -459,5 +459,5 @@ def _unraisable(unraisable, before=sys.unraisablehook):
 
 
 for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(lambda record: not _is_told(record))
+    logging.getLogger(_name).addFilter(lambda record: not _is_reported_already(record))
 sys.unraisablehook = _unraisable

@@ -44,7 +44,7 @@ def identity(workdir, step):
     Raises:
       ValueError: there is no such checkpoint.
     """
-    with _told(workdir, step) as (directory, number):
+    with _found(workdir, step) as (directory, number):
         return [number, checkpoint.checksum(directory, number)]
 
 
@@ -69,7 +69,7 @@ def trained_layers(like, workdir, step, layers):
         raise ValueError(
             "start.layers = () must have patterns of layers' names; set start.workdir = '' for none"
         )
-    with _told(workdir, step) as (directory, number):
+    with _found(workdir, step) as (directory, number):
         saved = checkpoint.read(directory, number)
     there, taken = saved["ema_params"] or saved, {"params": {}, "batch_stats": {}}
     for name in filter(is_any_of(layers), names):
@@ -103,8 +103,8 @@ def put_layers(state, taken):
 
 
 @contextlib.contextmanager
-def _told(workdir, step):
-    """The directory of a run's checkpoints, and the step of one; errors name the keys of the config."""
+def _found(workdir, step):
+    """Gives (the directory of a run's checkpoints, step of one); errors then name the keys of the config."""
     directory = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
     try:
         yield directory, checkpoint.find(directory, step)

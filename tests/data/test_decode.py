@@ -69,14 +69,14 @@ def test_what_is_no_whole_image_is_refused_in_the_same_words_each_time(data):
 
 def training_boxes(height, width, count=300, **crop):
     rng = np.random.default_rng(0)
-    return [decode.training_box(height, width, 224, rng, **CROP | crop) for _ in range(count)]
+    return [decode.training_box(height, width, 224, rng, CROP | crop) for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", decode.CROPS)
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_every_box_lies_in_its_image(name, height, width):
     boxes = training_boxes(height, width, name=name, count=100)
-    boxes.append(decode.evaluation_box(height, width, 224, **CROP | {"name": name}))
+    boxes.append(decode.evaluation_box(height, width, 224, CROP | {"name": name}))
     for top, left, box_height, box_width in boxes:
         assert min(top, left) >= 0 < min(box_height, box_width)
         assert top + box_height <= height
@@ -85,7 +85,7 @@ def test_every_box_lies_in_its_image(name, height, width):
 
 def test_squeezing_sees_the_whole_image():
     assert set(training_boxes(375, 500)) == {(0, 0, 375, 500)}
-    assert decode.evaluation_box(375, 500, 224, **CROP) == (0, 0, 375, 500)
+    assert decode.evaluation_box(375, 500, 224, CROP) == (0, 0, 375, 500)
 
 
 def test_crops_of_a_resized_image_have_every_size_and_place():
@@ -126,8 +126,8 @@ def test_where_no_patch_fits_the_largest_at_the_centre_is_taken(height, width, b
 @pytest.mark.parametrize("name", ["shorter_side", "area"])
 def test_evaluation_sees_the_centre(name):
     settings = CROP | {"name": name}
-    assert decode.evaluation_box(256, 356, 224, **settings) == (16, 66, 224, 224)
-    assert decode.evaluation_box(512, 512, 224, **settings) == (32, 32, 448, 448)
+    assert decode.evaluation_box(256, 356, 224, settings) == (16, 66, 224, 224)
+    assert decode.evaluation_box(512, 512, 224, settings) == (32, 32, 448, 448)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -152,7 +152,7 @@ def test_a_side_that_shrinks_is_averaged_where_the_other_grows():
 def test_a_resized_box_is_the_crop_of_the_resized_image():
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (5, 6, 3), np.uint8))
     image = image.resize((120, 100), Image.Resampling.BICUBIC)
-    box = decode.evaluation_box(100, 120, 28, **CROP | {"name": "shorter_side", "eval_shorter_side": 50})
+    box = decode.evaluation_box(100, 120, 28, CROP | {"name": "shorter_side", "eval_shorter_side": 50})
     expected = np.asarray(image.resize((60, 50), Image.Resampling.BILINEAR))[11:39, 16:44]
     assert distance(decode.resized(np.asarray(image), box, 28), expected) < 1
 
@@ -175,7 +175,7 @@ def test_a_resized_box_is_the_crop_of_the_resized_image():
 )
 def test_impossible_crops_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        decode.check(224, **CROP | settings)
+        decode.check(224, CROP | settings)
 
 
 def test_what_is_wrong_with_a_file_is_said():

@@ -4,7 +4,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import pytest
 
@@ -15,8 +14,6 @@ from cnn_cases.training.losses import cross_entropy
 from cnn_cases.training.state import TrainState
 from configs.studies import depth_digits
 from tests.conftest import draw, metrics_of
-
-matplotlib.use("agg")
 
 
 def tiny_study(data_dir):
