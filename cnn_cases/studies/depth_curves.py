@@ -214,7 +214,12 @@ def draw_difference(record):
         for row in (row for row in rows if row["code"] == code):
             comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
 
-    figure, _ = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
+    figure, grid = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
+    for axes in grid:
+        low, high = min(axis.dataLim.y0 for axis in axes), max(axis.dataLim.y1 for axis in axes)
+        if max(-low, high) > 20:  # those of shallow nets would all lie on zero
+            figures.stretch_small(axes[0])
+            axes[0].set_ylim(1.2 * low - 0.2, 1.2 * high + 0.2)
     pairs = {(run["model.depth"], run["seed"]) for run in record["runs"]}  # a row of each code counts its own
     left_out = len(pairs) - sum(row["pairs"] for row in rows)
     figure.suptitle(

@@ -27,13 +27,13 @@ LONGEST = 36  # characters of a value
 _TRAINING = ("running", "train")
 
 
-def shades(number):
-    """Colours from light to dark, one for each of `number` points."""
+def shades(number, colours="viridis_r"):
+    """Colours from light to dark, one for each of `number` points; `colours`: a colormap of matplotlib."""
     if number == 1:
-        return matplotlib.colormaps["viridis_r"]([0.7])
+        return matplotlib.colormaps[colours]([0.7])
     lightest = 0.12 if number > 3 else 0.35
     positions = [lightest + (1 - lightest) * n / (number - 1) for n in range(number)]
-    return matplotlib.colormaps["viridis_r"](positions)
+    return matplotlib.colormaps[colours](positions)
 
 
 def mean_curve(runs, name):
@@ -243,10 +243,17 @@ def _scale_errors(axes):
     lines = [line for axis in axes for line in axis.lines if line.get_transform() == axis.transData]
     values = [value for line in lines for value in line.get_ydata()]
     if values and min(values) < 5:
-        axes[0].set_yscale("symlog", linthresh=1)
-        axes[0].set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)
-        axes[0].yaxis.set_major_formatter("{x:g}")
+        stretch_small(axes[0])
     axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)))
+
+
+def stretch_small(axis):
+    """Gives small and large numbers of percent room on one axis: it is linear up to 1, then logarithmic."""
+    axis.set_yscale("symlog", linthresh=1)
+    ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
+    axis.set_yticks([*(-tick for tick in ticks[::-1]), 0, *ticks], minor=False)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_ylabel(f"{axis.get_ylabel()},\nlinear up to 1")
 
 
 def draw_panels(record, curves, key, titles=None, names=None):

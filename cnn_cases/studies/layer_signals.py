@@ -304,7 +304,8 @@ def draw_gradients(record):
     figure = Figure(figsize=(9.5, 8.5), layout="constrained")
     axes = figure.subplots(3, 2, sharey="row")
     for row, (title, what, lines) in zip(axes, rows, strict=True):
-        shades = figures.shades(len(lines))
+        # Depths and steps have colours of their own.
+        shades = figures.shades(len(lines), "viridis_r" if title.endswith("start") else "magma_r")
         for axis, (plain, kind) in zip(row, KINDS.items(), strict=True):
             for number, (depth, step) in enumerate(lines):
                 seeds = pick(record, depth, plain, step, what)

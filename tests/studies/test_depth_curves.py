@@ -79,12 +79,25 @@ def test_diverged_runs_are_crosses_and_counted(record):
 
 def test_the_difference_has_its_interval_where_there_is_one(record):
     training, test = depth_curves.draw_difference(record).axes
-    assert training.get_ylabel() == "plain minus residual (percentage points)"
+    assert training.get_ylabel().startswith("plain minus residual (percentage points)")
     bars = [line.get_xydata() for line in test.lines if line.get_marker() == "_"]
     reach = 100 * 12.706 * 0.1
     np.testing.assert_allclose(bars, [[(8, -reach), (8, reach)]], rtol=1e-4)
     means = [tuple(line.get_xydata()[0]) for line in test.lines if line.get_marker() == "D"]
     np.testing.assert_allclose(means, [(8, 0), (20, 50)], atol=1e-9)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(0.15, "linear"), (0.5, "symlog")])
+def test_where_differences_are_large_small_ones_have_room_too(record, largest, scale):
+    record["runs"] = [run for run in record["runs"] if run["seed"] == 0]  # whose differences have no interval
+    for run in record["runs"]:
+        errors = {"train/error": 0.0, "test/error": largest * run["model.plain"]}
+        run |= {"status": "finished", "metrics": errors}
+    figure = depth_curves.draw_difference(record)
+    for axis in figure.axes:
+        assert axis.get_yscale() == scale
+        assert axis.get_ylim()[0] < 0 < 100 * largest < axis.get_ylim()[1]
+    assert ("linear up to 1" in figure.axes[0].get_ylabel()) == (scale == "symlog")
 
 
 def test_codes_have_rows_and_panels_of_their_own(mixed):
