@@ -92,7 +92,7 @@ def test_where_differences_are_large_small_ones_have_room_too(record, largest, s
     record["runs"] = [run for run in record["runs"] if run["seed"] == 0]  # whose differences have no interval
     for run in record["runs"]:
         errors = {"train/error": 0.0, "test/error": largest * run["model.plain"]}
-        run |= {"status": "finished", "metrics": errors}
+        run |= {"status": "finished", "metrics": (run.get("metrics") or {}) | errors}
     figure = depth_curves.draw_difference(record)
     for axis in figure.axes:
         assert axis.get_yscale() == scale
