@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
-from cnn_cases.models.layers import MAX_DENSE_FEATURES, Conv, Dropout, check_image_size, local_response_norm
+from cnn_cases.models.layers import Conv, Dropout, check_dense_features, check_image_size, local_response_norm
 
 
 class Variant(NamedTuple):
@@ -93,10 +93,7 @@ class AlexNet(nn.Module):
         """
         if self.variant not in VARIANTS:
             raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
-        if not 1 <= self.dense_features <= MAX_DENSE_FEATURES:
-            raise ValueError(
-                f"model.dense_features = {self.dense_features} must be between 1 and {MAX_DENSE_FEATURES}"
-            )
+        check_dense_features(self.dense_features)
         variant = VARIANTS[self.variant]
         # One pixel is left after the three poolings of 3, of 7, of 15 pixels; 15 takes 14 * 4 + 11 = 67.
         smallest = 67 - 2 * variant.padding

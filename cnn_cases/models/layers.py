@@ -79,6 +79,12 @@ def check_image_size(network, x, smallest):
         )
 
 
+def check_dense_features(number):
+    """Raises ValueError where hidden dense layers cannot have so many features."""
+    if not 1 <= number <= MAX_DENSE_FEATURES:
+        raise ValueError(f"model.dense_features = {number} must be between 1 and {MAX_DENSE_FEATURES}")
+
+
 def halving_max_pool(x, window=3):
     """Max pooling with stride 2 that halves a map, as in Caffe and cuda-convnet: 112 -> 56 -> 28 -> 14 -> 7.
 

@@ -38,10 +38,10 @@ from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import (
-    MAX_DENSE_FEATURES,
     BatchNorm,
     Conv,
     Dropout,
+    check_dense_features,
     check_image_size,
     local_response_norm,
 )
@@ -106,10 +106,7 @@ class VGG(nn.Module):
             raise ValueError(
                 f"model.image_size = {self.image_size} must be at least 32, which five poolings make 1"
             )
-        if not 1 <= self.dense_features <= MAX_DENSE_FEATURES:
-            raise ValueError(
-                f"model.dense_features = {self.dense_features} must be between 1 and {MAX_DENSE_FEATURES}"
-            )
+        check_dense_features(self.dense_features)
         last_map = self.image_size // 32
         check_image_size(f"VGG with model.image_size = {self.image_size}", x, last_map * 32)
         conv = functools.partial(
