@@ -198,8 +198,11 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
 
     A run that rewinds passes its checkpoint more than once, each time with other batches. How often, and so
     with which batches, does not depend on kills in between: a checkpoint lists the steps that had failed
-    before it was saved, and those that failed later fail again. A signal saves one more checkpoint, to which
-    the run may then rewind.
+    before it was saved, and those that failed later fail again. Say the checkpoint of step 200 lists none,
+    and step 250 fails. Then `nonfinite` is [250] and `rewound_to` [200], and the batches after 200 are drawn
+    by another seed. If the run is killed before it saves again, both lists are gone; the next start restores
+    step 200 with the first seed, and step 250 fails as before. If it reaches 300, that checkpoint lists both.
+    A signal saves one more checkpoint, to which the run may then rewind.
     """
     nonfinite, rewound_to = [], []
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
