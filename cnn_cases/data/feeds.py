@@ -27,7 +27,6 @@ import functools
 from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
-from cnn_cases.data.stream import StreamFeed
 
 FEEDS = ("resident", "stream")
 
@@ -92,6 +91,8 @@ def make_feed(
         process_count=process_count,
     )
     if feed == "stream":
+        from cnn_cases.data.stream import StreamFeed  # here, since grain takes a tenth of a second to import
+
         return StreamFeed(
             {role: sources.open_split(name, split, data_dir) for role, split in splits.items()},
             image_size=image_size,
