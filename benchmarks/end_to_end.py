@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import contenders, record
 from cnn_cases import tables
-from cnn_cases.data import sources
+from cnn_cases.data import splits
 from cnn_cases.studies import jobs, sweep
 from cnn_cases.training import logbook, optimizer, provenance
 
@@ -80,7 +80,7 @@ def settings_of(case, data):
         config.update_from_flattened_dict({key: value})
     arrays = {}
     for split, expression in config.data.splits.items():
-        image, label, _ = sources.load_split(config.data.name, expression, border=config.data.border)
+        image, label, _ = splits.load_split(config.data.name, expression, border=config.data.border)
         arrays |= {f"{split}_image": image, f"{split}_label": label}
     np.savez(data, **arrays)
     schedule = optimizer.make_schedule(

@@ -61,7 +61,7 @@ class Images:
         self.count = count
 
     def load_split(self, name, split, data_dir, image_size, border):
-        """See `sources.load_split`."""
+        """See `splits.load_split`."""
         del name, split, data_dir
         height, width, channels = self.shape
         if image_size:
@@ -70,7 +70,7 @@ class Images:
         return image, np.zeros(self.count, np.int32), self.num_classes
 
     def open_split(self, name, split, data_dir):
-        """See `sources.open_split`."""
+        """See `splits.open_split`."""
         del name, split, data_dir
         file = io.BytesIO()
         Image.new("RGB", (40, 30)).save(file, "PNG")
@@ -86,15 +86,18 @@ class Images:
             "open_split": self.open_split,
             "check_disjoint": lambda *_: None,
             "check_resident": lambda *_: None,
-            "computed_once": lambda _name, _data_dir, _key, compute: compute(),
         }
+
+        def computed_anew(_name, _data_dir, _key, compute):
+            return compute()
 
         def whitening(images):
             size = images[0].size  # for 32x32x3 it takes half a minute; tests/data/test_pixels.py has smaller
             return {"zca_mean": np.zeros(images.shape[1:], np.float32), "zca_matrix": np.zeros((size, size))}
 
         with (
-            mock.patch.multiple(feeds.sources, **blanks),
+            mock.patch.multiple(feeds, **blanks),
+            mock.patch.object(feeds.sources, "computed_once", computed_anew),
             mock.patch.object(pixels, "_whitening", whitening),
         ):
             yield

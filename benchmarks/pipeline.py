@@ -38,7 +38,7 @@ from PIL import Image
 
 from benchmarks import contenders
 from benchmarks.record import write_section
-from cnn_cases.data import decode, feeds, sources
+from cnn_cases.data import decode, feeds, sources, splits
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import loop, programs, steps
 from configs import common, resnet_cifar10, resnet_digits
@@ -247,7 +247,7 @@ def _tf_dataset(name, data_dir, path):
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    records, _ = sources.open_split(name, "train", data_dir)
+    records, _ = splits.open_split(name, "train", data_dir)
     with tf.io.TFRecordWriter(str(path)) as writer:
         for record in records:
             image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[record["image"]]))
@@ -276,7 +276,7 @@ def _torch_loader(name, data_dir):
     import torch
 
     torch.set_num_threads(1)
-    records, _ = sources.open_split(name, "train", data_dir)
+    records, _ = splits.open_split(name, "train", data_dir)
     boxes = _boxes(records)
 
     class Photos(torch.utils.data.Dataset):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_cases.data import resident, sources
+from cnn_cases.data import resident, splits
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.models import MODELS, inception, inception_v3, make_model
 from cnn_cases.training import devices, steps
@@ -83,7 +83,7 @@ ADAM = dict(
 
 def one_of_each(num_classes, image_size, data_dir):
     """The first training image of each of the first classes, and its label."""
-    image, label, num_labels = sources.load_split("digits", "train[:60]", data_dir, image_size)
+    image, label, num_labels = splits.load_split("digits", "train[:60]", data_dir, image_size)
     first = np.unique(label, return_index=True)[1][:num_classes]
     return image[first], label[first], num_labels
 

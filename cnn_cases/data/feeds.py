@@ -27,6 +27,7 @@ import functools
 from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
+from cnn_cases.data.splits import check_disjoint, check_resident, load_split, open_split
 
 FEEDS = ("resident", "stream")
 
@@ -52,7 +53,7 @@ def make_feed(
     """The feed of a TFDS set.
 
     Args:
-      name, data_dir, image_size, border: see `sources.load_split`.
+      name, data_dir, image_size, border: see `splits.load_split`.
       feed: "resident" for a set that lives on the devices, "stream" for one that is decoded step by step.
       splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"}.
       crop: see `decode.training_box`. A resident feed has whole images: "squeeze".
@@ -80,7 +81,7 @@ def make_feed(
         axis_name=axis_name,
         keep=functools.partial(sources.computed_once, name, data_dir),
     )
-    sources.check_disjoint(name, splits, data_dir)
+    check_disjoint(name, splits, data_dir)
     for key, size in (("batch_size", batch_size), ("evaluation.batch_size", eval_batch_size)):
         if size < 1 or size % process_count:
             raise ValueError(f"{key} = {size} must be a positive multiple of {process_count} (processes)")
@@ -94,7 +95,7 @@ def make_feed(
         from cnn_cases.data.stream import StreamFeed  # here, since grain takes a tenth of a second to import
 
         return StreamFeed(
-            {role: sources.open_split(name, split, data_dir) for role, split in splits.items()},
+            {role: open_split(name, split, data_dir) for role, split in splits.items()},
             image_size=image_size,
             border=border,
             crop=crop,
@@ -107,10 +108,8 @@ def make_feed(
             f"data.crop.name = {crop['name']!r} is not for data.feed = 'resident', which has whole images "
             "('squeeze'); use data.feed = 'stream'"
         )
-    sources.check_resident(name, splits, data_dir, image_size, border)
-    loaded = {
-        role: sources.load_split(name, split, data_dir, image_size, border) for role, split in splits.items()
-    }
+    check_resident(name, splits, data_dir, image_size, border)
+    loaded = {role: load_split(name, split, data_dir, image_size, border) for role, split in splits.items()}
     train_images, _, num_classes = loaded["train"]
     return ResidentFeed(
         {role: (images, labels) for role, (images, labels, _) in loaded.items()},

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnn_cases.data import decode, sources
+from cnn_cases.data import decode, splits
 
 
 class Inputs(NamedTuple):
@@ -72,7 +72,7 @@ def make_ways(image_shape, *, feed, border, crop):
 
     def fit(image):
         if image.shape[:2] != (height, width):
-            image = sources.resize(image, height, width)
+            image = splits.resize(image, height, width)
         return np.pad(image, ((border, border), (border, border), (0, 0)))
 
     return (keep, frame) if feed == "stream" else (fit, keep)

@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from cnn_cases.data import decode, sources
+from cnn_cases.data import decode, memory
 from cnn_cases.data.resident import share_of, training_numbers, training_order
 
 MAX_WORKERS = 1024  # one for each core of a large host, and more
@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
     """How the examples of a split are made; small, for it is sent to other processes.
 
     Attributes:
-      records: of `sources.open_split`.
+      records: of `splits.open_split`.
       channels: 1 or 3.
       image_size: pixels, height and width of a crop.
       border: zero pixels then added on every side.
@@ -88,7 +88,7 @@ class StreamFeed:
         """Opens nothing and starts nothing, but reads a sample of the training images.
 
         Args:
-          splits: {role: what `sources.open_split` gives}, with the role "train" among them.
+          splits: {role: what `splits.open_split` gives}, with the role "train" among them.
           image_size: pixels, height and width of a crop.
           border: zero pixels then added on every side.
           crop: the settings of `data.crop`, a mapping that `decode.check` has passed.
@@ -125,7 +125,7 @@ class StreamFeed:
         self.image_shape = (side, side, channels)
         self.num_classes = features["label"].num_classes
         made_ahead = max(buffer * max(workers, 1) * batch_size, max(buffer, workers) * eval_batch_size)
-        sources.check_memory(
+        memory.check(
             made_ahead // process_count + min(MAX_SAMPLE, len(records)),
             self.image_shape,
             "batch_size, evaluation.batch_size, data.stream, data.image_size and data.border",

@@ -1,6 +1,6 @@
 import pytest
 
-from cnn_cases.data import sources
+from cnn_cases.data import sources, splits
 from tests.data import photos  # registers the builder
 
 
@@ -10,3 +10,11 @@ def photos_dir(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("photos"))
     sources.prepare(photos.TinyPhotos.name, directory)
     return directory
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A directory of its own with the digits, read once."""
+    splits.load_split("digits", "train", str(tmp_path))
+    splits.load_split.cache_clear()
+    return tmp_path

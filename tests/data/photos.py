@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cnn_cases.data import sources
+from cnn_cases.data import splits
 
 SIZES = {"train": 24, "test": 11}
 DAMAGED = {"train": (5, 17), "test": (3,)}
@@ -60,7 +60,7 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
 
 def file_number(directory, split, index):
     """The number that is in the name of a record; TFDS shuffles them."""
-    record = sources.open_split("tiny_photos", split, directory)[0][index]
+    record = splits.open_split("tiny_photos", split, directory)[0][index]
     return int(re.search(r"_(\d+)", record["file_name"].decode())[1])
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from cnn_cases.data import sources
+from cnn_cases.data import splits
 from cnn_cases.data.digits import split_names
 
 SIZES = {"train": 1257, "validation": 185, "test": 355}
@@ -10,7 +10,7 @@ SIZES = {"train": 1257, "validation": 185, "test": 355}
 
 @pytest.mark.parametrize("split", SIZES)
 def test_a_split_holds_its_own_examples_of_the_original(split, data_dir):
-    images, labels, num_classes = sources.load_split("digits", split, data_dir)
+    images, labels, num_classes = splits.load_split("digits", split, data_dir)
     assert (images.shape, images.dtype, num_classes) == ((SIZES[split], 8, 8, 1), np.uint8, 10)
     pixels, digits = load_digits(return_X_y=True)
     mine = np.array(split_names(digits)) == split

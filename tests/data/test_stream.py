@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from cnn_cases.data import feeds, sources, stream
+from cnn_cases.data import feeds, sources, splits, stream
 from configs import common
 from tests.data import photos
 
@@ -217,7 +217,7 @@ def test_a_fingerprint_tells_a_set_from_others_and_is_the_same_in_all_processes(
 
 
 def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatch, photos_dir):
-    records = sources.open_split("tiny_photos", "train", photos_dir)
+    records = splits.open_split("tiny_photos", "train", photos_dir)
     monkeypatch.setattr(stream, "MAX_SAMPLE", 4)
     seen = []
 
@@ -296,11 +296,11 @@ def test_impossible_settings_are_refused(settings, message, feed_of):
 def test_a_set_without_labels_or_with_other_images_is_refused(features, message, monkeypatch):
     builder = mock.Mock()
     builder.info.features = features
-    monkeypatch.setattr(sources, "_parts", lambda *_: [("test", 0, 1)])
+    monkeypatch.setattr(splits, "_parts", lambda *_: [("test", 0, 1)])
     builder.as_data_source.return_value = [{"image": b"", "label": -1}]
     monkeypatch.setattr(sources, "make_builder", lambda *_: builder)
     with pytest.raises(ValueError, match=message):
-        sources.open_split("photos", "test")
+        splits.open_split("photos", "test")
 
 
 def test_signals_that_save_a_run_do_not_end_its_workers():

@@ -1,0 +1,43 @@
+"""Whether images fit into the memory of this machine, or of the part of it that this process may use."""
+
+import contextlib
+import math
+import os
+import pathlib
+
+OWN_GROUPS, GROUPS = pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
+
+
+def check(num_images, shape, keys, times=1):
+    """Raises ValueError where images uint8 do not fit into the memory.
+
+    Args:
+      num_images, shape: their number, and (H, W, C) of each.
+      keys: of the config, which the message says to change.
+      times: how many copies of them are held.
+    """
+    wanted, there = times * num_images * math.prod(shape), available()
+    if wanted > there:
+        held = ", held twice," if times == 2 else ""
+        raise ValueError(
+            f"{num_images:,} images of {'x'.join(map(str, shape))}{held} take {wanted / 1e9:,.1f} GB, and "
+            f"this machine, container or job has {there / 1e9:,.1f} GB of memory; change {keys}"
+        )
+
+
+def available():
+    """Bytes: the machine's memory, or less where this process is in a container or a job that has less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []  # on Linux
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if not controllers:  # version 2 of control groups
+            limits, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            limits, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = limits / group.strip("/")
+        for place in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit there, or the word "max"
+                sizes.append(int((place / name).read_text()))
+    return min(sizes)

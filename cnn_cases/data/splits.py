@@ -1,0 +1,230 @@
+"""Splits of prepared sets: which examples they have, and reading them, whole or one at a time."""
+
+import functools
+import itertools
+import pathlib
+import re
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cnn_cases.data import decode, memory, sources
+
+
+def check_disjoint(name, splits, data_dir=""):
+    """Refuses splits that share examples: to train on one that is held out, or to choose by one of the test.
+
+    Args:
+      name, data_dir: see `sources.make_builder`.
+      splits: {role: TFDS split expression}.
+
+    Raises:
+      ValueError: a split cannot be read, or two share examples.
+    """
+    builder = sources.open_prepared(name, data_dir)
+    parts = {role: _parts(builder, split, f"data.splits.{role} = ") for role, split in splits.items()}
+    for one, other in itertools.combinations(splits, 2):
+        shared = sum(
+            max(0, min(end, other_end) - max(start, other_start))
+            for base, start, end in parts[one]
+            for other_base, other_start, other_end in parts[other]
+            if base == other_base
+        )
+        if shared:
+            raise ValueError(
+                f"data.splits.{one} = {splits[one]!r} and data.splits.{other} = {splits[other]!r} share "
+                f"{shared} examples of {name!r}; an honest evaluation needs examples that were held out"
+            )
+
+
+def check_resident(name, splits, data_dir="", image_size=0, border=0):
+    """Refuses splits that are more, all of them together, than this machine's memory holds.
+
+    Args:
+      name, data_dir, image_size, border: see `load_split`.
+      splits: {role: TFDS split expression}.
+
+    Raises:
+      ValueError: they are; or the set cannot be opened, or a split of it.
+    """
+    builder = sources.open_prepared(name, data_dir)
+    *sides, channels = builder.info.features["image"].shape
+    if not image_size and None in sides:
+        return  # photographs of one size, or `load_split` refuses them
+    shape = (*((image_size or side) + 2 * border for side in sides), channels)
+    count = sum(end - start for split in splits.values() for _, start, end in _parts(builder, split))
+    # As they were loaded, for the next run of a study, and all of them behind each other, for this one.
+    memory.check(count, shape, "data.image_size and data.border, or take data.feed = 'stream'", times=2)
+
+
+@functools.lru_cache(maxsize=4)
+def load_split(name, split, data_dir="", image_size=0, border=0):
+    """A whole split in memory, kept for the next call: many runs of a study share one.
+
+    Args:
+      name, data_dir: see `sources.make_builder`.
+      split: a TFDS split expression, such as "train" or "train[:90%]".
+      image_size: height and width to which images are resized (bilinear); 0 leaves them as they are.
+      border: zero pixels then added on every side, as LeNet-5's 28x28 digits lie in 32x32.
+
+    Returns:
+      image uint8 [N, H, W, C], label int32 [N], and the number of classes.
+
+    Raises:
+      ValueError: the set is unknown or not prepared, or has no such split, no images or no labels, or its
+        images differ in size.
+    """
+    builder = sources.open_prepared(name, data_dir)
+    parts = _parts(builder, split)
+    if None in builder.info.features["image"].shape:
+        images, labels = _decode(builder, split, image_size)
+    else:
+        whole = [_decode_once(builder, base) for base, _, _ in parts]
+        cut = [
+            (images[start:end], labels[start:end])
+            for (images, labels), (_, start, end) in zip(whole, parts, strict=True)
+        ]
+        images, labels = (np.concatenate(column) for column in zip(*cut, strict=True))
+        if image_size:
+            images = [resize(image, image_size, image_size) for image in images]
+    _check_labels(name, split, labels)
+    images = np.asarray(images)
+    if border:
+        edge = (border, border)
+        images = np.pad(images, ((0, 0), edge, edge, (0, 0)))
+    return images, np.asarray(labels, np.int32), builder.info.features["label"].num_classes
+
+
+def open_split(name, split, data_dir=""):
+    """The records of a split, to be read one at a time from the disk; their images stay encoded.
+
+    Args:
+      name, split, data_dir: see `load_split`.
+
+    Returns:
+      A sequence of {"image": bytes, "label": int, ...} that other processes can be sent, and the features.
+
+    Raises:
+      ValueError: the set is unknown or not prepared, or has no such split, no images in grey or RGB, or no
+        labels.
+    """
+    builder = sources.open_prepared(name, data_dir)
+    _parts(builder, split)
+    features = builder.info.features
+    image = features["image"]
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"the images of {name!r} are neither grey nor RGB: {image}")
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    try:
+        first_label = source[0]["label"]
+    except RuntimeError:
+        return source, features  # the first record is damaged; whoever reads it will find out
+    _check_labels(name, split, first_label)
+    return source, features
+
+
+def _check_labels(name, split, labels):
+    if np.min(labels) < 0:  # how TFDS says it, as of ImageNet's test images
+        raise ValueError(f"split {split!r} of {name!r} has no labels")
+
+
+def _parts(builder, split, prefix=""):
+    """[(name of a whole split, first, end)] of which a split expression is made.
+
+    Args:
+      builder: a TFDS builder.
+      split: a split expression.
+      prefix: what the message of an error says before it.
+
+    Raises:
+      ValueError: the set has no such split, or there is nothing in it.
+    """
+    strange = [base for base in builder.info.splits if not re.fullmatch(r"\w[\w.-]*", base)]
+    if strange:  # they become names of files
+        raise ValueError(f"{builder.data_path} has a split of the name {strange[0]!r}, which is no word")
+    try:
+        absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
+            f"{', '.join(builder.info.splits)} ({error})"
+        ) from error
+    parts = []
+    for part in absolute:
+        size = builder.info.splits[part.splitname].num_examples
+        parts.append((part.splitname, part.from_ or 0, size if part.to is None else part.to))
+    if all(start >= end for _, start, end in parts):
+        raise ValueError(f"{prefix or 'split '}{split!r} of {builder.info.name!r} has no examples")
+    return parts
+
+
+def _decode(builder, split, image_size=0):
+    """[image uint8 [H, W, C]], all of one shape, resized unless `image_size` is 0, and [label] of a split."""
+    name, images, labels = builder.info.name, [], []
+    for image, label in _examples(builder, split):
+        images.append(resize(image, image_size, image_size) if image_size else image)
+        labels.append(label)
+        if images[-1].shape != images[0].shape:
+            one, other = ("x".join(map(str, shape)) for shape in (images[0].shape, image.shape))
+            raise ValueError(
+                f"the images of {name!r} differ in size ({one}, {other}); set data.image_size to one"
+            )
+    return images, labels
+
+
+def _examples(builder, split):
+    """Image uint8 [H, W, C] and label of each example of a split, in grey or RGB as a stream has them."""
+    channels = builder.info.features["image"].shape[-1]
+    encoded = {"image": tfds.decode.SkipDecoding()} if channels in (1, 3) else None
+    try:
+        source = builder.as_data_source(split, decoders=encoded)
+        # Reading many at once is three times as fast as one by one, and all at once fills the memory.
+        for first in range(0, len(source), 1000):
+            examples = source.__getitems__(range(first, min(first + 1000, len(source))))
+            for number, example in enumerate(examples, start=first):
+                image = example["image"]
+                if encoded:
+                    image = _decoded(image, channels, f"example {number} of {builder.info.name!r}, {split!r}")
+                yield image, example["label"]
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{builder.data_path} is damaged ({error}); delete it and prepare {builder.info.name!r} again"
+        ) from error
+
+
+def _decoded(data, channels, what):
+    try:
+        return decode.decode(data, channels)
+    except ValueError as error:
+        raise ValueError(
+            f"{what}, is damaged: {error}; data.feed = 'stream' can leave it out, by data.stream.max_damaged"
+        ) from error
+
+
+def _decode_once(builder, base):
+    """Images uint8 [N, H, W, C] and labels int32 [N] of a whole split, kept decoded beside the prepared set.
+
+    Reading CIFAR-10's decoded pixels takes a tenth of a second, decoding them several.
+    """
+    paths = [
+        pathlib.Path(builder.data_path) / "decoded" / f"{base}-{name}.npy" for name in ("image", "label")
+    ]
+    shape = (builder.info.splits[base].num_examples, *builder.info.features["image"].shape)
+    try:
+        images, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        if (images.shape, images.dtype, labels.shape) == (shape, np.uint8, shape[:1]):
+            return images, labels
+    except (OSError, ValueError, EOFError):
+        pass  # not there yet, or half a file
+    images, labels = _decode(builder, base)
+    arrays = np.stack(images), np.array(labels, np.int32)
+    for path, array in zip(paths, arrays, strict=True):
+        sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
+    return arrays
+
+
+def resize(image, height, width):
+    """An image uint8 [h, w, C] in another size (bilinear, each pixel the mean over what it covers)."""
+    channels = [Image.fromarray(image[..., channel]) for channel in range(image.shape[-1])]
+    return np.stack([channel.resize((width, height), Image.Resampling.BILINEAR) for channel in channels], -1)
