@@ -13,8 +13,8 @@ recalled, stays above 60 %.
 Result: 9.89, 10.30, 12.22 and 14.38 % test error of the plain nets of depths 20, 32, 44 and 56, and 8.84,
 7.74, 7.70 and 7.37 % of the residual ones, with seed 0, in bfloat16; side by side on one H100, 2026-11-27
 (results/depth_cifar10.json; docs/speed.md has the command and the time). Depth 110 was not run yet. After
-1,000 steps on two CPU cores, with three seeds, plain nets of 8 layers have 0.9 points less test error than
-residual ones, and of 32 layers 6.8 points more (results/depth_cifar10_1000_steps.json, 2026-11-28).
+1,000 steps on two CPU cores, with five seeds, plain nets of 20 and 32 layers have 4.1 and 10.3 points more
+test error than residual ones, and of 8 layers 0.8 less (results/depth_cifar10_1000_steps.json, 2026-11-28).
 """
 
 from ml_collections import ConfigDict
