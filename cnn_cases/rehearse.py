@@ -122,9 +122,9 @@ def rehearse(config, devices):
             share = num_devices, programs.views_on_device(program, shape, size)
             views = jax.ShapeDtypeStruct((*share, *shape), np.uint8)
             stages.append((f"views of {shape[0]}x{shape[1]}", program.predict, views, None))
-    for name, function, batch, steps in stages:
+    for stage in stages:
         with fast.written_for(platform):
-            compiled = _compiled(name, function, state, program.arrays, batch, steps)
+            compiled = _compiled(state, program.arrays, *stage)
         yield compiled
 
 
@@ -139,7 +139,7 @@ def _shares(batches, num_devices, steps=None):
     }
 
 
-def _compiled(name, function, state, arrays, batch, steps):
+def _compiled(state, arrays, name, function, batch, steps):
     """The Rehearsal of a function of one device's share of a batch, or of `steps` batches."""
     images = jax.tree.leaves(batch)[0].shape[2 if steps else 1]
     start = time.monotonic()

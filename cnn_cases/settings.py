@@ -107,9 +107,9 @@ def check(config, prefix=""):
     if "model" not in values:
         raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")
     _check_section(prefix, values, KEYS)
-    for key, whose in NOT_OF_MODEL.items():
+    for key, reason in NOT_OF_MODEL.items():
         if key in values["model"]:
-            raise ValueError(f"{prefix}model.{key} is no setting: {whose}; leave it out")
+            raise ValueError(f"{prefix}model.{key} is no setting: {reason}; leave it out")
 
 
 def _check_section(prefix, section, keys):

@@ -111,7 +111,10 @@ def open_prepared(name, data_dir=""):
                 f"run `make data DATASET={name}{where}`"
             )
         tfds.disable_progress_bar()  # it takes a second
-        builder = prepare(name, data_dir)
+        try:
+            builder = prepare(name, data_dir)
+        finally:
+            tfds.enable_progress_bar()
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")

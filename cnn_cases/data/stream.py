@@ -250,9 +250,10 @@ class StreamFeed:
         known.update(new)
         if len(known) > recipe.max_damaged:
             named = "; ".join(describe(recipe, index) for index in sorted(known)[:5])
+            named += "; ..." if len(known) > 5 else ""
             raise ValueError(
                 f"data.stream.max_damaged allows {recipe.max_damaged} damaged of the {len(recipe.records)} "
-                f"records of data.splits.{role}; found {len(known)}: {named}{'; ...' * (len(known) > 5)}"
+                f"records of data.splits.{role}; found {len(known)}: {named}"
             )
         for index in new:
             logger.warning("data.splits.%s: skipped %s", role, describe(recipe, index))

@@ -81,7 +81,7 @@ def table(rows, titles, form):
       form: "text", "markdown" or "csv"; CSV has fractions, the others percentage points.
     """
     codes = any(row["code"] for row in rows)
-    lines = [["code"] * codes]
+    lines = [["code"] if codes else []]
     for name, title in titles.items():
         if not isinstance(rows[0][name], dict):
             lines[0].append(title)
@@ -91,7 +91,7 @@ def table(rows, titles, form):
             lines[0] += [f"{title} (points)", "95 % interval"]
     lines[0] += ["pairs", "left out"]
     for row in rows:
-        cells = [row["code"]] * codes
+        cells = [row["code"]] if codes else []
         for name in titles:
             if not isinstance(row[name], dict):
                 cells.append(records.text_of(row[name]))

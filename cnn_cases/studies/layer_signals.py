@@ -292,24 +292,22 @@ def draw_gradients(record):
     net, at every step that was saved, the gradient and the kernel."""
     depths, all_steps = values_of(record, "depth"), values_of(record, "step")
     deepest = depths[-1]
+    of_depths, of_steps = [(depth, 0) for depth in depths], [(deepest, step) for step in all_steps]
     rows = (
-        ("gradient norm\nat the start", "gradient_norms", [(depth, 0) for depth in depths]),
-        (
-            f"gradient norm,\n{deepest} layers",
-            "gradient_norms",
-            [(deepest, step) for step in all_steps],
-        ),
-        (f"kernel norm,\n{deepest} layers", "kernel_norms", [(deepest, step) for step in all_steps]),
+        ("gradient norm\nat the start", "gradient_norms", of_depths),
+        (f"gradient norm,\n{deepest} layers", "gradient_norms", of_steps),
+        (f"kernel norm,\n{deepest} layers", "kernel_norms", of_steps),
     )
     figure = Figure(figsize=(9.5, 8.5), layout="constrained")
     axes = figure.subplots(3, 2, sharey="row")
     for row, (title, what, lines) in zip(axes, rows, strict=True):
+        at_start = lines is of_depths
         # Depths and steps have colours of their own.
-        shades = figures.shades(len(lines), "viridis_r" if title.endswith("start") else "magma_r")
+        shades = figures.shades(len(lines), "viridis_r" if at_start else "magma_r")
         for axis, (plain, kind) in zip(row, KINDS.items(), strict=True):
             for number, (depth, step) in enumerate(lines):
                 seeds = pick(record, depth, plain, step, what)
-                label = f"{depth} layers" if title.endswith("start") else f"step {step}"
+                label = f"{depth} layers" if at_start else f"step {step}"
                 if len(seeds):
                     _draw_layers(
                         axis,
@@ -322,7 +320,7 @@ def draw_gradients(record):
             axis.set(yscale="log", xlabel="convolution, counted from the input", xlim=(1, deepest - 1))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
-            axis.set_title(f"{kind} nets" if title.endswith("start") else f"{kind}-{deepest}", fontsize=11)
+            axis.set_title(f"{kind} nets" if at_start else f"{kind}-{deepest}", fontsize=11)
         row[0].set_ylabel(title)
         row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3)
     figure.suptitle(

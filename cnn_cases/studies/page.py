@@ -139,7 +139,7 @@ def _kinds(record):
 
 def _plots(record, panels):
     """{("error" or "loss", panel): plot}, those of one quantity with common axes."""
-    quantities = ["error", *["loss"] * figures.has(record, "running/loss")]
+    quantities = ["error", "loss"] if figures.has(record, "running/loss") else ["error"]
     unit = figures.loss_label(record)
     plots, steps = {}, {}
     for quantity in quantities:

@@ -125,9 +125,9 @@ def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
     if batch_size < 1 or batch_size % parts:
         lower = max(batch_size, 0) // parts * parts
         nearest = [size for size in (lower, lower + parts) if size > 0]
-        over = f"{num_devices} devices" + (
-            f" and num_microbatches = {num_microbatches}" * (num_microbatches > 1)
-        )
+        over = f"{num_devices} devices"
+        if num_microbatches > 1:
+            over += f" and num_microbatches = {num_microbatches}"
         raise ValueError(
             f"{key} = {batch_size} cannot be split evenly over {over}; "
             f"the nearest sizes that can: {' and '.join(map(str, nearest))}"

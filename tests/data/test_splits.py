@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cnn_cases.data import decode, feeds, memory, sources, splits
-from tests.conftest import tiny_config
+from tests.conftest import Bomb, tiny_config
 from tests.data import photos
 
 
@@ -97,16 +97,6 @@ def test_a_full_disk_costs_only_the_copy_and_leaves_no_part_of_it(prepared, monk
     assert len(images) == 355
     assert "decoded/test-image.npy is not kept for the next start: " in caplog.text
     assert list(next(prepared.rglob("decoded")).iterdir()) == []
-
-
-class Bomb:
-    """What leaves a file where it is unpickled."""
-
-    def __init__(self, trace):
-        self._trace = str(trace)
-
-    def __reduce__(self):
-        return (open, (self._trace, "w"))
 
 
 def test_a_pickle_among_the_decoded_images_is_not_read(prepared, tmp_path):

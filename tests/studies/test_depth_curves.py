@@ -79,7 +79,7 @@ def test_diverged_runs_are_crosses_and_counted(record):
 
 def test_the_difference_has_its_interval_where_there_is_one(record):
     training, test = depth_curves.draw_difference(record).axes
-    assert training.get_ylabel().startswith("plain minus residual (percentage points)")
+    assert training.get_ylabel() == "plain minus residual (percentage points),\nlinear up to 1"
     bars = [line.get_xydata() for line in test.lines if line.get_marker() == "_"]
     reach = 100 * 12.706 * 0.1
     np.testing.assert_allclose(bars, [[(8, -reach), (8, reach)]], rtol=1e-4)

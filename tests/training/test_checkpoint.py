@@ -14,6 +14,7 @@ import pytest
 
 from cnn_cases.training import checkpoint
 from cnn_cases.training.checkpoint import Checkpoints
+from tests.conftest import Bomb
 
 
 def state_of(step):
@@ -264,16 +265,6 @@ def test_of_tensorstores_words_the_systems_are_told():
     error = ValueError("RESOURCE_EXHAUSTED: Error writing [spec={...}] [os_error_code='28']")
     assert checkpoint._reason(error) == "No space left on device"
     assert checkpoint._reason(ValueError("else\nmore")) == "ValueError: else"
-
-
-class Bomb:
-    """What leaves a file where it is unpickled."""
-
-    def __init__(self, trace):
-        self._trace = str(trace)
-
-    def __reduce__(self):
-        return (open, (self._trace, "w"))
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(two_checkpoints, tmp_path):
