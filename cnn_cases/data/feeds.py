@@ -28,6 +28,7 @@ from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.data.splits import check_disjoint, check_resident, load_split, open_split
+from cnn_cases.data.stream import StreamFeed
 
 FEEDS = ("resident", "stream")
 
@@ -92,8 +93,6 @@ def make_feed(
         process_count=process_count,
     )
     if feed == "stream":
-        from cnn_cases.data.stream import StreamFeed  # here, since grain takes a tenth of a second to import
-
         return StreamFeed(
             {role: open_split(name, split, data_dir) for role, split in splits.items()},
             image_size=image_size,
