@@ -19,7 +19,9 @@ from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.training import devices, programs, running
 from configs import lenet5_digits
 
-devices.choose_cpu_flags()  # as the command line does
+# As the command line does.
+devices.choose_cpu_flags()
+command.look_for_garbage_rarely()
 
 
 @pytest.fixture(scope="session", autouse=True)

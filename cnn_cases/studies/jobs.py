@@ -171,6 +171,7 @@ def _work(todo, telling, index, workdir, parent, num_threads, num_jobs):
     threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
+    command.look_for_garbage_rarely()
     command.separate_compiled()
     try:
         while (runs := todo.get()) is not None:
