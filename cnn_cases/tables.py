@@ -47,3 +47,9 @@ def mean_and_deviation(values, digits):
     """`2.25 ± 0.49`, the mean and the sample deviation; the mean alone of one value, nothing of none."""
     text = f"{statistics.mean(values):.{digits}f}" if values else ""
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def statistics_of(values):
+    """[mean, sample deviation, number of values]; empty what there is not, as of one value a deviation."""
+    mean = statistics.mean(values) if values else ""
+    return [mean, statistics.stdev(values) if len(values) > 1 else "", len(values)]

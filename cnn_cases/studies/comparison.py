@@ -191,15 +191,17 @@ def study_table(record, rows, form):
 
 def draw_study(record, rows):
     """A figure of the rows of `compare_study`."""
-    short = records.short_names([key for key, _ in record["config"]["grid"]])
+    grid = dict(record["config"]["grid"])
+    short = records.short_names(list(grid))
+    texts = {key: figures.shortened(values) for key, values in grid.items()}
     compared, first, others = records.compared(record["config"])
     several, labels = len(others) > 1, []
 
     def minus(value):
-        return f"{figures.shortened(value)} minus {figures.shortened(first)}"
+        return f"{texts[compared][value]} minus {texts[compared][first]}"
 
     for row in rows:
-        point = [f"{name} {figures.shortened(row[key])}" for key, name in short.items() if key != compared]
+        point = [f"{name} {texts[key][row[key]]}" for key, name in short.items() if key != compared]
         lines = [
             minus(row["value"]) if several else "",
             ", ".join(point),

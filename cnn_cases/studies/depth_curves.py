@@ -108,9 +108,7 @@ def table(record, form):
         for row in rows:
             lines.append([row["depth"], *(row[key] for key in code)])
             for kind, name in columns:
-                values = row[f"{kind} {name}"]
-                mean = statistics.mean(values) if values else ""
-                lines[-1] += [mean, statistics.stdev(values) if len(values) > 1 else "", len(values)]
+                lines[-1] += tables.statistics_of(row[f"{kind} {name}"])
         return tables.render(lines, form)
     heads = [f"{kind} {titles[name]}{' %' * name.endswith('error')}" for kind, name in columns]
     lines = [["depth", *code, *heads]]

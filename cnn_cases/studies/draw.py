@@ -29,12 +29,20 @@ def main(arguments=None):
             raise ValueError(
                 f"{options.record} is no record of a study: it must have config, environments and runs"
             )
+        _check_free(options.out, record)
         options.out.mkdir(parents=True, exist_ok=True)
         (depth_curves if depth_curves.suits(record) else sweep).write_report(record, options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"tables and figures: {options.out}")
+
+
+def _check_free(out, record):
+    """Raises ValueError where the report would take the place of another record's."""
+    there = out / "record.json"
+    if there.exists() and records.read(there) != record:
+        raise ValueError(f"out = {out} has the report of another record; name another directory")
 
 
 if __name__ == "__main__":

@@ -101,10 +101,18 @@ def draw_runs(
                 axis.plot(*place, "x", color=color, markersize=8, markeredgewidth=2, transform=transform)
 
 
-def shortened(value):
-    """The text of a value with room beside others: the middle of a long one, as of a path, is left out."""
-    text = records.text_of(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+def shortened(values):
+    """{value: its text, with room beside others}.
+
+    The middle of a long one, as of a path, is left out, unless it is what tells it from another.
+    """
+    whole = {value: records.text_of(value) for value in values}
+    short = {
+        value: text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+        for value, text in whole.items()
+    }
+    times = collections.Counter(short.values())
+    return {value: text if times[text] == 1 else whole[value] for value, text in short.items()}
 
 
 def label_of(text, runs):
@@ -244,7 +252,7 @@ def _scale_errors(axes):
     values = [value for line in lines for value in line.get_ydata()]
     if values and min(values) < 5:
         stretch_small(axes[0])
-    axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)))
+    axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)) or 1)
 
 
 def stretch_small(axis):
@@ -324,7 +332,7 @@ def key_of_panels(record):
 def panels(record, key):
     """{value of a key of the grid: title of its panels}, such as "shortcut A"."""
     short = records.short_names([one for one, _ in record["config"]["grid"]])[key]
-    return {value: f"{short} {shortened(value)}" for value in records.values(record, key)}
+    return {value: f"{short} {text}" for value, text in shortened(records.values(record, key)).items()}
 
 
 def draw_errors_by(record, key):
@@ -378,7 +386,8 @@ def _add_legend_of_lines(figure, record):
 
 
 def save(figure, path):
-    """Writes `<path>.png` and `<path>.svg`; equal figures give files without a date in them."""
+    """Writes `<path>.png` and `<path>.svg`; of equal figures they are equal, to the byte."""
     path = pathlib.Path(path)
     figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "cnn_cases"}):  # or its ids would be drawn anew
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -140,7 +140,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     run_dirs = sorted(path.parent for path in pathlib.Path(workdir).glob("runs/*/config.json"))
     if not run_dirs:
         raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
-    points = collections.defaultdict(list)
+    points, batch_sizes = collections.defaultdict(list), {}
     for run_dir in run_dirs:
         config = saved_runs.load_config(run_dir, data_dir)
         missing = [f"model.{key}" for key in ("depth", "plain") if key not in config.model]
@@ -164,6 +164,10 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
                 f"{run_dir} differs from {runs[0][0].name} in more than the seed ({unlike[0]}); a study over "
                 "model.depth and model.plain alone is needed"
             )
+        batch_sizes[config.batch_size] = run_dir
+    if len(batch_sizes) > 1:
+        told = "; ".join(f"batch_size = {size} in {run_dir.name}" for size, run_dir in batch_sizes.items())
+        raise ValueError(f"{workdir}: gradients of batches of one size can be compared, and not of {told}")
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])

@@ -5,9 +5,9 @@
                                                     that have a published figure, between their markers
 
 A row is made of runs that differ in nothing but the seed: the recipe (the config without the seed, without
-the place of the data and without what is kept and logged) and the environment (commit, versions, devices) are
-equal. Runs of other commits or recipes are other rows, and are averaged with none. A run whose starts were in
-several environments counts as one of "several".
+the place of the data and without what is kept and logged) and the code (`records.code_of`: the checksum of
+what a training runs, packages, kinds of devices) are equal. Runs of other codes or recipes are other rows,
+and are averaged with none. Where numbers of devices or threads differ, the row says "several".
 
 A published figure stands only beside a run of the paper's length: one that was trained on fewer images, all
 repetitions counted, says so in its steps and is set beside nothing. What else departs from the paper is told
@@ -68,6 +68,7 @@ class Published(NamedTuple):
 
 
 LENET = {"data.name": "mnist", "model.name": "lenet5_1998", "data.augment.elastic": 0}
+UNDISTORTED = {f"data.augment.{name}": 0 for name in ("shift", "scale", "shear", "squeeze")}
 RESNET = {"data.name": "cifar10", "model.name": "resnet_cifar", "model.plain": False, "model.shortcut": "A"}
 PREACT = {"data.name": "cifar10", "model.name": "resnet_preact_cifar"}
 NIN = {"data.name": "cifar10", "model.name": "nin", "model.variant": "cifar"}
@@ -76,7 +77,7 @@ IMAGENET_RESNET = IMAGENET | {"model.name": "resnet", "model.plain": False}
 EPOCH = 1_281_167  # images of ImageNet of 2012
 
 PUBLISHED = (
-    Published(LENET | {"data.augment.shift": 0}, 0.95, 20 * 60_000, "LeCun et al. 1998, section III"),
+    Published(LENET | UNDISTORTED, 0.95, 20 * 60_000, "LeCun et al. 1998, section III"),
     Published(
         LENET | {"data.augment.shift": 2}, 0.8, 20 * 60_000, "LeCun et al. 1998, section III", recalled=True
     ),
@@ -194,8 +195,8 @@ def read_records(directory):
     for path in paths:
         try:
             record = records.read(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}; mend or remove it") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; mend or remove it") from error
         if record is None:
             others.append(path.name)
         else:
@@ -218,13 +219,11 @@ def collect(studies):
         keys = [key for key, _ in study["grid"]]
         for run in record["runs"]:
             point = {key: run[key] for key in keys}
-            config = config_of(study, point)
-            # A record of before 2026-11-25 does not say which of its environments are a run's.
-            numbers = run.get("environments", range(len(record["environments"])))
-            environments = [record["environments"][number] for number in numbers]
+            config = records.config_of(study, point)
+            environments = [record["environments"][number] for number in run["environments"]]
             code = sorted(set(map(records.code_of, environments)))
             group = json.dumps([recipe(config), code], sort_keys=True)
-            row = rows.setdefault(group, Row(name, point, config, environments, []))
+            row = rows.setdefault(group, Row(name, point, config, [], []))
             if (group, run["seed"]) in records_of:
                 raise ValueError(
                     f"seed {run['seed']} of {network(config)} is in {records_of[group, run['seed']]} and "
@@ -232,13 +231,8 @@ def collect(studies):
                 )
             records_of[group, run["seed"]] = name
             row.runs.append(run)
+            row.environments.extend(environments)
     return list(rows.values())
-
-
-def config_of(study, point):
-    """The config of a point of a study, as `sweep.expand` makes it: the base, the point, its adjustments."""
-    flat = traverse_util.flatten_dict(study["base"], sep=".")
-    return traverse_util.unflatten_dict(flat | point | dict(records.adjustments(study, point)), sep=".")
 
 
 def recipe(config):

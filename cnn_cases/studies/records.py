@@ -9,13 +9,17 @@ A record is a dict that JSON can hold, made by `sweep.make_record`:
                     (the numbers of those in which it was started and resumed), curves {"running/error",
                     "running/loss", "<split>/error", "<split>/loss": [[step, value]]}
 
-Errors are fractions. Runs that began before 2026-11-25 lack the losses and the numbers of environments.
+Errors are fractions. Runs that began before 2026-11-25 lack the losses.
 """
 
 import collections
+import itertools
 import json
+import math
 import pathlib
 import zlib
+
+from flax import traverse_util
 
 from cnn_cases import settings
 
@@ -24,7 +28,7 @@ def read(path):
     """The record in a JSON file; None where the file holds something else.
 
     Raises:
-      ValueError: the file is no JSON, or a record from which something is missing.
+      ValueError: the file is no JSON, or a record of which something is missing or cannot be.
     """
     try:
         record = json.loads(pathlib.Path(path).read_text())
@@ -32,30 +36,150 @@ def read(path):
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
         return None
-    study = record["config"]
-    if not (isinstance(study, dict) and settings.is_study(study)):
+    if not (isinstance(record["config"], dict) and settings.is_study(record["config"])):
         return None
-    # The values of a grid can be tuples, of which JSON made lists, and points are looked up by their values.
-    study = settings.from_json(study)
-    _check(record, study, path)
-    runs = [run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]]
-    return record | {"config": study, "runs": runs}
+    try:
+        # The values of a grid can be tuples, of which JSON made lists, and points are looked up by them.
+        study = settings.from_json(record["config"])
+        check_study(study)
+        _check_parts(record, study)
+        runs = [
+            run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]
+        ]
+        record |= {"config": study, "runs": runs}
+        _check_runs(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return record
 
 
-def _check(record, study, path):
-    keys = {"seed", "status", "step", "curves", *(key for key, _ in study["grid"])}
-    for part, needed in (("environments", {"commit", "versions"}), ("runs", keys)):
-        if not record[part]:
-            raise ValueError(f"{path}: {part} = [] must not be empty")
+def _check_parts(record, study):
+    """Raises ValueError unless the parts of a record, and of its study's base, are there."""
+    keys = {"seed", "status", "step", "curves", "environments", *(key for key, _ in study["grid"])}
+    parts = {"environments": {"commit", "versions", "devices", "cpus"}, "runs": keys}
+    for part, needed in parts.items():
+        if not (isinstance(record[part], list) and record[part]):
+            raise ValueError(f"{part} = {record[part]!r} must be a list, and must not be empty")
         for number, one in enumerate(record[part]):
+            if not isinstance(one, dict):
+                raise ValueError(f"{part}[{number}] = {one!r} must have keys")
             own = {"metrics"} if one.get("status") == "finished" else set()
             missing = sorted((needed | own) - one.keys())
             if missing:
-                raise ValueError(f"{path}: {part}[{number}] has no {missing[0]}")
-    try:
-        compared(study)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"{part}[{number}] has no {missing[0]}")
+    for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
+        if lookup(study["base"], key) is None:
+            raise ValueError(f"config: base has no {key}")
+
+
+def _check_runs(record):
+    """Raises ValueError where a run has what no run can have, or stands there twice."""
+    seen = set()
+    for number, run in enumerate(record["runs"]):
+        for key, value, allowed in _wrong(record, run):
+            raise ValueError(f"runs[{number}]: {key} = {value!r} must be {allowed}")
+        identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], *run["environments"])
+        if identity in seen:
+            raise ValueError(
+                f"runs[{number}] stands there twice, with seed {run['seed']}; remove one of them"
+            )
+        seen.add(identity)
+
+
+def _wrong(record, run):
+    """Yields what is wrong with a run: a key, its value, and what would be allowed."""
+    study, numbers = record["config"], range(len(record["environments"]))
+    if run["status"] not in ("finished", "diverged"):
+        yield "status", run["status"], "'finished' or 'diverged'"
+    for key, values in (*study["grid"], ("seed", study["seeds"])):
+        if run[key] not in values:
+            yield key, run[key], f"one of {', '.join(map(repr, values))}"
+    if not _is_number(run["step"]):
+        yield "step", run["step"], "a number"
+    starts = run["environments"]
+    if not (isinstance(starts, list) and starts and all(start in numbers for start in starts)):
+        yield "environments", starts, f"numbers of environments, which are below {len(numbers)}"
+    for part in ("curves", *(["metrics"] if run["status"] == "finished" else [])):
+        if not isinstance(run[part], dict):
+            yield part, run[part], "named figures"
+        for name, value in run[part].items():
+            pairs = [(0, value)] if part == "metrics" else value
+            bad = [pair for pair in pairs if not (len(pair) == 2 and all(map(_is_number, pair)))]
+            if bad:
+                yield f"{part}: {name}", bad[0][-1], "finite"
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def check_study(study):
+    """Raises ValueError unless a study has what `sweep.expand` takes; its base is not looked into.
+
+    Args:
+      study: the config of a study, or that of a record.
+    """
+    missing = {"base", "grid", "seeds"} - set(study)
+    if missing:
+        raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
+    for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
+        raise ValueError(
+            f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
+        )
+    grid, seeds = study["grid"], study["seeds"]
+    if not (isinstance(grid, tuple) and all(map(_is_pair, grid))):
+        raise ValueError(f"grid = {grid} must be pairs of a key and the values it takes")
+    if not (isinstance(seeds, tuple) and all(type(seed) is int for seed in seeds)):
+        raise ValueError(f"seeds = {seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
+    keys = [key for key, _ in grid]
+    if "seed" in keys:
+        raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
+    for key, values in (*((f"grid: {key}", values) for key, values in grid), ("seeds", seeds)):
+        if not all(map(_is_plain, values)):
+            raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
+        if not values or any(value in values[:index] for index, value in enumerate(values)):
+            raise ValueError(f"{key} = {values} must have values, and none of them twice")
+    if "adjust" in study:
+        _check_adjust(study["adjust"], keys)
+    compared(study)
+
+
+def _check_adjust(adjust, keys):
+    if not (isinstance(adjust, tuple) and all(map(_is_adjustment, adjust))):
+        raise ValueError(
+            f"adjust = {adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
+            "its value there"
+        )
+    for (key, _), pairs in adjust:
+        if key not in keys:
+            raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(keys)}")
+        for changed, value in pairs:
+            if changed in (*keys, "seed"):  # a run would be another than its name says
+                raise ValueError(f"adjust: {changed} = {value!r} is what the grid and the seeds are for")
+
+
+def _is_pair(pair):
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], str) and isinstance(pair[1], tuple)
+
+
+def _is_plain(value):
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
+
+
+def _is_adjustment(pair):
+    where, pairs = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+    if not isinstance(pairs, tuple):
+        return False
+    return all(
+        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in (where, *pairs)
+    )
 
 
 def lookup(config, key):
@@ -67,9 +191,18 @@ def lookup(config, key):
 
 
 def values(record, key):
-    """The values of a key in the runs of a study: those of the grid, or the one of the base."""
+    """The values of a key in the points of a study's grid, each once, in order."""
     study = record["config"]
-    return tuple(dict(study["grid"]).get(key, (lookup(study["base"], key),)))
+    keys = [key for key, _ in study["grid"]]
+    points = itertools.product(*(values for _, values in study["grid"]))
+    configs = (config_of(study, dict(zip(keys, point, strict=True))) for point in points)
+    return tuple(dict.fromkeys(lookup(config, key) for config in configs))
+
+
+def config_of(study, point):
+    """The config of a point of a study, as `sweep.expand` makes it: the base, the point, its adjustments."""
+    flat = traverse_util.flatten_dict(study["base"], sep=".")
+    return traverse_util.unflatten_dict(flat | point | dict(adjustments(study, point)), sep=".")
 
 
 def text_of(value):
@@ -83,13 +216,8 @@ def adjustments(study, point):
     Args:
       study: the config of a study, or that of a record.
       point: {key of the grid: value}.
-
-    Raises:
-      ValueError: `adjust` names a key that is not of the grid.
     """
     for (key, value), pairs in study.get("adjust", ()):
-        if key not in point:
-            raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(point)}")
         if point[key] == value:  # a part of the grid may be run, without it
             yield from pairs
 
@@ -123,30 +251,36 @@ def code_of(environment):
     The code is a checksum of what a training runs; older environments have the commit alone.
     """
     code = environment.get("code", environment["commit"])
-    return code, *sorted(environment["versions"].items()), *_kinds_of_devices(environment)
+    return code, *sorted(_packages(environment).items()), *_kinds_of_devices(environment)
+
+
+def _packages(environment):
+    """{package: version}, and with them the precision of matrix products, where one is set."""
+    precision = environment.get("matmul_precision")
+    return environment["versions"] | ({"matmul_precision": precision} if precision else {})
 
 
 def _kinds_of_devices(environment):
-    return tuple(sorted(set(environment.get("devices", ()))))
+    return tuple(sorted(set(environment["devices"])))
 
 
 def split_by_code(record):
     """A record in parts, each of the runs that one code made: no mean should be taken over several.
 
     The code is that of `code_of`, at every start of a run; and the data, where runs that should have had the
-    same had others. An older record does not say which run had which and stays whole.
+    same had others.
 
     Returns:
       {what tells a code from the others, in words: record}; {"": record} where all runs had the same.
     """
     environments = record["environments"]
-    versions = [environment["versions"] for environment in environments]
-    packages = sorted({name for one in versions for name in one})
-    changed = [name for name in packages if len({one.get(name) for one in versions}) > 1]
+    packages = list(map(_packages, environments))
+    names = sorted({name for one in packages for name in one})
+    changed = [name for name in names if len({one.get(name) for one in packages}) > 1]
     several_kinds = len(set(map(_kinds_of_devices, environments))) > 1
 
     def starts_of(run):
-        return [environments[number] for number in run.get("environments", range(len(environments)))]
+        return [environments[number] for number in run["environments"]]
 
     def data_of(environment):
         return json.dumps(environment.get("data"))
@@ -159,22 +293,31 @@ def split_by_code(record):
     def words(environment):
         commit = environment["commit"]
         parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with what follows of local changes
-        parts += [f"{name} {environment['versions'].get(name)}" for name in changed]
+        parts += [f"{name} {_packages(environment).get(name)}" for name in changed]
         if several_kinds:
             parts.append(f"on {', '.join(_kinds_of_devices(environment)) or 'unknown'}")
         if other_data:
             parts.append(f"data {zlib.crc32(data_of(environment).encode()):08x}")
         return " ".join(parts)
 
-    names, parts = {}, collections.defaultdict(list)
+    def words_of(starts):
+        return " then ".join(dict.fromkeys(map(words, starts)))
+
+    started, parts = {}, collections.defaultdict(list)
     for run in record["runs"]:
         starts = starts_of(run)
         key = tuple(dict.fromkeys((code_of(start), data_of(start) * other_data) for start in starts))
-        name = names.setdefault(key, " then ".join(dict.fromkeys(map(words, starts))))
-        parts[name].append(run)
+        started.setdefault(key, starts)
+        parts[key].append(run)
     if len(parts) == 1:
         return {"": record}
-    return {code: record | {"runs": runs} for code, runs in parts.items()}
+    times = collections.Counter(map(words_of, started.values()))
+    names = {}
+    for key, starts in started.items():
+        names[key] = words_of(starts)
+        if times[names[key]] > 1:  # as without a commit, or where one has been changed twice
+            names[key] += f" code {', '.join(dict.fromkeys(str(start.get('code')) for start in starts))}"
+    return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
 
 
 def group_by_point(record):

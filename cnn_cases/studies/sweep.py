@@ -51,35 +51,9 @@ def expand(study):
     """
     if not isinstance(study, ConfigDict):
         raise ValueError(f"a study must be a ConfigDict, not {study!r}")
-    missing = {"base", "grid", "seeds"} - set(study)
-    if missing:
-        raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
-    for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
-        raise ValueError(
-            f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
-        )
+    records.check_study(study)
     settings.check(study.base, "base.")
-    if not (isinstance(study.grid, tuple) and all(map(_is_pair, study.grid))):
-        raise ValueError(f"grid = {study.grid} must be pairs of a key and the values it takes")
-    if "adjust" in study and not (isinstance(study.adjust, tuple) and all(map(_is_adjustment, study.adjust))):
-        raise ValueError(
-            f"adjust = {study.adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
-            "its value there"
-        )
-    if not (isinstance(study.seeds, tuple) and all(type(seed) is int for seed in study.seeds)):
-        raise ValueError(f"seeds = {study.seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
     keys = [key for key, _ in study.grid]
-    if "seed" in keys:
-        raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
-    for key, values in (*((f"grid: {key}", values) for key, values in study.grid), ("seeds", study.seeds)):
-        if not all(map(_is_plain, values)):
-            raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
-        if not values or any(value in values[:index] for index, value in enumerate(values)):
-            raise ValueError(f"{key} = {values} must have values, and none of them twice")
-    records.compared(study)
     short = records.short_names([*keys, "seed"])
     runs = []
     for values in itertools.product(*(values for _, values in study.grid)):
@@ -104,27 +78,6 @@ def expand(study):
     return runs
 
 
-def _is_pair(pair):
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        return False
-    return isinstance(pair[0], str) and isinstance(pair[1], tuple)
-
-
-def _is_plain(value):
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str)
-
-
-def _is_adjustment(pair):
-    where, pairs = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
-    if not isinstance(pairs, tuple):
-        return False
-    return all(
-        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in (where, *pairs)
-    )
-
-
 def _override(config, where, key, value):
     try:
         old = config
@@ -132,7 +85,7 @@ def _override(config, where, key, value):
             old = old[part]
         config.update_from_flattened_dict({key: value})
     except (KeyError, AttributeError, TypeError) as error:
-        reason = error.args[0]
+        reason = " ".join(str(error.args[0]).split())  # a hint stands on a line of its own
         raise ValueError(f"{where}: {key} = {value!r} does not fit the base config: {reason}") from None
 
 
@@ -268,21 +221,26 @@ def record_text(record):
     return head.removesuffix("\n}") + ',\n  "runs": [\n' + runs + "\n  ]\n}\n"
 
 
-def table(record):
-    """The rows of a table of final figures, over the seeds of each point: mean and sample deviation.
+def table(record, exact=False):
+    """The rows of a table of final figures, over the seeds of each point.
 
     Args:
       record: of `make_record`.
+      exact: for programs: of each figure the mean, the sample deviation and the number of seeds have cells of
+        their own, and errors are fractions. Else a cell has mean and deviation, errors in percent.
 
     Returns:
-      Lists of cells, the head first. Errors are in percent. Runs that diverged are counted and left out.
-      Where commits or versions differ, the runs of each have rows of their own.
+      Lists of cells, the head first. Runs that diverged are counted and left out. Where codes differ, the
+      runs of each have rows of their own.
     """
     keys = [key for key, _ in record["config"]["grid"]]
     parts = records.split_by_code(record)
     finished = [run for run in record["runs"] if run["status"] == "finished"]
     names = list(dict.fromkeys(name for run in finished for name in run["metrics"]))
-    titles = [f"{name} %" if name.endswith("error") else name for name in names]
+    if exact:
+        titles = [f"{name} {what}" for name in names for what in ("mean", "std", "seeds")]
+    else:
+        titles = [f"{name} %" if name.endswith("error") else name for name in names]
     several = len(parts) > 1
     rows = [[*keys, *(["code"] if several else []), "seeds", *titles, "diverged"]]
     for code, part in parts.items():
@@ -291,8 +249,12 @@ def table(record):
             cells = [*map(records.text_of, point), *([code] if several else []), str(len(runs))]
             for name in names:
                 error = name.endswith("error")  # top_5_error, too
-                values = [one[name] * (100 if error else 1) for one in metrics if name in one]
-                cells.append(tables.mean_and_deviation(values, digits=2 if error else 4))
+                values = [one[name] for one in metrics if name in one]
+                if exact:
+                    cells += tables.statistics_of(values)
+                else:
+                    percent = [value * (100 if error else 1) for value in values]
+                    cells.append(tables.mean_and_deviation(percent, digits=2 if error else 4))
             rows.append([*cells, str(len(runs) - len(metrics))])
     return rows
 
@@ -310,9 +272,8 @@ def write_report(record, workdir):
 
     workdir = pathlib.Path(workdir)
     disk.write_text(workdir / "record.json", record_text(record))
-    rows = table(record)
-    disk.write_text(workdir / "table.md", tables.markdown(rows))
-    disk.write_text(workdir / "table.csv", tables.comma_separated(rows))
+    disk.write_text(workdir / "table.md", tables.markdown(table(record)))
+    disk.write_text(workdir / "table.csv", tables.comma_separated(table(record, exact=True)))
     compared = comparison.compare_study(record)
     if compared:
         disk.write_text(workdir / "comparison.md", comparison.study_table(record, compared, "markdown"))

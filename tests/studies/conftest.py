@@ -2,7 +2,12 @@
 
 import pytest
 
-ENVIRONMENT = {"commit": "a" * 40, "versions": {"jax": "0.10.2", "numpy": "2.4.6"}}
+ENVIRONMENT = {
+    "commit": "a" * 40,
+    "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
+    "devices": ["cpu"],
+    "cpus": 2,
+}
 
 
 def run(depth, plain, seed, error, status="finished"):
@@ -30,7 +35,7 @@ def record():
     base = {
         "batch_size": 32,
         "num_steps": 20,
-        "data": {"name": "digits"},
+        "data": {"name": "digits", "splits": {"train": "train"}},
         "loss": {"name": "cross_entropy"},
         "model": {"name": "resnet_cifar"},
     }
@@ -50,8 +55,7 @@ def mixed(record):
 
 @pytest.fixture
 def old(record):
-    """The same as it was recorded before runs kept losses and environments."""
+    """The same as it was recorded before runs kept losses."""
     for one in record["runs"]:
-        del one["environments"]
         one["curves"] = {name: curve for name, curve in one["curves"].items() if name.endswith("error")}
     return record

@@ -1,4 +1,5 @@
 import json
+import math
 import pathlib
 
 import pytest
@@ -77,13 +78,14 @@ def test_a_damaged_record_that_compares_nothing_is_told(record, tmp_path, capsys
 
 def test_values_of_a_grid_can_be_tuples(record, tmp_path):
     record["config"]["grid"] = [["schedule.boundaries", [[0.5, 0.75], [0.3, 0.6]]]]
+    record["runs"] = [one for one in record["runs"] if one["model.depth"] == 8]
     for one in record["runs"]:
         one["schedule.boundaries"] = [0.5, 0.75] if one.pop("model.plain") else [0.3, 0.6]
     (tmp_path / "record.json").write_text(json.dumps(record))
     draw.main([str(tmp_path / "record.json"), f"--out={tmp_path}"])
     table = (tmp_path / "table.md").read_text()
-    assert "| 0.5 and 0.75 | 4 |" in table
-    assert "| 0.3 and 0.6 | 4 |" in table
+    assert "| 0.5 and 0.75 | 2 |" in table
+    assert "| 0.3 and 0.6 | 2 |" in table
 
 
 def test_the_directory_of_a_study_stands_for_its_record(record, tmp_path):
@@ -116,11 +118,56 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
     [
         (lambda record: record["runs"][1].pop("model.depth"), "runs[1] has no model.depth"),
         (lambda record: record["runs"][0].pop("metrics"), "runs[0] has no metrics"),
-        (lambda record: record["runs"].clear(), "runs = [] must not be empty"),
+        (lambda record: record["runs"].clear(), "runs = [] must be a list, and must not be empty"),
+        (
+            lambda record: record.update(environments=None),
+            "environments = None must be a list, and must not be empty",
+        ),
+        (lambda record: record["runs"].append(7), "runs[8] = 7 must have keys"),
         (lambda record: record["environments"][0].clear(), "environments[0] has no commit"),
+        (lambda record: record["environments"][0].pop("cpus"), "environments[0] has no cpus"),
+        (lambda record: record["config"]["base"].pop("data"), "config: base has no data.name"),
+        (
+            lambda record: record["config"].update(grid=[["model.depth"]]),
+            "grid = (('model.depth',),) must be pairs of a key and the values it takes",
+        ),
+        (
+            lambda record: record["config"].update(seeds=2),
+            "seeds = 2 must be a tuple of whole numbers, as in (0, 1, 2)",
+        ),
+        (
+            lambda record: record["runs"][1].update(status="running"),
+            "runs[1]: status = 'running' must be 'finished' or 'diverged'",
+        ),
+        (lambda record: record["runs"][1].update(seed=5), "runs[1]: seed = 5 must be one of 0, 1"),
+        (
+            lambda record: record["runs"][2].update({"model.depth": 14}),
+            "runs[2]: model.depth = 14 must be one of 8, 20",
+        ),
+        (
+            lambda record: record["runs"][0].update(environments=[1]),
+            "runs[0]: environments = [1] must be numbers of environments, which are below 1",
+        ),
+        (
+            lambda record: record["runs"][0]["metrics"].update({"test/error": math.nan}),
+            "runs[0]: metrics: test/error = nan must be finite",
+        ),
+        (
+            lambda record: record["runs"][0]["metrics"].update({"test/error": "0.1"}),
+            "runs[0]: metrics: test/error = '0.1' must be finite",
+        ),
+        (
+            lambda record: record["runs"][0]["curves"].update({"test/error": [[10, None]]}),
+            "runs[0]: curves: test/error = None must be finite",
+        ),
+        (lambda record: record["runs"][0].update(curves=[]), "runs[0]: curves = [] must be named figures"),
+        (
+            lambda record: record["runs"].append(record["runs"][3]),
+            "runs[8] stands there twice, with seed 1; remove one of them",
+        ),
     ],
 )
-def test_a_record_from_which_something_is_missing_is_one_error(spoil, message, record, tmp_path, capsys):
+def test_a_record_that_cannot_be_is_one_error(spoil, message, record, tmp_path, capsys):
     spoil(record)
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record))
@@ -141,3 +188,29 @@ def test_what_is_no_record_is_one_error(text, tmp_path, capsys):
     assert error.startswith("error: ")
     assert str(tmp_path / "record.json") in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_another_record_stays_as_it_is(record, tmp_path, capsys):
+    path, out = tmp_path / "record.json", tmp_path / "out"
+    path.write_text(json.dumps(record))
+    for _ in range(2):  # of the same record it is drawn again
+        draw.main([str(path), f"--out={out}"])
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    record["runs"].pop()
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as stop:
+        draw.main([str(path), f"--out={out}"])
+    assert stop.value.code == 2
+    assert f"out = {out} has the report of another record" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_equal_records_give_equal_figures(record, tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    for number in range(2):
+        draw.main([str(path), f"--out={tmp_path / str(number)}"])
+    figures = sorted(file.name for file in (tmp_path / "0").glob("*.[ps][nv]g"))
+    assert len(figures) == 8
+    for name in figures:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name

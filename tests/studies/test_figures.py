@@ -171,3 +171,18 @@ def test_without_evaluations_panels_have_the_training_error(record):
     figure = figures.draw_errors_by(record, "model.plain")
     assert figure.get_suptitle().startswith("digits, batches of 32; training error; mean over")
     assert figure.axes[0].lines
+
+
+def test_long_texts_are_shortened_where_that_leaves_them_apart():
+    one, two, three = "a" * 50, *(f"/runs/{'x' * 50}/{number}/checkpoints_of_the_run" for number in (1, 2))
+    texts = figures.shortened((8, one, two, three))
+    assert texts[8] == "8"
+    assert texts[one] == "a" * 18 + "…" + "a" * 18
+    assert (texts[two], texts[three]) == (two, three)
+
+
+def test_where_all_errors_are_zero_the_axis_has_room(record):
+    for one in record["runs"]:
+        one["curves"] = {name: [[10, 0.0], [20, 0.0]] for name in ("running/error", "test/error")}
+    (axis,) = figures.draw_curves(record).axes
+    assert axis.get_ylim() == (0, 1)

@@ -278,6 +278,14 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
         ValueError, match=r"rate-2 differs from rate-1 in more than the seed \(optimizer\.lea"
     ):
         layer_signals.measure(tmp_path)
+    config = depth_digits.get_config().base
+    config.model.plain, config.batch_size = True, 1257
+    (run.with_name("rate-2") / "config.json").write_text(config.to_json())
+    with pytest.raises(
+        ValueError,
+        match=r"of one size .* = 32 in rate-1; batch_size = 1257 in rate-2",
+    ):
+        layer_signals.measure(tmp_path)
 
 
 def test_a_run_that_had_other_training_images_is_refused(workdir, tmp_path):

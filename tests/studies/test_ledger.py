@@ -13,12 +13,13 @@ GPUS = CPU | {"devices": ["NVIDIA H100", "NVIDIA H100"]}
 
 def outcome(seed, error, depth=20, **changes):
     run = {"model.depth": depth, "seed": seed, "status": "finished", "step": 64_000, "date": "2026-11-25"}
+    run |= {"environments": [0]}
     return run | {"metrics": {"train/error": 0.0, "test/error": error}, "curves": {}} | changes
 
 
 def diverged(seed, depth=20):
     run = {"model.depth": depth, "seed": seed, "status": "diverged", "step": 5, "date": "2026-11-25"}
-    return run | {"curves": {}}
+    return run | {"environments": [0], "curves": {}}
 
 
 def record(*runs, environments=(CPU,), **base):
@@ -148,8 +149,9 @@ def test_runs_say_in_which_of_the_environments_they_were():
     ]
 
 
-def test_runs_that_do_not_say_so_may_have_been_in_any():
-    (line,) = table(depth=record(outcome(0, 0.08), outcome(1, 0.09), environments=[CPU, GPUS]))
+def test_a_row_tells_where_numbers_of_threads_differ():
+    runs = [outcome(0, 0.08, environments=[0]), outcome(1, 0.09, environments=[1])]
+    (line,) = table(depth=record(*runs, environments=[CPU, CPU | {"cpus": 1}]))
     assert (line["%"], line["devices"]) == ("8.50 ± 0.71", "several")
 
 
@@ -185,7 +187,7 @@ def test_a_point_is_configured_as_the_sweep_does_it():
     study = record(outcome(0, 0.08))["config"]
     study["adjust"] = [[["model.depth", 110], [["num_steps", 9], ["model.shortcut", "B"]]]]
     before = copy.deepcopy(study)
-    near, far = (ledger.config_of(study, {"model.depth": depth}) for depth in (20, 110))
+    near, far = (records.config_of(study, {"model.depth": depth}) for depth in (20, 110))
     assert (near["num_steps"], near["model"]["shortcut"]) == (64_000, "A")
     assert (far["num_steps"], far["model"]["shortcut"], far["model"]["depth"]) == (9, "B", 110)
     assert study == before
@@ -270,5 +272,13 @@ def test_bad_input_is_one_message(results, tmp_path, capsys):
         assert document.read_text() == (text or "")
         assert good.read_text() == f"{beginning} {ledger.END}"
     (results / "torn.json").write_text('{"config": ')
-    with pytest.raises(ValueError, match=r"torn\.json is damaged: .*; mend or remove it"):
+    with pytest.raises(ValueError, match=r"torn\.json is no JSON: .*; mend or remove it"):
         ledger.read_records(results)
+
+
+def test_distorted_images_are_not_set_beside_the_paper_without_distortions():
+    model = {"name": "lenet5_1998"}
+    where = {"name": "mnist", "augment": dict.fromkeys(("shift", "scale", "shear", "squeeze", "elastic"), 0)}
+    assert ledger.counterpart({"model": model, "data": where}, "test/error").error == 0.95
+    where["augment"]["shear"] = 0.1
+    assert ledger.counterpart({"model": model, "data": where}, "test/error") is None

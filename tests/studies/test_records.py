@@ -61,11 +61,26 @@ def test_runs_of_one_point_with_other_data_are_told_apart(mixed):
 def test_a_directory_without_git_is_a_code(mixed):
     mixed["environments"][1]["commit"] = None
     assert list(records.split_by_code(mixed)) == ["aaaaaaa", "no commit"]
+    for one, code in zip(mixed["environments"], ("0123", "4567"), strict=True):
+        one |= {"commit": None, "code": code}
+    assert list(records.split_by_code(mixed)) == ["no commit code 0123", "no commit code 4567"]
 
 
-def test_an_old_record_is_whole(old):
-    old["environments"] *= 2
-    assert records.split_by_code(old) == {"": old}
+def test_changes_of_one_commit_are_told_apart_by_their_code(mixed):
+    for one, code in zip(mixed["environments"], ("0123", "4567"), strict=True):
+        one |= {"commit": "a" * 40 + "-dirty", "code": code}
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa-dirty code 0123", "aaaaaaa-dirty code 4567"]
+
+
+def test_another_precision_of_matrix_products_is_another_code(mixed):
+    first, second = mixed["environments"]
+    second |= {"commit": first["commit"], "matmul_precision": None}
+    assert list(records.split_by_code(mixed)) == [""]
+    second["matmul_precision"] = "highest"
+    assert list(records.split_by_code(mixed)) == [
+        "aaaaaaa matmul_precision None",
+        "aaaaaaa matmul_precision highest",
+    ]
 
 
 def test_points_hold_their_runs(record):
@@ -95,13 +110,22 @@ def test_short_names_tell_the_keys_apart(keys, names):
 def test_a_record_reads_back_with_tuples_and_one_without_metrics_is_refused(record, tmp_path):
     path = tmp_path / "record.json"
     record["config"]["grid"] = [["profile_steps", [[1, 2], [3, 4]]]]
+    record["runs"] = record["runs"][2:4]  # of both seeds
     for run in record["runs"]:
         run["profile_steps"] = [1, 2]
     path.write_text(json.dumps(record))
     read = records.read(path)
     assert records.values(read, "profile_steps") == ((1, 2), (3, 4))
     assert set(records.group_by_point(read)) == {((1, 2),)}
-    del record["runs"][2]["metrics"]
+    del record["runs"][1]["metrics"]
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"runs\[2\] has no metrics"):
+    with pytest.raises(ValueError, match=r"runs\[1\] has no metrics"):
         records.read(path)
+
+
+def test_values_are_those_of_all_points_with_their_adjustments(record):
+    record["config"]["adjust"] = [[["model.depth", 20], [["num_steps", 40], ["model.width", 2]]]]
+    assert records.values(record, "num_steps") == (20, 40)
+    assert records.values(record, "model.width") == (None, 2)
+    assert records.values(record, "model.depth") == (8, 20)
+    assert records.values(record, "batch_size") == (32,)

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import shutil
@@ -77,6 +78,14 @@ def test_networks_with_settings_of_their_own_can_be_compared(data_dir):
         (
             {"adjust": ((("data.augment.flop", True), (("num_steps", 8),)),)},
             "adjust: data.augment.flop is no key of the grid, which has optimizer.momentum, data",
+        ),
+        (
+            {"adjust": ((("data.augment.flip", True), (("optimizer.momentum", 0.5),)),)},
+            "adjust: optimizer.momentum = 0.5 is what the grid and the seeds are for",
+        ),
+        (
+            {"adjust": ((("data.augment.flip", True), (("seed", 8),)),)},
+            "adjust: seed = 8 is what the grid and the seeds are for",
         ),
         (
             {"adjust": ((("data.augment.flip", True), (("num_stepps", 8),)),)},
@@ -390,3 +399,16 @@ def test_all_errors_of_a_table_are_in_percent(record):
     head, first, *_ = sweep.table(record)
     assert head[3:5] == ["test/ten_crop/error %", "test/ten_crop/top_5_error %"]
     assert first[3:5] == ["30.00 ± 0.00", "10.00 ± 0.00"]
+
+
+def test_the_table_for_programs_has_fractions_and_numbers(record, tmp_path):
+    record["config"]["grid"] = [["model.depth", [8, 20]]]
+    record["runs"] = [one for one in record["runs"] if one["model.plain"]]
+    sweep.write_report(record, tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        shallow, deep = csv.DictReader(file)
+    mean, deviation = float(shallow["train/error mean"]), float(shallow["train/error std"])
+    assert (mean, deviation) == pytest.approx((0.2, 0.02**0.5))
+    assert (shallow["seeds"], shallow["train/error seeds"], shallow["diverged"]) == ("2", "2", "0")
+    assert float(deep["train/error mean"]) == 0.5
+    assert (deep["train/error std"], deep["train/error seeds"], deep["diverged"]) == ("", "1", "1")
