@@ -18,7 +18,6 @@ import pathlib
 import jax
 import numpy as np
 from absl import flags
-from PIL import Image, ImageOps
 
 from cnn_cases import command, saved_runs
 from cnn_cases.data import decode, inputs, pixels, views
@@ -124,22 +123,14 @@ def load(workdir, which="last"):
 
 
 def read_image(path, channels):
-    """The pixels of an image file, the right way up.
-
-    Args:
-      path: of the file.
-      channels: 1 for grey, 3 for RGB, whatever the file holds.
-
-    Returns:
-      uint8 [h, w, channels].
+    """The pixels of an image file, uint8 [h, w, channels]; see `decode.decode`.
 
     Raises:
-      ValueError: it is no image, or one of more than 8 bits a channel.
+      ValueError: there is no such file, or it is no image that can be read.
     """
     try:
-        with Image.open(path) as image:
-            return decode.to_pixels(ImageOps.exif_transpose(image), channels)
-    except decode.UNREADABLE as error:
+        return decode.decode(pathlib.Path(path).read_bytes(), channels)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -4,7 +4,8 @@
 
 The images are, to the pixel, those that a training with this config sees, except for the normalisation. What
 lies around an image, or is cut out of it, is black here, and for the network it may be the mean. And where
-examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself.
+examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself. Normalisation,
+network and optimizer are not looked at, and may be what a training refuses.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 from cnn_cases import command, settings
 from cnn_cases.data import feeds
-from cnn_cases.training import steps
+from cnn_cases.training import programs, steps
 
 COLUMNS = (4, 8)  # of a sheet, at least and at most; fewer have no room for its heading
 
@@ -35,6 +36,7 @@ def training_images(config, step):
       image float32 [B, H, W, C] in [0, 1], and label int32 [B], or float32 [B, K] where examples are mixed.
     """
     settings.check(config)
+    programs.check_numbers(config, num_devices=1)
     if not 1 <= step <= config.num_steps:
         raise ValueError(f"step = {step} must be from 1 to num_steps = {config.num_steps}")
     data = dict(**config.data) | {"normalization": "none"}

@@ -38,7 +38,7 @@ def test_training_on_everything_has_to_be_asked_for(name):
     assert held_out.data.splits.validation.startswith("train[")
     assert "test" not in held_out.evaluation.splits
     assert full.data.splits.to_dict() == {"train": "train", "test": "test"}
-    programs._check_numbers(full, 1)
+    programs.check_numbers(full, 1)
     with pytest.raises(ValueError, match="protocol 'all' is unknown; known: held_out, full_train"):
         get_config("all")
 

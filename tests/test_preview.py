@@ -51,3 +51,9 @@ def test_a_sheet_has_a_place_for_every_image_and_few_empty_ones(count, places):
 def test_a_step_before_the_first_is_refused(config):
     with pytest.raises(ValueError, match="step = 0 must be from 1 to num_steps"):
         preview.training_images(config, step=0)
+
+
+def test_a_seed_that_no_training_takes_is_refused_by_its_key(config):
+    config.seed = -3
+    with pytest.raises(ValueError, match=r"seed = -3 must be in \[0, 2\*\*31\)"):
+        preview.training_images(config, step=1)

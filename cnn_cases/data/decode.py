@@ -11,21 +11,20 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 CROPS = ("squeeze", "shorter_side", "area")
 MAX_SIDE = 8192  # pixels of an image's side; no network here is meant for more
-# What Pillow raises for bytes that are no image, or none that it can decode.
-UNREADABLE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
+MAX_HEAD = 1 << 16  # bytes of a JPEG file among which its EXIF part begins, if it has one
 
 cv2.setNumThreads(1)  # whoever decodes in parallel has a thread or a process for each batch already
 
 
 def decode(data, channels):
-    """The pixels of an encoded image.
+    """The pixels of an encoded image, the right way up, on white where it is transparent.
 
-    JPEG goes through libjpeg-turbo; what that refuses (CMYK, files with harmless flaws) and every other
-    format through Pillow.
+    JPEG goes through libjpeg-turbo; what that refuses (CMYK, files with harmless flaws), what its EXIF part
+    turns, as phones have it, and every other format through Pillow.
 
     Args:
       data: the bytes of a file.
@@ -35,30 +34,41 @@ def decode(data, channels):
       uint8 [H, W, channels].
 
     Raises:
-      ValueError: the bytes are no image, or not all of one, or it has more than 8 bits a channel.
+      ValueError: the bytes are no image, or not all of one, or it is grey with more than 8 bits.
     """
-    if simplejpeg.is_jpeg(data):
+    if simplejpeg.is_jpeg(data) and _is_upright(data):
         try:
             return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
         except ValueError:
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return to_pixels(image, channels)
-    except UNREADABLE as error:
+            return _to_pixels(ImageOps.exif_transpose(image), channels)
+    except MemoryError:  # says nothing against the file
+        raise
+    except Exception as error:  # whatever the plugin of a format raises
         # Pillow's message may quote the address of the buffer, which differs from run to run.
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(reason) from error
 
 
-def to_pixels(image, channels):
-    """The pixels of a Pillow image, uint8 [H, W, channels].
+def _is_upright(data):
+    """Whether a JPEG file is shown as it is; so is one whose EXIF part is damaged."""
+    if b"Exif\0\0" not in data[:MAX_HEAD]:  # to open it would take longer
+        return True
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # what it raises, decoding tells
+        return True
 
-    Raises:
-      ValueError: it has more than 8 bits a channel, all above which Pillow would make white.
-    """
-    if image.mode.startswith(("I", "F")):
+
+def _to_pixels(image, channels):
+    if image.mode.startswith(("I", "F")):  # all above 8 bits, Pillow would make white
         raise ValueError("it has more than 8 bits a channel; save it with 8")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)
 

@@ -28,7 +28,7 @@ from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.data.splits import check_disjoint, check_resident, load_split, open_split
-from cnn_cases.data.stream import StreamFeed
+from cnn_cases.data.stream import StreamFeed, check_stream
 
 FEEDS = ("resident", "stream")
 
@@ -74,6 +74,7 @@ def make_feed(
         if not 0 <= pixels <= decode.MAX_SIDE:
             raise ValueError(f"data.{key} = {pixels} must be between 0 and {decode.MAX_SIDE} pixels")
     crop, stream, splits = dict(**crop), dict(**stream), dict(**splits)
+    check_stream(**stream)
     decode.check(image_size, crop)
     pixels = functools.partial(
         make_pixels,

@@ -59,6 +59,16 @@ class Recipe(NamedTuple):
     max_damaged: int
 
 
+def check_stream(*, workers, buffer, max_damaged):
+    """Raises ValueError where a setting of `data.stream` is not possible; see `StreamFeed`."""
+    if not 0 <= workers <= MAX_WORKERS:
+        raise ValueError(f"data.stream.workers = {workers} must be 0 or more, and at most {MAX_WORKERS}")
+    if not 1 <= buffer <= MAX_BUFFER:
+        raise ValueError(f"data.stream.buffer = {buffer} must be 1 or more, and at most {MAX_BUFFER}")
+    if not 0 <= max_damaged < 1:
+        raise ValueError(f"data.stream.max_damaged = {max_damaged} must be in [0, 1)")
+
+
 class StreamFeed:
     """Splits on the disk; `feeds` says what a feed is.
 
@@ -97,7 +107,7 @@ class StreamFeed:
           workers: processes that make training batches; 0 for threads of this process.
           buffer: batches that each worker makes in advance; without workers, as many threads make one
             each. In evaluation threads do, as many as `buffer` or `workers` says, whichever is more.
-          max_damaged: fraction of a split's records that may be damaged.
+          max_damaged: fraction of a split's records that may be damaged. `check_stream` passed these three.
           make_pixels: training images, uint8 [N, H, W, C] -> `pixels.Pixels`. It is given the crops of
             evaluation of at most MAX_SAMPLE images, evenly spaced in the split.
           process_index, process_count: see `feeds.make_feed`; both batch sizes are multiples of the count.
@@ -115,12 +125,6 @@ class StreamFeed:
             raise ValueError(
                 f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"
             )
-        if not 0 <= workers <= MAX_WORKERS:
-            raise ValueError(f"data.stream.workers = {workers} must be 0 or more, and at most {MAX_WORKERS}")
-        if not 1 <= buffer <= MAX_BUFFER:
-            raise ValueError(f"data.stream.buffer = {buffer} must be 1 or more, and at most {MAX_BUFFER}")
-        if not 0 <= max_damaged < 1:
-            raise ValueError(f"data.stream.max_damaged = {max_damaged} must be in [0, 1)")
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
         self.num_classes = features["label"].num_classes
@@ -209,7 +213,7 @@ class StreamFeed:
 
     def view(self, image):
         """An image uint8 [h, w, C] of any size as evaluation shows it: uint8 `image_shape`."""
-        return evaluation_view(self._recipes["train"], image)
+        return _evaluation_view(self._recipes["train"], image)
 
     def normalize(self, arrays, image):
         """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
@@ -357,7 +361,7 @@ def _evaluation_examples(recipe, indices):
         except ValueError:
             damaged.append(index)
             continue
-        batch["image"][row], batch["label"][row] = evaluation_view(recipe, image), label
+        batch["image"][row], batch["label"][row] = _evaluation_view(recipe, image), label
         batch["mask"][row] = 1
     return batch | {"damaged": np.array(damaged, np.int64)}
 
@@ -370,7 +374,7 @@ def _black(recipe, count):
     }
 
 
-def evaluation_view(recipe, image):
+def _evaluation_view(recipe, image):
     """An image uint8 [h, w, C] as evaluation shows it: uint8 [H, W, C], cropped, resized and framed."""
     return decode.evaluation_view(image, recipe.image_size, recipe.border, recipe.crop)
 

@@ -49,9 +49,9 @@ from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import (
-    BatchNorm,
     ConvUnit,
     Dropout,
+    batch_norm,
     check_image_size,
     halving_max_pool,
     local_response_norm,
@@ -194,13 +194,7 @@ class GoogLeNet(nn.Module):
         check_image_size("GoogLeNet", x, 31)
         if run_sides:
             check_image_size("GoogLeNet with its side branches (model.side_branches)", x, 79)
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=not train,
-            epsilon=1e-3,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train=train, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name)
         unit = functools.partial(ConvUnit, norm=norm if self.batch_norm else None, dtype=self.dtype)
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
 

@@ -54,7 +54,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout, check_image_size
+from cnn_cases.models.layers import ConvUnit, Dropout, batch_norm, check_image_size
 
 # Filters of the pool projection in the modules of figure 5, and of the 7-pixel windows in those of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}
@@ -245,13 +245,7 @@ class InceptionV3(nn.Module):
         check_image_size("Inception-v3", x, 75)
         if run_side:
             check_image_size("Inception-v3 with its side branch (model.side_branches)", x, 299)
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=not train,
-            epsilon=1e-3,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train=train, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name)
         unit = functools.partial(ConvUnit, norm=norm, dtype=self.dtype)
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
 

@@ -69,6 +69,13 @@ class BatchNorm(nn.Module):
         return (x * factor + (bias - mean * factor)).astype(self.dtype)
 
 
+def batch_norm(*, train, epsilon, dtype, axis_name):
+    """`BatchNorm` with the settings that all of a network have."""
+    return functools.partial(
+        BatchNorm, use_running_average=not train, epsilon=epsilon, dtype=dtype, axis_name=axis_name
+    )
+
+
 def check_image_size(network, x, smallest):
     """Raises ValueError where images x [B, H, W, C] have a side below `smallest` pixels."""
     height, width = x.shape[1:3]

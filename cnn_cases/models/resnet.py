@@ -75,7 +75,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
-from cnn_cases.models.layers import BatchNorm, Conv
+from cnn_cases.models.layers import Conv, batch_norm
 
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",
@@ -97,14 +97,7 @@ gaussian_he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 def make_layers(train, dtype, axis_name):
     """`Conv` and `BatchNorm` with the settings that every network of this file shares."""
     conv = functools.partial(Conv, use_bias=False, kernel_init=gaussian_he, dtype=dtype)
-    norm = functools.partial(
-        BatchNorm,
-        use_running_average=not train,
-        epsilon=1e-5,
-        dtype=dtype,
-        axis_name=axis_name,
-    )
-    return conv, norm
+    return conv, batch_norm(train=train, epsilon=1e-5, dtype=dtype, axis_name=axis_name)
 
 
 def check_shortcut(shortcut, plain):

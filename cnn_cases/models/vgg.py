@@ -38,9 +38,9 @@ from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import (
-    BatchNorm,
     Conv,
     Dropout,
+    batch_norm,
     check_dense_features,
     check_image_size,
     local_response_norm,
@@ -115,13 +115,7 @@ class VGG(nn.Module):
             kernel_init=glorot,
             dtype=self.dtype,
         )
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=not train,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train=train, epsilon=1e-5, dtype=self.dtype, axis_name=self.axis_name)
         for stage, (filters, sizes) in enumerate(zip(FILTERS, VARIANTS[self.variant], strict=True), start=1):
             for number, size in enumerate(sizes, start=1):
                 x = conv(filters, (size, size), padding=size // 2, name=f"conv{stage}_{number}")(x)

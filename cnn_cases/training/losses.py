@@ -30,6 +30,10 @@ def make_loss(*, name, label_smoothing, map_constant):
         raise ValueError(f"loss.name = {name!r} is unknown; known: {', '.join(LOSSES)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"loss.label_smoothing = {label_smoothing} must be in [0, 1)")
+    if label_smoothing and name != "cross_entropy":
+        raise ValueError(
+            f"loss.label_smoothing = {label_smoothing} is for loss.name = 'cross_entropy', not {name!r}"
+        )
     if not 0 < map_constant < math.inf:
         raise ValueError(f"loss.map_constant = {map_constant} must be above 0, and finite")
     if name == "cross_entropy":

@@ -109,7 +109,7 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
     """
     settings.check(config)
     devices = devices or devices_lib.local_devices()
-    _check_numbers(config, len(devices_lib.of_all_processes(devices)))
+    check_numbers(config, len(devices_lib.of_all_processes(devices)))
     process_index, process_count = processes.process()
     feed = make_feed(
         **config.data,
@@ -334,7 +334,7 @@ def views_at_once(image_shape, shape, batch_size, num_devices=1):
     return max(1, batch_size * height * width // (shape[0] * shape[1] * num_devices))
 
 
-def _check_numbers(config, num_devices):
+def check_numbers(config, num_devices):
     """Raises ValueError for steps, batches and splits that cannot be."""
     if not 1 <= config.num_steps < 2**31:
         raise ValueError(f"num_steps = {config.num_steps} must be 1 or more and below 2**31")

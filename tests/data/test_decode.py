@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cnn_cases.data import decode
 from tests.data.photos import encoded, picture
@@ -47,6 +47,48 @@ def test_16_bits_are_refused_and_not_made_white():
     Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(deep, "PNG")
     with pytest.raises(ValueError, match="it has more than 8 bits a channel; save it with 8"):
         decode.decode(deep.getvalue(), 1)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_images_are_turned_as_their_exif_part_says(image_format, orientation):
+    """Orientation 3 is upside down; 6 is shown after a turn to the right, 8 after one to the left."""
+    turned = Image.fromarray(np.rot90(picture(0), {1: 0, 3: 2, 6: 1, 8: 3}[orientation]))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = io.BytesIO()
+    turned.save(data, image_format, exif=exif, quality=95)
+    image = decode.decode(data.getvalue(), 3)
+    assert image.shape == (20, 24, 3)
+    assert distance(image, picture(0)) < 10
+
+
+def test_an_exif_part_that_is_damaged_turns_nothing():
+    data = io.BytesIO()
+    picture(0).save(data, "JPEG", exif=b"Exif\0\0no such thing")
+    assert distance(decode.decode(data.getvalue(), 3), picture(0)) < 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_is_white(channels):
+    ink = np.zeros((4, 4, 4), np.uint8)  # black, wherever it shows
+    ink[1, 1, 3], ink[2, 2, 3] = 255, 51
+    for mode in ("RGBA", "LA", "PA"):
+        data = io.BytesIO()
+        Image.fromarray(ink).convert(mode).save(data, "TIFF" if mode == "PA" else "PNG")
+        image = decode.decode(data.getvalue(), channels)
+        assert (image[1, 1] == 0).all()
+        assert (image[2, 2] == 204).all()
+        assert (image[0] == 255).all()
+
+
+def test_whatever_the_plugin_of_a_format_raises_is_said_of_the_image(monkeypatch):
+    def failing(*_):
+        raise RuntimeError("Conversion from YUV failed")
+
+    monkeypatch.setattr(decode.Image, "open", failing)
+    with pytest.raises(ValueError, match="Conversion from YUV failed"):
+        decode.decode(encoded(0, "PNG"), 3)
 
 
 def test_bytes_after_the_image_do_no_harm():

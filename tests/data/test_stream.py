@@ -256,6 +256,7 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
             r"batch_size = 6 must be a positive",
         ),
         ({"stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
+        ({"feed": "resident", "stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
         ({"stream.workers": 10**6}, "data.stream.workers = 1000000 must be .* at most 1024"),
         ({"stream.buffer": 0}, "data.stream.buffer = 0 must be 1 or more"),
         ({"stream.buffer": 10**6}, "data.stream.buffer = 1000000 must be .* at most 1024"),
