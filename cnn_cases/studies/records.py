@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import pathlib
+import reprlib
 import zlib
 
 from flax import traverse_util
@@ -77,7 +78,7 @@ def _check_runs(record):
     seen = set()
     for number, run in enumerate(record["runs"]):
         for key, value, allowed in _wrong(record, run):
-            raise ValueError(f"runs[{number}]: {key} = {value!r} must be {allowed}")
+            raise ValueError(f"runs[{number}]: {key} = {reprlib.repr(value)} must be {allowed}")
         identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], *run["environments"])
         if identity in seen:
             raise ValueError(
@@ -102,11 +103,19 @@ def _wrong(record, run):
     for part in ("curves", *(["metrics"] if run["status"] == "finished" else [])):
         if not isinstance(run[part], dict):
             yield part, run[part], "named figures"
+        is_possible, allowed = {
+            "curves": (_is_curve, "pairs of a step and a finite number"),
+            "metrics": (_is_number, "a finite number"),
+        }[part]
         for name, value in run[part].items():
-            pairs = [(0, value)] if part == "metrics" else value
-            bad = [pair for pair in pairs if not (len(pair) == 2 and all(map(_is_number, pair)))]
-            if bad:
-                yield f"{part}: {name}", bad[0][-1], "finite"
+            if not is_possible(value):
+                yield f"{part}: {name}", value, allowed
+
+
+def _is_curve(value):
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in value
+    )
 
 
 def _is_number(value):

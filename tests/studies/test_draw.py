@@ -150,15 +150,15 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
         ),
         (
             lambda record: record["runs"][0]["metrics"].update({"test/error": math.nan}),
-            "runs[0]: metrics: test/error = nan must be finite",
+            "runs[0]: metrics: test/error = nan must be a finite number",
         ),
         (
             lambda record: record["runs"][0]["metrics"].update({"test/error": "0.1"}),
-            "runs[0]: metrics: test/error = '0.1' must be finite",
+            "runs[0]: metrics: test/error = '0.1' must be a finite number",
         ),
         (
             lambda record: record["runs"][0]["curves"].update({"test/error": [[10, None]]}),
-            "runs[0]: curves: test/error = None must be finite",
+            "runs[0]: curves: test/error = [[10, None]] must be pairs of a step and a finite number",
         ),
         (lambda record: record["runs"][0].update(curves=[]), "runs[0]: curves = [] must be named figures"),
         (
