@@ -11,11 +11,21 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 CROPS = ("squeeze", "shorter_side", "area")
 MAX_SIDE = 8192  # pixels of an image's side; no network here is meant for more
-MAX_HEAD = 1 << 16  # bytes of a JPEG file among which its EXIF part begins, if it has one
+# What shows an image the right way up, by the orientation of its EXIF part. Pillow's `exif_transpose` does
+# the same, but writes all tags anew, which fails where any of them is damaged.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 cv2.setNumThreads(1)  # whoever decodes in parallel has a thread or a process for each batch already
 
@@ -43,7 +53,8 @@ def decode(data, channels):
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _to_pixels(ImageOps.exif_transpose(image), channels)
+            turn = _turn(image)
+            return _to_pixels(image if turn is None else image.transpose(turn), channels)
     except MemoryError:  # says nothing against the file
         raise
     except Exception as error:  # whatever the plugin of a format raises
@@ -53,14 +64,20 @@ def decode(data, channels):
 
 
 def _is_upright(data):
-    """Whether a JPEG file is shown as it is; so is one whose EXIF part is damaged."""
-    if b"Exif\0\0" not in data[:MAX_HEAD]:  # to open it would take longer
-        return True
+    """Whether a JPEG file is shown as it is."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    except Exception:  # what it raises, decoding tells
+        with Image.open(io.BytesIO(data)) as image:  # reads its head alone
+            return _turn(image) is None
+    except (OSError, Image.DecompressionBombError):  # what Pillow does not open, libjpeg-turbo may
         return True
+
+
+def _turn(image):
+    """The one of TURNS that a Pillow image asks for; None where none does, or its EXIF part is damaged."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except SyntaxError:
+        return None
 
 
 def _to_pixels(image, channels):

@@ -1,8 +1,9 @@
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from cnn_cases.data import decode
 from tests.data.photos import encoded, picture
@@ -63,10 +64,36 @@ def test_images_are_turned_as_their_exif_part_says(image_format, orientation):
     assert distance(image, picture(0)) < 10
 
 
-def test_an_exif_part_that_is_damaged_turns_nothing():
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_turns_are_those_of_pillow(orientation):
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture(0).save(data, "PNG", exif=exif)
+    with Image.open(data) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode.decode(data.getvalue(), 3), expected)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_an_exif_part_that_is_damaged_turns_nothing(image_format, mode):
     data = io.BytesIO()
-    picture(0).save(data, "JPEG", exif=b"Exif\0\0no such thing")
+    picture(0, mode if image_format == "JPEG" else "RGB").save(
+        data, image_format, exif=b"Exif\0\0no such thing", quality=95
+    )
     assert distance(decode.decode(data.getvalue(), 3), picture(0)) < 10
+
+
+def test_where_another_tag_is_damaged_an_image_is_still_turned():
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.ResolutionUnit] = 3, 2
+    picture(0).rotate(180).save(data, "JPEG", exif=exif, quality=95)
+    unit = b"\x01\x28\x00\x03"  # a whole number, of which this makes a text
+    assert unit in data.getvalue()
+    damaged = data.getvalue().replace(unit, b"\x01\x28\x00\x02")
+    with Image.open(io.BytesIO(damaged)) as image, pytest.raises(struct.error, match="not an integer"):
+        ImageOps.exif_transpose(image)
+    assert distance(decode.decode(damaged, 3), picture(0)) < 10
 
 
 @pytest.mark.parametrize("channels", [1, 3])
