@@ -100,13 +100,12 @@ def _wrong(record, run):
     starts = run["environments"]
     if not (isinstance(starts, list) and starts and all(start in numbers for start in starts)):
         yield "environments", starts, f"numbers of environments, which are below {len(numbers)}"
-    for part in ("curves", *(["metrics"] if run["status"] == "finished" else [])):
+    figures = [("curves", _is_curve, "pairs of a step and a finite number")]
+    if run["status"] == "finished":
+        figures.append(("metrics", _is_number, "a finite number"))
+    for part, is_possible, allowed in figures:
         if not isinstance(run[part], dict):
             yield part, run[part], "named figures"
-        is_possible, allowed = {
-            "curves": (_is_curve, "pairs of a step and a finite number"),
-            "metrics": (_is_number, "a finite number"),
-        }[part]
         for name, value in run[part].items():
             if not is_possible(value):
                 yield f"{part}: {name}", value, allowed
@@ -320,10 +319,9 @@ def split_by_code(record):
         parts[key].append(run)
     if len(parts) == 1:
         return {"": record}
-    times = collections.Counter(map(words_of, started.values()))
-    names = {}
+    names = {key: words_of(starts) for key, starts in started.items()}
+    times = collections.Counter(names.values())
     for key, starts in started.items():
-        names[key] = words_of(starts)
         if times[names[key]] > 1:  # as without a commit, or where one has been changed twice
             names[key] += f" code {', '.join(dict.fromkeys(str(start.get('code')) for start in starts))}"
     return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
