@@ -9,6 +9,7 @@ import collections
 import itertools
 import pathlib
 import statistics
+import textwrap
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ LINES = ("-", "--", ":", "-.")
 MAX_MARKERS = 8  # on one curve
 MAX_PANELS = 4  # side by side
 LONGEST = 36  # characters of a value
+WIDEST = 34  # characters of a line over a panel
 
 _TRAINING = ("running", "train")
 
@@ -104,15 +106,23 @@ def draw_runs(
 def shortened(values):
     """{value: its text, with room beside others}.
 
-    The middle of a long one, as of a path, is left out, unless it is what tells it from another.
+    The middle of a long one, as of a path, is left out; where that leaves two alike, what they begin with.
     """
     whole = {value: records.text_of(value) for value in values}
-    short = {
-        value: text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
-        for value, text in whole.items()
-    }
-    times = collections.Counter(short.values())
-    return {value: text if times[text] == 1 else whole[value] for value, text in short.items()}
+    short, alike = {}, collections.defaultdict(list)
+    for value, text in whole.items():
+        short[value] = _without_middle(text)
+        alike[short[value]].append(value)
+    for group in alike.values():
+        if len(group) > 1:
+            columns = zip(*(whole[value] for value in group), strict=False)
+            begin = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+            short |= {value: f"…{_without_middle(whole[value][begin:])}" for value in group}
+    return short if len(set(short.values())) == len(short) else whole
+
+
+def _without_middle(text):
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
 
 
 def label_of(text, runs):
@@ -303,7 +313,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
                         first=number,
                         band=bold,
                     )
-            axis.set(title=f"{title}, code {code}" if code else title)
+            axis.set(title=textwrap.fill(f"{title}, code {code}" if code else title, WIDEST))
             axis.grid(alpha=0.3)
     rows[0][0].set_xlim(0, None)  # of all, and now, for it ends where the longest of these curves do
     for axis in rows[-1]:

@@ -127,10 +127,7 @@ def _summary(record):
     diverged = sum(run["status"] == "diverged" for run in runs)
     words = ["One run" if len(runs) == 1 else f"{len(runs)} runs", f"of up to {steps:,} steps."]
     if diverged:
-        words.append(f"{diverged} diverged: their lines end with a cross.")
-    early = sum(not any(run["curves"].values()) for run in runs)
-    if early:
-        words.append(f"{early} of them diverged before a first value, and have no line.")
+        words.append(f"{diverged} diverged: a cross ends the line of each that came to a first value.")
     words.append("Hover for values, drag to move, press a button to hide or show its lines.")
     return " ".join(words)
 

@@ -323,7 +323,7 @@ def split_by_code(record):
     times = collections.Counter(names.values())
     for key, starts in started.items():
         if times[names[key]] > 1:  # as without a commit, or where one has been changed twice
-            names[key] += f" code {', '.join(dict.fromkeys(str(start.get('code')) for start in starts))}"
+            names[key] += f" ({', '.join(dict.fromkeys(str(start.get('code')) for start in starts))})"
     return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
 
 

@@ -178,7 +178,11 @@ def test_long_texts_are_shortened_where_that_leaves_them_apart():
     texts = figures.shortened((8, one, two, three))
     assert texts[8] == "8"
     assert texts[one] == "a" * 18 + "…" + "a" * 18
-    assert (texts[two], texts[three]) == (two, three)
+    assert (texts[two], texts[three]) == ("…1/checkpoints_of_the_run", "…2/checkpoints_of_the_run")
+    threefold = [
+        f"{'x' * 40}{begin}{'y' * 40}" for begin in ("1", "2" + "z" * 40 + "1", "2" + "z" * 40 + "2")
+    ]
+    assert figures.shortened(threefold) == {text: text for text in threefold}
 
 
 def test_where_all_errors_are_zero_the_axis_has_room(record):

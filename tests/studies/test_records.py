@@ -63,13 +63,13 @@ def test_a_directory_without_git_is_a_code(mixed):
     assert list(records.split_by_code(mixed)) == ["aaaaaaa", "no commit"]
     for one, code in zip(mixed["environments"], ("0123", "4567"), strict=True):
         one |= {"commit": None, "code": code}
-    assert list(records.split_by_code(mixed)) == ["no commit code 0123", "no commit code 4567"]
+    assert list(records.split_by_code(mixed)) == ["no commit (0123)", "no commit (4567)"]
 
 
 def test_changes_of_one_commit_are_told_apart_by_their_code(mixed):
     for one, code in zip(mixed["environments"], ("0123", "4567"), strict=True):
         one |= {"commit": "a" * 40 + "-dirty", "code": code}
-    assert list(records.split_by_code(mixed)) == ["aaaaaaa-dirty code 0123", "aaaaaaa-dirty code 4567"]
+    assert list(records.split_by_code(mixed)) == ["aaaaaaa-dirty (0123)", "aaaaaaa-dirty (4567)"]
 
 
 def test_another_precision_of_matrix_products_is_another_code(mixed):
