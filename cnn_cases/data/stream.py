@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 import zlib
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
 MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
 NUM_COMPARED = 64  # examples of a split by which it is told from others
+MAX_WAIT = 10  # seconds for a thread that only unlinks files
 _CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
 _ENDLESS = 2**62  # batches
 
@@ -239,12 +241,16 @@ class StreamFeed:
         if workers:
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=self._buffer)
             batches = batches.mp_prefetch(options, worker_init_fn=_end_with_parent)
-        with contextlib.closing(iter(batches)) as iterator:
+        with contextlib.ExitStack() as stack:
+            if workers:
+                stack.callback(_wait_until_freed)
+            iterator = stack.enter_context(contextlib.closing(iter(batches)))
             batch = _first(iterator) if workers else next(iterator, None)
             while batch:
+                if workers:  # what they made lies in shared memory, which a copy gives back at once
+                    batch = {name: np.array(leaf) for name, leaf in batch.items()}
                 self._note(role, batch.pop("damaged").tolist())
-                # What workers made lies in shared memory, which a copy gives back at once.
-                yield {name: np.array(leaf) if workers else leaf for name, leaf in batch.items()}
+                yield batch
                 batch = next(iterator, None)
 
     def _note(self, role, indices):
@@ -393,6 +399,20 @@ def _first(iterator):
         return next(iterator)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_until_freed():
+    """Waits until the batches that workers made and nobody took are freed.
+
+    A thread of grain's unlinks what lies in shared memory, one thing after another; the end of the process
+    would stop it, and Python would warn of what is left. Here, something of our own is the last.
+    """
+    freed = threading.Event()
+    last = grain.multiprocessing.SharedMemoryArray((1,))
+    last.unlink_on_del()
+    weakref.finalize(last.shm, freed.set)
+    del last
+    freed.wait(MAX_WAIT)
 
 
 def _end_with_parent(worker_index, worker_count):

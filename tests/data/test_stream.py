@@ -7,9 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from multiprocessing import shared_memory
 from types import SimpleNamespace
 from unittest import mock
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -308,6 +311,26 @@ def test_signals_that_save_a_run_do_not_end_its_workers():
     blocked = stream._first(signal.pthread_sigmask(signal.SIG_BLOCK, ()) for _ in range(1))
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2} <= blocked
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_shared_memory_is_free_before_a_feed_is_closed(monkeypatch):
+    """The thread that frees it is slow here; else the end of the process would seldom come before it."""
+    array = grain.multiprocessing.SharedMemoryArray
+    free = array.close_shm_async
+
+    def slowly(*args):
+        time.sleep(0.2)
+        free(*args)
+
+    monkeypatch.setattr(array, "close_shm_async", slowly)
+    array.enable_async_del()
+    left = array((3,))
+    name = left.metadata.name
+    left.unlink_on_del()
+    del left
+    stream._wait_until_freed()
+    with pytest.raises(FileNotFoundError):
+        shared_memory.SharedMemory(name)
 
 
 def test_training_is_the_same_with_worker_processes(photos_dir, tmp_path):
