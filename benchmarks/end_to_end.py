@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import contenders, record
 from cnn_cases import tables
 from cnn_cases.data import splits
-from cnn_cases.studies import jobs, sweep
+from cnn_cases.studies import jobs, plan
 from cnn_cases.training import logbook, optimizer, provenance
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -74,7 +74,7 @@ PEERS = ("torch", TWO, "torch.compile, first start", "torch.compile, later start
 def settings_of(case, data):
     """What `benchmarks.torch_training` is told, but for `compiled`; the images go to the file `data`."""
     config = importlib.import_module(f"configs.{case.config}").get_config()
-    configs = [run.config for run in sweep.expand(config)] if "grid" in config else [config]
+    configs = [run.config for run in plan.expand(config)] if "grid" in config else [config]
     config = configs[0]
     for key, value in case.overrides.items():
         config.update_from_flattened_dict({key: value})

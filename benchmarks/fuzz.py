@@ -43,7 +43,7 @@ from PIL import Image
 from benchmarks import record
 from cnn_cases.analysis import costs
 from cnn_cases.data import feeds, pixels
-from cnn_cases.studies import sweep
+from cnn_cases.studies import plan
 from cnn_cases.training import loop, programs
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
@@ -414,7 +414,7 @@ def try_study(rng):
         values.pop("compare", None)  # which may be none of its keys now, and be named instead
 
     def expand():
-        for run in sweep.expand(ConfigDict(values)):
+        for run in plan.expand(ConfigDict(values)):
             programs.check(run.config)
         return "trained"
 

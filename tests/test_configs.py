@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.fuzz import TRAINING, Images, load
 from cnn_cases import settings
-from cnn_cases.studies import sweep
+from cnn_cases.studies import plan
 from cnn_cases.training import loop, programs
 from configs import common
 
@@ -46,7 +46,7 @@ def test_training_on_everything_has_to_be_asked_for(name):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_names_its_runs_apart(name):
     study = load(f"studies.{name}")
-    runs = sweep.expand(study)
+    runs = plan.expand(study)
     points = len(study.seeds)
     for _, values in study.grid:
         points *= len(values)
@@ -57,7 +57,7 @@ def test_a_study_names_its_runs_apart(name):
 def test_every_config_can_be_run_with_several_seeds(name):
     study = importlib.import_module("configs.studies.seeds").get_config(name)
     assert study.base == load(name)
-    assert [run.config.seed for run in sweep.expand(study)] == [0, 1, 2]
+    assert [run.config.seed for run in plan.expand(study)] == [0, 1, 2]
 
 
 def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
@@ -74,7 +74,7 @@ def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
 
 def test_the_deepest_nets_on_cifar10_start_slowly_and_the_short_schedule_is_a_tenth():
     get_config = importlib.import_module("configs.studies.depth_cifar10").get_config
-    for run in sweep.expand(get_config()):
+    for run in plan.expand(get_config()):
         deepest = run.config.model.depth == 110
         assert run.config.schedule.warmup_steps == (400 if deepest else 0)
     short = get_config("short").base

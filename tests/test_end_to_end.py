@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import end_to_end
-from cnn_cases.studies import sweep
+from cnn_cases.studies import plan
 from cnn_cases.training import provenance
 from configs import resnet_digits
 from configs.studies import depth_digits
@@ -26,7 +26,7 @@ def test_the_peer_is_told_what_the_config_says(tmp_path):
 
 def test_the_peer_of_a_study_trains_each_of_its_networks(tmp_path):
     settings = end_to_end.settings_of(end_to_end.CASES["depth study, digits"], tmp_path / "data.npz")
-    runs = sweep.expand(depth_digits.get_config())
+    runs = plan.expand(depth_digits.get_config())
     told = [(arguments["depth"], arguments["plain"], seed) for _, arguments, seed in settings["networks"]]
     assert told == [(run.config.model.depth, run.config.model.plain, run.config.seed) for run in runs]
 

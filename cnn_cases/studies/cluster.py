@@ -91,7 +91,7 @@ def run_on_cluster(runs, workdir, cluster):
     told like the others, and submitted anew by the next call.
 
     Args:
-      runs: of `sweep.expand`.
+      runs: of `plan.expand`.
       workdir: the study's directory, which all machines of the cluster must see.
       cluster: a `Cluster` that `check` has passed.
 

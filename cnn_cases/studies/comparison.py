@@ -16,7 +16,7 @@ from matplotlib.transforms import offset_copy
 from scipy.special import stdtrit
 
 from cnn_cases import tables
-from cnn_cases.studies import figures, records
+from cnn_cases.studies import figures, plan, records
 
 CONFIDENCE = 0.95
 
@@ -94,7 +94,7 @@ def table(rows, titles, form):
         cells = [row["code"]] if codes else []
         for name in titles:
             if not isinstance(row[name], dict):
-                cells.append(records.text_of(row[name]))
+                cells.append(plan.text_of(row[name]))
                 continue
             mean, ends = row[name]["mean"], row[name]["interval"]
             if form == "csv":
@@ -158,18 +158,18 @@ def draw_marks(axis, place, result, upright):
 
 
 def compare_study(record):
-    """The comparison that a study asks for, in all final errors; see `records.compared`.
+    """The comparison that a study asks for, in all final errors; see `plan.compared`.
 
     Returns:
       Rows of `compare`, each with "value", one of the compared key, which itself is "<value> minus <first>".
       No rows where the study asks for no comparison.
     """
-    asked = records.compared(record["config"])
+    asked = plan.compared(record["config"])
     if not asked:
         return []
     key, first, others = asked
     return [
-        row | {"value": value, key: f"{records.text_of(value)} minus {records.text_of(first)}"}
+        row | {"value": value, key: f"{plan.text_of(value)} minus {plan.text_of(first)}"}
         for value in others
         for row in compare(record, key, value, first, final_errors(record))
     ]
@@ -185,16 +185,16 @@ def final_errors(record):
 def study_table(record, rows, form):
     """The rows of `compare_study` as "text", "markdown" or "csv"; see `table`."""
     keys = [key for key, _ in record["config"]["grid"]]
-    titles = {key: key for key in keys} if form == "csv" else records.short_names(keys)
+    titles = {key: key for key in keys} if form == "csv" else plan.short_names(keys)
     return table(rows, titles | {name: name for name in final_errors(record)}, form)
 
 
 def draw_study(record, rows):
     """A figure of the rows of `compare_study`."""
     grid = dict(record["config"]["grid"])
-    short = records.short_names(list(grid))
+    short = plan.short_names(list(grid))
     texts = {key: figures.shortened(values) for key, values in grid.items()}
-    compared, first, others = records.compared(record["config"])
+    compared, first, others = plan.compared(record["config"])
     several, labels = len(others) > 1, []
 
     def minus(value):

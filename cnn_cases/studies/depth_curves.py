@@ -13,7 +13,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from cnn_cases import command, tables
-from cnn_cases.studies import comparison, figures, records, sweep
+from cnn_cases.studies import comparison, figures, plan, records, sweep
 from cnn_cases.training import disk
 
 KINDS = {True: "plain", False: "residual"}
@@ -22,7 +22,7 @@ COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colou
 
 def _final_errors(record):
     """{name of a final error: its title}; on the test set by the views of `evaluation.protocol`."""
-    protocol = records.lookup(record["config"]["base"], "evaluation.protocol") or "single"
+    protocol = plan.lookup(record["config"]["base"], "evaluation.protocol") or "single"
     if protocol == "single":
         return {"train/error": "training error", "test/error": "test error"}
     return {"train/error": "training error", f"test/{protocol}/error": f"test error ({protocol})"}
@@ -267,8 +267,8 @@ def write_report(record, workdir):
 
 
 def check(study):
-    """Raises ValueError unless a study, as `sweep.expand` takes it, is one that can be drawn here."""
-    sweep.expand(study)
+    """Raises ValueError unless a study, as `plan.expand` takes it, is one that can be drawn here."""
+    plan.expand(study)
     if not _is_of_twins(study.grid):
         raise ValueError(
             f"grid = {study.grid}: a depth study needs values of model.depth, and True and False for "

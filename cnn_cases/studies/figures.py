@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cnn_cases.studies import records
+from cnn_cases.studies import plan, records
 
 MARKERS = "osD^vP*X<>"
 THIN, BOLD = 0.8, 2.2  # line widths of training and of evaluation, as in figure 6 of He et al. 2015
@@ -108,7 +108,7 @@ def shortened(values):
 
     The middle of a long one, as of a path, is left out; where that leaves two alike, what they begin with.
     """
-    whole = {value: records.text_of(value) for value in values}
+    whole = {value: plan.text_of(value) for value in values}
     short, alike = {}, collections.defaultdict(list)
     for value, text in whole.items():
         short[value] = _without_middle(text)
@@ -165,7 +165,7 @@ def seeds_in_words(record):
 
 def in_words(record, key):
     """The value of a key of a study's configs, or all of them where it is of the grid."""
-    return "/".join(map(records.text_of, records.values(record, key)))
+    return "/".join(map(plan.text_of, plan.values_of(record["config"], key)))
 
 
 def data_in_words(record):
@@ -175,7 +175,7 @@ def data_in_words(record):
 
 def loss_label(record):
     """The title of an axis of losses, with its unit."""
-    names = records.values(record, "loss.name")
+    names = plan.values_of(record["config"], "loss.name")
     units = ("cross-entropy, nats" if name == "cross_entropy" else f"{name}, no unit" for name in names)
     return f"loss ({'; '.join(units)})"
 
@@ -332,7 +332,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
 
 def key_of_panels(record):
     """The key that a study compares, if its values are few and its grid has other keys, too; else None."""
-    asked = records.compared(record["config"])
+    asked = plan.compared(record["config"])
     if not asked or len(record["config"]["grid"]) == 1:
         return None
     key, _, others = asked
@@ -341,8 +341,10 @@ def key_of_panels(record):
 
 def panels(record, key):
     """{value of a key of the grid: title of its panels}, such as "shortcut A"."""
-    short = records.short_names([one for one, _ in record["config"]["grid"]])[key]
-    return {value: f"{short} {text}" for value, text in shortened(records.values(record, key)).items()}
+    short = plan.short_names([one for one, _ in record["config"]["grid"]])[key]
+    return {
+        value: f"{short} {text}" for value, text in shortened(plan.values_of(record["config"], key)).items()
+    }
 
 
 def draw_errors_by(record, key):

@@ -26,7 +26,7 @@ def run_here(groups, workdir, local=None):
     """Runs the groups one after another in this process.
 
     Args:
-      groups: lists of runs (`sweep.Run`) that differ in the seed alone, and so share a compilation.
+      groups: lists of runs (`plan.Run`) that differ in the seed alone, and so share a compilation.
       workdir: the directory in which each run has one of its name.
       local: the devices to use; None for all of this machine.
 

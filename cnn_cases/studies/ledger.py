@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from flax import traverse_util
 
 from cnn_cases import settings, tables
-from cnn_cases.studies import records
+from cnn_cases.studies import plan, records
 from cnn_cases.training import disk, logbook
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def collect(studies):
         keys = [key for key, _ in study["grid"]]
         for run in record["runs"]:
             point = {key: run[key] for key in keys}
-            config = records.config_of(study, point)
+            config = plan.config_of(study, point)
             environments = [record["environments"][number] for number in run["environments"]]
             code = sorted(set(map(records.code_of, environments)))
             group = json.dumps([recipe(config), code], sort_keys=True)
@@ -239,7 +239,7 @@ def recipe(config):
     """A config without what no result depends on, as {key with its place: value}."""
     flat = traverse_util.flatten_dict(config, sep=".")
     groups = tuple(f"{key}." for key in ASIDE)
-    if not records.lookup(config, "start.workdir"):
+    if not plan.lookup(config, "start.workdir"):
         groups += ("start.",)
     return {key: value for key, value in flat.items() if key not in ASIDE and not key.startswith(groups)}
 
@@ -249,12 +249,12 @@ def counterpart(config, metric):
 
     The papers' networks were trained from the beginning, and all of their layers.
     """
-    if records.lookup(config, "start.workdir") or records.lookup(config, "optimizer.frozen"):
+    if plan.lookup(config, "start.workdir") or plan.lookup(config, "optimizer.frozen"):
         return None
-    if records.lookup(config, "data.name") == "imagenet2012":  # papers report on its validation images
+    if plan.lookup(config, "data.name") == "imagenet2012":  # papers report on its validation images
         metric = metric.replace("validation/", "test/")
     for one in PUBLISHED:
-        pairs = [(records.lookup(config, key), value) for key, value in one.where.items()]
+        pairs = [(plan.lookup(config, key), value) for key, value in one.where.items()]
         if one.metric == metric and all(
             there == value or (there is None and not value) for there, value in pairs
         ):
@@ -266,7 +266,7 @@ def metric_of(row):
     """The error to show: of the test set if there is one, as its paper tests if that was done."""
     measured = [run["metrics"] for run in row.runs if run["status"] == "finished"]
     names = measured[0] if measured else ("test/error",)
-    protocol = records.lookup(row.config, "evaluation.protocol")
+    protocol = plan.lookup(row.config, "evaluation.protocol")
     wanted = (f"test/{protocol}/error", "test/error", f"validation/{protocol}/error", "validation/error")
     return next((name for name in wanted if name in names), "test/error")
 
@@ -280,11 +280,11 @@ def network(config):
     for key, value in config["model"].items():
         if key != "name" and value:
             words.append(key if value is True else f"{key} {value}")
-    if records.lookup(config, "start.workdir"):
+    if plan.lookup(config, "start.workdir"):
         start = config["start"]
-        words.append(f"{records.text_of(start['layers'])} of {start['workdir']} ({start['step']})")
-    if records.lookup(config, "optimizer.frozen"):
-        words.append(f"{records.text_of(config['optimizer']['frozen'])} frozen")
+        words.append(f"{plan.text_of(start['layers'])} of {start['workdir']} ({start['step']})")
+    if plan.lookup(config, "optimizer.frozen"):
+        words.append(f"{plan.text_of(config['optimizer']['frozen'])} frozen")
     return ", ".join(words)
 
 
@@ -347,7 +347,7 @@ def table(rows, place="results", short=False):
         if short and not published:
             continue
         others = [
-            f"{key} {records.text_of(value)}"
+            f"{key} {plan.text_of(value)}"
             for key, value in row.point.items()
             if value not in ("", ()) and not key.startswith(_SHOWN_ELSEWHERE)
         ]

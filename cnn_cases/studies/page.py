@@ -12,7 +12,7 @@ from bokeh.plotting import figure
 from bokeh.resources import INLINE
 from matplotlib.colors import to_hex, to_rgb
 
-from cnn_cases.studies import figures, records
+from cnn_cases.studies import figures, plan, records
 from cnn_cases.training import disk
 
 _DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # of training, and of the splits
@@ -123,7 +123,7 @@ def to_html(record, panel_key=None, panels=None):
 
 
 def _summary(record):
-    runs, steps = record["runs"], max(records.values(record, "num_steps"))
+    runs, steps = record["runs"], max(plan.values_of(record["config"], "num_steps"))
     diverged = sum(run["status"] == "diverged" for run in runs)
     words = ["One run" if len(runs) == 1 else f"{len(runs)} runs", f"of up to {steps:,} steps."]
     if diverged:

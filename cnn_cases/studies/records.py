@@ -2,7 +2,7 @@
 
 A record is a dict that JSON can hold, made by `sweep.make_record`:
 
-    config          of the study: base, grid and seeds, and adjust and compare, where it has them
+    config          of the study (see `plan`)
     environments    commit, code, versions, devices and data of the starts of its runs, each once
     runs            one dict a run: its point of the grid {key: value}, seed, status ("finished", "diverged"),
                     step (the last), metrics (of a finished one), seconds, date (of its end), environments
@@ -13,16 +13,14 @@ Errors are fractions. Runs that began before 2026-11-25 lack the losses.
 """
 
 import collections
-import itertools
 import json
 import math
 import pathlib
 import reprlib
 import zlib
 
-from flax import traverse_util
-
 from cnn_cases import settings
+from cnn_cases.studies import plan
 
 
 def read(path):
@@ -42,7 +40,7 @@ def read(path):
     try:
         # The values of a grid can be tuples, of which JSON made lists, and points are looked up by them.
         study = settings.from_json(record["config"])
-        check_study(study)
+        plan.check(study)
         _check_parts(record, study)
         runs = [
             run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]
@@ -69,7 +67,7 @@ def _check_parts(record, study):
             if missing:
                 raise ValueError(f"{part}[{number}] has no {missing[0]}")
     for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
-        if lookup(study["base"], key) is None:
+        if plan.lookup(study["base"], key) is None:
             raise ValueError(f"config: base has no {key}")
 
 
@@ -119,138 +117,6 @@ def _is_curve(value):
 
 def _is_number(value):
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def check_study(study):
-    """Raises ValueError unless a study has what `sweep.expand` takes; its base is not looked into.
-
-    Args:
-      study: the config of a study, or that of a record.
-    """
-    missing = {"base", "grid", "seeds"} - set(study)
-    if missing:
-        raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
-    for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
-        raise ValueError(
-            f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
-        )
-    grid, seeds = study["grid"], study["seeds"]
-    if not (isinstance(grid, tuple) and all(map(_is_pair, grid))):
-        raise ValueError(f"grid = {grid} must be pairs of a key and the values it takes")
-    if not (isinstance(seeds, tuple) and all(type(seed) is int for seed in seeds)):
-        raise ValueError(f"seeds = {seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
-    keys = [key for key, _ in grid]
-    if "seed" in keys:
-        raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
-    for key, values in (*((f"grid: {key}", values) for key, values in grid), ("seeds", seeds)):
-        if not all(map(_is_plain, values)):
-            raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
-        if not values or any(value in values[:index] for index, value in enumerate(values)):
-            raise ValueError(f"{key} = {values} must have values, and none of them twice")
-    if "adjust" in study:
-        _check_adjust(study["adjust"], keys)
-    compared(study)
-
-
-def _check_adjust(adjust, keys):
-    if not (isinstance(adjust, tuple) and all(map(_is_adjustment, adjust))):
-        raise ValueError(
-            f"adjust = {adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
-            "its value there"
-        )
-    for (key, _), pairs in adjust:
-        if key not in keys:
-            raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(keys)}")
-        for changed, value in pairs:
-            if changed in (*keys, "seed"):  # a run would be another than its name says
-                raise ValueError(f"adjust: {changed} = {value!r} is what the grid and the seeds are for")
-
-
-def _is_pair(pair):
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        return False
-    return isinstance(pair[0], str) and isinstance(pair[1], tuple)
-
-
-def _is_plain(value):
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str)
-
-
-def _is_adjustment(pair):
-    where, pairs = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
-    if not isinstance(pairs, tuple):
-        return False
-    return all(
-        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in (where, *pairs)
-    )
-
-
-def lookup(config, key):
-    """The value of a key such as "data.augment.flip"; None where a config does not have it."""
-    value = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def values(record, key):
-    """The values of a key in the points of a study's grid, each once, in order."""
-    study = record["config"]
-    keys = [key for key, _ in study["grid"]]
-    points = itertools.product(*(values for _, values in study["grid"]))
-    configs = (config_of(study, dict(zip(keys, point, strict=True))) for point in points)
-    return tuple(dict.fromkeys(lookup(config, key) for config in configs))
-
-
-def config_of(study, point):
-    """The config of a point of a study, as `sweep.expand` makes it: the base, the point, its adjustments."""
-    flat = traverse_util.flatten_dict(study["base"], sep=".")
-    return traverse_util.unflatten_dict(flat | point | dict(adjustments(study, point)), sep=".")
-
-
-def text_of(value):
-    """The value of a key in a table or a legend: `20`, `conv* and dense*`; `none` where it is empty."""
-    return (" and ".join(map(text_of, value)) if isinstance(value, tuple) else str(value)) or "none"
-
-
-def adjustments(study, point):
-    """Yields the pairs of a key and its value that `adjust` of a study has for a point of its grid.
-
-    Args:
-      study: the config of a study, or that of a record.
-      point: {key of the grid: value}.
-    """
-    for (key, value), pairs in study.get("adjust", ()):
-        if point[key] == value:  # a part of the grid may be run, without it
-            yield from pairs
-
-
-def compared(study):
-    """What a study compares in pairs: a key of its grid, the first value of it, and the others, each with it.
-
-    Args:
-      study: the config of a study, or that of a record.
-
-    Returns:
-      (key, first value, tuple of the others); None where it has no `compare`, or one value alone.
-
-    Raises:
-      ValueError: `compare` is no key of the grid.
-    """
-    if "compare" not in study:
-        return None
-    key, grid = study["compare"], dict(study["grid"])
-    if key not in list(grid):
-        raise ValueError(
-            f"compare = {key!r} must be a key of the grid, which has {', '.join(grid) or 'none'}"
-        )
-    first, *others = grid[key] or (None,)
-    return (key, first, tuple(others)) if others else None
 
 
 def code_of(environment):
@@ -344,22 +210,12 @@ def names_of_points(record, without=None):
       without: a key of the grid that the names leave out.
     """
     keys = [key for key, _ in record["config"]["grid"]]
-    short = short_names(keys)
+    short = plan.short_names(keys)
     return {
         point: ", ".join(
-            f"{short[key]} {text_of(value)}" for key, value in zip(keys, point, strict=True) if key != without
+            f"{short[key]} {plan.text_of(value)}"
+            for key, value in zip(keys, point, strict=True)
+            if key != without
         )
         for point in group_by_point(record)
     }
-
-
-def short_names(keys):
-    """{key: its last parts, as many as tell it from the others}: of model.depth mostly `depth`."""
-    names = {}
-    for key in keys:
-        parts = key.split(".")
-        tails = [".".join(parts[-number:]) for number in range(1, len(parts))]
-        others = [f".{other}" for other in keys if other != key]
-        unlike = (tail for tail in tails if not any(other.endswith(f".{tail}") for other in others))
-        names[key] = next(unlike, key)
-    return names

@@ -8,14 +8,10 @@ for one, and all that the runs gave (record.json). Started again, it skips the r
 resumes those that are not.
 """
 
-import collections
-import copy
 import functools
 import itertools
 import json
 import pathlib
-import re
-from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -23,70 +19,8 @@ from ml_collections import ConfigDict, config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
-from cnn_cases.studies import comparison, figures, jobs, records
+from cnn_cases.studies import comparison, figures, jobs, plan, records
 from cnn_cases.training import checkpoint, disk, logbook, processes, programs
-
-
-class Run(NamedTuple):
-    """One run of a sweep: its name, its point of the grid {key: value}, and its whole config."""
-
-    name: str
-    point: dict
-    config: Any
-
-
-def expand(study):
-    """The runs of a study, those that differ in the seed alone one after another.
-
-    Args:
-      study: a config with `base` (a training config), `grid` (pairs of a key of `base` and the values it
-        takes) and `seeds`. It can have `adjust`, what some points need besides: pairs of (key of the grid,
-        value) and of pairs of a key and its value there. The key is one of `base`, or a setting that the
-        network of the point has and that of `base` has not. And it can have `compare`, the key of the grid
-        whose values are compared in pairs of runs (`comparison`).
-
-    Raises:
-      ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
-        or there is nothing to run.
-    """
-    if not isinstance(study, ConfigDict):
-        raise ValueError(f"a study must be a ConfigDict, not {study!r}")
-    records.check_study(study)
-    settings.check(study.base, "base.")
-    keys = [key for key, _ in study.grid]
-    short = records.short_names([*keys, "seed"])
-    runs = []
-    for values in itertools.product(*(values for _, values in study.grid)):
-        for seed in study.seeds:
-            config = copy.deepcopy(study.base)
-            point = dict(zip(keys, values, strict=True))
-            own = point | {"seed": seed}
-            for key, value in own.items():
-                _override(config, "grid", key, value)
-            for key, value in records.adjustments(study, point):
-                group, _, setting = key.rpartition(".")
-                if group == "model" and setting not in config.model:
-                    with config.unlocked():
-                        config.model[setting] = value  # whether the network has it, `make_model` finds out
-                else:
-                    _override(config, "adjust", key, value)
-            name = "_".join(f"{short[key]}-{value}" for key, value in own.items())
-            runs.append(Run(re.sub(r"[/\\\[\]*?]", "-", name), point, config))
-    name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")
-    return runs
-
-
-def _override(config, where, key, value):
-    try:
-        old = config
-        for part in key.split("."):
-            old = old[part]
-        config.update_from_flattened_dict({key: value})
-    except (KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error.args[0]).split())  # a hint stands on a line of its own
-        raise ValueError(f"{where}: {key} = {value!r} does not fit the base config: {reason}") from None
 
 
 def run_all(study, workdir, num_jobs=1, cluster=None):
@@ -95,7 +29,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     A run that diverges is marked and the sweep goes on.
 
     Args:
-      study: see `expand`.
+      study: see `plan`.
       workdir: the study's directory; the runs lie in its `runs/`.
       num_jobs: how many points of the grid, or runs where there are fewer points, are run side by side, each
         in a process of its own.
@@ -121,7 +55,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
         jax.config.update("jax_platforms", "cpu")
     elif cluster or num_jobs > 1:
         jobs.share_accelerators()
-    runs = expand(study)
+    runs = plan.expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
     if num_jobs > len(groups):
         groups = [[run] for run in runs]  # seeds share what is compiled, but one process is too few here
@@ -159,10 +93,10 @@ def _is_part(study, known):
     So a study can grow, by more seeds, depths or what else its grid has, and be drawn before it has grown.
     """
     try:
-        known = expand(ConfigDict(settings.from_json(settings.completed(known))))
+        known = plan.expand(ConfigDict(settings.from_json(settings.completed(known))))
     except ValueError:  # one that this code cannot read
         return False
-    ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (expand(study), known))
+    ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (plan.expand(study), known))
     return (ours.keys() <= theirs.keys() or ours.keys() >= theirs.keys()) and not any(
         logbook.differences(theirs[name], ours[name], aside=logbook.OF_THE_MACHINE)
         for name in ours.keys() & theirs.keys()
@@ -173,7 +107,7 @@ def make_record(study, workdir):
     """What the runs gave, as a dict that JSON can hold.
 
     Args:
-      study: see `expand`.
+      study: see `plan`.
       workdir: the study's directory.
 
     Returns:
@@ -185,7 +119,7 @@ def make_record(study, workdir):
     workdir = pathlib.Path(workdir)
     logbook.check_owner(workdir, study.to_dict(), functools.partial(_is_part, study))
     outcomes, environments = [], []
-    for run in expand(study):
+    for run in plan.expand(study):
         run_dir = workdir / "runs" / run.name
         result = logbook.read_result(run_dir)
         if not result:
@@ -246,7 +180,7 @@ def table(record, exact=False):
     for code, part in parts.items():
         for point, runs in records.group_by_point(part).items():
             metrics = [run["metrics"] for run in runs if run["status"] == "finished"]
-            cells = [*map(records.text_of, point), *([code] if several else []), str(len(runs))]
+            cells = [*map(plan.text_of, point), *([code] if several else []), str(len(runs))]
             for name in names:
                 error = name.endswith("error")  # top_5_error, too
                 values = [one[name] for one in metrics if name in one]

@@ -1,6 +1,9 @@
-"""A record of a small depth study: two depths, two seeds, and one run that diverged."""
+"""A small study, and the record of a depth study: two depths, two seeds, and one run that diverged."""
 
 import pytest
+from ml_collections import ConfigDict
+
+from tests.conftest import tiny_config
 
 ENVIRONMENT = {
     "commit": "a" * 40,
@@ -8,6 +11,19 @@ ENVIRONMENT = {
     "devices": ["cpu"],
     "cpus": 2,
 }
+
+
+def tiny_study(data_dir, **changes):
+    """LeNet-5 on digits for 4 steps, at four points with two seeds."""
+    base = tiny_config(data_dir)
+    base.num_steps = 4
+    base.log_every_steps = 2
+    study = {
+        "base": base,
+        "grid": (("optimizer.momentum", (0.0, 0.9)), ("data.augment.flip", (True, False))),
+        "seeds": (0, 1),
+    }
+    return ConfigDict(study | changes)
 
 
 def run(depth, plain, seed, error, status="finished"):

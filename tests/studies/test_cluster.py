@@ -10,9 +10,9 @@ import time
 import pytest
 from submitit.core.utils import JobPaths
 
-from cnn_cases.studies import cluster, jobs, sweep
+from cnn_cases.studies import cluster, jobs, plan, sweep
 from cnn_cases.training import logbook, loop, programs, stopping
-from tests.studies.test_sweep import tiny_study
+from tests.studies.conftest import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = cluster.Cluster("local")
@@ -24,7 +24,7 @@ def runs_of(data_dir, num_steps=4, checkpoint_every=4):
     study.base.evaluation.every_steps = 0
     study.base.checkpoint.every_steps = checkpoint_every
     study.base.checkpoint.best_on = ""
-    return sweep.expand(study)
+    return plan.expand(study)
 
 
 def metrics(workdir):

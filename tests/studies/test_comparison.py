@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from cnn_cases.studies import comparison, records
+from cnn_cases.studies import comparison, plan
 from tests.studies.conftest import run
 
 TITLES = {"model.depth": "depth", "test/error": "test error"}
@@ -129,19 +129,10 @@ def test_only_errors_that_all_runs_have_are_compared(asking):
     assert "test/error" not in comparison.compare_study(asking)[0]
 
 
-@pytest.mark.parametrize(
-    ("compare", "known"), [("model.deep", "model.depth, model.plain"), ([8], "model.depth")]
-)
-def test_only_a_key_of_the_grid_can_be_compared(asking, compare, known):
-    asking["config"]["compare"] = compare
-    with pytest.raises(ValueError, match=rf"^compare = .* must be a key of the grid, which has {known}"):
-        records.compared(asking["config"])
-
-
 @pytest.mark.parametrize("values", [[8], []])
 def test_of_fewer_than_two_values_there_is_nothing_to_compare(asking, values):
     asking["config"]["grid"][0] = ["model.depth", values]
-    assert records.compared(asking["config"]) is None
+    assert plan.compared(asking["config"]) is None
     assert comparison.compare_study(asking) == []
 
 

@@ -13,9 +13,9 @@ import jax
 import pytest
 
 from cnn_cases import command
-from cnn_cases.studies import jobs, sweep
+from cnn_cases.studies import jobs, plan
 from cnn_cases.training import disk, processes, programs, provenance, stopping
-from tests.studies.test_sweep import tiny_study
+from tests.studies.conftest import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def groups_of(data_dir, num_steps=4):
     study = tiny_study(data_dir, grid=(("optimizer.momentum", (0.0, 0.9)),), seeds=(0,))
     study.base.num_steps = num_steps
-    return [[run] for run in sweep.expand(study)]
+    return [[run] for run in plan.expand(study)]
 
 
 def rows(workdir):

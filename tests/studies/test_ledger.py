@@ -1,10 +1,9 @@
-import copy
 import json
 import os
 
 import pytest
 
-from cnn_cases.studies import ledger, records
+from cnn_cases.studies import ledger, plan
 from configs.studies import depth_digits
 
 CPU = {"commit": "a" * 40, "cpus": 2, "devices": ["cpu"], "versions": {"jax": "0.10.2"}}
@@ -183,21 +182,11 @@ def test_an_error_of_the_papers_protocol_goes_first():
     )
 
 
-def test_a_point_is_configured_as_the_sweep_does_it():
-    study = record(outcome(0, 0.08))["config"]
-    study["adjust"] = [[["model.depth", 110], [["num_steps", 9], ["model.shortcut", "B"]]]]
-    before = copy.deepcopy(study)
-    near, far = (records.config_of(study, {"model.depth": depth}) for depth in (20, 110))
-    assert (near["num_steps"], near["model"]["shortcut"]) == (64_000, "A")
-    assert (far["num_steps"], far["model"]["shortcut"], far["model"]["depth"]) == (9, "B", 110)
-    assert study == before
-
-
 def test_every_key_of_a_published_figure_is_one_of_a_config():
     base = json.loads(depth_digits.get_config().base.to_json())
     keys = {key for one in ledger.PUBLISHED for key in one.where}
     keys -= {"model.variant", "model.batch_norm"}  # of other networks
-    assert [key for key in keys if records.lookup(base, key) is None] == []
+    assert [key for key in keys if plan.lookup(base, key) is None] == []
 
 
 def test_no_two_published_figures_are_of_the_same_runs():

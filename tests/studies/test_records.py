@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cnn_cases.studies import records
+from cnn_cases.studies import plan, records
 
 
 def test_runs_of_one_code_stay_together(record):
@@ -94,19 +94,6 @@ def test_points_are_named_by_their_values(record):
     assert records.names_of_points(record, without="model.plain")[20, False] == "depth 20"
 
 
-@pytest.mark.parametrize(
-    ("keys", "names"),
-    [
-        (["model.depth", "seed"], ["depth", "seed"]),
-        (["optimizer.name", "schedule.name"], ["optimizer.name", "schedule.name"]),
-        (["a.b.c", "b.c", "c"], ["a.b.c", "b.c", "c"]),
-        (["data.seed", "seed"], ["data.seed", "seed"]),
-    ],
-)
-def test_short_names_tell_the_keys_apart(keys, names):
-    assert list(records.short_names(keys).values()) == names
-
-
 def test_a_record_reads_back_with_tuples_and_one_without_metrics_is_refused(record, tmp_path):
     path = tmp_path / "record.json"
     record["config"]["grid"] = [["profile_steps", [[1, 2], [3, 4]]]]
@@ -115,17 +102,9 @@ def test_a_record_reads_back_with_tuples_and_one_without_metrics_is_refused(reco
         run["profile_steps"] = [1, 2]
     path.write_text(json.dumps(record))
     read = records.read(path)
-    assert records.values(read, "profile_steps") == ((1, 2), (3, 4))
+    assert plan.values_of(read["config"], "profile_steps") == ((1, 2), (3, 4))
     assert set(records.group_by_point(read)) == {((1, 2),)}
     del record["runs"][1]["metrics"]
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"runs\[1\] has no metrics"):
         records.read(path)
-
-
-def test_values_are_those_of_all_points_with_their_adjustments(record):
-    record["config"]["adjust"] = [[["model.depth", 20], [["num_steps", 40], ["model.width", 2]]]]
-    assert records.values(record, "num_steps") == (20, 40)
-    assert records.values(record, "model.width") == (None, 2)
-    assert records.values(record, "model.depth") == (8, 20)
-    assert records.values(record, "batch_size") == (32,)

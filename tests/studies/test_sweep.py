@@ -7,62 +7,16 @@ import signal
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from cnn_cases.studies import sweep
 from cnn_cases.training import disk, programs, stopping
-from tests.conftest import metrics_of, tiny_config
-
-
-def tiny_study(data_dir, **changes):
-    base = tiny_config(data_dir)
-    base.num_steps = 4
-    base.log_every_steps = 2
-    study = {
-        "base": base,
-        "grid": (("optimizer.momentum", (0.0, 0.9)), ("data.augment.flip", (True, False))),
-        "seeds": (0, 1),
-    }
-    return ConfigDict(study | changes)
+from tests.conftest import metrics_of
+from tests.studies.conftest import tiny_study
 
 
 @pytest.fixture
 def study(data_dir):
     return tiny_study(data_dir)
-
-
-def test_a_study_runs_each_point_of_its_grid_with_each_seed(study):
-    runs = sweep.expand(study)
-    assert [run.name for run in runs[:3]] == [
-        "momentum-0.0_flip-True_seed-0",
-        "momentum-0.0_flip-True_seed-1",
-        "momentum-0.0_flip-False_seed-0",
-    ]
-    assert len(runs) == 8
-    last = runs[-1].config
-    assert (last.optimizer.momentum, last.data.augment.flip, last.seed) == (0.9, False, 1)
-    assert study.base.seed == 0, "the base itself is left alone"
-
-
-def test_a_study_can_give_some_points_other_keys_besides(data_dir):
-    adjust = ((("data.augment.flip", True), (("schedule.warmup_steps", 1), ("schedule.warmup", "constant"))),)
-    for run in sweep.expand(tiny_study(data_dir, adjust=adjust)):
-        expected = (1, "constant") if run.config.data.augment.flip else (2, "linear")
-        assert (run.config.schedule.warmup_steps, run.config.schedule.warmup) == expected
-        assert run.point.keys() == {"optimizer.momentum", "data.augment.flip"}
-
-
-def test_networks_with_settings_of_their_own_can_be_compared(data_dir):
-    adjust = ((("model.name", "resnet_cifar"), (("model.depth", 8), ("model.shortcut", "A"))),)
-    grid = (("model.name", ("lenet5", "resnet_cifar")),)
-    study = tiny_study(data_dir, grid=grid, adjust=adjust)
-    for run in sweep.expand(study):
-        own = {"depth": 8, "shortcut": "A"} if run.point["model.name"] == "resnet_cifar" else {}
-        assert run.config.model.to_dict() == {"name": run.point["model.name"]} | own
-        programs.check(run.config)
-    study.adjust = ((("model.name", "lenet5"), (("model.depth", 8),)),)
-    with pytest.raises(ValueError, match=r"model.depth = 8: lenet5 has no such setting"):
-        programs.check(sweep.expand(study)[0].config)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +76,6 @@ def test_an_impossible_study_is_refused(changes, message, data_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         sweep.run_all(tiny_study(data_dir, **changes), tmp_path / "study")
     assert not (tmp_path / "study").exists()
-
-
-def test_names_of_runs_tell_keys_apart_and_are_no_paths(data_dir):
-    grid = (("optimizer.name", ("sgd",)), ("schedule.name", ("cosine",)), ("data.data_dir", ("a/b",)))
-    run = sweep.expand(tiny_study(data_dir, grid=grid))[0]
-    assert run.name == "optimizer.name-sgd_schedule.name-cosine_data_dir-a-b_seed-0"
-    grid = (("data.splits.train", ("train[:10%]",)),)
-    assert sweep.expand(tiny_study(data_dir, grid=grid))[0].name == "train-train-:10%-_seed-0"
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +172,6 @@ def test_a_table_has_a_column_for_each_figure_that_any_run_has(finished, study):
     record["runs"][3]["metrics"]["test/ten_crop/error"] = 0.25
     head, *rows = sweep.table(record)
     assert [row[head.index("test/ten_crop/error %")] for row in rows] == ["", "25.00", "", ""]
-
-
-def test_a_study_of_one_point_takes_only_seeds(data_dir):
-    study = tiny_study(data_dir, grid=())
-    assert [(run.name, run.config.seed) for run in sweep.expand(study)] == [("seed-0", 0), ("seed-1", 1)]
 
 
 def test_the_text_of_a_record_is_its_json_with_a_run_a_line(finished, study):
@@ -354,21 +295,6 @@ def test_a_record_is_made_where_nothing_can_be_written(finished, study, monkeypa
     monkeypatch.setattr(disk, "write_json", pytest.fail)
     study.base.data.data_dir = "/elsewhere"
     assert len(sweep.make_record(study, finished)["runs"]) == 8
-
-
-def test_no_value_of_a_grid_takes_a_run_out_of_its_study(data_dir):
-    names = ("imagenette/320px-v2", "../../x", "/etc/x")
-    runs = sweep.expand(tiny_study(data_dir, grid=(("data.name", names),), seeds=(0,)))
-    assert [run.name for run in runs] == [
-        "name-imagenette-320px-v2_seed-0",
-        "name-..-..-x_seed-0",
-        "name--etc-x_seed-0",
-    ]
-
-
-def test_a_training_config_is_no_study(config):
-    with pytest.raises(ValueError, match="this is no study: it has no base and no grid and no seeds"):
-        sweep.expand(config)
 
 
 def test_a_signal_at_the_end_of_a_run_ends_the_study(data_dir, tmp_path, monkeypatch):

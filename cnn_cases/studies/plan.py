@@ -1,0 +1,214 @@
+"""A study's config: what it may say, the runs that it asks for, and what else is asked of it.
+
+A study is a ConfigDict, of a file of configs/studies, or the dict that its record has of it:
+
+    base      a training config
+    grid      pairs of a key of `base` and the values that it takes: every point of it is run
+    seeds     with each of these
+    adjust    optional: what some points need besides, as pairs of (key of the grid, value) and of pairs of a
+              key and its value there. The key is one of `base`, or a setting that the network of the point
+              has and that of `base` has not
+    compare   optional: the key of the grid whose values are compared in pairs of runs (see `comparison`)
+
+Points are dicts {key of the grid: value}.
+"""
+
+import collections
+import copy
+import itertools
+import re
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from cnn_cases import settings
+
+
+class Run(NamedTuple):
+    """One run of a study: its name, its point of the grid, and its whole config."""
+
+    name: str
+    point: dict
+    config: Any
+
+
+def expand(study):
+    """The runs of a study, those that differ in the seed alone one after another.
+
+    Args:
+      study: a ConfigDict.
+
+    Raises:
+      ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
+        or there is nothing to run.
+    """
+    if not isinstance(study, ConfigDict):
+        raise ValueError(f"a study must be a ConfigDict, not {study!r}")
+    check(study)
+    settings.check(study.base, "base.")
+    keys = [key for key, _ in study.grid]
+    short = short_names([*keys, "seed"])
+    runs = []
+    for values in itertools.product(*(values for _, values in study.grid)):
+        for seed in study.seeds:
+            config = copy.deepcopy(study.base)
+            point = dict(zip(keys, values, strict=True))
+            own = point | {"seed": seed}
+            for key, value in own.items():
+                _override(config, "grid", key, value)
+            for key, value in adjustments(study, point):
+                group, _, setting = key.rpartition(".")
+                if group == "model" and setting not in config.model:
+                    with config.unlocked():
+                        config.model[setting] = value  # whether the network has it, `make_model` finds out
+                else:
+                    _override(config, "adjust", key, value)
+            name = "_".join(f"{short[key]}-{value}" for key, value in own.items())
+            runs.append(Run(re.sub(r"[/\\\[\]*?]", "-", name), point, config))
+    name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")
+    return runs
+
+
+def _override(config, where, key, value):
+    try:
+        old = config
+        for part in key.split("."):
+            old = old[part]
+        config.update_from_flattened_dict({key: value})
+    except (KeyError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error.args[0]).split())  # a hint stands on a line of its own
+        raise ValueError(f"{where}: {key} = {value!r} does not fit the base config: {reason}") from None
+
+
+def check(study):
+    """Raises ValueError unless a study has what `expand` takes; its base is not looked into."""
+    missing = {"base", "grid", "seeds"} - set(study)
+    if missing:
+        raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
+    for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
+        raise ValueError(
+            f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
+        )
+    grid, seeds = study["grid"], study["seeds"]
+    if not (isinstance(grid, tuple) and all(map(_is_pair, grid))):
+        raise ValueError(f"grid = {grid} must be pairs of a key and the values it takes")
+    if not (isinstance(seeds, tuple) and all(type(seed) is int for seed in seeds)):
+        raise ValueError(f"seeds = {seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
+    keys = [key for key, _ in grid]
+    if "seed" in keys:
+        raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
+    for key, values in (*((f"grid: {key}", values) for key, values in grid), ("seeds", seeds)):
+        if not all(map(_is_plain, values)):
+            raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
+        if not values or any(value in values[:index] for index, value in enumerate(values)):
+            raise ValueError(f"{key} = {values} must have values, and none of them twice")
+    if "adjust" in study:
+        _check_adjust(study["adjust"], keys)
+    compared(study)
+
+
+def _check_adjust(adjust, keys):
+    if not (isinstance(adjust, tuple) and all(map(_is_adjustment, adjust))):
+        raise ValueError(
+            f"adjust = {adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
+            "its value there"
+        )
+    for (key, _), pairs in adjust:
+        if key not in keys:
+            raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(keys)}")
+        for changed, value in pairs:
+            if changed in (*keys, "seed"):  # a run would be another than its name says
+                raise ValueError(f"adjust: {changed} = {value!r} is what the grid and the seeds are for")
+
+
+def _is_pair(pair):
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], str) and isinstance(pair[1], tuple)
+
+
+def _is_plain(value):
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
+
+
+def _is_adjustment(pair):
+    where, pairs = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+    if not isinstance(pairs, tuple):
+        return False
+    return all(
+        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in (where, *pairs)
+    )
+
+
+def adjustments(study, point):
+    """Yields the pairs of a key and its value that `adjust` of a study has for a point of its grid."""
+    for (key, value), pairs in study.get("adjust", ()):
+        if point[key] == value:  # a part of the grid may be run, without it
+            yield from pairs
+
+
+def config_of(study, point):
+    """The config of a point of a study, as `expand` makes it: the base, the point, its adjustments."""
+    flat = traverse_util.flatten_dict(study["base"], sep=".")
+    return traverse_util.unflatten_dict(flat | point | dict(adjustments(study, point)), sep=".")
+
+
+def values_of(study, key):
+    """The values of a key in the points of a study's grid, each once, in order."""
+    keys = [key for key, _ in study["grid"]]
+    points = itertools.product(*(values for _, values in study["grid"]))
+    configs = (config_of(study, dict(zip(keys, point, strict=True))) for point in points)
+    return tuple(dict.fromkeys(lookup(config, key) for config in configs))
+
+
+def lookup(config, key):
+    """The value of a key such as "data.augment.flip"; None where a config does not have it."""
+    value = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def compared(study):
+    """What a study compares in pairs: a key of its grid, the first value of it, and the others, each with it.
+
+    Returns:
+      (key, first value, tuple of the others); None where it has no `compare`, or one value alone.
+
+    Raises:
+      ValueError: `compare` is no key of the grid.
+    """
+    if "compare" not in study:
+        return None
+    key, grid = study["compare"], dict(study["grid"])
+    if key not in list(grid):
+        raise ValueError(
+            f"compare = {key!r} must be a key of the grid, which has {', '.join(grid) or 'none'}"
+        )
+    first, *others = grid[key] or (None,)
+    return (key, first, tuple(others)) if others else None
+
+
+def short_names(keys):
+    """{key: its last parts, as many as tell it from the others}: of model.depth mostly `depth`."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = [".".join(parts[-number:]) for number in range(1, len(parts))]
+        others = [f".{other}" for other in keys if other != key]
+        unlike = (tail for tail in tails if not any(other.endswith(f".{tail}") for other in others))
+        names[key] = next(unlike, key)
+    return names
+
+
+def text_of(value):
+    """The value of a key in a table or a legend: `20`, `conv* and dense*`; `none` where it is empty."""
+    return (" and ".join(map(text_of, value)) if isinstance(value, tuple) else str(value)) or "none"
