@@ -17,10 +17,8 @@ import pytest
 
 from cnn_cases.training import logbook, loop, programs
 from configs import lenet5_digits
-from tests.conftest import tiny_config
+from tests.conftest import XLA_FLAGS, tiny_config
 
-# Compiling takes longer than computing here.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # train.py, with a signal to itself after a step; or an error, where the number is 0.
 TRAIN = """
