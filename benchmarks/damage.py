@@ -501,20 +501,25 @@ def main():
     """Damages, prints, and writes what --out names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.damage", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="only damages whose name has this in it")
-    parser.add_argument("--out", help="a JSON file, of which it writes the section 'damage'")
+    parser.add_argument(
+        "--out", type=record.output, help="a JSON file, of which it writes the section 'damage'"
+    )
     options = parser.parse_args()
+    if options.only and options.out:
+        parser.error("--out takes the place of what all damages gave; leave --only out")
     with tempfile.TemporaryDirectory() as directory:
         found, left_out = inflict(Workshop(directory), options.only)
+    if not found:
+        parser.error(f"--only={options.only!r} is in the name of no damage that can be done here")
     wrong = [one["damage"] for one in found if not one.pop("is_right")]
     print(
         f"{len(found)} damages; wrong: {', '.join(wrong) or 'none'}; "
         f"left out: {', '.join(left_out) or 'none'}"
     )
     if options.out:
-        only = f" --only={options.only!r}" if options.only else ""
         figures = {"config": CONFIG, "overrides": OVERRIDES, "damages": found}
         figures |= {"wrong": wrong, "left_out": left_out}
-        record.write_section(options.out, "damage", f"python -m benchmarks.damage{only}", figures)
+        record.write_section(options.out, "damage", "python -m benchmarks.damage", figures)
     sys.exit(1 if wrong else 0)
 
 

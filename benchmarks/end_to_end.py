@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks import contenders, record
 from cnn_cases import tables
+from cnn_cases.analysis import costs
 from cnn_cases.data import splits
 from cnn_cases.studies import jobs, plan
 from cnn_cases.training import logbook, optimizer, provenance
@@ -238,8 +239,8 @@ def main():
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out", help="a JSON file, of which each case is a section")
+    parser.add_argument("--turns", type=costs.positive_number, default=3)
+    parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     first, later = PEERS[-2:]
     if later in options.peers and first not in options.peers:

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from benchmarks import faults, record
+from cnn_cases.analysis import costs
 from cnn_cases.training import logbook
 
 CONFIG = "configs/lenet5_digits.py"
@@ -95,8 +96,10 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.endurance", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--out", help="a JSON file, of which it writes the section 'memory'")
+    parser.add_argument("--steps", type=costs.positive_number, default=10_000)
+    parser.add_argument(
+        "--out", type=record.output, help="a JSON file, of which it writes the section 'memory'"
+    )
     options = parser.parse_args()
     figures = {"config": CONFIG, "overrides": OVERRIDES, "steps": options.steps, "feeds": {}}
     for name, feed in FEEDS.items():

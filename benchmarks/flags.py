@@ -15,6 +15,7 @@ from unittest import mock
 
 from benchmarks import contenders, record, throughput
 from cnn_cases import tables
+from cnn_cases.analysis import costs
 from cnn_cases.models import fast
 from cnn_cases.training import devices
 
@@ -80,7 +81,7 @@ def measure(name, turns, device):
                 facts[one] = process.made.result()
                 groups[one] = [process]
             except concurrent.futures.process.BrokenProcessPool:
-                rows[one] = "not known to this version of XLA"
+                rows[one] = "its process died, as where XLA does not know a flag"
         seconds = contenders.race(groups, "train", turns, device)
     for one, values in seconds.items():
         rows[one] = {
@@ -99,7 +100,7 @@ def cells(rows):
     for name, row in rows.items():
         line = [name, str(row["batch_size"])]
         for one in sets:
-            found = row["flags"][one]
+            found = row["flags"].get(one, "")
             if isinstance(found, dict):
                 line.append(f"{found['step_seconds']['median'] * 1e3:,.1f} ({found['ratio']:.2f})")
             else:
@@ -113,8 +114,8 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flags", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=FLAGS, default="cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--out", help="a JSON file, of which each case is a section")
+    parser.add_argument("--turns", type=costs.positive_number, default=7)
+    parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     rows = {}
     for name in options.cases or DEFAULT_CASES[options.device]:

@@ -425,10 +425,14 @@ def try_study(rng):
 def main():
     """Tries, prints, and writes what --out names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.split("\n")[0])
-    parser.add_argument("--inputs", type=int, default=2000, help="configs; and a tenth as many studies")
+    parser.add_argument(
+        "--inputs", type=costs.positive_number, default=2000, help="configs; and a tenth as many studies"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="end after so many, whatever is left")
     parser.add_argument("--seed", type=int, default=0, help="of the mistakes")
-    parser.add_argument("--out", help="a JSON file, of which it writes the section 'configs'")
+    parser.add_argument(
+        "--out", type=record.output, help="a JSON file, of which it writes the section 'configs'"
+    )
     options = parser.parse_args()
     rng, end = random.Random(options.seed), time.monotonic() + 60 * options.minutes
     counts, kinds, wrong, tried = collections.Counter(), collections.defaultdict(collections.Counter), [], 0

@@ -2,7 +2,7 @@
 
 resident   A training step of ResNet-20 with the resident feed, beside the same step on one batch that is
            prepared already and stays on the device. CIFAR-10 where it is prepared, else the digits.
-training   A step of a whole training, which prepares batches, logs every 100 steps and saves checkpoints,
+training   A step of a whole training, which prepares batches, logs its metrics and saves checkpoints,
            beside such a step on one batch: what a training of twice the steps takes longer, so that its
            start and its end do not count. CIFAR-10 on a GPU or TPU where it is prepared, else the digits.
 stream     Images a second that one core reads, decodes, crops (area 8 to 100 %, aspect 3:4 to 4:3, to 224
@@ -10,8 +10,8 @@ stream     Images a second that one core reads, decodes, crops (area 8 to 100 %,
            files from TFRecord, and beside PyTorch's DataLoader, whose images PIL decodes. For pictures of
            ImageNet's usual size that are made here, and for Imagenette where it is prepared. Our feed leaves
            the mirroring to the device; here OpenCV does it, and the others are handed boxes of our own draw,
-           so that all do the same. Neither peer is part of our requirements: pip install tensorflow-cpu
-           torch. The output says which is missing.
+           so that all crop alike; PIL resizes with antialiasing, the others mostly without. Neither peer is
+           part of our requirements: pip install tensorflow-cpu torch. The output says which is missing.
 
 Those that are compared take turns. Figures are medians over the turns, with the lowest and the highest.
 Where the CPU computes, time is CPU time of the whole process, so that others on the machine count less; a
@@ -37,7 +37,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks import contenders
-from benchmarks.record import write_section
+from benchmarks.record import output, write_section
+from cnn_cases.analysis import costs
 from cnn_cases.data import decode, feeds, sources, splits
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import loop, programs, steps
@@ -329,10 +330,10 @@ def main():
     """Measures, prints, and writes what --out names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    parser.add_argument("--out", help="a JSON file")
+    parser.add_argument("--out", type=output, help="a JSON file")
     parser.add_argument("--only", choices=(*STEPS_A_TURN, "stream"), help="one of the three")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=costs.positive_number, default=9)
     options = parser.parse_args()
     devices_lib.choose_cpu_flags()
     for name, of_turn in STEPS_A_TURN.items():

@@ -228,7 +228,9 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.processes", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--out", help="a JSON file, of which it writes the section 'processes'")
+    parser.add_argument(
+        "--out", type=record.output, help="a JSON file, of which it writes the section 'processes'"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)

@@ -23,6 +23,7 @@ import jax
 
 from benchmarks import contenders, flags, record, throughput
 from cnn_cases import tables
+from cnn_cases.analysis import costs
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import processes
 
@@ -131,13 +132,15 @@ def sharing_cells(rows):
 
 def depth_cells(rows):
     """The table of {depth: row of `depth_costs`}: lists of cells, the head first."""
-    kinds = list(next(iter(rows.values()))["contenders"])
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["contenders"]))
     head = ["depth", *(f"{kind}, first step, s" for kind in kinds), *(f"{kind}, later, ms" for kind in kinds)]
     lines = [head]
     for depth, row in rows.items():
-        found = [row["contenders"][kind] for kind in kinds]
-        line = [str(depth), *(f"{one['first_step_seconds']:.1f}" for one in found)]
-        lines.append([*line, *(f"{one['step_seconds']['median'] * 1e3:,.0f}" for one in found)])
+        found = [row["contenders"].get(kind) for kind in kinds]
+        line = [str(depth), *(f"{one['first_step_seconds']:.1f}" if one else "" for one in found)]
+        lines.append(
+            [*line, *(f"{one['step_seconds']['median'] * 1e3:,.0f}" if one else "" for one in found)]
+        )
     return lines
 
 
@@ -147,8 +150,10 @@ def main():
     parser.add_argument("--only", choices=("sharing", "depth"), help="one of the two")
     parser.add_argument("--cases", nargs="+", choices=flags.CASES, metavar="CASE", default=DEFAULT_CASES)
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--out", help="a JSON file, of which each case and each depth is a section")
+    parser.add_argument("--turns", type=costs.positive_number, default=5)
+    parser.add_argument(
+        "--out", type=record.output, help="a JSON file, of which each case and each depth is a section"
+    )
     options = parser.parse_args()
     rows = {}
     for name in () if options.only == "depth" else options.cases:

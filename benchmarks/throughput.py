@@ -145,7 +145,10 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         side_weight=SIDE_WEIGHT,
     )
     predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
-    share = batch_size // len(devices_lib.of_all_processes(devices))
+    num_devices = len(devices_lib.of_all_processes(devices))
+    if batch_size % num_devices:
+        raise ValueError(f"a batch of {batch_size} cannot be split over {num_devices} devices")
+    share = batch_size // num_devices
     arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
     state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)
     nothing = np.zeros((len(devices), 1, 1), np.int32)  # of each device, one step: its images are in `arrays`
@@ -435,7 +438,8 @@ def cells(rows):
         for work in ("train", "infer"):
             median, lowest, highest = map(_three_digits, row[work][OURS]["images_a_second"].values())
             line.append(f"{median} ({lowest} to {highest})")
-            line += ["{median:.2f}".format(**row[work][peer]["ratio"]) for peer in peers_seen]
+            found = (row[work].get(peer) for peer in peers_seen)
+            line += ["{median:.2f}".format(**one["ratio"]) if one else "" for one in found]
         lines.append(line)
     return lines
 
@@ -446,8 +450,9 @@ def cost_cells(rows):
     head = ["network", *(f"first step, s: {one}" for one in seen), *(f"memory, MB: {one}" for one in seen)]
     lines = [[*head, "GFLOP/s", "share of ceiling", "share of bound"]]
     for name, row in rows.items():
-        line = [name, *(f"{row['first_step_seconds'][one]:.1f}" for one in seen)]
-        line += [f"{row['peak_bytes'][one] / 1e6:,.0f}" for one in seen]
+        first, peak = ([row[key].get(one) for one in seen] for key in ("first_step_seconds", "peak_bytes"))
+        line = [name, *("" if one is None else f"{one:.1f}" for one in first)]
+        line += ["" if one is None else f"{one / 1e6:,.0f}" for one in peak]
         line.append(_three_digits(row["flops_a_second"] / 1e9))
         line.append(f"{row['share_of_ceiling']:.0%}")
         lines.append([*line, f"{row['share_of_bound']:.0%}" if "share_of_bound" in row else ""])
@@ -471,11 +476,11 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=costs.positive_number, default=7)
     parser.add_argument(
         "--at_once", type=int, default=1, help="cases to compile at once, on a GPU beside many cores"
     )
-    parser.add_argument("--out", help="a JSON file, of which each case is a section")
+    parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     if options.at_once < 1:
         parser.error(f"--at_once = {options.at_once} must be 1 or more")

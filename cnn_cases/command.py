@@ -6,9 +6,9 @@
 3     the training diverged
 4     another process of the same training died, fell silent, left it or never came; JAX, where it sees that
       first, aborts with 134
-130   SIGINT (Ctrl-C) came, and all is saved
-140   SIGUSR2 (a scheduler's warning) came, and all is saved
-143   SIGTERM came, and all is saved
+130   SIGINT (Ctrl-C) came, and all is saved; but where a second one, 2 s later or more, ended that
+140   SIGUSR2 (a scheduler's warning) came, likewise
+143   SIGTERM came, likewise
 """
 
 import gc
@@ -220,9 +220,10 @@ def _terminated(*_):
 
 
 def _leave_at_once(signal_name, code):
-    # Nothing is under way that must end well, and where JAX's threads are busy, Python's own way out can end
-    # in a segmentation fault: that is what one of 55 signals at random times led to.
-    processes.tell(f"{signal_name}: stopped; no training was under way")
+    # Nothing is under way that must end well, or a second signal forbids it; and where JAX's threads are
+    # busy, Python's own way out can end in a segmentation fault: that is what one of 55 signals at random
+    # times led to.
+    processes.tell(f"{signal_name}: stopped at once")
     processes.exit_at_once(code)
 
 

@@ -66,6 +66,8 @@ def replay(workdir, step=None, data_dir=""):
         step = diverged["step"]
     if not 1 <= step <= config.num_steps:
         raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
+    if diverged and step > diverged["step"]:
+        raise ValueError(f"step = {step} was never done: {workdir} diverged at step {diverged['step']}")
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))

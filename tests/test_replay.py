@@ -46,6 +46,11 @@ def test_the_step_is_done_again_and_the_line_is_named(diverged):
     assert last.startswith("cnn_cases/")
 
 
+def test_a_step_that_came_after_the_end_is_refused(diverged):
+    with pytest.raises(ValueError, match=r"step = 4 was never done: .* diverged at step 3"):
+        replay.replay(diverged[0], 4)
+
+
 def test_a_step_before_it_has_the_figures_of_the_run(diverged):
     workdir, _ = diverged
     again = replay.replay(workdir, 2)

@@ -53,8 +53,10 @@ class Cluster(NamedTuple):
     cpus_per_run: int | None = None
 
 
-def check(cluster):
-    """Raises ValueError unless runs can be submitted from here; creates nothing."""
+def check(cluster, workdir):
+    """Raises ValueError unless runs below a directory can be submitted from here; creates nothing."""
+    if "%" in str(pathlib.Path(workdir).absolute()):
+        raise ValueError(f"workdir = {workdir}: a cluster takes the % for a place where something is put in")
     if cluster.name not in COMMANDS:
         raise ValueError(f"cluster = {cluster.name!r} is unknown; known are {', '.join(COMMANDS)}")
     missing = [command for command in COMMANDS[cluster.name] if shutil.which(command) is None]
@@ -104,12 +106,13 @@ def run_on_cluster(runs, workdir, cluster):
     folders = {run.name: workdir / "jobs" / run.name for run in runs}
     with stopping.stop_signals() as stop:
         waiting, failed = {}, []
+        results = {name: logbook.read_result(run_dir) for name, run_dir in run_dirs.items()}  # all are whole
         before = {name: _newest_job(folder) for name, folder in folders.items()}
         alive = _alive(cluster.name, [paths for paths in before.values() if paths])
         for run in runs:
             if stop.number:
                 break
-            if result := logbook.read_result(run_dirs[run.name]):
+            if result := results[run.name]:
                 yield run.name, jobs.in_words(result, finished_before=True)
             elif (paths := before[run.name]) and paths.job_id in alive and not paths.result_pickle.exists():
                 waiting[run.name] = paths
@@ -246,7 +249,8 @@ def _alive(name, all_paths):
         # Where the queue cannot be asked right now, the jobs are taken to be there.
         return ids if queue.returncode else ids & set(queue.stdout.split())
     ps = ["ps", "-ww", "-o", "pid=,args=", "-p", ",".join(sorted(ids))]
-    listing = subprocess.run(ps, capture_output=True, text=True).stdout
+    letters = os.environ | {"LC_ALL": "C.UTF-8"}  # in another locale it leaves some of a path out
+    listing = subprocess.run(ps, capture_output=True, text=True, env=letters).stdout
     commands = dict(line.split(maxsplit=1) for line in listing.splitlines())
     # By now the number may be that of some other process.
     return {paths.job_id for paths in all_paths if commands.get(paths.job_id, "").endswith(str(paths.folder))}

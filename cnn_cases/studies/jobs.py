@@ -90,15 +90,15 @@ def run_side_by_side(groups, workdir, num_jobs):
         workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
         workers[news].start()
         telling.close()  # here, so that the pipe ends with the process
-    try:
-        with stopping.stop_signals() as stop:
+    with stopping.stop_signals() as stop:
+        try:
             yield from _collect(workers, stop)
-    finally:
-        for worker in workers.values():
-            worker.terminate()  # a training that gets SIGTERM saves and ends
-        for worker in workers.values():
-            worker.join()
-        todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
+        finally:
+            for worker in workers.values():
+                worker.terminate()  # a training that gets SIGTERM saves and ends
+            for worker in workers.values():
+                worker.join()
+            todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
     if stop.number:
         for news in workers:
             while _take(news):  # what was still to be told, as that the disk is full

@@ -1,6 +1,7 @@
 """A study's config: what it may say, the runs that it asks for, and what else is asked of it.
 
-A study is a ConfigDict, of a file of configs/studies, or the dict that its record has of it:
+A study is the ConfigDict of a file of configs/studies, of which `expand` makes its runs, or the dict that its
+record has of it, which `config_of`, `values_of` and `lookup` take:
 
     base      a training config
     grid      pairs of a key of `base` and the values that it takes: every point of it is run

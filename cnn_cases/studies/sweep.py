@@ -47,7 +47,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     if cluster:
         if num_jobs > 1:
             raise ValueError(f"jobs = {num_jobs}: on a cluster each run is a job; leave --jobs out")
-        clusters.check(cluster)
+        clusters.check(cluster, workdir)
     workdir = pathlib.Path(workdir)
     checkpoint.check_path(workdir)
     if cluster and cluster.name == "slurm":

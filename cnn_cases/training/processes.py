@@ -152,8 +152,10 @@ def join(
         raise ValueError("distributed = 'off' is for one process: name no coordinator_address with it")
     if not missing and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id = {process_id} must be in [0, num_processes = {num_processes})")
-    if not missing and not re.fullmatch(r".+:\d+", coordinator_address):
-        raise ValueError(f"coordinator_address = {coordinator_address!r} must be host:port")
+    if not missing and not _is_address(coordinator_address):
+        raise ValueError(
+            f"coordinator_address = {coordinator_address!r} must be host:port, with a port from 1 to 65535"
+        )
     for name, seconds in (("heartbeat", heartbeat_timeout_seconds), ("meeting", meeting_timeout_seconds)):
         if seconds < 1:
             raise ValueError(f"{name}_timeout_seconds = {seconds} must be 1 or more")
@@ -165,7 +167,9 @@ def join(
     faulthandler.disable()
     # Process 0 ends last (see `end_after_loss`); where a launcher counts, which one that is is not known yet.
     patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
-    with _alarm(patience, f"not all processes have come within {meeting_timeout_seconds} s"):
+    where = "" if missing else f" to {coordinator_address}"
+    late = f"not all processes have come{where} within {meeting_timeout_seconds} s"
+    with _ended_by_signals(), _alarm(patience, late):
         try:
             jax.distributed.initialize(
                 **explicit,
@@ -182,9 +186,8 @@ def join(
         for maker in ("cuda", "rocm"):
             jax.config.update(f"jax_{maker}_visible_devices", gpus)
     # Here the devices start, and tell each other of themselves.
-    with _alarm(
-        patience, f"the devices of all processes have not started within {meeting_timeout_seconds} s"
-    ):
+    late = f"the devices of all processes have not started within {meeting_timeout_seconds} s"
+    with _ended_by_signals(), _alarm(patience, late):
         try:
             is_several = is_one_of_several()
         except RuntimeError as error:  # at once, for Python's way out would wait for the others
@@ -222,6 +225,22 @@ def _alarm(seconds, message):
         timer.cancel()
 
 
+@contextlib.contextmanager
+def _ended_by_signals():
+    """Meanwhile, Ctrl-C and SIGTERM end this process: JAX waits where it calls no handler of Python's."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = {one: signal.getsignal(one) for one in numbers if callable(signal.getsignal(one))}
+    for one in before:
+        signal.signal(one, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 def end_after_loss(message):
     """Ends this process, as another one of its training is lost.
 
@@ -232,6 +251,11 @@ def end_after_loss(message):
     """
     _let_the_others_end()
     _end(re.split(r"\. |\n", message)[0])
+
+
+def _is_address(text):
+    found = re.fullmatch(r".+:(\d{1,5})", text)
+    return found is not None and 1 <= int(found[1]) <= 65535
 
 
 def _end(message):

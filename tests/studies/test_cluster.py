@@ -298,6 +298,12 @@ def test_times_are_minutes_or_hours_and_minutes(text, minutes):
     assert cluster._minutes(text) == minutes
 
 
+def test_a_path_that_a_cluster_would_change_is_refused(data_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"workdir = .*50%test: a cluster takes the %"):
+        sweep.run_all(tiny_study(data_dir), tmp_path / "50%test", cluster=LOCAL)
+    assert not list(tmp_path.iterdir())
+
+
 def test_jobs_side_by_side_are_for_this_machine_only(data_dir, tmp_path):
     with pytest.raises(ValueError, match="jobs = 2: on a cluster each run is a job; leave --jobs out"):
         sweep.run_all(tiny_study(data_dir), tmp_path / "study", 2, LOCAL)

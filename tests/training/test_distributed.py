@@ -208,7 +208,7 @@ def test_a_process_that_waits_in_vain_for_the_others_ends(digits, tmp_path):
         [*command, "--meeting_timeout_seconds=1"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 4, ended.stderr
-    assert "error: not all processes have come within 1 s; start all again" in ended.stderr
+    assert "error: not all processes have come to localhost:1 within 1 s; start all again" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 

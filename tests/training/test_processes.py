@@ -80,6 +80,8 @@ def test_an_open_mpi_that_does_not_tell_where_to_meet_is_refused():
         ({"coordinator_address": "here"}, "coordinator_address = 'here' must be host:port"),
         ({"coordinator_address": "12345"}, "coordinator_address = '12345' must be host:port"),
         ({"coordinator_address": ":12345"}, "coordinator_address = ':12345' must be host:port"),
+        ({"coordinator_address": "here:0"}, "'here:0' must be host:port, with a port from 1 to 65535"),
+        ({"coordinator_address": "here:65536"}, "'here:65536' must be host:port, with a port from 1 to"),
         ({"mode": "off"}, "distributed = 'off' is for one process"),
         ({"heartbeat_timeout_seconds": 0}, "heartbeat_timeout_seconds = 0 must be 1 or more"),
         ({"meeting_timeout_seconds": 0}, "meeting_timeout_seconds = 0 must be 1 or more"),
