@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 
@@ -140,7 +139,7 @@ def test_who_compiles_for_an_accelerator_may_use_all_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("to_all", [False, True])  # a scheduler may signal the sweep's processes, too
-def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path):
+def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path, monkeypatch):
     """And the same signal, when it comes once more as they save, does nothing."""
     first, second = groups_of(data_dir, num_steps=4)[0], groups_of(data_dir, num_steps=40_000)[1]
     second[0].config.evaluation.every_steps = second[0].config.checkpoint.every_steps = 40_000
@@ -156,8 +155,15 @@ def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path):
                 os.kill(process.pid, signal.SIGTERM)
                 time.sleep(0.003)
             os.kill(os.getpid(), signal.SIGTERM)
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
+    kind = multiprocessing.context.SpawnProcess
+    terminate = kind.terminate
+
+    def terminate_and_signal(process):
+        terminate(process)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(kind, "terminate", terminate_and_signal)
     came = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append("too early"))
     try:
