@@ -36,7 +36,6 @@ from tensorboardX.proto import event_pb2
 
 from benchmarks import record
 from cnn_cases import saved_runs
-from cnn_cases.analysis import costs
 from cnn_cases.training import checkpoint, logbook, programs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -237,12 +236,14 @@ def torment(directory, planned, overrides, seed=0, disturb=disturb):
 def main():
     """Disturbs, prints, and writes what --out names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=costs.positive_number, default=50, help="SIGKILLs")
-    parser.add_argument("--terms", type=costs.positive_number, default=10, help="SIGTERMs")
+    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
+    parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
     parser.add_argument(
         "--out", type=record.output, help="a JSON file, of which it writes the section 'signals'"
     )
     options = parser.parse_args()
+    if min(options.kills, options.terms) < 0 or not options.kills + options.terms:
+        parser.error("--kills and --terms must be 0 or more, and one of them above 0")
     numbers = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
     planned = list(zip(numbers, itertools.cycle(MOMENTS), strict=False))
     with tempfile.TemporaryDirectory() as directory:

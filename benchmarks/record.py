@@ -55,4 +55,4 @@ def _sections(path):
 
 def _benchmark(command):
     """`python -m benchmarks.flags --turns=5` -> `benchmarks.flags`."""
-    return command.split()[2]
+    return "".join(command.split()[2:3])

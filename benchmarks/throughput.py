@@ -145,10 +145,9 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         side_weight=SIDE_WEIGHT,
     )
     predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
-    num_devices = len(devices_lib.of_all_processes(devices))
-    if batch_size % num_devices:
-        raise ValueError(f"a batch of {batch_size} cannot be split over {num_devices} devices")
-    share = batch_size // num_devices
+    devices_of_all = len(devices_lib.of_all_processes(devices))
+    devices_lib.check_batch_size("batch_size", batch_size, devices_of_all)
+    share = batch_size // devices_of_all
     arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
     state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)
     nothing = np.zeros((len(devices), 1, 1), np.int32)  # of each device, one step: its images are in `arrays`

@@ -106,9 +106,10 @@ def run_on_cluster(runs, workdir, cluster):
     folders = {run.name: workdir / "jobs" / run.name for run in runs}
     with stopping.stop_signals() as stop:
         waiting, failed = {}, []
-        results = {name: logbook.read_result(run_dir) for name, run_dir in run_dirs.items()}  # all are whole
         before = {name: _newest_job(folder) for name, folder in folders.items()}
         alive = _alive(cluster.name, [paths for paths in before.values() if paths])
+        # Before anything is submitted, for a result may be damaged; and after the jobs, which may just end.
+        results = {name: logbook.read_result(run_dir) for name, run_dir in run_dirs.items()}
         for run in runs:
             if stop.number:
                 break
