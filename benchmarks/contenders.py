@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 import pathlib
@@ -100,6 +101,12 @@ class Contender:
     def also(self, function, *arguments):
         """What a function gives in that process; a future."""
         return self._pool.submit(function, *arguments)
+
+
+def check_installed(parser, peers):
+    """Ends the command of an argparse parser where it is to measure PyTorch's and there is none."""
+    if peers and not importlib.util.find_spec("torch"):
+        parser.error("--peers needs PyTorch (pip install torch); with nothing behind it, none is measured")
 
 
 def check_same_platform(platforms):

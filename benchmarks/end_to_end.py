@@ -242,6 +242,7 @@ def main():
     parser.add_argument("--turns", type=costs.positive_number, default=3)
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
+    contenders.check_installed(parser, options.peers)
     first, later = PEERS[-2:]
     if later in options.peers and first not in options.peers:
         parser.error(f"--peers: {later!r} needs {first!r}, which compiles for it")

@@ -3,6 +3,7 @@
 A table stands between two lines, `<!-- NAME, written by python -m benchmarks.report -->` and `<!-- End. -->`.
 """
 
+import argparse
 import json
 import pathlib
 import re
@@ -53,4 +54,7 @@ def fill(text):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.partition(":")[0]
+    ).parse_args()
     DOCUMENT.write_text(fill(DOCUMENT.read_text()))

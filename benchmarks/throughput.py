@@ -471,20 +471,26 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, eager, three turns")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"where nothing else is given, only {', '.join(QUICK)}, eager, three turns",
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--turns", type=costs.positive_number, default=7)
     parser.add_argument(
-        "--at_once", type=int, default=1, help="cases to compile at once, on a GPU beside many cores"
+        "--at_once",
+        type=costs.positive_number,
+        default=1,
+        help="cases to compile at once, on a GPU beside many cores",
     )
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(cases=QUICK, peers=["torch"], turns=3)
     options = parser.parse_args()
-    if options.at_once < 1:
-        parser.error(f"--at_once = {options.at_once} must be 1 or more")
-    if options.quick:
-        options.cases, options.peers, options.turns = QUICK, ["torch"], 3
+    contenders.check_installed(parser, options.peers)
     rows, failed = {}, []
     for first in range(0, len(options.cases), options.at_once):
         names = options.cases[first : first + options.at_once]

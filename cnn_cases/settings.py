@@ -10,6 +10,7 @@ import json
 import reprlib
 
 import numpy as np
+from flax import traverse_util
 
 from configs import common
 
@@ -86,6 +87,29 @@ def _updated(old, new):
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
+
+
+def override(config, key, value):
+    """Gives a key of a config another value.
+
+    Args:
+      config: a ConfigDict, such as those of `configs/`.
+      key: with the groups it is in, such as "data.augment.flip".
+      value: of the type of the one before.
+
+    Raises:
+      ValueError: the config has no such key, or the value is of another type.
+    """
+    known = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        beside = [one for one in known if one.startswith((f"{key}.", f"{key.rpartition('.')[0]}."))]
+        hint = f"known: {', '.join(beside)}" if beside else "configs/common.py lists the keys"
+        raise ValueError(f"there is no such key; {f'did you mean {near[0]}?' if near else hint}")
+    try:
+        config.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"it must be {_words(type(known[key]))}, as {known[key]!r} is") from error
 
 
 def check(config, prefix=""):

@@ -33,7 +33,6 @@ import argparse
 import ast
 import collections
 import contextlib
-import difflib
 import json
 import math
 import pathlib
@@ -47,7 +46,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from matplotlib.figure import Figure
 
 from cnn_cases import settings, tables
@@ -334,14 +332,9 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
         raise ValueError(f"{path} cannot be read as a config: {type(error).__name__}: {error}") from error
     for key, value in overrides:
         try:
-            config.update_from_flattened_dict({key: value})
-        except (KeyError, AttributeError) as error:
-            known = traverse_util.flatten_dict(config.to_dict(), sep=".")
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{path}: the config has no key {key}{hint}") from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {key} = {value!r} cannot be set: {error}") from error
+            settings.override(config, key, value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} = {value!r}: {error}") from error
     try:
         settings.check(config)
     except ValueError as error:
@@ -534,7 +527,7 @@ def _override(text):
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as model.depth=56")
     try:
-        return key, ast.literal_eval(value)
+        return key, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     except (ValueError, SyntaxError):
         return key, value
 

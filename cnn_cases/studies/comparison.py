@@ -115,16 +115,40 @@ def draw(rows, labels, titles):
       titles: {metric: title of its panel}.
     """
     figure = Figure(figsize=(4 + 3.2 * len(titles), 1.6 + 0.55 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(titles), squeeze=False, sharex=True, sharey=True)[0]
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
         for place, row in enumerate(rows):
             draw_marks(axis, place, row[name], upright=False)
         axis.set(xlabel="difference (percentage points)", title=title)
         axis.grid(alpha=0.3, axis="x")
+    if rows[1:]:
+        give_room(axes, axes, "x", ticks=(1, 5, 20, 100))
     axes[0].set_yticks(range(len(rows)), labels, parse_math=False)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     return figure
+
+
+def give_room(axes, labelled, along, **ticks):
+    """Stretches small differences where some are large, beside which they would all lie on zero.
+
+    Args:
+      axes: of matplotlib, which share their scale and have their marks.
+      labelled: those of them with a label.
+      along, ticks: see `figures.stretch_small`.
+    """
+    limits = [getattr(axis.dataLim, f"interval{along}") for axis in axes]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    if max(-low, high) > 20:
+        for axis in labelled:
+            figures.stretch_small(axis, along, **ticks)
+        axes[0].set(**{f"{along}lim": (1.2 * low - 0.2, 1.2 * high + 0.2)})
+
+
+def marks_in_words(rows, names):
+    """What the marks of a figure are; of the rows of `compare`, with these metrics."""
+    bar = any(row[name]["interval"] for row in rows for name in names)
+    return "circle: pair of runs with one seed, diamond: mean" + ", bar: 95 % interval" * bar
 
 
 def draw_marks(axis, place, result, upright):
@@ -185,14 +209,14 @@ def final_errors(record):
 def study_table(record, rows, form):
     """The rows of `compare_study` as "text", "markdown" or "csv"; see `table`."""
     keys = [key for key, _ in record["config"]["grid"]]
-    titles = {key: key for key in keys} if form == "csv" else plan.short_names(keys)
+    titles = {key: key for key in keys} if form == "csv" else plan.titles_of(keys)
     return table(rows, titles | {name: name for name in final_errors(record)}, form)
 
 
 def draw_study(record, rows):
     """A figure of the rows of `compare_study`."""
     grid = dict(record["config"]["grid"])
-    short = plan.short_names(list(grid))
+    short = plan.titles_of(list(grid))
     texts = {key: figures.shortened(values) for key, values in grid.items()}
     compared, first, others = plan.compared(record["config"])
     several, labels = len(others) > 1, []
@@ -212,8 +236,8 @@ def draw_study(record, rows):
     figure = draw(rows, labels, {name: name for name in final_errors(record)})
     what = short[compared] if several else f"{short[compared]}: {minus(others[0])}"
     figure.suptitle(
-        f"{what}, on {figures.data_in_words(record)}\n"
-        "errors after the last step; circle: pair of runs with one seed, diamond: mean, bar: 95 % interval",
+        f"{what}, on {figures.data_in_words(record)}\nerrors after the last step; "
+        + marks_in_words(rows, final_errors(record)),
         fontsize=9,
         parse_math=False,
     )

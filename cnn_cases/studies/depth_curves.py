@@ -129,13 +129,7 @@ def draw_curves(record):
 
     As there, the first steps may lie above the edge, where the last ones would have no room else.
     """
-    curves = {"running/error": figures.THIN, "test/error": figures.BOLD}
-    figure, rows = figures.draw_panels(record, curves, *_panels(record))
-    for axes in rows:
-        axes[0].set(ylabel="error (%)", ylim=(0, _room_for_errors(record, 2)))
-    words = f"thin: training error, bold: test error; {figures.seeds_in_words(record)}"
-    figure.suptitle(f"{figures.data_in_words(record)}; {words}", fontsize=10)
-    return figure
+    return figures.draw_errors_by(record, *_panels(record), top=_room_for_errors(record, 2))
 
 
 def draw_loss(record):
@@ -148,14 +142,16 @@ def _draw_by_depth(record, draw_panel, **labels):
     rows = summarise(record)
     codes = list(dict.fromkeys(row["code"] for row in rows))
     figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
-    grid = figure.subplots(len(codes), 2, squeeze=False, sharey=True)
+    grid = figure.subplots(len(codes), 2, squeeze=False, sharex=True, sharey=True)
     for axes, code in zip(grid, codes, strict=True):
         for axis, (name, title) in zip(axes, _final_errors(record).items(), strict=True):
             draw_panel(axis, code, name)
-            axis.set(xlabel="depth (weighted layers)", title=f"{title}, code {code}" if code else title)
+            axis.set_title(f"{title}, code {code}" if code else title)
             axis.set_xticks(sorted({row["depth"] for row in rows}))
             axis.grid(alpha=0.3)
         axes[0].set(**labels)
+    for axis in grid[-1]:
+        axis.set_xlabel("depth (weighted layers)")
     return figure, grid
 
 
@@ -163,7 +159,7 @@ def draw_depth(record):
     """Final training and test error against depth, plain against residual.
 
     Lines go through the means, bands from the least to the greatest, every seed is a dot, and a cross at the
-    upper edge stands for runs that diverged.
+    upper edge stands for runs that diverged, of which it tells the number.
     """
 
     all_rows = summarise(record)
@@ -171,7 +167,7 @@ def draw_depth(record):
     def draw_panel(axis, code, name):
         rows = [row for row in all_rows if row["code"] == code]
         for kind, color in COLOURS.items():
-            diverged = [row["depth"] for row in rows if row[f"{kind} diverged"]]
+            diverged = [row for row in rows if row[f"{kind} diverged"]]
             points = [(row["depth"], [100 * value for value in row[f"{kind} {name}"]]) for row in rows]
             points = [(depth, values) for depth, values in points if values]
             depths = [depth for depth, _ in points]
@@ -186,9 +182,19 @@ def draw_depth(record):
                 axis.plot([depth] * len(values), values, marker, color=color, markersize=4, alpha=0.7)
             if diverged:
                 edge = {"transform": axis.get_xaxis_transform(), "clip_on": False, "markeredgewidth": 2}
-                title = f"{kind}, diverged"
-                axis.plot(
-                    diverged, [1.0] * len(diverged), "x", color=color, label=title, markersize=8, **edge
+                depths, title = [row["depth"] for row in diverged], f"{kind}, diverged"
+                axis.plot(depths, [1.0] * len(depths), "x", color=color, label=title, markersize=8, **edge)
+            for row in diverged:
+                number = row[f"{kind} diverged"]
+                axis.annotate(
+                    f"{number} of {number + len(row[f'{kind} {name}'])}",
+                    (row["depth"], 1),
+                    (0, {"plain": -16, "residual": -27}[kind]),
+                    xycoords=axis.get_xaxis_transform(),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=color,
                 )
 
     figure, grid = _draw_by_depth(record, draw_panel, ylabel="error after the last step (%)")
@@ -213,16 +219,12 @@ def draw_difference(record):
             comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
 
     figure, grid = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
-    for axes in grid:
-        low, high = min(axis.dataLim.y0 for axis in axes), max(axis.dataLim.y1 for axis in axes)
-        if max(-low, high) > 20:  # those of shallow nets would all lie on zero
-            figures.stretch_small(axes[0])
-            axes[0].set_ylim(1.2 * low - 0.2, 1.2 * high + 0.2)
-    pairs = {(run["model.depth"], run["seed"]) for run in record["runs"]}  # a row of each code counts its own
-    left_out = len(pairs) - sum(row["pairs"] for row in rows)
+    comparison.give_room(grid.flat, grid[:, 0], "y")
+    left_out = sum(row["left_out"] for row in rows)
     figure.suptitle(
-        f"{figures.data_in_words(record)}; errors after the last step; circle: pair of runs with one seed, "
-        "diamond: mean, bar: 95 % interval" + (f"; {left_out} pairs left out" if left_out else ""),
+        f"{figures.data_in_words(record)}; errors after the last step; "
+        + comparison.marks_in_words(rows, _final_errors(record))
+        + (f"; {left_out} pairs left out" if left_out else ""),
         fontsize=9,
     )
     return figure
@@ -253,7 +255,6 @@ def write_report(record, workdir):
     from cnn_cases.studies import page  # here, as in `sweep.write_report`
 
     workdir = pathlib.Path(workdir)
-    disk.write_text(workdir / "record.json", sweep.record_text(record))
     for form, suffix in (("csv", "csv"), ("markdown", "md")):
         disk.write_text(workdir / f"table.{suffix}", table(record, form))
         disk.write_text(workdir / f"comparison.{suffix}", comparison_table(record, form))
@@ -264,6 +265,7 @@ def write_report(record, workdir):
         figures.save(draw(record), workdir / name)
     key, titles, _ = _panels(record)
     page.write(record, workdir / "curves.html", key, titles)
+    disk.write_text(workdir / "record.json", sweep.record_text(record))  # all of it could be drawn
 
 
 def check(study):

@@ -1,13 +1,17 @@
 """Draws and tabulates a study again from its record, without its runs.
 
-python -m cnn_cases.studies.draw results/depth_digits.json --out=runs/depth_digits_again
+    python -m cnn_cases.studies.draw results/depth_digits.json --out=runs/depth_digits_again
+
+Records of runs have the report of `depth_curves` or of `sweep`, those of `layer_signals` and of `bottleneck`
+their own.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 
-from cnn_cases.studies import depth_curves, records, sweep
+from cnn_cases.studies import bottleneck, depth_curves, layer_signals, records, sweep
 
 
 def main(arguments=None):
@@ -24,24 +28,36 @@ def main(arguments=None):
     try:
         if options.record.is_dir():
             options.record /= "record.json"
-        record = records.read(options.record)
-        if record is None:
-            raise ValueError(
-                f"{options.record} is no record of a study: it must have config, environments and runs"
-            )
+        record, study = _read(options.record)
         _check_free(options.out, record)
         options.out.mkdir(parents=True, exist_ok=True)
-        (depth_curves if depth_curves.suits(record) else sweep).write_report(record, options.out)
+        study.write_report(record, options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"tables and figures: {options.out}")
 
 
+def _read(path):
+    """The record in a file, and the module that reports on such ones.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    record = records.read(path)
+    if record is not None:
+        return record, depth_curves if depth_curves.suits(record) else sweep
+    record = json.loads(path.read_text())
+    for part, study in (("states", layer_signals), ("networks", bottleneck)):
+        if isinstance(record, dict) and part in record:
+            return record, study
+    raise ValueError(f"{path} is no record of a study: it must have config, environments and runs")
+
+
 def _check_free(out, record):
     """Raises ValueError where the report would take the place of another record's."""
     there = out / "record.json"
-    if there.exists() and records.read(there) != record:
+    if there.exists() and _read(there)[0] != record:
         raise ValueError(f"out = {out} has the report of another record; name another directory")
 
 

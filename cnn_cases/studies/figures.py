@@ -205,7 +205,7 @@ def draw_curves(record):
     losses = has(record, "running/loss")
     figure = Figure(figsize=(10 if losses else 7, 4.2 * len(parts) + 0.3), layout="constrained")
     grid = figure.subplots(len(parts), 1 + losses, squeeze=False)
-    crowded = len(points) > 4  # then only the evaluations have bands
+    crowded = len(points) > 4
     for row, (code, part) in zip(grid, parts.items(), strict=True):
         groups = records.group_by_point(part)
         for number, (point, color) in enumerate(zip(points, shades(len(points)), strict=True)):
@@ -221,7 +221,7 @@ def draw_curves(record):
                     first=number,
                     band=not crowded,
                 )
-            draw_runs(row[-1], runs, "running/error", color=color, linewidth=THIN, band=not crowded)
+            draw_runs(row[-1], runs, "running/error", color=color, linewidth=THIN, band=False)
             for place, name in enumerate(splits(record)):
                 draw_runs(
                     row[-1],
@@ -265,13 +265,19 @@ def _scale_errors(axes):
     axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)) or 1)
 
 
-def stretch_small(axis):
-    """Gives small and large numbers of percent room on one axis: it is linear up to 1, then logarithmic."""
-    axis.set_yscale("symlog", linthresh=1)
-    ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
-    axis.set_yticks([*(-tick for tick in ticks[::-1]), 0, *ticks], minor=False)
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_ylabel(f"{axis.get_ylabel()},\nlinear up to 1")
+def stretch_small(axis, along="y", ticks=(0.5, 1, 2, 5, 10, 20, 50, 100)):
+    """Gives small and large numbers of percent room on one axis: it is linear up to 1, then logarithmic.
+
+    Args:
+      axis: of matplotlib, where the label is set already.
+      along: "x" or "y".
+      ticks: numbers above 0 to tell, and those below likewise.
+    """
+    set_scale, one = {"x": (axis.set_xscale, axis.xaxis), "y": (axis.set_yscale, axis.yaxis)}[along]
+    set_scale("symlog", linthresh=1)
+    one.set_ticks([*(-tick for tick in ticks[::-1]), 0, *ticks], minor=False)
+    one.set_major_formatter("{x:g}")
+    one.set_label_text(f"{one.get_label_text()},\nlinear up to 1")
 
 
 def draw_panels(record, curves, key, titles=None, names=None):
@@ -321,7 +327,9 @@ def draw_panels(record, curves, key, titles=None, names=None):
     handles = []
     for point, color, marker in looks:
         runs = [run for run in record["runs"] if tuple(run[one] for one in others) == point]
-        title = label_of(names[point], runs)
+        panel = {title: [run for run in runs if run[key] == value] for value, title in titles.items()}
+        told = [label_of(title, of_panel) for title, of_panel in panel.items()]
+        title = "\n".join([names[point], *(text for text in told if text not in panel)])
         handles.append(Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=title))
     handles.reverse()  # the darkest on top, as curves of plain nets lie
     if any(run["status"] == "diverged" for run in record["runs"]):
@@ -341,20 +349,29 @@ def key_of_panels(record):
 
 def panels(record, key):
     """{value of a key of the grid: title of its panels}, such as "shortcut A"."""
-    short = plan.short_names([one for one, _ in record["config"]["grid"]])[key]
+    short = plan.titles_of([one for one, _ in record["config"]["grid"]])[key]
     return {
         value: f"{short} {text}" for value, text in shortened(plan.values_of(record["config"], key)).items()
     }
 
 
-def draw_errors_by(record, key):
-    """Errors over steps with panels for each value of a key; see `draw_panels`."""
+def draw_errors_by(record, key, titles=None, names=None, top=None):
+    """Errors over steps with panels for each value of a key.
+
+    Args:
+      record, key, titles, names: see `draw_panels`.
+      top: where the axis ends, in percent, and begins at 0; the first steps may lie above. None: where all
+        is seen.
+    """
     evaluated = splits(record)[:1]
     curves = {"running/error": THIN, **{f"{split}/error": BOLD for split in evaluated}}
-    figure, rows = draw_panels(record, curves, key)
+    figure, rows = draw_panels(record, curves, key, titles, names)
     for axes in rows:
         axes[0].set_ylabel("error (%)")
-    _scale_errors(list(rows.flat))
+    if top is None:
+        _scale_errors(list(rows.flat))
+    else:
+        rows[0, 0].set_ylim(0, top)
     words = f"thin: training error, bold: {evaluated[0]} error" if evaluated else "training error"
     figure.suptitle(f"{data_in_words(record)}; {words}; {seeds_in_words(record)}", fontsize=10)
     return figure

@@ -9,9 +9,9 @@ the place of the data and without what is kept and logged) and the code (`record
 what a training runs, packages, kinds of devices) are equal. Runs of other codes or recipes are other rows,
 and are averaged with none. Where numbers of devices or threads differ, the row says "several".
 
-A published figure stands only beside a run of the paper's length: one that was trained on fewer images, all
-repetitions counted, says so in its steps and is set beside nothing. What else departs from the paper is told
-by the head of the run's config.
+A published figure stands only beside a run of the paper's length: one that was trained on fewer images or on
+more, all repetitions counted, says so in its steps and is set beside nothing. What else departs from the
+paper is told by the head of the run's config.
 """
 
 import argparse
@@ -69,12 +69,14 @@ class Published(NamedTuple):
 
 LENET = {"data.name": "mnist", "model.name": "lenet5_1998", "data.augment.elastic": 0}
 UNDISTORTED = {f"data.augment.{name}": 0 for name in ("shift", "scale", "shear", "squeeze")}
-RESNET = {"data.name": "cifar10", "model.name": "resnet_cifar", "model.plain": False, "model.shortcut": "A"}
-PREACT = {"data.name": "cifar10", "model.name": "resnet_preact_cifar"}
+CROPS = {"data.name": "cifar10", "data.augment.flip": True, "data.augment.pad": 4}
+RESNET = CROPS | {"model.name": "resnet_cifar", "model.plain": False, "model.shortcut": "A"}
+PREACT = CROPS | {"model.name": "resnet_preact_cifar"}
 NIN = {"data.name": "cifar10", "model.name": "nin", "model.variant": "cifar"}
 IMAGENET = {"data.name": "imagenet2012"}
 IMAGENET_RESNET = IMAGENET | {"model.name": "resnet", "model.plain": False}
 EPOCH = 1_281_167  # images of ImageNet of 2012
+LONGER = 1.05  # times a paper's examples; so much comes of rounding to whole epochs and batches
 
 PUBLISHED = (
     Published(LENET | UNDISTORTED, 0.95, 20 * 60_000, "LeCun et al. 1998, section III"),
@@ -165,14 +167,14 @@ class Row(NamedTuple):
     """Runs that differ in the seed alone.
 
     Attributes:
-      name: of the first record they come from.
+      names: of the records they come from.
       point: {key of the grid: value}.
       config: the whole config of the point.
       environments: those of the runs.
       runs: as the record has them.
     """
 
-    name: str
+    names: list
     point: dict
     config: dict
     environments: list
@@ -223,13 +225,15 @@ def collect(studies):
             environments = [record["environments"][number] for number in run["environments"]]
             code = sorted(set(map(records.code_of, environments)))
             group = json.dumps([recipe(config), code], sort_keys=True)
-            row = rows.setdefault(group, Row(name, point, config, [], []))
+            row = rows.setdefault(group, Row([], point, config, [], []))
             if (group, run["seed"]) in records_of:
                 raise ValueError(
                     f"seed {run['seed']} of {network(config)} is in {records_of[group, run['seed']]} and "
                     f"in {name}; remove one of the records"
                 )
             records_of[group, run["seed"]] = name
+            if name not in row.names:
+                row.names.append(name)
             row.runs.append(run)
             row.environments.extend(environments)
     return list(rows.values())
@@ -341,8 +345,10 @@ def table(rows, place="results", short=False):
         published = counterpart(row.config, metric)
         steps, batch_size = row.config["num_steps"], row.config["batch_size"]
         steps_cell = f"{steps:,}"
-        if published and steps * batch_size < published.examples:
-            steps_cell += f" (shortened: the paper's are {round(published.examples / batch_size):,})"
+        length = steps * batch_size / published.examples if published else 1
+        if not 1 <= length < LONGER:
+            word = "shortened" if length < 1 else "lengthened"
+            steps_cell += f" ({word}: the paper's are {round(published.examples / batch_size):,})"
             published = None
         if short and not published:
             continue
@@ -364,7 +370,7 @@ def table(rows, place="results", short=False):
                 f"{sum(values) / len(values) - published.error:+.2f}" if published and values else "",
                 hardware(row.environments),
                 dates(row.runs),
-                f"[{row.name.removesuffix('.json')}]({place}/{row.name})",
+                ", ".join(f"[{name.removesuffix('.json')}]({place}/{name})" for name in row.names),
             ]
         )
     shown = [TITLES.index(title) for title in (SHORT if short else TITLES)]

@@ -75,13 +75,9 @@ def expand(study):
 
 def _override(config, where, key, value):
     try:
-        old = config
-        for part in key.split("."):
-            old = old[part]
-        config.update_from_flattened_dict({key: value})
-    except (KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error.args[0]).split())  # a hint stands on a line of its own
-        raise ValueError(f"{where}: {key} = {value!r} does not fit the base config: {reason}") from None
+        settings.override(config, key, value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {key} = {value!r} does not fit the base config: {error}") from None
 
 
 def check(study):
@@ -208,6 +204,15 @@ def short_names(keys):
         unlike = (tail for tail in tails if not any(other.endswith(f".{tail}") for other in others))
         names[key] = next(unlike, key)
     return names
+
+
+_VAGUE = ("start.", "data.splits.")  # without them a key tells too little, as `workdir` or `train` does
+
+
+def titles_of(keys):
+    """{key: what a table or a legend calls it}."""
+    short = short_names(keys)
+    return {key: key.removeprefix("data.") if key.startswith(_VAGUE) else short[key] for key in keys}
 
 
 def text_of(value):

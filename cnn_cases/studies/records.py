@@ -66,6 +66,10 @@ def _check_parts(record, study):
             missing = sorted((needed | own) - one.keys())
             if missing:
                 raise ValueError(f"{part}[{number}] has no {missing[0]}")
+    for number, environment in enumerate(record["environments"]):
+        for key, is_possible, allowed in _OF_AN_ENVIRONMENT:
+            if not is_possible(environment[key]):
+                raise ValueError(f"environments[{number}]: {key} = {environment[key]!r} must be {allowed}")
     for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
         if plan.lookup(study["base"], key) is None:
             raise ValueError(f"config: base has no {key}")
@@ -77,10 +81,12 @@ def _check_runs(record):
     for number, run in enumerate(record["runs"]):
         for key, value, allowed in _wrong(record, run):
             raise ValueError(f"runs[{number}]: {key} = {reprlib.repr(value)} must be {allowed}")
-        identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], *run["environments"])
+        starts = (record["environments"][start] for start in run["environments"])
+        codes = frozenset((code_of(start), data_of(start)) for start in starts)
+        identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], codes)
         if identity in seen:
             raise ValueError(
-                f"runs[{number}] stands there twice, with seed {run['seed']}; remove one of them"
+                f"runs[{number}] stands there twice, by one code and with seed {run['seed']}; remove one"
             )
         seen.add(identity)
 
@@ -95,6 +101,8 @@ def _wrong(record, run):
             yield key, run[key], f"one of {', '.join(map(repr, values))}"
     if not _is_number(run["step"]):
         yield "step", run["step"], "a number"
+    if not isinstance(run.get("date", ""), str):
+        yield "date", run["date"], "a text"
     starts = run["environments"]
     if not (isinstance(starts, list) and starts and all(start in numbers for start in starts)):
         yield "environments", starts, f"numbers of environments, which are below {len(numbers)}"
@@ -116,7 +124,26 @@ def _is_curve(value):
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that is too large for a float
+        return False
+
+
+def _are_texts(values):
+    return all(isinstance(value, str) for value in values)
+
+
+_OF_AN_ENVIRONMENT = (
+    ("commit", lambda value: value is None or isinstance(value, str), "a text or null"),
+    (
+        "versions",
+        lambda value: isinstance(value, dict) and _are_texts(value.values()),
+        "names of packages with their versions",
+    ),
+    ("devices", lambda value: isinstance(value, list) and _are_texts(value), "a list of texts"),
+    ("cpus", lambda value: isinstance(value, int), "a whole number"),
+)
 
 
 def code_of(environment):
@@ -126,6 +153,11 @@ def code_of(environment):
     """
     code = environment.get("code", environment["commit"])
     return code, *sorted(_packages(environment).items()), *_kinds_of_devices(environment)
+
+
+def data_of(environment):
+    """What tells the data of one run from those of another; "null" of older environments."""
+    return json.dumps(environment.get("data"))
 
 
 def _packages(environment):
@@ -155,9 +187,6 @@ def split_by_code(record):
 
     def starts_of(run):
         return [environments[number] for number in run["environments"]]
-
-    def data_of(environment):
-        return json.dumps(environment.get("data"))
 
     other_data = any(
         len({data_of(start) for run in runs for start in starts_of(run)}) > 1
@@ -210,7 +239,7 @@ def names_of_points(record, without=None):
       without: a key of the grid that the names leave out.
     """
     keys = [key for key, _ in record["config"]["grid"]]
-    short = plan.short_names(keys)
+    short = plan.titles_of(keys)
     return {
         point: ", ".join(
             f"{short[key]} {plan.text_of(value)}"

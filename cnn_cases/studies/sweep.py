@@ -205,7 +205,6 @@ def write_report(record, workdir):
     from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
 
     workdir = pathlib.Path(workdir)
-    disk.write_text(workdir / "record.json", record_text(record))
     disk.write_text(workdir / "table.md", tables.markdown(table(record)))
     disk.write_text(workdir / "table.csv", tables.comma_separated(table(record, exact=True)))
     compared = comparison.compare_study(record)
@@ -223,6 +222,7 @@ def write_report(record, workdir):
     else:
         figures.save(figures.draw_curves(record), workdir / "curves")
         page.write(record, workdir / "curves.html")
+    disk.write_text(workdir / "record.json", record_text(record))  # all of it could be drawn
 
 
 def define_flags():

@@ -199,9 +199,19 @@ def test_long_values_leave_room_in_the_figure_and_dollars_are_no_formulas(asking
         one["start.workdir"] = path if one.pop("model.plain") else ""
     figure = draw(asking)
     (line, _) = figure.get_suptitle().splitlines()
-    assert line == "workdir: runs/long_long_lon…_long_long_name$1$ minus none, on digits, batches of 32"
+    assert line == "start.workdir: runs/long_long_lon…_long_long_name$1$ minus none, on digits, batches of 32"
     assert path in comparison.study_table(asking, comparison.compare_study(asking), "markdown")
     assert not figure._suptitle.get_parse_math()
+
+
+def test_small_differences_have_room_beside_large_ones(asking):
+    assert [axis.get_xscale() for axis in draw(asking).axes] == ["symlog", "symlog"]  # one is of 50 points
+    for one in asking["runs"]:
+        if one["status"] == "finished":
+            one["metrics"] = {name: value / 10 for name, value in one["metrics"].items()}
+    left, right = draw(asking).axes
+    assert left.get_xscale() == "linear"
+    assert left.get_xlim() == right.get_xlim()
 
 
 def test_the_figure_has_room_for_every_difference(asking):

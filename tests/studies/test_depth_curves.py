@@ -69,12 +69,13 @@ def test_diverged_runs_are_crosses_and_counted(record):
     assert [line.get_marker() for line in left.lines].count("x") == 1
     assert [line.get_marker() for line in right.lines].count("x") == 0
     legend = [text.get_text() for text in depth_curves.draw_curves(record).legends[0].get_texts()]
-    assert legend == ["20 layers (1 of 4 diverged)", "8 layers", "diverged, up to its end"]
+    assert legend == ["20 layers\nplain nets (1 of 2 diverged)", "8 layers", "diverged, up to its end"]
     training, _ = depth_curves.draw_depth(record).axes
     crosses = {
         line.get_label(): list(line.get_xdata()) for line in training.lines if line.get_marker() == "x"
     }
     assert crosses == {"plain, diverged": [20]}
+    assert [text.get_text() for text in training.texts] == ["1 of 2"]
 
 
 def test_the_difference_has_its_interval_where_there_is_one(record):
@@ -98,6 +99,22 @@ def test_where_differences_are_large_small_ones_have_room_too(record, largest, s
         assert axis.get_yscale() == scale
         assert axis.get_ylim()[0] < 0 < 100 * largest < axis.get_ylim()[1]
     assert ("linear up to 1" in figure.axes[0].get_ylabel()) == (scale == "symlog")
+
+
+def test_all_codes_share_the_axes_on_which_their_differences_are(mixed):
+    (*_, last) = mixed["runs"]
+    large = last | {"seed": 0, "environments": [1], "model.plain": True}
+    large["metrics"] = dict.fromkeys(last["metrics"], 1.0)
+    mixed["runs"] = [one for one in mixed["runs"] if one["model.depth"] == 8]
+    mixed["runs"] += [large, last | {"seed": 0, "environments": [1]}]
+    figure = depth_curves.draw_difference(mixed)
+    assert len(figure.axes) == 4
+    limits = [(axis.get_xlim(), axis.get_ylim(), axis.get_yscale()) for axis in figure.axes]
+    assert limits == limits[:1] * 4
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        assert low <= axis.dataLim.y0
+        assert high >= axis.dataLim.y1
 
 
 def test_codes_have_rows_and_panels_of_their_own(mixed):

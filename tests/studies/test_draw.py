@@ -1,12 +1,14 @@
 import json
 import math
 import pathlib
+import reprlib
 
 import pytest
 
 from cnn_cases.studies import depth_curves, draw
 from tests.studies.conftest import run
 
+GRADIENTS_AND_RESPONSES = [f"{name}.{form}" for name in ("gradients", "responses") for form in ("png", "svg")]
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
 
@@ -18,6 +20,35 @@ def test_a_depth_study_is_drawn_from_its_record(tmp_path, capsys):
     assert (tmp_path / "out/table.md").read_text() == table
     assert (tmp_path / "out/record.json").read_text() == path.read_text()
     assert "tables and figures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("depth_digits_layers", {"record.json", "table.md", *GRADIENTS_AND_RESPONSES}),
+        ("bottleneck_cpu", {"record.json", "table.txt", "bottleneck.png", "bottleneck.svg"}),
+    ],
+)
+def test_what_is_measured_without_training_is_drawn_from_its_record_too(name, files, tmp_path):
+    for _ in range(2):  # a directory with the report of the same record is no other's
+        draw.main([str(RESULTS / f"{name}.json"), f"--out={tmp_path}"])
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert json.loads((tmp_path / "record.json").read_text()) == json.loads(
+        (RESULTS / f"{name}.json").read_text()
+    )
+
+
+def test_one_code_counts_a_seed_once(record, tmp_path, capsys):
+    record["environments"].append(record["environments"][0] | {"cpus": 64})
+    record["runs"].append(record["runs"][0] | {"environments": [1]})
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert "runs[8] stands there twice, by one code and with seed 0" in capsys.readouterr().err
+    record["environments"][1]["code"] = "another"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out/table.md").exists()
 
 
 def test_another_study_has_its_curves_and_its_table(tmp_path):
@@ -163,7 +194,20 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
         (lambda record: record["runs"][0].update(curves=[]), "runs[0]: curves = [] must be named figures"),
         (
             lambda record: record["runs"].append(record["runs"][3]),
-            "runs[8] stands there twice, with seed 1; remove one of them",
+            "runs[8] stands there twice, by one code and with seed 1; remove one",
+        ),
+        (
+            lambda record: record["environments"][0].update(versions=[]),
+            "environments[0]: versions = [] must be names of packages with their versions",
+        ),
+        (
+            lambda record: record["environments"][0].update(devices=-1),
+            "environments[0]: devices = -1 must be a list of texts",
+        ),
+        (lambda record: record["runs"][0].update(date=20261128), "runs[0]: date = 20261128 must be a text"),
+        (
+            lambda record: record["runs"][0]["metrics"].update({"test/error": 10**400}),
+            f"runs[0]: metrics: test/error = {reprlib.repr(10**400)} must be a finite number",
         ),
     ],
 )

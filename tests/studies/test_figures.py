@@ -138,7 +138,7 @@ def test_a_key_can_have_panels_and_the_others_colours(record):
     assert [axis.get_title() for axis in figure.axes] == ["depth 8", "depth 20"]
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["plain False", "plain True (1 of 4 diverged)", "diverged, up to its end"]
+    assert names == ["plain False", "plain True\ndepth 20 (1 of 2 diverged)", "diverged, up to its end"]
     bold = [line for line in figure.axes[0].lines if line.get_linewidth() == figures.BOLD]
     assert [list(line.get_ydata()) for line in bold] == [[50, pytest.approx(20)]] * 2  # plain, then residual
     assert figure.get_suptitle().startswith("digits, batches of 32; thin: training error, bold: test error; ")

@@ -21,13 +21,21 @@ def diverged(seed, depth=20):
     return run | {"environments": [0], "curves": {}}
 
 
+DATA = {
+    "name": "cifar10",
+    "data_dir": "",
+    "splits": {"train": "train", "test": "test"},
+    "augment": {"flip": True, "pad": 4},
+}
+
+
 def record(*runs, environments=(CPU,), **base):
     config = {
         "seed": 0,
         "num_steps": 64_000,
         "batch_size": 128,
         "model": {"name": "resnet_cifar", "depth": 20, "plain": False, "shortcut": "A"},
-        "data": {"name": "cifar10", "data_dir": "", "splits": {"train": "train", "test": "test"}},
+        "data": DATA,
         "evaluation": {"every_steps": 1_000, "protocol": "single"},
         "checkpoint": {"keep_last": 1},
     }
@@ -46,7 +54,7 @@ def test_seeds_are_averaged_and_set_beside_the_paper():
     (line,) = table(depth=record(outcome(0, 0.08), outcome(1, 0.09)))
     assert line == {
         "network": "resnet_cifar, depth 20, shortcut A",
-        "data": "cifar10",
+        "data": "cifar10, flip, pad",
         "steps": "64,000",
         "error": "test",
         "%": "8.50 ± 0.71",
@@ -75,9 +83,22 @@ def test_each_point_of_a_grid_has_its_own_row_and_paper():
     assert [line["difference"] for line in lines] == ["-0.75", "+0.39", ""]
 
 
+def test_a_training_without_the_papers_augmentation_is_set_beside_nothing():
+    (line,) = table(whole=record(outcome(0, 0.08), data=DATA | {"augment": {"flip": True, "pad": 0}}))
+    assert line["published %"] == line["difference"] == ""
+
+
+def test_a_row_of_several_records_links_all_of_them():
+    (line,) = table(one=record(outcome(0, 0.08)), two=record(outcome(1, 0.09)))
+    assert line["record"] == "[one](results/one.json), [two](results/two.json)"
+
+
 def test_a_shortened_training_says_so_and_is_set_beside_nothing():
     (line,) = table(short=record(outcome(0, 0.08), num_steps=2_000))
     assert line["steps"] == "2,000 (shortened: the paper's are 64,000)"
+    assert line["published %"] == line["difference"] == ""
+    (line,) = table(long=record(outcome(0, 0.08), num_steps=80_000))
+    assert line["steps"] == "80,000 (lengthened: the paper's are 64,000)"
     assert line["published %"] == line["difference"] == ""
     (line,) = table(large=record(outcome(0, 0.08), num_steps=32_000, batch_size=256))
     assert line["difference"] == "-0.75", "as many images in fewer steps are no less"
@@ -100,7 +121,7 @@ def test_a_record_that_is_older_than_a_key_is_of_the_same_recipe():
 
 
 def test_a_figure_from_memory_is_labelled(monkeypatch):
-    recalled = ledger.Published({"model.name": "resnet_cifar"}, 5.0, 1, "a paper", recalled=True)
+    recalled = ledger.Published({"model.name": "resnet_cifar"}, 5.0, 64_000 * 128, "a paper", recalled=True)
     monkeypatch.setattr(ledger, "PUBLISHED", (recalled,))
     (line,) = table(depth=record(outcome(0, 0.08)))
     assert line["published %"] == "5.0 (a paper, as recalled)"
@@ -126,7 +147,7 @@ def test_other_commits_machines_and_recipes_are_other_rows(changes):
     [
         {"seed": 7},
         {"checkpoint": {"keep_last": 4}},
-        {"data": {"name": "cifar10", "data_dir": "/data", "splits": {"train": "train", "test": "test"}}},
+        {"data": DATA | {"data_dir": "/data"}},
     ],
 )
 def test_what_no_result_depends_on_parts_no_row(changes):

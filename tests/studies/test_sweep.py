@@ -22,8 +22,14 @@ def study(data_dir):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": (("model.deepth", (8,)),)}, "grid: model.deepth = 8 does not fit the base config"),
-        ({"grid": (("num_steps", ("many",)),)}, "grid: num_steps = 'many' does not fit the base config"),
+        (
+            {"grid": (("model.deepth", (8,)),)},
+            "grid: model.deepth = 8 does not fit the base config: there is no such key; known: model.name",
+        ),
+        (
+            {"grid": (("num_steps", ("many",)),)},
+            r"grid: num_steps = 'many' does not fit the base config: it must be an int \(of 64 bits\), as",
+        ),
         ({"grid": (("num_steps", ()),)}, r"grid: num_steps = \(\) must have values"),
         ({"grid": (("batch_size", (24, 2000)),)}, "batch_size = 2000 must be between 1 and the 1257"),
         ({"grid": (("seed", (1, 2)),)}, "grid: seed is no key of it"),
