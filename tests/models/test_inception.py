@@ -25,6 +25,7 @@ from tests.models.tracing import (
     modules_of_initialisation,
     output_shapes,
     recorded_training,
+    sources,
     trace_initialisation,
     variable_shapes,
     visited,
@@ -420,6 +421,35 @@ def test_dense_layers_start_from_he_et_als_distribution():
         np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / 100), rtol=0.03)
 
 
+def test_the_parts_of_a_module_stand_as_in_its_figure():
+    x = jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
+
+    def found(module):
+        return sources(lambda: jax.eval_shape(module.init, jax.random.key(0), x))
+
+    assert found(NaiveInceptionModule(1, 1, 1)) == dict.fromkeys(("conv_1x1", "conv_3x3", "conv_5x5"), "")
+    assert found(InceptionModule(1, 1, 1, 1, 1, 1)) == {
+        "conv_1x1": "",
+        "reduce_3x3": "",
+        "conv_3x3": "reduce_3x3",
+        "reduce_5x5": "",
+        "conv_5x5": "reduce_5x5",  # the pool projection reads what is pooled
+    }
+
+
+def test_the_parts_of_googlenet_stand_as_in_the_table():
+    model = GoogLeNet(batch_norm=True)
+    variables = variable_shapes(model, 224)
+    # In training, where dropout gives something else than it reads.
+    found = sources(lambda: output_shapes(model, variables, 224, train=True))
+    order = [f"inception_{name}" for name in TABLE_1]
+    expected = {"conv1": "", "conv2": "conv2_reduce", **dict(zip(order[1:], order, strict=False))}
+    for name in ("4a", "5a"):  # which read what is pooled
+        del expected[f"inception_{name}"]
+    expected |= {"side1": "inception_4a", "side2": "inception_4d", "logits": "dropout"}
+    assert found == expected
+
+
 def test_a_side_branch_averages_and_has_relu_before_its_logits():
     side = SideBranch(ConvUnit, nn.Dense, 3, None)
     random = np.random.default_rng(0)
@@ -428,5 +458,7 @@ def test_a_side_branch_averages_and_has_relu_before_its_logits():
     variables = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
     seen = inputs_and_outputs(lambda: side.apply(variables, x, False))
     np.testing.assert_allclose(seen["conv"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5)
+    np.testing.assert_array_equal(seen["dense"][0], seen["conv"][1].reshape(2, -1))
     np.testing.assert_allclose(seen["logits"][0], nn.relu(seen["dense"][1]), rtol=1e-5)
+    assert seen["logits"][0] is seen["dropout"][1]
     assert (seen["dense"][1] < 0).any()

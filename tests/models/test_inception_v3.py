@@ -1,7 +1,10 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
@@ -12,6 +15,7 @@ from cnn_cases.models.inception_v3 import (
     Figure10Module,
     InceptionV3,
     SecondReduction,
+    SideBranch,
     avg_pool_same,
 )
 from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout
@@ -23,6 +27,7 @@ from tests.models.tracing import (
     modules_of_initialisation,
     output_shapes,
     recorded_training,
+    sources,
     variable_shapes,
 )
 
@@ -275,11 +280,98 @@ def test_the_windows_of_the_second_reduction_are_a_row_and_a_column():
     }
 
 
-def test_rows_and_columns_of_figure_7_stand_side_by_side():
-    module, x = Figure7Module(ConvUnit), jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
-    seen = inputs_and_outputs(lambda: jax.eval_shape(module.init, jax.random.key(0), x))
-    assert seen["conv_1x3"][0] is seen["conv_3x1"][0] is seen["reduce_3x3"][1]
-    assert seen["double2_1x3"][0] is seen["double2_3x1"][0] is seen["double1_3x3"][1]
+# What each part reads: "" is the module's input; project_pool reads what is pooled.
+SOURCES = {
+    Figure5Module: {
+        "conv_1x1": "",
+        "reduce_5x5": "",
+        "conv_5x5": "reduce_5x5",
+        "reduce_double": "",
+        "double1_3x3": "reduce_double",
+        "double2_3x3": "double1_3x3",
+    },
+    Figure10Module: {
+        "conv_3x3": "",
+        "reduce_double": "",
+        "double1_3x3": "reduce_double",
+        "double2_3x3": "double1_3x3",
+    },
+    Figure6Module: {
+        "conv_1x1": "",
+        "reduce_7x7": "",
+        "conv_1x7": "reduce_7x7",
+        "conv_7x1": "conv_1x7",
+        "reduce_double": "",
+        "double1_7x1": "reduce_double",
+        "double1_1x7": "double1_7x1",
+        "double2_7x1": "double1_1x7",
+        "double2_1x7": "double2_7x1",
+    },
+    SecondReduction: {
+        "reduce_3x3": "",
+        "conv_3x3": "reduce_3x3",
+        "reduce_7x7": "",
+        "conv_1x7": "reduce_7x7",
+        "conv_7x1": "conv_1x7",
+        "conv_3x3_after_7x7": "conv_7x1",
+    },
+    Figure7Module: {
+        "conv_1x1": "",
+        "reduce_3x3": "",
+        "conv_1x3": "reduce_3x3",
+        "conv_3x1": "reduce_3x3",
+        "reduce_double": "",
+        "double1_3x3": "reduce_double",
+        "double2_1x3": "double1_3x3",
+        "double2_3x1": "double1_3x3",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_the_parts_of_a_module_stand_as_in_its_figure(kind):
+    arguments = {"filters_pool": 1} if kind is Figure5Module else {}
+    arguments |= {"filters": 1} if kind is Figure6Module else {}
+    module, x = kind(**arguments, unit=ConvUnit), jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
+    assert sources(lambda: jax.eval_shape(module.init, jax.random.key(0), x)) == SOURCES[kind]
+
+
+def test_the_parts_of_the_network_stand_as_in_the_table():
+    order = [*STEM, *MODULES]
+    expected = dict(zip(order, ["", *order[:-1]], strict=True))
+    del expected["conv3b"], expected["inception_5b"]  # which read what is pooled
+    expected |= {"side": "inception_6e", "logits": "dropout"}
+    model = InceptionV3()
+    variables = variable_shapes(model, 299)
+    # In training, where dropout gives something else than it reads.
+    assert sources(lambda: output_shapes(model, variables, 299, train=True)) == expected
+
+
+def test_the_last_map_is_averaged():
+    variables = variable_shapes(InceptionV3(False), 75)
+    program = jax.make_jaxpr(lambda v, x: InceptionV3(False).apply(v, x, False))(variables, image_shape(75))
+    names = [equation.primitive.name for equation in program.eqns]
+    last = max(place for place, name in enumerate(names) if name == "concatenate")
+    assert names[last + 1 : last + 3] == ["reduce_sum", "div"]
+
+
+def test_the_side_branch_averages_before_and_after_its_convolutions():
+    side, random = SideBranch(ConvUnit, nn.Dense, 3), np.random.default_rng(0)
+    x = random.normal(0, 1, (2, 20, 20, 4)).astype(np.float32)
+    shapes = jax.eval_shape(lambda x: side.init(jax.random.key(0), x), x)
+    variables = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
+    seen = inputs_and_outputs(lambda: side.apply(variables, x))
+    np.testing.assert_allclose(seen["conv1"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5)
+    assert seen["conv2"][0] is seen["conv1"][1]
+    np.testing.assert_allclose(seen["logits"][0], seen["conv2"][1].mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_dense_layers_start_from_he_et_als_distribution():
+    layers = [m for m, *_ in recorded_training(InceptionV3(), 299).values() if isinstance(m, nn.Dense)]
+    assert len(layers) == 2
+    for layer in layers:
+        kernel = layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32)
+        np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / 100), rtol=0.03)
 
 
 def test_the_stem_takes_maxima_and_the_side_branch_an_average():

@@ -57,6 +57,19 @@ def inputs_and_outputs(call):
     return {path: (arguments[0], y) for path, (_, arguments, y) in recorded(call).items()}
 
 
+def sources(call):
+    """Where the modules that `call` runs have their inputs from.
+
+    Returns:
+      {path: path of the module that gave the input, "" for that of the whole}. Modules inside of others are
+      left out, and so is the path of an input that comes from something else, as a pooling.
+    """
+    seen = {path: values for path, values in inputs_and_outputs(call).items() if path.count("/") == 0}
+    image, _ = seen.pop("")
+    givers = {id(image): ""} | {id(y): path for path, (_, y) in seen.items()}
+    return {path: givers[id(x)] for path, (x, _) in seen.items() if id(x) in givers}
+
+
 def recorded_training(model, size):
     """`recorded` of a training call; nothing is computed."""
     variables = variable_shapes(model, size)
