@@ -11,6 +11,7 @@
 143   SIGTERM came, likewise
 """
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -26,6 +27,7 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
+from cnn_cases import settings
 from cnn_cases.training import devices, loop, processes, provenance, stopping
 
 _DETERMINISTIC = flags.DEFINE_bool(
@@ -39,6 +41,10 @@ _PLAINER = (
     (
         r"flag --config=(\S+?):(\S*): .*get_config\(\) takes 0 positional arguments.*",
         r"--config=\1 has no choices, such as '\2'",
+    ),
+    (
+        r"flag --(\S+?)=(\S+): Failed to parse .* as a ConfigDict.*",
+        r"--\1=\2: \1 is a group of keys; did you mean --\1.name=\2?",
     ),
     (r"Error whilst parsing config file: (ValueError: )?", ""),
     (r"flag --(\S+)=None: Flag --\S+ must have a value other than None\.", r"--\1 is missing;"),
@@ -199,19 +205,26 @@ def _explained(error, arguments):
     if of_config:
         path, line = of_config[-1]
         return f"{path}, line {line}: {type(error).__name__}: {reason}"
-    # ml_collections' word for a key that the config does not have: "'optimiser'\nDid you mean ...?"
-    said = str(error.args[0] if error.args else "").replace("\\n", "\n")  # within a section, its repr
-    key, _, hint = said.partition("\n")
-    key = key.strip("'\"\\")
-    culprit = next((one for one in arguments if key and f".{key}" in one.partition("=")[0]), None)
-    if culprit:
-        listed = "configs/common.py lists the keys"
-        if ".model." in culprit:
-            listed = "Its file names the settings of its network"
-        hint = hint.replace("\\", "").strip("'")
-        return f"{culprit}: the config has no key {key!r} there. {hint or listed}"
-    # Such as a file without get_config, or a key of what is no ConfigDict.
-    return f"{' '.join(one for one in arguments if one.startswith('--config'))}: {reason}"
+    given = [one for one in arguments if one.startswith("--config")]
+    # How ml_collections tells of a key that is not there. Such as a file without get_config ends likewise.
+    if isinstance(error, KeyError | AttributeError):
+        with contextlib.suppress(AttributeError):
+            return _unknown_key(given) or f"{' '.join(given)}: {reason}"
+    return f"{' '.join(given)}: {reason}"
+
+
+def _unknown_key(given):
+    """The first flag --config.<key> of a key that the config does not have, as a line; None without one."""
+    files = [one.removeprefix("--config=") for one in given if one.startswith("--config=")]
+    config = flags.FLAGS["config"].parser.parse(files[-1]) if files else None
+    for argument in given if config else ():
+        key = argument.partition("=")[0].removeprefix("--config").removeprefix(".")
+        try:
+            if key:
+                settings.check_key(config, key)
+        except ValueError as unknown:
+            return f"{argument}: {unknown}"
+    return None
 
 
 def _terminated(*_):

@@ -26,7 +26,7 @@ from absl import flags
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from cnn_cases import command, preview, saved_runs, tables
+from cnn_cases import command, preview, saved_runs, settings, tables
 from cnn_cases.data import feeds
 from cnn_cases.training import checkpoint, devices, disk, predictions, programs, provenance
 
@@ -78,13 +78,18 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
     configs = [saved_runs.load_config(one, data_dir) for one in workdirs]
     first = configs[0]
     protocol = protocol or first.evaluation.protocol
-    split = split or ("test" if "test" in first.data.splits else "validation")
+    split = split or ("test" if "test" in settings.parts(first) else "validation")
     if others and not out:
         raise ValueError("out = '' is for one run; say where the evaluation of an ensemble is to lie")
     _check_together(workdirs, configs, split)
     networks = [
         _read(one, config, split, protocol, which) for one, config in zip(workdirs, configs, strict=True)
     ]
+    tested = {"split": split, "examples_of": _examples(first, split), "protocol": protocol}
+    steps = [{"workdir": str(network.workdir), "step": network.step} for network in networks]
+    tested |= {"networks": steps} if others else steps[0]
+    if out:
+        _check_free(out, tested)
     default = f"{split}_{protocol}_{networks[0].step}"
     out = pathlib.Path(out or pathlib.Path(workdir) / "evaluation" / default)
     out.mkdir(parents=True, exist_ok=True)
@@ -98,20 +103,11 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
             raise ValueError(f"workdir = {network.workdir} has other labels in {split!r} than {workdir}")
     probabilities = np.mean([one for one, _ in answers], axis=0)
     if others:
-        tested = {
-            "networks": [
-                {"workdir": str(network.workdir), "step": network.step, **_scores(one, label)}
-                for network, (one, _) in zip(networks, answers, strict=True)
-            ]
-        }
-    else:
-        tested = {"step": networks[0].step}
+        pairs = zip(steps, answers, strict=True)
+        tested["networks"] = [network | _scores(one, label) for network, (one, _) in pairs]
     metrics = {
-        "split": split,
-        "examples_of": _examples(first, split),
-        "protocol": protocol,
-        "views_per_example": networks[0].num_views,
         **tested,
+        "views_per_example": networks[0].num_views,
         "num_examples": len(label),
         **_scores(probabilities, label),
         "seconds": round(seconds, 2),
@@ -122,16 +118,29 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
     return metrics, out
 
 
+def _check_free(out, tested):
+    """Raises ValueError where a directory has the evaluation of something else."""
+    path = pathlib.Path(out) / "metrics.json"
+    there = disk.read_json(path, dict, "move it away") if path.exists() else tested
+    alone = [{key: network[key] for key in ("workdir", "step")} for network in there.get("networks") or ()]
+    there = there | ({"networks": alone} if alone else {})
+    unlike = [key for key, value in tested.items() if key not in there or there[key] != value]
+    if unlike:
+        raise ValueError(
+            f"out = {out} has another evaluation, of another {unlike[0]}; name another directory"
+        )
+
+
 def _check_together(workdirs, configs, split):
     """Raises ValueError unless the runs are different ones, and have the same examples in a split."""
     places, sources = [], []
     for workdir, config in zip(workdirs, configs, strict=True):
         if pathlib.Path(workdir).resolve() in places:
             raise ValueError(f"workdir = {workdir} is named twice, and would have two votes")
-        if split not in config.data.splits:
+        parts = settings.parts(config)
+        if split not in parts:
             raise ValueError(
-                f"split = {split!r} is not in data.splits of {workdir}, which has "
-                f"{', '.join(config.data.splits)}"
+                f"split = {split!r} is not in data.splits of {workdir}, which has {', '.join(parts)}"
             )
         places.append(pathlib.Path(workdir).resolve())
         data_dir = config.data.data_dir
@@ -152,7 +161,7 @@ def _examples(config, split):
 def _read(workdir, config, split, protocol, which):
     """The `Network` of a run."""
     checkpoints = pathlib.Path(workdir) / "checkpoints"
-    step = checkpoint.find(checkpoints, which)
+    checkpoint.find(checkpoints, which)  # before the data are read
     program = programs.make_program(config, saved_runs.usable_devices(config))
     saved_runs.check_unchanged(workdir, program.feed, ("train", split))
     like = program.shapes_of_state()
@@ -160,7 +169,7 @@ def _read(workdir, config, split, protocol, which):
         num_views = len(programs.check_protocol(program, like, protocol))
     except ValueError as error:
         raise ValueError(f"workdir = {workdir}: {error}") from error
-    state = checkpoint.read(checkpoints, step, like)
+    step, state = checkpoint.find_and_read(checkpoints, which, like)
     # The optimizer's part, the half of it or more, is for training alone.
     return Network(workdir, config, program, step, state.replace(opt_state=()), num_views)
 

@@ -117,9 +117,8 @@ def load(workdir, which="last"):
     model, tx, _ = programs.make_network(config, len(shown.class_names))
     like = shapes_of_state(model, tx, shown.image_shape, with_ema=config.ema_decay > 0)
     checkpoints = pathlib.Path(workdir) / "checkpoints"
-    step = checkpoint.find(checkpoints, which)
-    state = checkpoint.read(checkpoints, step, like).replace(opt_state=())
-    return TrainedNetwork(config, step, model, state, shown)
+    step, state = checkpoint.find_and_read(checkpoints, which, like)
+    return TrainedNetwork(config, step, model, state.replace(opt_state=()), shown)
 
 
 def read_image(path, channels):

@@ -21,7 +21,7 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from cnn_cases import command, tables
+from cnn_cases import command, settings, tables
 from cnn_cases.models import fast
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import programs
@@ -110,7 +110,7 @@ def rehearse(config, devices):
         state = programs.check_program(program, config)
         feed, steps = program.feed, program.steps_per_call
         training = _shares(feed.train_batches(config.seed, 0), num_devices, steps)
-        evaluation = _shares(feed.eval_batches(next(iter(config.data.splits))), num_devices)
+        evaluation = _shares(feed.eval_batches(next(iter(settings.parts(config)))), num_devices)
         stages = [
             ("training", program.train, training, steps),
             ("evaluation", program.evaluate, evaluation, None),

@@ -1,7 +1,6 @@
 """A run that is there already, for commands that look into it."""
 
 import logging
-import math
 import pathlib
 
 from absl import flags
@@ -68,9 +67,8 @@ def check_unchanged(workdir, feed=None, splits=()):
 
 def usable_devices(config):
     """As many local devices as the batches of the run can be split over; it may have had others."""
-    local = devices.local_devices()
-    sizes = math.gcd(config.batch_size // config.num_microbatches, config.evaluation.batch_size)
-    return local[: max(count for count in range(1, len(local) + 1) if sizes % count == 0)]
+    local, size = devices.local_devices(), config.batch_size // config.num_microbatches
+    return local[: max(count for count in range(1, len(local) + 1) if size % count == 0)]
 
 
 def define_data_dir():

@@ -66,6 +66,11 @@ def is_study(config):
     return {"base", "grid", "seeds"} <= config.keys()
 
 
+def parts(config):
+    """The parts of a training config's data, {role: TFDS split expression}, without those that are ""."""
+    return {role: split for role, split in config.data.splits.items() if split}
+
+
 def completed(saved):
     """A config as JSON has kept it, with the defaults of configs/common.py for keys that are younger.
 
@@ -100,16 +105,28 @@ def override(config, key, value):
     Raises:
       ValueError: the config has no such key, or the value is of another type.
     """
-    known = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        beside = [one for one in known if one.startswith((f"{key}.", f"{key.rpartition('.')[0]}."))]
-        hint = f"known: {', '.join(beside)}" if beside else "configs/common.py lists the keys"
-        raise ValueError(f"there is no such key; {f'did you mean {near[0]}?' if near else hint}")
+    check_key(config, key)
     try:
         config.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"it must be {_words(type(known[key]))}, as {known[key]!r} is") from error
+        old = _flat(config)[key]
+        raise ValueError(f"it must be {_words(type(old))}, as {old!r} is") from error
+
+
+def check_key(config, key):
+    """Raises ValueError unless a config has a key, named with its groups; the message tells others."""
+    known = _flat(config)
+    if key in known:
+        return
+    in_a_group = [one for one in known if one.endswith(f".{key}")]  # such as base, of a study
+    near = in_a_group or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    beside = [one for one in known if one.startswith((f"{key}.", f"{key.rpartition('.')[0]}."))]
+    hint = f"known: {', '.join(beside)}" if beside else "configs/common.py lists the keys"
+    raise ValueError(f"there is no such key; {f'did you mean {near[0]}?' if near else hint}")
+
+
+def _flat(config):
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
 def check(config, prefix=""):

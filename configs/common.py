@@ -35,7 +35,7 @@ def get_config():
     # "resident": the whole set lives on each device, decoded once. "stream": for sets that do not fit there;
     # images are read, decoded and cropped on the host for each step.
     config.data.feed = "resident"
-    config.data.splits = ConfigDict()  # what each part is made of, as TFDS split expressions
+    config.data.splits = ConfigDict()  # what each part is made of, as TFDS split expressions; "": none of it
     config.data.splits.train = "train"
     config.data.splits.validation = "validation"
     config.data.splits.test = "test"
@@ -130,7 +130,7 @@ def get_config():
     config.schedule.warmup_factor = 0.1  # of the learning rate, where the warm-up begins
 
     config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 512  # examples, over all devices
+    config.evaluation.batch_size = 512  # examples, over all devices; rounded up to their number
     config.evaluation.every_steps = 100  # steps; 0: only at the end
     config.evaluation.splits = ("validation",)  # parts of data.splits to evaluate on the way
     config.evaluation.final_splits = ("train", "validation", "test")  # and at the end

@@ -71,6 +71,18 @@ def test_the_single_view_gives_the_figures_of_the_run_and_changes_nothing(traine
     assert contents(trained) == before
 
 
+def test_another_evaluation_is_not_overwritten(trained, tmp_path):
+    out = str(tmp_path / "out")
+    evaluate.evaluate_checkpoint(trained, out=out)
+    before = contents(tmp_path)
+    for key, changes in (("split", {"split": "validation"}), ("step", {"which": 8})):
+        with pytest.raises(ValueError, match=f"out = {out} has another evaluation, of another {key}"):
+            evaluate.evaluate_checkpoint(trained, out=out, **changes)
+    assert contents(tmp_path) == before
+    metrics, _ = evaluate.evaluate_checkpoint(trained, out=out)
+    assert metrics["workdir"] == str(trained)
+
+
 def test_files_lie_in_the_workdir_and_agree_with_each_other(trained, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
@@ -186,7 +198,8 @@ def test_an_ensemble_answers_with_the_mean_of_its_networks_probabilities(trained
     metrics, out = evaluate.evaluate_checkpoint(trained, twin, split="validation", out=tmp_path / "out")
     answers = []
     for workdir, network in zip((trained, twin), metrics["networks"], strict=True):
-        alone, _ = evaluate.evaluate_checkpoint(workdir, split="validation", out=tmp_path / "alone")
+        out_of_one = tmp_path / workdir.name
+        alone, _ = evaluate.evaluate_checkpoint(workdir, split="validation", out=out_of_one)
         assert network == {"workdir": str(workdir)} | {
             key: alone[key] for key in ("step", "accuracy", "top_5_accuracy", "loss")
         }
@@ -206,7 +219,7 @@ def test_an_ensemble_answers_with_the_mean_of_its_networks_probabilities(trained
 
 def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(trained, twin, tmp_path):
     one, other = (
-        evaluate.evaluate_checkpoint(*runs, protocol="flip", out=tmp_path / "out")[0]
+        evaluate.evaluate_checkpoint(*runs, protocol="flip", out=tmp_path / runs[0].name)[0]
         for runs in ((trained, twin), (twin, trained))
     )
     assert one["views_per_example"] == 2

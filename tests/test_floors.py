@@ -36,6 +36,7 @@ MAY_IMPORT = {
     ),
     "cnn_cases.studies": ("cnn_cases",),
     "cnn_cases.command": (
+        "cnn_cases.settings",
         "cnn_cases.training.devices",
         "cnn_cases.training.loop",
         "cnn_cases.training.processes",

@@ -2,7 +2,7 @@
 
 A feed has the same calls whatever its kind:
 
-    feed.image_shape, feed.num_classes
+    feed.image_shape, feed.num_classes, feed.num_train
     feed.statistics                       what the normalisation took from the training images
     feed.arrays                           what lives on the devices, an argument of every step
     feed.train_batches(seed, first_step)  an endless iterator over the batches of the training steps from
@@ -56,7 +56,8 @@ def make_feed(
     Args:
       name, data_dir, image_size, border: see `splits.load_split`.
       feed: "resident" for a set that lives on the devices, "stream" for one that is decoded step by step.
-      splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"}.
+      splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"};
+        one that is "" is left out.
       crop: see `decode.training_box`. A resident feed has whole images: "squeeze".
       stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed has no use for them.
       normalization, augment, axis_name: see `pixels.make_pixels`.
@@ -73,7 +74,10 @@ def make_feed(
     for key, pixels in (("image_size", image_size), ("border", border)):
         if not 0 <= pixels <= decode.MAX_SIDE:
             raise ValueError(f"data.{key} = {pixels} must be between 0 and {decode.MAX_SIDE} pixels")
-    crop, stream, splits = dict(**crop), dict(**stream), dict(**splits)
+    crop, stream = dict(**crop), dict(**stream)
+    splits = {role: split for role, split in splits.items() if split}
+    if "train" not in splits:
+        raise ValueError("data.splits.train = '' must name the examples to train on, as 'train' does")
     check_stream(**stream)
     decode.check(image_size, crop)
     pixels = functools.partial(

@@ -19,6 +19,7 @@ class ResidentFeed:
         and copies the whole set into that form at each call.
       image_shape: (H, W, C).
       num_classes: number of classes.
+      num_train: number of training examples.
       statistics: of `pixels`.
     """
 
@@ -46,10 +47,10 @@ class ResidentFeed:
         Raises:
           ValueError: a training batch is larger than the training split, or empty.
         """
-        self._num_train = len(splits["train"][0])
-        if not 1 <= batch_size <= self._num_train:
+        self.num_train = len(splits["train"][0])
+        if not 1 <= batch_size <= self.num_train:
             raise ValueError(
-                f"batch_size = {batch_size} must be between 1 and the {self._num_train} training examples"
+                f"batch_size = {batch_size} must be between 1 and the {self.num_train} training examples"
             )
         self.num_classes = num_classes
         self.image_shape = splits["train"][0].shape[1:]
@@ -78,14 +79,14 @@ class ResidentFeed:
         position = share_of(self._batch_size, *self._share)
         while True:
             numbers = training_numbers(first_step, self._batch_size, position)
-            index = training_order(seed, numbers, self._num_train)
+            index = training_order(seed, numbers, self.num_train)
             yield {"index": index + np.int32(self._ranges["train"].start), "position": position}
             first_step += 1
 
     def training_examples(self, seed, step):
         """Which examples of the training split make up the whole batch of a step: int32 [B]."""
         numbers = training_numbers(step, self._batch_size, np.arange(self._batch_size))
-        return training_order(seed, numbers, self._num_train)
+        return training_order(seed, numbers, self.num_train)
 
     def eval_batches(self, role):
         """The batches of a whole split: {"index": int32 [B], "mask": float32 [B]}, as those of training.

@@ -52,9 +52,10 @@ def make_builder(name, data_dir):
         # array_record files can be read without TensorFlow.
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
+        place = data_dir or str(tfds.core.constants.DATA_DIR)
         raise ValueError(
             f"data.name = {name!r} is no TFDS data set, nor is one of that name prepared in data.data_dir = "
-            f"{data_dir!r}; known are {', '.join(BUNDLED)} and the names that "
+            f"{place!r}; known are {', '.join(BUNDLED)} and the names that "
             "`python -c 'import tensorflow_datasets as tfds; print(tfds.list_builders())'` lists"
         ) from None
     except (AssertionError, ValueError) as error:

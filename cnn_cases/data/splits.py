@@ -1,9 +1,11 @@
 """Splits of prepared sets: which examples they have, and reading them, whole or one at a time."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
 import re
+import zlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,6 +17,8 @@ from cnn_cases.data import decode, memory, sources
 def check_disjoint(name, splits, data_dir=""):
     """Refuses splits that share examples: to train on one that is held out, or to choose by one of the test.
 
+    And a split that has examples twice, of which each is to count once.
+
     Args:
       name, data_dir: see `sources.make_builder`.
       splits: {role: TFDS split expression}.
@@ -23,15 +27,20 @@ def check_disjoint(name, splits, data_dir=""):
       ValueError: a split cannot be read, or two share examples.
     """
     builder = sources.open_prepared(name, data_dir)
-    parts = {role: _parts(builder, split, f"data.splits.{role} = ") for role, split in splits.items()}
-    for one, other in itertools.combinations(splits, 2):
-        shared = sum(
-            max(0, min(end, other_end) - max(start, other_start))
-            for base, start, end in parts[one]
-            for other_base, other_start, other_end in parts[other]
-            if base == other_base
-        )
-        if shared:
+    parts = [
+        (role, part)
+        for role, split in splits.items()
+        for part in _parts(builder, split, f"data.splits.{role} = ")
+    ]
+    for (one, (base, start, end)), (other, (other_base, other_start, other_end)) in itertools.combinations(
+        parts, 2
+    ):
+        shared = min(end, other_end) - max(start, other_start) if base == other_base else 0
+        if shared > 0 and one == other:
+            raise ValueError(
+                f"data.splits.{one} = {splits[one]!r} has {shared} examples of {name!r} twice; name each once"
+            )
+        if shared > 0:
             raise ValueError(
                 f"data.splits.{one} = {splits[one]!r} and data.splits.{other} = {splits[other]!r} share "
                 f"{shared} examples of {name!r}; an honest evaluation needs examples that were held out"
@@ -149,6 +158,7 @@ def _parts(builder, split, prefix=""):
         raise ValueError(
             f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
             f"{', '.join(builder.info.splits)} ({error})"
+            + ("; name others, as in 'train[90%:]', or '' for a part that nothing needs" if prefix else "")
         ) from error
     parts = []
     for part in absolute:
@@ -205,11 +215,14 @@ def _decoded(data, channels, what):
 def _decode_once(builder, base):
     """Images uint8 [N, H, W, C] and labels int32 [N] of a whole split, kept decoded beside the prepared set.
 
-    Reading CIFAR-10's decoded pixels takes a tenth of a second, decoding them several.
+    Reading CIFAR-10's decoded pixels takes a tenth of a second, decoding them several. Where the set's files
+    are others than those that were decoded, they are decoded anew.
     """
-    paths = [
-        pathlib.Path(builder.data_path) / "decoded" / f"{base}-{name}.npy" for name in ("image", "label")
-    ]
+    place = pathlib.Path(builder.data_path)
+    files = sorted(place.glob(f"*-{base}.*"))
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    version = f"{zlib.crc32(repr(told).encode()):08x}"
+    paths = [place / "decoded" / f"{base}-{name}-{version}.npy" for name in ("image", "label")]
     shape = (builder.info.splits[base].num_examples, *builder.info.features["image"].shape)
     try:
         images, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
@@ -219,8 +232,11 @@ def _decode_once(builder, base):
         pass  # not there yet, or half a file
     images, labels = _decode(builder, base)
     arrays = np.stack(images), np.array(labels, np.int32)
-    for path, array in zip(paths, arrays, strict=True):
+    for name, path, array in zip(("image", "label"), paths, arrays, strict=True):
         sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
+        for other in set(path.parent.glob(f"{base}-{name}*.npy")) - {path}:
+            with contextlib.suppress(OSError):
+                other.unlink()  # of the files before
     return arrays
 
 

@@ -78,6 +78,7 @@ class StreamFeed:
       arrays: what `pixels` needs on the devices.
       image_shape: (H, W, C).
       num_classes: number of classes.
+      num_train: number of training examples, damaged ones among them.
       statistics: of what `make_pixels` makes.
     """
 
@@ -129,7 +130,7 @@ class StreamFeed:
             )
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
-        self.num_classes = features["label"].num_classes
+        self.num_classes, self.num_train = features["label"].num_classes, len(records)
         made_ahead = max(buffer * max(workers, 1) * batch_size, max(buffer, workers) * eval_batch_size)
         memory.check(
             made_ahead // process_count + min(MAX_SAMPLE, len(records)),

@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
+import time
 import zlib
 
 import jax
@@ -36,6 +37,9 @@ def check_path(directory):
     path = str(pathlib.Path(directory).absolute())
     if set(path) & set("*?[\\"):
         raise ValueError(f"{path}: the path of a workdir must have no *, ?, [ or backslash")
+
+
+SECONDS_TO_DELETE = 0.5  # what another process may take
 
 
 class OtherStateError(ValueError):
@@ -301,6 +305,26 @@ def read(directory, step, like=None):
             state = reader.restore(checkpoint / "state", _empty(like))
     _check_structure(directory, step, state, like)
     return state
+
+
+def find_and_read(directory, which, like=None):
+    """(step, state) of a checkpoint, also of a run that goes on and deletes its older ones meanwhile.
+
+    Args:
+      directory, which: see `find`.
+      like: see `read`.
+
+    Raises:
+      OtherStateError, ValueError: as in `find` and `read`.
+    """
+    while True:
+        step = find(directory, which)
+        try:
+            return step, read(directory, step, like)
+        except ValueError:
+            time.sleep(SECONDS_TO_DELETE)
+            if find(directory, which) == step:
+                raise  # else there is a newer one, or a better one
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ two runs of one config leave equal files.
 """
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -37,9 +38,11 @@ from cnn_cases import settings
 from cnn_cases.training import disk
 from cnn_cases.training.provenance import environment, what_runs
 
+GO_ON = "; to train its network further, start a run of its own from it: --config.start.workdir"
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
 _LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
+SECONDS_A_LINE = 60  # where no terminal shows a bar
 # Keys on which no figure depends: another machine may have its data elsewhere, and more processes for them;
 # and where more records may be damaged, no others are left out, but one too many ends a run.
 OF_THE_MACHINE = (
@@ -64,7 +67,8 @@ class Logbook:
           inputs: the content of inputs.npz.
           num_steps: length of the run, for the progress bar.
           title: of the progress bar.
-          show_progress: print a line at each evaluation, and on a terminal draw a bar.
+          show_progress: print a line at each evaluation; and on a terminal draw a bar, elsewhere print a line
+            a minute.
 
         Raises:
           ValueError: the workdir belongs to another config or to other data, is in use, or cannot be written.
@@ -81,18 +85,15 @@ class Logbook:
                     "here (number and checksum of the examples of each split, step and checksum of what it "
                     "starts from); see data.data_dir and start.workdir"
                 )
-            claim(self._workdir, config)
             here = environment() | {"data": data}
             warn_of_changes(self._workdir, starts, here)
-            with disk.writing(self._workdir):
-                disk.write_json(self._workdir / "environment.json", [*starts, here])
-                disk.write_bytes(self._workdir / "inputs.npz", inputs)
         except BaseException:
             self._lock.close()
             raise
+        self._of_this_start = config, [*starts, here], inputs  # what `start` has to write
         self._rows = self._tensorboard = None
         self._profiles_before = None  # while one is under way: those that were there
-        self._show_progress = show_progress
+        self._show_progress, self._next_line = show_progress, time.monotonic() + SECONDS_A_LINE
         self._bar = tqdm(
             total=num_steps,
             desc=title,
@@ -121,6 +122,13 @@ class Logbook:
                 f"{path} is damaged: its rows up to step {step} are not those that were there when step "
                 f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
             )
+        if self._of_this_start:  # now that nothing refuses it
+            config, starts, inputs = self._of_this_start
+            claim(self._workdir, config)
+            with disk.writing(self._workdir):
+                disk.write_json(self._workdir / "environment.json", starts)
+                disk.write_bytes(self._workdir / "inputs.npz", inputs)
+            self._of_this_start = None
         with disk.writing(self._workdir):
             if self._rows is not None:
                 self._rows.close()
@@ -146,8 +154,8 @@ class Logbook:
             for name, value in values.items():
                 self._tensorboard.write(step, summary=summary.scalar(name, value))
 
-    def progress(self, step, values, images_per_second):
-        """Shows where the run stands; on a terminal as a bar."""
+    def progress(self, step, values, images_per_second, seconds_left):
+        """Shows where the run stands: on a terminal as a bar, elsewhere as a line a minute at most."""
         shown = {
             "loss": f"{values['running/loss']:.4f}",
             "error": f"{values['running/error']:.2%}",
@@ -155,6 +163,11 @@ class Logbook:
         }
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)
+        if not is_watched() and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_A_LINE
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            left = datetime.timedelta(seconds=round(seconds_left))
+            self.say(f"step {step}/{self._bar.total}: {figures}, {left} left")
 
     def say(self, message):
         """One line for the person who watches; nothing where no progress is shown."""
@@ -299,6 +312,7 @@ def check_owner(workdir, config, suits=None):
             f"workdir = {workdir} belongs to another config:\n  "
             + "\n  ".join(lines)
             + "\nUse another workdir, or the config that this one was started with"
+            + GO_ON * any(line.startswith("num_steps:") for line in lines)
         )
 
 
@@ -384,6 +398,28 @@ def warn_of_changes(workdir, starts, here):
     if lines:
         logging.getLogger(__name__).warning(
             "%s was last started with other code or packages: %s", workdir, "; ".join(lines)
+        )
+
+
+def warn_of_devices(workdir, config, starts, number):
+    """Tells where the number of devices is not that of a run's last start, and its steps depend on it.
+
+    Args:
+      workdir: of the run.
+      config: its config.
+      starts: of `read_environments`.
+      number: of devices here.
+    """
+    there = len(starts[-1]["devices"]) if starts else number
+    if there != number and (config.num_microbatches > 1 or not config.sync_batch_norm):
+        logging.getLogger(__name__).warning(
+            "%s was last started on another number of devices: %d there, %d here. With sync_batch_norm = %s "
+            "and num_microbatches = %d its steps depend on it",
+            workdir,
+            there,
+            number,
+            config.sync_batch_norm,
+            config.num_microbatches,
         )
 
 

@@ -27,7 +27,9 @@ from cnn_cases.training.logbook import (
     check_owner,
     differences,
     noted_start,
+    read_environments,
     read_result,
+    warn_of_devices,
     write_result,
 )
 from cnn_cases.training.provenance import environment, what_runs
@@ -90,8 +92,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
     resumes = processes.from_lead(lambda: bool(checkpoint.steps(workdir / "checkpoints")))
+    made = processes.lead_first(lambda: program or programs.make_program(config))
     start = processes.from_lead(lambda: _identity_of_start(config, workdir, resumes))
-    program, state = processes.lead_first(lambda: _make_start(config, program, start, resumes))
+    program, state = processes.lead_first(lambda: _make_start(config, made, start, resumes))
     data = program.feed.fingerprint()
     _check_same_data(data)
     data = data | {"start": start} if start else data
@@ -160,11 +163,10 @@ def _check_same_data(data):
 
 
 def _make_start(config, program, start, resumes):
-    """The program, made where it is None, and the state before the first step; None where the run resumes.
+    """The program with its start, and the state before the first step; None where the run resumes.
 
     `start` is of `_identity_of_start`: the other training may be going on, and its last step move.
     """
-    program = program or programs.make_program(config)
     program = program.starting_from(start[0]) if start else program
     state = None if resumes else program.init_state(config.seed)
     programs.check_network(program, state or program.shapes_of_state(), config)
@@ -175,6 +177,8 @@ def _open(workdir, config, program, data, show_progress):
     """The log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
+    num_devices = len(devices_lib.of_all_processes(program.devices))
+    warn_of_devices(workdir, config, read_environments(workdir), num_devices)
     log = Logbook(
         workdir,
         config.to_dict(),
@@ -264,13 +268,14 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
 
 
 def _described(config, program, state):
-    """`resnet_cifar, 272,474 parameters, on 2 x cpu`."""
+    """`resnet_cifar, 272,474 parameters, 5.1 epochs, on 2 x cpu`."""
     devices = collections.Counter(
         device.device_kind for device in devices_lib.of_all_processes(program.devices)
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     where = " and ".join(f"{number} x {kind}" for kind, number in devices.items())
-    words = f"{config.model.name}, {count:,} parameters, on {where}"
+    epochs = config.num_steps * config.batch_size / program.feed.num_train
+    words = f"{config.model.name}, {count:,} parameters, {epochs:,.1f} epochs, on {where}"
     if config.start.workdir:
         words += f", starting from {', '.join(config.start.layers)} of {config.start.workdir}"
     return words
@@ -423,8 +428,9 @@ class _Training:
             values["running/skipped"] = sum(number > before for number in running.nonfinite)
         self._log.write(step, values)
         if means:
-            seconds = time.monotonic() - self._clock
-            self._log.progress(step, means, self._timed_steps * config.batch_size / seconds)
+            rate = self._timed_steps * config.batch_size / (time.monotonic() - self._clock)
+            left = (config.num_steps - step) * config.batch_size / rate
+            self._log.progress(step, means, rate, left)
         self._restart_clock()
 
     def _restart_clock(self):
@@ -451,8 +457,9 @@ class _Training:
         finally:
             self._restart_clock()
         check_finite(step, values)
-        self._log.write(step, values)
-        self._log.say(f"step {step}/{config.num_steps}: {in_words(values)}")
+        if values:
+            self._log.write(step, values)
+            self._log.say(f"step {step}/{config.num_steps}: {in_words(values)}")
         return values
 
     def _check_stop(self):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import errors as flax_errors
+from flax import linen as nn
 from tqdm import tqdm
 
 from cnn_cases import settings
@@ -69,8 +70,10 @@ class Program(NamedTuple):
         Raises:
           ValueError: the network refuses its images, or cannot start from the layers of the other one.
         """
+        starts = self.start["workdir"] and processes.is_lead()
+        # Before the rest, which takes a while: a run that goes on deletes its older checkpoints.
+        taken = self.layers_to_start_from(self.shapes_of_state()) if starts else None
         state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
-        taken = self.layers_to_start_from(state) if processes.is_lead() else None
         return transfer.put_layers(state, taken) if taken else state
 
     def layers_to_start_from(self, like):
@@ -109,12 +112,14 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
     """
     settings.check(config)
     devices = devices or devices_lib.local_devices()
-    check_numbers(config, len(devices_lib.of_all_processes(devices)))
+    num_devices = len(devices_lib.of_all_processes(devices))
+    check_numbers(config, num_devices)
     process_index, process_count = processes.process()
     feed = make_feed(
         **config.data,
         batch_size=config.batch_size,
-        eval_batch_size=config.evaluation.batch_size,
+        # Padding counts for nothing, so that a run can go on where there are more devices, or fewer.
+        eval_batch_size=-(-config.evaluation.batch_size // num_devices) * num_devices,
         axis_name=devices_lib.AXIS,
         process_index=process_index,
         process_count=process_count,
@@ -226,12 +231,32 @@ def check_network(program, state, config):
     """
     check_protocol(program, state, config.evaluation.protocol)
     num_devices = len(devices_lib.of_all_processes(program.devices))
-    knows_axis = hasattr(program.model, "axis_name")
-    if state.batch_stats and config.sync_batch_norm and num_devices > 1 and not knows_axis:
+    if config.sync_batch_norm and num_devices > 1:
+        _check_devices_together(program, state, f"model.name = {config.model.name!r}", num_devices)
+
+
+def _check_devices_together(program, state, what, num_devices):
+    """Raises ValueError where devices would take batch statistics of their own, or all drop the same."""
+    modules = []
+
+    def note(function, args, kwargs, context):
+        modules.append(context.module)
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        program.shapes_of_state()
+    remedy = "or set sync_batch_norm = False"
+    if (state.batch_stats and not hasattr(program.model, "axis_name")) or any(
+        isinstance(module, nn.BatchNorm) and module.axis_name is None for module in modules
+    ):
         raise ValueError(
-            f"model.name = {config.model.name!r} has batch statistics and no field axis_name, so that each "
-            f"of the {num_devices} devices would take its own; give it the field, for layers.BatchNorm, or "
-            "set sync_batch_norm = False"
+            f"{what} has batch statistics, of which each of the {num_devices} devices would take its own; "
+            f"give it a field axis_name, and that to layers.BatchNorm, {remedy}"
+        )
+    if any(isinstance(module, nn.Dropout) for module in modules):
+        raise ValueError(
+            f"{what} has Flax's Dropout, which would drop the same on each of the {num_devices} devices; "
+            f"give it a field axis_name, and that to layers.Dropout in its place, {remedy}"
         )
 
 
@@ -360,15 +385,14 @@ def check_numbers(config, num_devices):
         )
     if config.checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last = {config.checkpoint.keep_last} must be 1 or more")
-    for role in config.data.splits:
+    parts = settings.parts(config)
+    for role in parts:
         if not role.isidentifier():  # it becomes part of a file's name
             raise ValueError(f"data.splits names {role!r}; such a name must be a word, as 'test' is")
     for key in ("splits", "final_splits"):
         for split in config.evaluation[key]:
-            if split not in config.data.splits:
-                raise ValueError(
-                    f"evaluation.{key} names {split!r}; data.splits has {', '.join(config.data.splits)}"
-                )
+            if split not in parts:
+                raise ValueError(f"evaluation.{key} names {split!r}; data.splits has {', '.join(parts)}")
     best_on, splits = config.checkpoint.best_on, config.evaluation.splits
     if best_on and best_on not in splits:
         raise ValueError(
@@ -394,12 +418,12 @@ def check_numbers(config, num_devices):
             )
     if not 0 <= config.loss.side_weight < math.inf:
         raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more, and finite")
-    if config.evaluation.batch_size > MAX_EVAL_BATCH_SIZE:
+    if not 1 <= config.evaluation.batch_size <= MAX_EVAL_BATCH_SIZE:
         raise ValueError(
-            f"evaluation.batch_size = {config.evaluation.batch_size} must be at most {MAX_EVAL_BATCH_SIZE:,}"
+            f"evaluation.batch_size = {config.evaluation.batch_size} must be between 1 and "
+            f"{MAX_EVAL_BATCH_SIZE:,}"
         )
     devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)
-    devices_lib.check_batch_size("evaluation.batch_size", config.evaluation.batch_size, num_devices)
 
 
 def _are_ends(steps, num_steps, per_call):

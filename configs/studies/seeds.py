@@ -23,7 +23,8 @@ def get_config(which="lenet5_digits"):
       ValueError: there is no such file.
     """
     name, _, choice = which.partition(":")
-    files = sorted(path.stem for path in pathlib.Path(__file__).parents[1].glob("[!_]*_*.py"))
+    configs = pathlib.Path(__file__).parents[1].glob("[!_]*.py")
+    files = sorted(path.stem for path in configs if path.stem != "common")
     if name not in files:
         raise ValueError(f"seeds.py:{name}: name a config after the colon, one of {', '.join(files)}")
     config = ConfigDict()

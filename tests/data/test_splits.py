@@ -69,7 +69,7 @@ def test_images_are_decoded_once(prepared, monkeypatch):
 
 def test_a_damaged_copy_of_the_decoded_images_is_made_again(prepared):
     whole, _, _ = splits.load_split("digits", "train", str(prepared))
-    (copy,) = prepared.rglob("train-image.npy")
+    (copy,) = prepared.rglob("train-image-*.npy")
     for damage in (copy.read_bytes()[:1000], b""):
         copy.write_bytes(damage)
         splits.load_split.cache_clear()
@@ -77,12 +77,26 @@ def test_a_damaged_copy_of_the_decoded_images_is_made_again(prepared):
         np.testing.assert_array_equal(again, whole)
 
 
+def test_other_files_of_a_set_are_decoded_anew(prepared):
+    splits.load_split("digits", "test", str(prepared))
+    _, of_train, _ = splits.load_split("digits", "train", str(prepared))
+    (old,) = prepared.rglob("test-label-*.npy")
+    (records,) = prepared.rglob("*-test.array_record*")
+    (others,) = prepared.rglob("*-train.array_record*")
+    shutil.copy(others, records)  # as where a set has been corrected elsewhere
+    splits.load_split.cache_clear()
+    _, label, _ = splits.load_split("digits", "test", str(prepared))
+    np.testing.assert_array_equal(label, of_train[: len(label)])
+    (new,) = prepared.rglob("test-label-*.npy")
+    assert new != old, "the old copy is gone"
+
+
 def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog):
     shutil.rmtree(next(prepared.rglob("decoded")))
     (prepared / "digits" / "1.0.0" / "decoded").write_text("a file where the directory would be")
     images, _, _ = splits.load_split("digits", "test", str(prepared))
     assert len(images) == 355
-    assert "decoded/test-image.npy is not kept for the next start" in caplog.text
+    assert re.search(r"decoded/test-image-\w+.npy is not kept for the next start", caplog.text)
 
 
 def test_a_full_disk_costs_only_the_copy_and_leaves_no_part_of_it(prepared, monkeypatch, caplog):
@@ -95,7 +109,7 @@ def test_a_full_disk_costs_only_the_copy_and_leaves_no_part_of_it(prepared, monk
     monkeypatch.setattr(np, "save", full)
     images, _, _ = splits.load_split("digits", "test", str(prepared))
     assert len(images) == 355
-    assert "decoded/test-image.npy is not kept for the next start: " in caplog.text
+    assert re.search(r"decoded/test-image-\w+.npy is not kept for the next start: ", caplog.text)
     assert list(next(prepared.rglob("decoded")).iterdir()) == []
 
 
@@ -103,7 +117,7 @@ def test_a_pickle_among_the_decoded_images_is_not_read(prepared, tmp_path):
     whole, _, _ = splits.load_split("digits", "train", str(prepared))
     trace = tmp_path / "trace"
     planted = np.array([Bomb(trace)], dtype=object)
-    (copy,) = prepared.rglob("train-image.npy")
+    (copy,) = prepared.rglob("train-image-*.npy")
     for plant in (
         lambda: np.save(copy, planted, allow_pickle=True),
         lambda: copy.write_bytes(pickle.dumps(Bomb(trace))),
@@ -160,6 +174,22 @@ def test_training_on_what_is_held_out_is_refused(data_dir):
         ValueError, match=r"data.splits.train = 'train' and data.splits.test = .* share 7 examp"
     ):
         splits.check_disjoint("digits", {"train": "train", "test": "test+train[1250:]"}, data_dir)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train+train", 1257), ("test[:60%]+test[40%:]", 71)])
+def test_a_split_with_examples_twice_is_refused(split, count, data_dir):
+    with pytest.raises(ValueError, match=rf"data\.splits\.test = .* has {count} examples of 'digits' twice"):
+        splits.check_disjoint("digits", {"test": split}, data_dir)
+
+
+def test_a_part_that_nothing_needs_can_be_left_out(data_dir):
+    config = tiny_config(data_dir)
+    config.data.splits.validation = ""
+    feed = feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
+    assert feed.fingerprint().keys() == {"train", "test"}
+    config.data.splits.train = ""
+    with pytest.raises(ValueError, match=r"data\.splits\.train = '' must name the examples to train on"):
+        feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
 
 
 def test_to_choose_by_examples_of_the_test_is_refused(data_dir):

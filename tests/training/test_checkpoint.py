@@ -56,6 +56,27 @@ def test_the_newest_comes_back_as_it_was(tmp_path):
     assert_is(restore(tmp_path / "checkpoints"), 2)
 
 
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_the_one_after_it(
+    which, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "SECONDS_TO_DELETE", 0)
+    save(tmp_path / "checkpoints", [1], errors={1: 0.2})
+    read, like = checkpoint.read, state_of(0)
+
+    def read_late(directory, step, like):
+        if step == 1:  # the run goes on
+            save(directory, [2], keep_last=1, errors={2: 0.1})
+        return read(directory, step, like)
+
+    monkeypatch.setattr(checkpoint, "read", read_late)
+    step, state = checkpoint.find_and_read(tmp_path / "checkpoints", which, like)
+    assert (step, state["step"]) == (2, 2)
+    shutil.rmtree(tmp_path / "checkpoints/2/state")
+    with pytest.raises(ValueError, match=r"checkpoint 2 in .* cannot be read"):
+        checkpoint.find_and_read(tmp_path / "checkpoints", which, like)
+
+
 def test_all_of_a_checkpoint_is_on_the_disk_when_it_is_committed(tmp_path, monkeypatch):
     synced = set()
     fsync = os.fsync

@@ -287,7 +287,7 @@ def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_pat
 def test_processes_that_read_other_data_are_refused(digits, data_dir, tmp_path):
     programs.make_program(digits[0])  # leaves the decoded set there
     shutil.copytree(data_dir, tmp_path / "tfds")
-    (path,) = (tmp_path / "tfds").glob("digits/*/decoded/validation-image.npy")
+    (path,) = (tmp_path / "tfds").glob("digits/*/decoded/validation-image-*.npy")
     images = np.load(path)
     images[0, 0, 0] ^= 1
     np.save(path, images)

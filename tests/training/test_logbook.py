@@ -19,6 +19,12 @@ def open_log(workdir, config=CONFIG):
     )
 
 
+def begin(workdir):
+    """A start that comes to nothing else."""
+    with contextlib.closing(open_log(workdir)) as log:
+        log.start(0)
+
+
 def write_rows(workdir, steps, start=0, rows=None):
     """Goes on after step `start`, whose mark is `rows`; returns the mark after the second row."""
     log = open_log(workdir)
@@ -135,14 +141,14 @@ def test_a_log_that_never_started_can_be_closed(tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"seed": ', b"\xff\xfe", b"3"])
 @pytest.mark.parametrize("file", ["config.json", "environment.json"])
 def test_a_damaged_file_is_named(file, content, tmp_path):
-    open_log(tmp_path).close()
+    begin(tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{file} is damaged \(.*\); (put a whole copy|delete it)"):
         open_log(tmp_path)
     assert (tmp_path / file).read_bytes() == content
     (tmp_path / file).write_bytes(whole)
-    open_log(tmp_path).close()  # nor is it still locked
+    begin(tmp_path)  # nor is it still locked
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"status": "finished"}', '{"status": []}'])
@@ -179,7 +185,7 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
 
 def test_the_config_and_every_start_are_noted(tmp_path):
     for _ in range(2):
-        open_log(tmp_path).close()
+        begin(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG | {"splits": ["test"]}
     starts = json.loads((tmp_path / "environment.json").read_text())
     assert len(starts) == 2
@@ -190,7 +196,7 @@ def test_the_config_and_every_start_are_noted(tmp_path):
 
 def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
     for _ in range(2):
-        open_log(tmp_path).close()
+        begin(tmp_path)
     assert not caplog.records
     here = provenance.environment()
     other = here | {
@@ -200,7 +206,7 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
         "versions": here["versions"] | {"jax": "9"},
     }
     monkeypatch.setattr(logbook, "environment", lambda: other)
-    open_log(tmp_path).close()
+    begin(tmp_path)
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith(f"{tmp_path} was last started with other code or packages: code: ")
@@ -208,7 +214,7 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
 
 
 def test_other_data_are_refused(tmp_path):
-    open_log(tmp_path).close()
+    begin(tmp_path)
     before = (tmp_path / "environment.json").read_text()
     with pytest.raises(
         ValueError, match=r"begun with other data: \{'train': \[9, 7\]\} there, \{'train': \[9, 8"
@@ -226,7 +232,7 @@ def test_other_data_are_refused(tmp_path):
     starts = json.loads(before)
     del starts[0]["data"]  # as of a run from before it was kept
     (tmp_path / "environment.json").write_text(json.dumps(starts))
-    open_log(tmp_path).close()
+    begin(tmp_path)
 
 
 def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
@@ -280,6 +286,32 @@ def test_who_watches_may_go_away(tmp_path, monkeypatch):
     assert broken.write.called
     monkeypatch.setattr(sys, "stderr", None)
     assert not logbook.is_watched()
+
+
+def test_a_refused_start_is_not_noted(tmp_path):
+    log = open_log(tmp_path)
+    with pytest.raises(ValueError, match="its rows up to step 3 are not those"), contextlib.closing(log):
+        log.start(3, {"bytes": 9, "crc32": 9})
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with contextlib.closing(open_log(tmp_path)) as log:
+        log.start(0)
+        log.start(0)  # as where a run goes back
+    assert len(logbook.read_environments(tmp_path)) == 1
+
+
+def test_without_a_terminal_a_line_a_minute_tells_how_far_a_run_is(tmp_path, monkeypatch, capfd):
+    now = 1000.0
+    monkeypatch.setattr(logbook.time, "monotonic", lambda: now)
+    log = logbook.Logbook(
+        tmp_path, CONFIG, data=None, inputs=b"", num_steps=90, title="test", show_progress=True
+    )
+    with contextlib.closing(log):
+        for step in range(10, 90, 10):
+            now += 25
+            log.progress(step, {"running/loss": 0.5, "running/error": 0.25}, 1234.5, 3661.4)
+    assert capfd.readouterr().err.splitlines() == [
+        f"step {step}/90: loss 0.5000, error 25.00%, images/s 1,234, 1:01:01 left" for step in (30, 60)
+    ]
 
 
 def test_a_profile_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):

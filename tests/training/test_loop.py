@@ -415,9 +415,62 @@ def test_batch_statistics_that_cannot_be_global_are_refused(
         assert run(config, tmp_path, program)["status"] == "finished"
         return
     with pytest.raises(
-        ValueError, match="'own' has batch statistics and no field axis_name, so that each of"
+        ValueError, match="'own' has batch statistics, of which each of the 2 devices would take its own"
     ):
         run(config, tmp_path, program)
+
+
+class OwnDropout(nn.Module):
+    """A network that drops what it is told to by Flax, which knows nothing of the other devices."""
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, image, train):
+        x = nn.Dropout(0.5, deterministic=not train)(image)
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(("num_devices", "together"), [(1, True), (2, True), (2, False)])
+def test_dropout_that_is_the_same_on_all_devices_is_refused(num_devices, together, config, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "own", OwnDropout)
+    config.model = {"name": "own"}
+    config.sync_batch_norm = together
+    program = programs.make_program(config, jax.devices()[:num_devices])
+    if num_devices == 1 or not together:
+        programs.check_program(program, config)
+        return
+    with pytest.raises(ValueError, match=r"'own' has Flax's Dropout, which would drop the same on each of"):
+        programs.check_program(program, config)
+
+
+def test_an_evaluation_can_be_shared_by_any_number_of_devices(config):
+    program = programs.make_program(config, jax.devices()[:3])
+    (batch,) = program.feed.eval_batches("validation")
+    assert len(batch["mask"]) == 201  # not 200
+    values = programs.evaluate(program, program.init_state(0), "validation")
+    alone = programs.make_program(config, jax.devices()[:1])
+    assert values == pytest.approx(programs.evaluate(alone, alone.init_state(0), "validation"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({}, False), ({"num_microbatches": 2}, True), ({"sync_batch_norm": False}, True)]
+)
+def test_another_number_of_devices_is_told_where_the_steps_depend_on_it(
+    changes, told, config, tmp_path, caplog
+):
+    config.update(changes)
+    program = programs.make_program(config, jax.devices()[:1])
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, stop_after(program, 4, interrupt))
+    assert "another number of devices" not in caplog.text
+    starts = json.loads((tmp_path / "environment.json").read_text())
+    starts[-1]["devices"] = ["cpu"] * 7
+    (tmp_path / "environment.json").write_text(json.dumps(starts))
+    run(config, tmp_path, program)
+    assert ("another number of devices: 7 there, 1 here" in caplog.text) == told
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
@@ -661,7 +714,7 @@ def change(config, key, value):
     ("key", "value", "message"),
     [
         ("batch_size", 30, r"batch_size = 30 .* over 4 devices; .* 28 and 32"),
-        ("evaluation.batch_size", 202, r"evaluation.batch_size = 202 .* 200 and 204"),
+        ("evaluation.batch_size", 0, "evaluation.batch_size = 0 must be between 1 and"),
         ("batch_size", 1260, "batch_size = 1260 must be between 1 and the 1257 training examples"),
         ("num_steps", 0, "num_steps = 0 must be 1 or more"),
         ("seed", -1, "seed = -1 must be in"),
