@@ -29,6 +29,7 @@ def get_config():
     common.imagenet2012(config, image_size=227, batch_size=128, num_epochs=90)
     config.model.name = "alexnet"
     config.model.variant = "two_groups"
+    config.model.dense_features = 4096
     config.data.crop.name = "shorter_side"
     config.data.crop.shorter_side = (259, 259)  # 227 of them are as much as 224 of 256, here and in the test
     config.data.crop.eval_shorter_side = 259

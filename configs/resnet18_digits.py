@@ -18,6 +18,8 @@ def get_config():
     config.model.depth = 18
     config.model.plain = False
     config.model.shortcut = "B"
+    config.model.stride_placement = "v1"
+    config.model.zero_init_last_gamma = False
     config.data.image_size = 32
     config.optimizer.learning_rate = 0.02
     config.schedule.name = "cosine"

@@ -20,6 +20,7 @@ def get_config():
     config.model.depth = 20
     config.model.plain = False
     config.model.shortcut = "A"
+    config.model.scan_blocks = False
     config.optimizer.learning_rate = 0.02
     config.evaluation.every_steps = 25
     config.checkpoint.every_steps = 100

@@ -21,6 +21,8 @@ def get_config():
     config.model.depth = 18
     config.model.plain = False
     config.model.shortcut = "B"
+    config.model.stride_placement = "v1"
+    config.model.zero_init_last_gamma = False
     common.imagenette(config, image_size=96)
     config.data.crop.name = "area"
     config.data.crop.eval_shorter_side = 110

@@ -16,6 +16,7 @@ def get_config():
     config.batch_size = 32
     config.model.name = "resnet_preact_cifar"
     config.model.depth = 29
+    config.model.scan_blocks = False
     config.optimizer.learning_rate = 0.05
     config.evaluation.every_steps = 40
     config.checkpoint.every_steps = 40

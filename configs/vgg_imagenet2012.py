@@ -30,6 +30,9 @@ def get_config():
     common.imagenet2012(config, image_size=224, batch_size=256, num_epochs=74)
     config.model.name = "vgg"
     config.model.variant = "D"
+    config.model.batch_norm = False
+    config.model.image_size = 224
+    config.model.dense_features = 4096
     config.data.crop.name = "shorter_side"
     config.data.crop.shorter_side = (256, 512)
     config.data.augment.lighting = 0.1

@@ -1,5 +1,6 @@
 """Every config builds, and every key is read."""
 
+import dataclasses
 import functools
 import importlib
 import pathlib
@@ -10,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks.fuzz import TRAINING, Images, load
-from cnn_cases import settings
+from cnn_cases import models, settings
 from cnn_cases.studies import plan
 from cnn_cases.training import loop, programs
 from configs import common
@@ -26,6 +27,14 @@ def test_a_config_builds_a_state(name):
     with Images(config.data.name).in_place():
         program = programs.make_program(config, jax.devices()[:1])
     assert program.shapes_of_state().params
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_setting_of_the_network_can_be_overridden(name):
+    settings_of_model = load(name).model.to_dict()
+    fields = {field.name for field in dataclasses.fields(models.MODELS[settings_of_model["name"]])}
+    set_by_others = {*settings.NOT_OF_MODEL, "parent", "name"}
+    assert settings_of_model.keys() - {"name"} == fields - set_by_others
 
 
 PARTED = ["lenet5_mnist", "nin_cifar10", "resnet_cifar10", "resnet_preact_cifar10"]

@@ -94,7 +94,9 @@ def commands(path):
     """The commands of a document's code, or of a config's head, as lists of words."""
     text = path.read_text()
     if path.suffix == ".py":
-        blocks = [re.sub(r"^Command: +", "", ast.get_docstring(ast.parse(text)), flags=re.MULTILINE)]
+        head = ast.get_docstring(ast.parse(text))
+        assert head, f"{path} has no docstring with its command"
+        blocks = [re.sub(r"^Command: +", "", head, flags=re.MULTILINE)]
     else:
         blocks = FENCED.findall(text) + re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
     for block in blocks:

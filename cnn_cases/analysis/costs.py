@@ -18,9 +18,10 @@ What is a layer: a module with parameters of its own, and a pooling. What is cou
                    runs. The total is the largest, the peak of a net that runs layer by layer; branches that
                    wait for each other come on top.
     kept           bytes that the backward pass will want again, for the whole batch: the input of a layer
-                   with parameters, and of a max pooling; an input that several layers read counts with the
-                   first. The total is the sum. What lies between two layers (ReLU, dropout, response
-                   normalisation, additions) is not seen; some of it is kept too, ReLU's sign above all.
+                   with parameters, in the type in which it computes, and of a max pooling; an input that
+                   several layers read counts with the first. The total is the sum. What lies between two
+                   layers (ReLU, dropout, response normalisation, additions) is not seen; some of it is kept
+                   too, ReLU's sign above all.
 
 Both are the memory that the network asks for. What a compiler makes of it, by running layers as one, is
 another question; `cnn_cases.studies.bottleneck` asks it.
@@ -108,6 +109,7 @@ class _Call(NamedTuple):
     stride: tuple[int, ...]
     input: Any  # an array or several, held, so that their ids remain their own
     output: Any
+    computes_in: Any  # the type to which the input is converted; None for its own
     places: int  # at which one image takes each weight of the kernel
     params: dict  # the module's own, {name: array}, without the axes along which a scan stacks them
 
@@ -145,6 +147,7 @@ def count(model, image_shape, batch_size=1):
         repeats = _repeats(call, calls, variables["params"], entered)
         wanted = [call.input] if call.params or call.kind == "max pool" else []
         newly = [leaf for leaf in jax.tree.leaves(wanted) if id(leaf) not in kept]
+        size_of_kept = sum(leaf.size * jnp.dtype(call.computes_in or leaf.dtype).itemsize for leaf in newly)
         kept.update(map(id, newly))
         kernel_size = full["kernel"].size if "kernel" in full else 0
         layers.append(
@@ -158,7 +161,7 @@ def count(model, image_shape, batch_size=1):
                 parameters=sum(leaf.size for leaf in full.values()),
                 multiply_adds=kernel_size * call.places,
                 forward=_bytes(call.input) + _bytes(call.output),
-                kept=_bytes(newly) * repeats,
+                kept=size_of_kept * repeats,
                 side=call.path not in trunk,
             )
         )
@@ -206,7 +209,8 @@ def _trace(run, *inputs):
             places = _places(module, given, _maps(output)) if "kernel" in own else 0
             # Of the network itself, which has no name, the names of its parameters.
             name = "/".join(module.path) or ", ".join(own)
-            note(name, kind, kernel, stride, given, output, places, own)
+            computes_in = jnp.float32 if isinstance(module, BatchNorm) else getattr(module, "dtype", None)
+            note(name, kind, kernel, stride, given, output, computes_in, places, own)
         inside.pop()
         return output
 
@@ -215,7 +219,7 @@ def _trace(run, *inputs):
             output = function(inputs, window_shape, strides, **options)
             number = sum(call.path == inside[-1] and call.kind == kind for call in calls) + 1
             name = "/".join((*inside[-1], f"{kind.replace(' ', '_')}{number}"))
-            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, 0, {})
+            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, None, 0, {})
             return output
 
         return pool
@@ -444,7 +448,7 @@ def _comparison(reports):
         sums = total(report.layers)
         rows.append(
             [
-                pathlib.Path(report.config).stem,
+                _name_of(report),
                 _times(report.image_shape),
                 f"{sums.parameters:,}",
                 f"{sums.multiply_adds:,}",
@@ -458,6 +462,11 @@ def _comparison(reports):
 def _table(rows, form):
     words = [number for number, title in enumerate(rows[0]) if title in ("layer", "kind", "config")]
     return tables.render(rows, form, words)
+
+
+def _name_of(report):
+    """`resnet_cifar10`, or with the choice behind the colon `resnet_cifar10:full_train`."""
+    return pathlib.Path(report.config).name.replace(".py", "")
 
 
 def _times(shape):
@@ -504,7 +513,7 @@ def draw(reports):
             axis.spines[["top", "right", "bottom"]].set_visible(False)
             axis.tick_params(left=False, bottom=False, labelbottom=False, labelsize=8)
             axis.set_title(f"{title}: {_short(getattr(whole, what))}", fontsize=9, loc="left")
-        row[0].set_ylabel(f"{pathlib.Path(report.config).stem}\n{_times(report.image_shape)}", fontsize=9)
+        row[0].set_ylabel(f"{_name_of(report)}\n{_times(report.image_shape)}", fontsize=9)
     return figure
 
 

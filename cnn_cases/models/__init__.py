@@ -43,12 +43,14 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
       **knobs: the architecture's own fields, such as `depth`.
 
     Raises:
-      ValueError: the name, the dtype or a knob is unknown, or a knob has the wrong type.
+      ValueError: the name, the dtype or a knob is unknown, or a knob or the number of classes cannot be.
     """
     if name not in MODELS:
         raise ValueError(f"model.name = {name!r} is unknown; known: {', '.join(MODELS)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if type(num_classes) is not int or num_classes < 1:
+        raise ValueError(f"num_classes = {num_classes!r} must be a whole number from 1 up")
     fields = {field.name: field for field in dataclasses.fields(MODELS[name])}
     settings = dict(num_classes=num_classes, dtype=DTYPES[dtype])
     own = [field for field in fields if field not in {*settings, "axis_name", "parent", "name"}]

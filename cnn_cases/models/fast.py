@@ -1,5 +1,8 @@
 """Faster formulations, for XLA, of some Flax operations: the same values and gradients.
 
+On a CPU some have no forward-mode derivative (`jax.jvp`, and products with the Hessian): trace those within
+`written_for("tpu")`, which takes Flax's operations.
+
 Readers of the networks can skip this file: read `conv_general_dilated` as `lax`'s and `max_pool` as `nn`'s.
 `docs/speed.md` has the measurements.
 """

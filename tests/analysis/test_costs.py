@@ -19,7 +19,7 @@ from cnn_cases.models import fast, make_model
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet, InceptionModule
 from cnn_cases.models.inception_v3 import InceptionV3
-from cnn_cases.models.layers import BatchNorm, Conv
+from cnn_cases.models.layers import BatchNorm, Conv, ConvUnit, batch_norm
 from cnn_cases.models.lenet import LeNet5, LeNet5Original
 from cnn_cases.models.nin import NIN
 from cnn_cases.models.resnet import CifarResNet, PreactCifarResNet, ResNet
@@ -406,12 +406,21 @@ def test_memory_is_that_of_the_batch_in_the_compute_type():
     layers = costs.count(LeNet5(dtype=jnp.bfloat16), (32, 32, 1), batch_size=3)
     conv1, pool1, conv2, *_ = layers
     assert conv1.forward == 3 * (4 * 32 * 32 + 2 * 28 * 28 * 6), "the image is float32"
-    assert conv1.kept == 3 * 4 * 32 * 32
+    assert conv1.kept == 3 * 2 * 32 * 32, "in the type in which it computes"
     assert pool1.kept == 0, "an average needs none of its input again"
     assert conv2.kept == 3 * 2 * 14 * 14 * 6
     sums = costs.total(layers)
     assert sums.forward == max(layer.forward for layer in layers)
     assert sums.kept == sum(layer.kept for layer in layers)
+
+
+def test_a_norm_keeps_its_input_in_float32():
+    norm = batch_norm(train=False, epsilon=1e-3, dtype=jnp.bfloat16, axis_name=None)
+    conv, norm = alone(ConvUnit(8, (3, 3), norm=norm, dtype=jnp.bfloat16), (6, 6, 4), batch_size=5)
+    assert (conv.kind, conv.kept) == ("conv", 5 * 2 * 36 * 4)
+    assert (norm.kind, norm.kept) == ("batch norm", 5 * 4 * 36 * 8)
+    assert conv.forward == 5 * 36 * (4 * 4 + 2 * 8), "the image is float32"
+    assert norm.forward == 5 * 36 * (2 * 8 + 2 * 8)
 
 
 def test_an_input_of_several_branches_is_kept_once():
@@ -422,19 +431,22 @@ def test_an_input_of_several_branches_is_kept_once():
 
 
 @pytest.fixture
-def layers_of_accelerators(monkeypatch):
+def layers_of_accelerators():
     """Those of a CPU multiply zeros, and keep patches of their input."""
-    monkeypatch.setattr(fast, "is_for_cpu", lambda: False)
+    with fast.written_for("tpu"):
+        yield
 
 
 @pytest.mark.usefixtures("layers_of_accelerators")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("model", "image_shape"),
     [(LeNet5(), (32, 32, 1)), (CifarResNet(14), (16, 16, 3)), (NIN(), (16, 16, 3))],
     ids=str,
 )
-def test_what_counts_as_kept_is_among_what_autodiff_keeps(model, image_shape):
+def test_what_counts_as_kept_is_among_what_autodiff_keeps(model, image_shape, dtype):
     """`jax.vjp` holds its residuals as the leaves of the function that it returns."""
+    model = model.clone(dtype=dtype)
 
     def residuals(image):
         variables = model.init(jax.random.key(0), image, train=False)
@@ -447,7 +459,7 @@ def test_what_counts_as_kept_is_among_what_autodiff_keeps(model, image_shape):
         return jax.tree.leaves(jax.vjp(apply, params, has_aux=True)[1])
 
     image = jax.ShapeDtypeStruct((5, *image_shape), jnp.float32)
-    there = collections.Counter(leaf.size * 4 for leaf in jax.eval_shape(residuals, image))
+    there = collections.Counter(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(residuals, image))
     kept = [layer.kept for layer in costs.count(model, image_shape, batch_size=5) if layer.kept]
     assert not collections.Counter(kept) - there
 

@@ -10,6 +10,7 @@ from jax import lax
 
 from cnn_cases.models import fast
 from cnn_cases.models.fast import conv_general_dilated, max_pool
+from cnn_cases.models.resnet import CifarResNet
 from tests.conftest import drawn
 
 PLAIN = dict(
@@ -240,3 +241,20 @@ def test_layers_are_written_for_the_devices_that_jax_has_unless_told_otherwise()
             assert fast.platform() == "gpu"
         assert fast.platform() == "tpu"
     assert fast.platform() == "cpu"
+
+
+def test_written_for_a_tpu_a_network_has_forward_derivatives():
+    model, image = CifarResNet(8, num_classes=3), jnp.ones((2, 32, 32, 3))
+
+    def hessian_product():
+        params, batch_stats = model.init(jax.random.key(0), image, train=False).values()
+
+        def loss(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            return jnp.square(model.apply(variables, image, train=False)).sum()
+
+        return params, jax.jvp(jax.grad(loss), (params,), (params,))[1]
+
+    with fast.written_for("tpu"):
+        params, product = jax.eval_shape(hessian_product)
+    assert product == params

@@ -73,6 +73,12 @@ def test_unknown_names_are_refused_with_the_known_ones():
         make("resnet_cifar", deepth=20)
 
 
+@pytest.mark.parametrize("number", [0, -1, 10.0, True])
+def test_an_impossible_number_of_classes_is_refused(number):
+    with pytest.raises(ValueError, match=f"num_classes = {number} must be a whole number from 1 up"):
+        make_model("lenet5_1998", num_classes=number, dtype="float32")
+
+
 @pytest.mark.parametrize("depth", [20.0, "20", True])
 def test_a_setting_of_the_wrong_type_is_refused(depth):
     with pytest.raises(ValueError, match=r"model.depth = .* must be of type int"):
