@@ -249,12 +249,13 @@ def write_report(record, workdir):
 
     Files:
       record.json; table.csv, table.md; comparison.csv, comparison.md (plain against residual in pairs);
-      curves.html (the page); as PNG and SVG curves (after figure 6), loss (where the record has losses),
-      depth and difference.
+      curves.csv, curves.html (the page); as PNG and SVG curves (after figure 6), loss (where the record has
+      losses), depth and difference.
     """
     from cnn_cases.studies import page  # here, as in `sweep.write_report`
 
     workdir = pathlib.Path(workdir)
+    disk.write_text(workdir / "curves.csv", tables.comma_separated(sweep.table_of_curves(record)))
     for form, suffix in (("csv", "csv"), ("markdown", "md")):
         disk.write_text(workdir / f"table.{suffix}", table(record, form))
         disk.write_text(workdir / f"comparison.{suffix}", comparison_table(record, form))

@@ -193,20 +193,35 @@ def table(record, exact=False):
     return rows
 
 
+def table_of_curves(record):
+    """The rows of a table of all curves for programs: one for each value of a run, the head first."""
+    keys = [key for key, _ in record["config"]["grid"]]
+    parts = records.split_by_code(record)
+    code = ["code"] if len(parts) > 1 else []
+    rows = [[*keys, "seed", *code, "figure", "step", "value"]]
+    for name, part in parts.items():
+        for run in part["runs"]:
+            head = [*(plan.text_of(run[key]) for key in keys), run["seed"], *([name] if code else [])]
+            for figure, curve in run["curves"].items():
+                rows += [[*head, figure, step, value] for step, value in curve]
+    return rows
+
+
 def write_report(record, workdir):
     """Writes all that a record gives into a directory.
 
     Files:
-      record.json; table.csv, table.md; curves.html (the page); curves as PNG and SVG. Where the study has
-      `compare`, comparison.csv, comparison.md, and difference as PNG and SVG; and where its grid has other
-      keys, too, curves and page have panels for each compared value, if they are few, and loss is a figure of
-      its own.
+      record.json; table.csv, table.md; curves.html (the page); curves as CSV, PNG and SVG. Where the study
+      has `compare`, comparison.csv, comparison.md, and difference as PNG and SVG; and where its grid has
+      other keys, too, curves and page have panels for each compared value, if they are few, and loss is a
+      figure of its own.
     """
     from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
 
     workdir = pathlib.Path(workdir)
     disk.write_text(workdir / "table.md", tables.markdown(table(record)))
     disk.write_text(workdir / "table.csv", tables.comma_separated(table(record, exact=True)))
+    disk.write_text(workdir / "curves.csv", tables.comma_separated(table_of_curves(record)))
     compared = comparison.compare_study(record)
     if compared:
         disk.write_text(workdir / "comparison.md", comparison.study_table(record, compared, "markdown"))

@@ -188,7 +188,7 @@ def test_a_report_is_files_for_people_and_programs(record, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         *("record.json", "table.csv", "table.md", "comparison.csv", "comparison.md", "curves.html"),
-        *("curves.png", "curves.svg", "depth.png", "depth.svg"),
+        *("curves.csv", "curves.png", "curves.svg", "depth.png", "depth.svg"),
         *("difference.png", "difference.svg", "loss.png", "loss.svg"),
     }
     assert all(path.stat().st_size > 100 for path in tmp_path.iterdir())

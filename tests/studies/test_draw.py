@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import pathlib
@@ -54,7 +55,18 @@ def test_one_code_counts_a_seed_once(record, tmp_path, capsys):
 def test_another_study_has_its_curves_and_its_table(tmp_path):
     draw.main([str(RESULTS / "lenet5_mnist.json"), f"--out={tmp_path}"])
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("record.json", "table.md", "table.csv", "curves.png", "curves.svg", "curves.html")
+        *("record.json", "table.md", "table.csv", "curves.csv", "curves.png", "curves.svg", "curves.html")
+    }
+
+
+def test_the_curves_can_be_read_by_programs(record, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    rows = list(csv.DictReader((tmp_path / "out/curves.csv").read_text().splitlines()))
+    assert len(rows) == sum(len(curve) for one in record["runs"] for curve in one["curves"].values())
+    assert rows[1] == {
+        **{"model.depth": "8", "model.plain": "True", "seed": "0"},
+        **{"figure": "running/error", "step": "20", "value": "0.1"},
     }
 
 

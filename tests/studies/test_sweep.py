@@ -155,7 +155,7 @@ def test_a_run_of_another_recipe_is_refused(finished, study, tmp_path):
 def test_a_report_has_a_table_curves_and_a_page(finished, study, tmp_path):
     sweep.write_report(sweep.make_record(study, finished), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("record.json", "table.md", "table.csv", "curves.png", "curves.svg", "curves.html")
+        *("record.json", "table.md", "table.csv", "curves.csv", "curves.png", "curves.svg", "curves.html")
     }
     assert (
         (tmp_path / "table.md").read_text().startswith("| optimizer.momentum | data.augment.flip | seeds |")
