@@ -137,6 +137,7 @@ def test_a_case_that_fails_is_told_and_the_others_are_measured(at_once, monkeypa
     out = tmp_path / "figures.json"
     command = f"throughput --cases LeNet-5 VGG-16 NIN --at_once={at_once} --turns=1 --out={out}"
     monkeypatch.setattr("sys.argv", command.split())
+    monkeypatch.setattr(contenders, "check_installed", lambda parser, peers: None)
     with pytest.raises(SystemExit, match=r"VGG-16 was not measured: MemoryError\('no 3 GB left'\)"):
         throughput.main()
     assert set(json.loads(out.read_text())) == {"LeNet-5", "NIN"}
@@ -150,4 +151,20 @@ def test_at_least_one_case_is_made(number, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["throughput", f"--at_once={number}"])
     with pytest.raises(SystemExit):
         throughput.main()
-    assert f"--at_once = {number} must be 1 or more" in capsys.readouterr().err
+    assert f"--at_once: '{number}' is not a whole number from 1 up" in capsys.readouterr().err
+
+
+def test_what_quick_chooses_can_be_chosen_otherwise(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(throughput, "measure", lambda *arguments: told.append(arguments) or ())
+    monkeypatch.setattr("sys.argv", ["throughput", "--quick", "--cases", "AlexNet", "--peers"])
+    throughput.main()
+    assert told == [(["AlexNet"], "float32", 3, [])]
+
+
+def test_without_pytorch_its_steps_are_not_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["throughput", "--quick"])
+    with pytest.raises(SystemExit):
+        throughput.main()
+    assert "--peers needs PyTorch (pip install torch)" in capsys.readouterr().err
