@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+from unittest import mock
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_a_case_that_fails_is_told_and_the_others_are_measured(at_once, monkeypa
     out = tmp_path / "figures.json"
     command = f"throughput --cases LeNet-5 VGG-16 NIN --at_once={at_once} --turns=1 --out={out}"
     monkeypatch.setattr("sys.argv", command.split())
-    monkeypatch.setattr(contenders, "check_installed", lambda parser, peers: None)
+    monkeypatch.setattr(contenders, "check_installed", mock.Mock())
     with pytest.raises(SystemExit, match=r"VGG-16 was not measured: MemoryError\('no 3 GB left'\)"):
         throughput.main()
     assert set(json.loads(out.read_text())) == {"LeNet-5", "NIN"}
@@ -154,7 +155,7 @@ def test_at_least_one_case_is_made(number, monkeypatch, capsys):
     assert f"--at_once: '{number}' is not a whole number from 1 up" in capsys.readouterr().err
 
 
-def test_what_quick_chooses_can_be_chosen_otherwise(monkeypatch, capsys):
+def test_what_quick_chooses_can_be_chosen_otherwise(monkeypatch):
     told = []
     monkeypatch.setattr(throughput, "measure", lambda *arguments: told.append(arguments) or ())
     monkeypatch.setattr("sys.argv", ["throughput", "--quick", "--cases", "AlexNet", "--peers"])
@@ -163,7 +164,7 @@ def test_what_quick_chooses_can_be_chosen_otherwise(monkeypatch, capsys):
 
 
 def test_without_pytorch_its_steps_are_not_waited_for(monkeypatch, capsys):
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", mock.Mock(return_value=None))
     monkeypatch.setattr("sys.argv", ["throughput", "--quick"])
     with pytest.raises(SystemExit):
         throughput.main()
