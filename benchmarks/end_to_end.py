@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import contenders, record
-from cnn_cases import tables
-from cnn_cases.analysis import costs
+from cnn_cases import parsing, tables
 from cnn_cases.data import splits
 from cnn_cases.studies import jobs, plan
 from cnn_cases.training import logbook, optimizer, provenance
@@ -239,7 +238,7 @@ def main():
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--turns", type=costs.positive_number, default=3)
+    parser.add_argument("--turns", type=parsing.positive_number, default=3)
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     contenders.check_installed(parser, options.peers)

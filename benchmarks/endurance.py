@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from benchmarks import faults, record
-from cnn_cases.analysis import costs
+from cnn_cases import parsing
 from cnn_cases.training import logbook
 
 CONFIG = "configs/lenet5_digits.py"
@@ -96,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.endurance", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--steps", type=costs.positive_number, default=10_000)
+    parser.add_argument("--steps", type=parsing.positive_number, default=10_000)
     parser.add_argument(
         "--out", type=record.output, help="a JSON file, of which it writes the section 'memory'"
     )

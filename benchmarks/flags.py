@@ -14,8 +14,7 @@ import contextlib
 from unittest import mock
 
 from benchmarks import contenders, record, throughput
-from cnn_cases import tables
-from cnn_cases.analysis import costs
+from cnn_cases import parsing, tables
 from cnn_cases.models import fast
 from cnn_cases.training import devices
 
@@ -114,7 +113,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flags", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=FLAGS, default="cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE")
-    parser.add_argument("--turns", type=costs.positive_number, default=7)
+    parser.add_argument("--turns", type=parsing.positive_number, default=7)
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
     rows = {}

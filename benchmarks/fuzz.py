@@ -41,6 +41,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import record
+from cnn_cases import parsing
 from cnn_cases.analysis import costs
 from cnn_cases.data import feeds, pixels
 from cnn_cases.studies import plan
@@ -426,7 +427,7 @@ def main():
     """Tries, prints, and writes what --out names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--inputs", type=costs.positive_number, default=2000, help="configs; and a tenth as many studies"
+        "--inputs", type=parsing.positive_number, default=2000, help="configs; and a tenth as many studies"
     )
     parser.add_argument("--minutes", type=float, default=60, help="end after so many, whatever is left")
     parser.add_argument("--seed", type=int, default=0, help="of the mistakes")

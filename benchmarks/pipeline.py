@@ -38,7 +38,7 @@ from PIL import Image
 
 from benchmarks import contenders
 from benchmarks.record import output, write_section
-from cnn_cases.analysis import costs
+from cnn_cases import parsing
 from cnn_cases.data import decode, feeds, sources, splits
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import loop, programs, steps
@@ -333,7 +333,7 @@ def main():
     parser.add_argument("--out", type=output, help="a JSON file")
     parser.add_argument("--only", choices=(*STEPS_A_TURN, "stream"), help="one of the three")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps")
-    parser.add_argument("--turns", type=costs.positive_number, default=9)
+    parser.add_argument("--turns", type=parsing.positive_number, default=9)
     options = parser.parse_args()
     devices_lib.choose_cpu_flags()
     for name, of_turn in STEPS_A_TURN.items():

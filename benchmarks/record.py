@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import pathlib
 
+from cnn_cases import parsing
 from cnn_cases.training import disk, provenance
 
 
 def output(text):
     """The value of an option --out, for argparse: a JSON file of sections, or one that is not there yet."""
-    path = pathlib.Path(text).expanduser()  # a shell leaves the ~ of --out=~/x as it is
+    path = parsing.path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} must lie in a directory that is there")
     try:

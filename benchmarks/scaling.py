@@ -22,8 +22,7 @@ import socket
 import jax
 
 from benchmarks import contenders, flags, record, throughput
-from cnn_cases import tables
-from cnn_cases.analysis import costs
+from cnn_cases import parsing, tables
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import processes
 
@@ -150,7 +149,7 @@ def main():
     parser.add_argument("--only", choices=("sharing", "depth"), help="one of the two")
     parser.add_argument("--cases", nargs="+", choices=flags.CASES, metavar="CASE", default=DEFAULT_CASES)
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
-    parser.add_argument("--turns", type=costs.positive_number, default=5)
+    parser.add_argument("--turns", type=parsing.positive_number, default=5)
     parser.add_argument(
         "--out", type=record.output, help="a JSON file, of which each case and each depth is a section"
     )

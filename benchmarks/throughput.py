@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import contenders, record
-from cnn_cases import tables
+from cnn_cases import parsing, tables
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
@@ -479,10 +479,10 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--turns", type=costs.positive_number, default=7)
+    parser.add_argument("--turns", type=parsing.positive_number, default=7)
     parser.add_argument(
         "--at_once",
-        type=costs.positive_number,
+        type=parsing.positive_number,
         default=1,
         help="cases to compile at once, on a GPU beside many cores",
     )

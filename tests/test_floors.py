@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "cnn_cases.models": ("cnn_cases.models",),
     "cnn_cases.data": ("cnn_cases.data",),
     "cnn_cases.analysis": (
+        "cnn_cases.parsing",
         "cnn_cases.models",
         "cnn_cases.analysis",
         "cnn_cases.settings",

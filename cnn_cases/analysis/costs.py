@@ -49,7 +49,7 @@ import numpy as np
 from flax import linen as nn
 from matplotlib.figure import Figure
 
-from cnn_cases import settings, tables
+from cnn_cases import parsing, settings, tables
 from cnn_cases.models import fast, make_model
 from cnn_cases.models.layers import BatchNorm
 
@@ -541,13 +541,6 @@ def _override(text):
         return key, value
 
 
-def positive_number(text):
-    """An option's value as an int, for argparse."""
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
-
-
 def _figure_path(text):
     if not text.endswith((".png", ".svg")):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
@@ -572,11 +565,11 @@ def main(arguments=None):
         help="override a key of all configs, as in --set model.depth=56",
     )
     parser.add_argument(
-        "--batch_size", type=positive_number, default=1, help="images, for the memory; default 1"
+        "--batch_size", type=parsing.positive_number, default=1, help="images, for the memory; default 1"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--image_size", type=positive_number, help="pixels, height and width; default: the config's"
+        "--image_size", type=parsing.positive_number, help="pixels, height and width; default: the config's"
     )
     size.add_argument(
         "--image_shape",
@@ -584,11 +577,11 @@ def main(arguments=None):
         metavar="HxWxC",
         help="needed for a data set that is not known here",
     )
-    parser.add_argument("--num_classes", type=positive_number, help="likewise")
+    parser.add_argument("--num_classes", type=parsing.positive_number, help="likewise")
     parser.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
     parser.add_argument("--figure", type=_figure_path, metavar="FILE", help="a .png or .svg to draw")
     options = parser.parse_args(arguments)
-    try:
+    with parsing.one_message():
         reports = [
             analyse(
                 path,
@@ -602,9 +595,6 @@ def main(arguments=None):
         ]
         if options.figure:
             draw(reports).savefig(options.figure, dpi=150)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.stdout.write(render(reports, options.format))
 
 

@@ -20,7 +20,6 @@ import argparse
 import functools
 import pathlib
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -30,7 +29,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from cnn_cases import tables
+from cnn_cases import parsing, tables
 from cnn_cases.analysis import costs
 from cnn_cases.models.inception import TABLE_1, InceptionModule, NaiveInceptionModule
 from cnn_cases.models.layers import ConvUnit
@@ -230,21 +229,19 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.studies.bottleneck", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--workdir", default="runs/bottleneck", help="default: %(default)s")
     parser.add_argument(
-        "--batch_size", type=costs.positive_number, default=32, help="images; default: %(default)s"
+        "--workdir", type=parsing.path, default="runs/bottleneck", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--batch_size", type=parsing.positive_number, default=32, help="images; default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    workdir = pathlib.Path(options.workdir).expanduser()  # a shell leaves the ~ of --workdir=~/x as it is
     devices.choose_cpu_flags()  # as a training does
-    try:
+    with parsing.one_message():
         record = measure(options.batch_size)
-        write_report(record, workdir)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        write_report(record, options.workdir)
     print(table(record))
-    print(f"record, table and figure: {workdir}")
+    print(f"record, table and figure: {options.workdir}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ their own.
 
 import argparse
 import json
-import pathlib
-import sys
 
+from cnn_cases import parsing
 from cnn_cases.studies import bottleneck, depth_curves, layer_signals, records, sweep
 
 
@@ -20,21 +19,17 @@ def main(arguments=None):
         prog="python -m cnn_cases.studies.draw", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "record", type=pathlib.Path, help="a file of results/, a record.json, or the directory of a study"
+        "record", type=parsing.path, help="a file of results/, a record.json, or the directory of a study"
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a directory for the report")
+    parser.add_argument("--out", type=parsing.path, required=True, help="a directory for the report")
     options = parser.parse_args(arguments)
-    options.out = options.out.expanduser()  # a shell leaves the ~ of --out=~/x as it is
-    try:
+    with parsing.one_message():
         if options.record.is_dir():
             options.record /= "record.json"
         record, study = _read(options.record)
         _check_free(options.out, record)
         options.out.mkdir(parents=True, exist_ok=True)
         study.write_report(record, options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"tables and figures: {options.out}")
 
 

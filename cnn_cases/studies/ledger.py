@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 
-from cnn_cases import settings, tables
+from cnn_cases import parsing, settings, tables
 from cnn_cases.studies import plan, records
 from cnn_cases.training import disk, logbook
 
@@ -438,15 +438,12 @@ def main(arguments=None):
     parser.add_argument("--write", action="store_true", help="into the documents, and print nothing")
     parser.add_argument("--documents", nargs="+", type=pathlib.Path, default=DOCUMENTS, help="their files")
     options = parser.parse_args(arguments)
-    try:
+    with parsing.one_message():
         studies, others = read_records(options.results)
         rows = collect(studies)
         texts = [(path, fill(path, rows, options.results)) for path in options.documents if options.write]
         for path, text in texts:
             disk.write_text(path, text)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if not options.write:
         print(markdown(rows, os.path.relpath(options.results)), end="")
     if others:
