@@ -211,6 +211,11 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     nonfinite, rewound_to = [], []
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
         log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
+    if not _measures_all_saved(config):
+        log.say(
+            f"checkpoint.best_on: the best is chosen of those checkpoints alone at whose step "
+            f"{config.checkpoint.best_on!r} is evaluated, too"
+        )
     while True:
         step, state, extra = _restore(config, program, state, log, checkpoints)
         saved = len(extra["nonfinite"])
@@ -514,6 +519,13 @@ def in_words(metrics):
         f"{name} {value:.2%}" if name.endswith("error") else f"{name} {value:.4f}"
         for name, value in metrics.items()
     )
+
+
+def _measures_all_saved(config):
+    """Whether each checkpoint, if any best one is kept, has the error that tells it."""
+    best_on, evaluation, saving = config.checkpoint.best_on, config.evaluation, config.checkpoint.every_steps
+    in_time = not saving or (evaluation.every_steps and saving % evaluation.every_steps == 0)
+    return not best_on or (in_time and best_on in evaluation.final_splits)
 
 
 def _is_due(step, every_steps):

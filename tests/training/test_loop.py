@@ -857,3 +857,21 @@ def test_examples_are_mixed_over_all_devices(config):
         _, target = prepare(feed.arrays, devices.shard(batch, count), jax.random.key(0))
         targets.append(np.asarray(target).reshape(24, 10))
     np.testing.assert_array_equal(*targets)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, False),
+        ({"evaluation.final_splits": ("test",)}, True),
+        ({"checkpoint.every_steps": 6}, True),  # evaluations are every 4
+        ({"checkpoint.every_steps": 6, "checkpoint.best_on": ""}, False),
+    ],
+)
+def test_checkpoints_that_can_not_be_the_best_are_told_of(changes, told, config, tmp_path, capfd):
+    config.update_from_flattened_dict(changes)
+    program = programs.make_program(config, jax.devices()[:1])
+    with pytest.raises(KeyboardInterrupt):
+        loop.train_and_evaluate(config, tmp_path, program=stop_after(program, 1, interrupt))
+    words = "the best is chosen of those checkpoints alone at whose step 'validation' is evaluated, too"
+    assert (words in capfd.readouterr().err) == told
