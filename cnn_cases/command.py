@@ -206,7 +206,7 @@ def _explained(error, arguments):
         path, line = of_config[-1]
         return f"{path}, line {line}: {type(error).__name__}: {reason}"
     given = [one for one in arguments if one.startswith("--config")]
-    # How ml_collections tells of a key that is not there. Such as a file without get_config ends likewise.
+    # How ml_collections tells of a key that is not there; a file without get_config ends likewise.
     if isinstance(error, KeyError | AttributeError):
         with contextlib.suppress(AttributeError):
             return _unknown_key(given) or f"{' '.join(given)}: {reason}"

@@ -177,8 +177,7 @@ def _open(workdir, config, program, data, show_progress):
     """The log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
-    num_devices = len(devices_lib.of_all_processes(program.devices))
-    warn_of_devices(workdir, config, read_environments(workdir), num_devices)
+    warn_of_devices(workdir, config, read_environments(workdir), jax.device_count())
     log = Logbook(
         workdir,
         config.to_dict(),

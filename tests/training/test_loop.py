@@ -470,7 +470,7 @@ def test_another_number_of_devices_is_told_where_the_steps_depend_on_it(
     starts[-1]["devices"] = ["cpu"] * 7
     (tmp_path / "environment.json").write_text(json.dumps(starts))
     run(config, tmp_path, program)
-    assert ("another number of devices: 7 there, 1 here" in caplog.text) == told
+    assert ("another number of devices: 7 there, 4 here" in caplog.text) == told
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
