@@ -98,7 +98,7 @@ def main():
     images, labels = training_images(config, step)
     names = feeds.class_names(config.data.name, config.data.data_dir)
     titles = [title_of(label, names) for label in labels[:count]]
-    heading = f"{config.data.name}: images of training step {step}, augmented"
+    heading = f"{config.data.name}: images of training step {step}, as the network is shown them"
     figure = draw_sheet(images[:count], titles, heading)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

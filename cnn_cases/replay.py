@@ -71,8 +71,8 @@ def replay(workdir, step=None, data_dir=""):
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
-    saved_runs.check_unchanged(workdir, program.feed, ("train",))
-    logbook.warn_of_devices(workdir, config, logbook.read_environments(workdir), len(program.devices))
+    steps = config, len(program.devices)
+    saved_runs.check_unchanged(workdir, program.feed, ("train",), steps)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
     else:

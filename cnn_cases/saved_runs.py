@@ -35,7 +35,7 @@ def load_config(workdir, data_dir=""):
     return config
 
 
-def check_unchanged(workdir, feed=None, splits=()):
+def check_unchanged(workdir, feed=None, splits=(), steps=None):
     """Refuses other data than a run's own, and warns of other code or packages than it was last started with.
 
     The network would be shown other pixels: the statistics that normalise them are taken of the data anew.
@@ -45,6 +45,7 @@ def check_unchanged(workdir, feed=None, splits=()):
       workdir: of the run.
       feed: of its config, with the data that are here; None where none are needed.
       splits: parts of data.splits that must be as they were, if the run has noted how they were.
+      steps: (config, number of devices) with which training steps are done again; None where none are.
 
     Raises:
       ValueError: one is not.
@@ -55,6 +56,9 @@ def check_unchanged(workdir, feed=None, splits=()):
         logging.getLogger(__name__).warning("%s. Code and data here may be others than the run's", error)
         starts = []
     logbook.warn_of_changes(workdir, starts, provenance.environment())
+    if steps:
+        config, num_devices = steps
+        logbook.warn_of_devices(workdir, config, starts, num_devices)
     there = starts[-1].get("data", {}) if starts else {}
     here = feed.fingerprint() if feed else {}
     for split in splits:

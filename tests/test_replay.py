@@ -111,3 +111,18 @@ def test_a_step_that_is_none_is_refused(config, tmp_path):
     for step in (0, 4):
         with pytest.raises(ValueError, match=f"step = {step} must be between 1 and num_steps = 3"):
             replay.replay(tmp_path, step)
+
+
+def test_a_damaged_environment_hinders_no_replay_of_steps_after_a_checkpoint(config, tmp_path, caplog):
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    (tmp_path / "environment.json").write_text("{")
+    assert replay.replay(tmp_path, 10).first == 8
+    assert "Code and data here may be others than the run's" in caplog.text
+
+
+@pytest.mark.parametrize(("together", "told"), [(True, False), (False, True)])
+def test_a_replay_on_another_number_of_devices_is_told(together, told, config, tmp_path, caplog):
+    config.sync_batch_norm = together
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    replay.replay(tmp_path, 10)
+    assert ("another number of devices: 4 there, 1 here" in caplog.text) == told

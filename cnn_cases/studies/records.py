@@ -138,7 +138,10 @@ _OF_AN_ENVIRONMENT = (
     ("commit", lambda value: value is None or isinstance(value, str), "a text or null"),
     (
         "versions",
-        lambda value: isinstance(value, dict) and _are_texts(value.values()),
+        # Of a package that another one stands in for there is none.
+        lambda value: (
+            isinstance(value, dict) and _are_texts(one for one in value.values() if one is not None)
+        ),
         "names of packages with their versions",
     ),
     ("devices", lambda value: isinstance(value, list) and _are_texts(value), "a list of texts"),

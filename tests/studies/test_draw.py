@@ -39,6 +39,13 @@ def test_what_is_measured_without_training_is_drawn_from_its_record_too(name, fi
     )
 
 
+def test_a_package_that_another_one_stands_in_for_has_no_version(record, tmp_path):
+    record["environments"][0]["versions"]["tensorflow-datasets"] = None
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out/table.md").exists()
+
+
 def test_one_code_counts_a_seed_once(record, tmp_path, capsys):
     record["environments"].append(record["environments"][0] | {"cpus": 64})
     record["runs"].append(record["runs"][0] | {"environments": [1]})
