@@ -71,8 +71,8 @@ def run(main, takes_files=False):
         devices.choose_cpu_flags()
         if _DETERMINISTIC.value:
             devices.make_deterministic()
-        look_for_garbage_rarely()
-        _keep_compiled()
+        collect_garbage_rarely()
+        _use_compilation_cache()
         try:
             main(*([arguments[1:]] if takes_files else []))
         except loop.DivergedError as error:
@@ -84,7 +84,7 @@ def run(main, takes_files=False):
         except Exception as error:
             if processes.is_loss(error):
                 processes.end_after_loss(f"another process died or left: {error}")
-            refusal = devices.refusal(error)
+            refusal = devices.message_for_user(error)
             if refusal is None:
                 if processes.is_one_of_several():  # else they and Python's way out would wait for each other
                     traceback.print_exc()
@@ -101,7 +101,7 @@ def run(main, takes_files=False):
     app.run(guarded, flags_parser=_parse)
 
 
-def look_for_garbage_rarely():
+def collect_garbage_rarely():
     """Has Python look for reference cycles after fifty thousand new objects, and not after some hundred.
 
     To trace a network makes millions, most of which stay, and which each search goes through: of the ten
@@ -110,7 +110,7 @@ def look_for_garbage_rarely():
     gc.set_threshold(50_000)
 
 
-def _keep_compiled():
+def _use_compilation_cache():
     """Has JAX keep what it compiles for later starts.
 
     The place is ~/.cache/cnn_cases, or what JAX_COMPILATION_CACHE_DIR names.
@@ -127,10 +127,10 @@ def _keep_compiled():
         # A network starts with many small programs.
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    separate_compiled()
+    separate_compilation_cache()
 
 
-def separate_compiled():
+def separate_compilation_cache():
     """Gives each kind of CPU and number of threads a directory in JAX_COMPILATION_CACHE_DIR, if that is set.
 
     XLA compiles for the number that this process has, and JAX does not tell such programs apart; and what is

@@ -163,7 +163,7 @@ def _read(workdir, config, split, protocol, which):
     checkpoints = pathlib.Path(workdir) / "checkpoints"
     checkpoint.find(checkpoints, which)  # before the data are read
     program = programs.make_program(config, saved_runs.usable_devices(config))
-    saved_runs.check_unchanged(workdir, program.feed, ("train", split))
+    saved_runs.check_data(workdir, saved_runs.read_starts(workdir), program.feed, ("train", split))
     like = program.shapes_of_state()
     try:
         num_views = len(programs.check_protocol(program, like, protocol))
@@ -218,7 +218,7 @@ def write_report(out, metrics, names, probabilities, label, examples):
     counts = confusion(predicted, label, len(names))
     disk.write_json(out / "metrics.json", metrics)
     disk.write_text(out / "confusion.csv", confusion_csv(counts, names))
-    title = f"{metrics['examples_of']}, {network_in_words(metrics)}, {metrics['protocol']}"
+    title = f"{metrics['examples_of']}, {describe_network(metrics)}, {metrics['protocol']}"
     title += f": {(predicted != label).sum():,} of {len(label):,} are wrong"
     mistakes = surest_mistakes(probabilities, label, NUM_MISTAKES)
     images = pick(examples, mistakes)
@@ -308,7 +308,7 @@ def shorten(name):
     return name if len(name) <= 16 else name[:15] + "…"
 
 
-def network_in_words(metrics):
+def describe_network(metrics):
     """Which checkpoint was tested, or how many."""
     return f"step {metrics['step']}" if "step" in metrics else f"{len(metrics['networks'])} networks"
 
@@ -322,7 +322,7 @@ def table(metrics):
             f"loss {network['loss']:.4f}"
             for network in metrics.get("networks", ())
         ),
-        f"{network_in_words(metrics)}, protocol {metrics['protocol']!r}, "
+        f"{describe_network(metrics)}, protocol {metrics['protocol']!r}, "
         f"views of each: {metrics['views_per_example']}, {metrics['seconds']} s",
         f"  accuracy         {metrics['accuracy']:8.2%}",
     ]
@@ -330,21 +330,6 @@ def table(metrics):
         lines.append(f"  top-5 accuracy   {metrics['top_5_accuracy']:8.2%}")
     lines.append(f"  loss             {metrics['loss']:8.4f}")
     return "\n".join(lines)
-
-
-def define_flags():
-    """The flags of the command."""
-    flags.DEFINE_multi_string(
-        "workdir",
-        None,
-        "The directory of a run of train.py; of an ensemble, once for each run.",
-        required=True,
-    )
-    flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
-    flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
-    flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
-    saved_runs.define_data_dir()
-    flags.DEFINE_string("out", "", "Where to write; default: <workdir>/evaluation/<split>_<protocol>_<step>.")
 
 
 def main():
@@ -363,5 +348,15 @@ def main():
 
 
 if __name__ == "__main__":
-    define_flags()
+    flags.DEFINE_multi_string(
+        "workdir",
+        None,
+        "The directory of a run of train.py; of an ensemble, once for each run.",
+        required=True,
+    )
+    flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
+    flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
+    flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
+    saved_runs.define_data_dir()
+    flags.DEFINE_string("out", "", "Where to write; default: <workdir>/evaluation/<split>_<protocol>_<step>.")
     command.run(main)

@@ -74,7 +74,7 @@ class TrainedNetwork:
         if not len(images):
             raise ValueError("there are no images")
         data = self.config.data
-        store, view = inputs.make_ways(
+        store, view = inputs.make_preprocessing(
             self.image_shape, feed=data.feed, border=data.border, crop=dict(**data.crop)
         )
         shapes = programs.check_views(
@@ -106,7 +106,7 @@ def load(workdir, which="last"):
       ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = saved_runs.load_config(workdir)
-    saved_runs.check_unchanged(workdir)
+    saved_runs.read_starts(workdir)  # warns of other code
     path = pathlib.Path(workdir) / "inputs.npz"
     try:
         shown = inputs.from_bytes(path.read_bytes())
@@ -133,14 +133,6 @@ def read_image(path, channels):
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def define_flags():
-    """The flags of the command."""
-    flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
-    flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
-    flags.DEFINE_string("protocol", "single", "Which views of each image are averaged.")
-    flags.DEFINE_integer("top", 3, "How many classes to print.", lower_bound=1)
-
-
 def main(paths):
     """Prints the likeliest classes of each file that is an image; the others are an error at the end."""
     if not paths:
@@ -163,5 +155,8 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    define_flags()
+    flags.DEFINE_string("workdir", None, "The directory of a run of train.py.", required=True)
+    flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
+    flags.DEFINE_string("protocol", "single", "Which views of each image are averaged.")
+    flags.DEFINE_integer("top", 3, "How many classes to print.", lower_bound=1)
     command.run(main, takes_files=True)

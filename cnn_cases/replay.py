@@ -71,8 +71,9 @@ def replay(workdir, step=None, data_dir=""):
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
-    steps = config, len(program.devices)
-    saved_runs.check_unchanged(workdir, program.feed, ("train",), steps)
+    starts = saved_runs.read_starts(workdir)
+    logbook.warn_of_devices(workdir, config, starts, len(program.devices))
+    saved_runs.check_data(workdir, starts, program.feed)
     if first:
         state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
     else:

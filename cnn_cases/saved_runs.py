@@ -35,32 +35,32 @@ def load_config(workdir, data_dir=""):
     return config
 
 
-def check_unchanged(workdir, feed=None, splits=(), steps=None):
-    """Refuses other data than a run's own, and warns of other code or packages than it was last started with.
+def read_starts(workdir):
+    """The environments of a run's starts, with a warning where code or packages are not those of the last.
 
-    The network would be shown other pixels: the statistics that normalise them are taken of the data anew.
-    Where environment.json is damaged, a warning says that nothing can be compared.
-
-    Args:
-      workdir: of the run.
-      feed: of its config, with the data that are here; None where none are needed.
-      splits: parts of data.splits that must be as they were, if the run has noted how they were.
-      steps: (config, number of devices) with which training steps are done again; None where none are.
-
-    Raises:
-      ValueError: one is not.
+    Where environment.json is damaged, a warning says that nothing can be compared, and there are none.
     """
     try:
         starts = logbook.read_environments(workdir)
     except ValueError as error:
         logging.getLogger(__name__).warning("%s. Code and data here may be others than the run's", error)
-        starts = []
+        return []
     logbook.warn_of_changes(workdir, starts, provenance.environment())
-    if steps:
-        config, num_devices = steps
-        logbook.warn_of_devices(workdir, config, starts, num_devices)
-    there = starts[-1].get("data", {}) if starts else {}
-    here = feed.fingerprint() if feed else {}
+    return starts
+
+
+def check_data(workdir, starts, feed, splits=("train",)):
+    """Raises ValueError where the data are not a run's own: the network would be shown other pixels.
+
+    The statistics that normalise them are taken of the data anew.
+
+    Args:
+      workdir: of the run.
+      starts: of `read_starts`.
+      feed: of its config, with the data that are here.
+      splits: parts of data.splits that must be as they were, if the run has noted how they were.
+    """
+    there, here = starts[-1].get("data", {}) if starts else {}, feed.fingerprint()
     for split in splits:
         if split in there and there[split] != here[split]:
             raise ValueError(

@@ -26,7 +26,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {XLA_FLAGS}
 
 # As the command line does.
 devices.choose_cpu_flags()
-command.look_for_garbage_rarely()
+command.collect_garbage_rarely()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +36,7 @@ def compilation_cache(tmp_path_factory):
     directory = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    command.separate_compiled()  # where the processes that tests start will look, too
+    command.separate_compilation_cache()  # where the processes that tests start will look, too
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

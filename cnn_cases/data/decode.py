@@ -13,6 +13,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
+from cnn_cases import checks
+
 CROPS = ("squeeze", "shorter_side", "area")
 MAX_SIDE = 8192  # pixels of an image's side; no network here is meant for more
 # What shows an image the right way up, by the orientation of its EXIF part. Pillow's `exif_transpose` does
@@ -94,8 +96,7 @@ def check(image_size, crop):
     """Raises ValueError where no box of `image_size` can be as `crop`, the settings of `data.crop`, says."""
     name, shorter_side, eval_shorter_side = crop["name"], crop["shorter_side"], crop["eval_shorter_side"]
     area, aspect = crop["area"], crop["aspect"]
-    if name not in CROPS:
-        raise ValueError(f"data.crop.name = {name!r} is unknown; known: {', '.join(CROPS)}")
+    checks.one_of("data.crop.name", name, CROPS)
     if name == "shorter_side" and not image_size <= shorter_side[0] <= shorter_side[1] <= MAX_SIDE:
         raise ValueError(
             f"data.crop.shorter_side = {tuple(shorter_side)} must be at least data.image_size = {image_size} "

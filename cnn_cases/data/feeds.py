@@ -24,6 +24,7 @@ share of the whole: the shares of a batch, in the order of the processes, are th
 
 import functools
 
+from cnn_cases import checks
 from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
@@ -69,8 +70,7 @@ def make_feed(
     Raises:
       ValueError: a key has no possible value, or the set is not there; the message names it.
     """
-    if feed not in FEEDS:
-        raise ValueError(f"data.feed = {feed!r} is unknown; known: {', '.join(FEEDS)}")
+    checks.one_of("data.feed", feed, FEEDS)
     for key, pixels in (("image_size", image_size), ("border", border)):
         if not 0 <= pixels <= decode.MAX_SIDE:
             raise ValueError(f"data.{key} = {pixels} must be between 0 and {decode.MAX_SIDE} pixels")

@@ -51,7 +51,7 @@ def from_bytes(content):
     return Inputs(tuple(shape), names, arrays)
 
 
-def make_ways(image_shape, *, feed, border, crop):
+def make_preprocessing(image_shape, *, feed, border, crop):
     """Two functions that together turn an image of any size into what a network is shown in evaluation.
 
     Args:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cnn_cases import checks
 from cnn_cases.data import augment as augmentations
 
 NORMALIZATIONS = (
@@ -71,10 +72,7 @@ def make_pixels(
       ValueError: a normalisation or an augmentation is unknown, a value is out of range, or the images do not
         suit it.
     """
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"data.normalization = {normalization!r} is unknown; known: {', '.join(NORMALIZATIONS)}"
-        )
+    checks.one_of("data.normalization", normalization, NORMALIZATIONS)
     if normalization == "imagenet" and image.shape[-1] != 3:
         raise ValueError(
             f"data.normalization = 'imagenet' is for images of 3 channels; these have {image.shape[-1]}"

@@ -4,10 +4,11 @@ The images live on the device as uint8; a batch is a list of indices. Gathering,
 normalisation happen inside the jitted step.
 """
 
-import functools
 import zlib
 
 import numpy as np
+
+from cnn_cases.data import order
 
 
 class ResidentFeed:
@@ -76,17 +77,16 @@ class ResidentFeed:
         Yields:
           {"index": int32 [B], "position": int32 [B] in the global batch}, where B is this process's share.
         """
-        position = share_of(self._batch_size, *self._share)
+        position = order.own_positions(self._batch_size, *self._share)
         while True:
-            numbers = training_numbers(first_step, self._batch_size, position)
-            index = training_order(seed, numbers, self.num_train)
+            numbers = order.places_in_order(first_step, self._batch_size, position)
+            index = order.examples_at(seed, numbers, self.num_train)
             yield {"index": index + np.int32(self._ranges["train"].start), "position": position}
             first_step += 1
 
     def training_examples(self, seed, step):
         """Which examples of the training split make up the whole batch of a step: int32 [B]."""
-        numbers = training_numbers(step, self._batch_size, np.arange(self._batch_size))
-        return training_order(seed, numbers, self.num_train)
+        return order.examples_of_step(seed, step, self._batch_size, self.num_train)
 
     def eval_batches(self, role):
         """The batches of a whole split: {"index": int32 [B], "mask": float32 [B]}, as those of training.
@@ -94,7 +94,7 @@ class ResidentFeed:
         The mask is 1 for every example exactly once, and 0 for the padding of the last batch.
         """
         indices = self._ranges[role]
-        position = share_of(self._eval_batch_size, *self._share)
+        position = order.own_positions(self._eval_batch_size, *self._share)
         for first in range(indices.start, indices.stop, self._eval_batch_size):
             index = first + position
             mask = (index < indices.stop).astype(np.float32)
@@ -132,36 +132,3 @@ class ResidentFeed:
         if key is None:
             return self.normalize(arrays, image), label
         return self._pixels.train(arrays, image, label, batch["position"], key)
-
-
-def share_of(batch_size, process_index, process_count):
-    """The positions in a batch, int32, of the examples of one process: contiguous, equally many for each."""
-    return np.split(np.arange(batch_size, dtype=np.int32), process_count)[process_index]
-
-
-def training_numbers(step, batch_size, position):
-    """The places int64 [B] in the endless sequence of training examples of `position` int [B] in a batch."""
-    return int(step) * batch_size + position.astype(np.int64)  # more than int32 holds in a long training
-
-
-def training_order(seed, numbers, size):
-    """Which training examples come, in an endless sequence of epochs that are permutations each.
-
-    Args:
-      seed: of the order.
-      numbers: int [B], increasing: places in the sequence, of two successive epochs at most.
-      size: number of training examples.
-
-    Returns:
-      int32 [B], indices of training examples.
-    """
-    epochs, places = np.divmod(numbers, size)
-    first = _permutation(seed, epochs[0].item(), size)[places]
-    if epochs[0] == epochs[-1]:
-        return first
-    return np.where(epochs == epochs[0], first, _permutation(seed, epochs[-1].item(), size)[places])
-
-
-@functools.lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
-def _permutation(seed, epoch, size):
-    return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)

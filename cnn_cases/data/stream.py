@@ -2,7 +2,7 @@
 
 grain spreads the work, a whole batch at a time, over threads of this process or over processes of their own,
 and hands the batches over in order. Nothing is to be restored: the batch of a step is a pure function of the
-seed and the step. Its examples come in the order of `resident.training_order`, as in a resident feed, and
+seed and the step. Its examples come in the order of `data.order`, as in a resident feed, and
 each one's crop is drawn from (seed, place in that order).
 
 A record that cannot be read or decoded is damaged. In training the next sound one of the order takes its
@@ -27,8 +27,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from cnn_cases.data import decode, memory
-from cnn_cases.data.resident import share_of, training_numbers, training_order
+from cnn_cases.data import decode, memory, order
 
 MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
@@ -165,19 +164,14 @@ class StreamFeed:
             recipe=self._recipes["train"],
             seed=seed,
             batch_size=self._batch_size,
-            position=self._positions(self._batch_size),
+            position=order.own_positions(self._batch_size, *self._share),
         )
         steps = grain.MapDataset.range(first_step, _ENDLESS)
         yield from self._batches("train", steps.map(make), self._workers)
 
     def training_examples(self, seed, step):
-        """Which examples of the training split make up the whole batch of a step: int32 [B].
-
-        In the place of a damaged one, another one was taken.
-        """
-        size = len(self._recipes["train"].records)
-        numbers = training_numbers(step, self._batch_size, np.arange(self._batch_size))
-        return training_order(seed, numbers, size)
+        """Which examples of the training split make up the whole batch of a step: int32 [B]."""
+        return order.examples_of_step(seed, step, self._batch_size, self.num_train)
 
     def eval_batches(self, role):
         """The batches of a whole split: {"image", "label", "mask": float32}, as those of training.
@@ -190,7 +184,7 @@ class StreamFeed:
             evaluation_batch,
             recipe=recipe,
             batch_size=self._eval_batch_size,
-            position=self._positions(self._eval_batch_size),
+            position=order.own_positions(self._eval_batch_size, *self._share),
         )
         numbers = grain.MapDataset.range(-(-len(recipe.records) // self._eval_batch_size))
         yield from self._batches(role, numbers.map(make), 0)
@@ -231,9 +225,6 @@ class StreamFeed:
     def _threads(self):
         """How many read in this process: as many as training has workers, or more."""
         return max(self._buffer, self._workers)
-
-    def _positions(self, batch_size):
-        return share_of(batch_size, *self._share)
 
     def _batches(self, role, dataset, workers):
         """The batches of a dataset, without what they tell of damaged records."""
@@ -327,8 +318,8 @@ def training_batch(step, *, recipe, seed, batch_size, position):
       these are more than may be, the images that follow are black.
     """
     size = len(recipe.records)
-    numbers = training_numbers(step, batch_size, position)
-    indices = training_order(seed, numbers, size)
+    numbers = order.places_in_order(step, batch_size, position)
+    indices = order.examples_at(seed, numbers, size)
     batch = _black(recipe, len(position)) | {"position": position}
     damaged = set()
     for row, (number, index) in enumerate(zip(numbers.tolist(), indices.tolist(), strict=True)):
@@ -339,7 +330,7 @@ def training_batch(step, *, recipe, seed, batch_size, position):
             except ValueError:
                 damaged.add(index)
                 number += 1
-                index = training_order(seed, np.array([number]), size).item()
+                index = order.examples_at(seed, np.array([number]), size).item()
                 continue
             box = decode.training_box(*image.shape[:2], recipe.image_size, rng, recipe.crop)
             batch["image"][row] = decode.framed(image, box, recipe.image_size, recipe.border)

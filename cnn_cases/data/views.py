@@ -29,6 +29,8 @@ import functools
 import cv2
 import numpy as np
 
+from cnn_cases import checks
+
 PAPER_CROP = 224  # pixels, the network's input in all these papers
 VGG_SIDES = (256, 384, 512)
 RESNET_SIDES = (224, 256, 384, 480, 640)
@@ -50,8 +52,7 @@ def make_views(protocol, image_shape, view):
     Raises:
       ValueError: the protocol is unknown, or needs square training images and these are not.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"evaluation.protocol = {protocol!r} is unknown; known: {', '.join(PROTOCOLS)}")
+    checks.one_of("evaluation.protocol", protocol, PROTOCOLS)
     height, width, _ = image_shape
     if protocol in ("single", "flip"):
         return functools.partial(PROTOCOLS[protocol], view=view)

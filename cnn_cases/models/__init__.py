@@ -8,6 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from cnn_cases import checks
 from cnn_cases.models.alexnet import AlexNet
 from cnn_cases.models.inception import GoogLeNet
 from cnn_cases.models.inception_v3 import InceptionV3
@@ -45,10 +46,8 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
     Raises:
       ValueError: the name, the dtype or a knob is unknown, or a knob or the number of classes cannot be.
     """
-    if name not in MODELS:
-        raise ValueError(f"model.name = {name!r} is unknown; known: {', '.join(MODELS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    checks.one_of("model.name", name, MODELS)
+    checks.one_of("dtype", dtype, DTYPES)
     if type(num_classes) is not int or num_classes < 1:
         raise ValueError(f"num_classes = {num_classes!r} must be a whole number from 1 up")
     fields = {field.name: field for field in dataclasses.fields(MODELS[name])}

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnn_cases import checks
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import Conv, Dropout, check_dense_features, check_image_size, local_response_norm
 
@@ -91,8 +92,7 @@ class AlexNet(nn.Module):
           ValueError: `variant` is unknown, `dense_features` is impossible, or the image is smaller than
             67x67 (63x63 for one_tower).
         """
-        if self.variant not in VARIANTS:
-            raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
+        checks.one_of("model.variant", self.variant, VARIANTS)
         check_dense_features(self.dense_features)
         variant = VARIANTS[self.variant]
         # One pixel is left after the three poolings of 3, of 7, of 15 pixels; 15 takes 14 * 4 + 11 = 67.

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnn_cases import checks
 from cnn_cases.models.layers import Conv, Dropout, check_image_size, halving_max_pool
 
 
@@ -123,8 +124,7 @@ class NIN(nn.Module):
         Raises:
           ValueError: `variant` is unknown, or the image is smaller than SMALLEST.
         """
-        if self.variant not in VARIANTS:
-            raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
+        checks.one_of("model.variant", self.variant, VARIANTS)
         check_image_size(f"NIN {self.variant}", x, SMALLEST[self.variant])
         for number, stage in enumerate(VARIANTS[self.variant], start=1):
             if number > 1:

@@ -74,6 +74,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnn_cases import checks
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import Conv, batch_norm
 
@@ -102,8 +103,7 @@ def make_layers(train, dtype, axis_name):
 
 def check_shortcut(shortcut, plain):
     """Raises ValueError if `shortcut` is unknown, or is one that a plain net has no use for."""
-    if shortcut not in SHORTCUTS:
-        raise ValueError(f"model.shortcut = {shortcut!r} is unknown; known: {', '.join(SHORTCUTS)}")
+    checks.one_of("model.shortcut", shortcut, SHORTCUTS)
     if plain and shortcut != "A":
         raise ValueError(
             f"model.shortcut = {shortcut!r} has no use in a plain net; set it to 'A', or model.plain to False"
@@ -242,15 +242,9 @@ class ResNet(nn.Module):
           ValueError: `depth`, `shortcut` or `stride_placement` is unknown, or a plain net is asked for
             projections or for last gammas of zero.
         """
-        if self.depth not in IMAGENET_DEPTHS:
-            known = ", ".join(str(depth) for depth in IMAGENET_DEPTHS)
-            raise ValueError(f"model.depth = {self.depth} is unknown; known: {known}")
+        checks.one_of("model.depth", self.depth, IMAGENET_DEPTHS)
         check_shortcut(self.shortcut, self.plain)
-        if self.stride_placement not in STRIDE_PLACEMENTS:
-            raise ValueError(
-                f"model.stride_placement = {self.stride_placement!r} is unknown; "
-                f"known: {', '.join(STRIDE_PLACEMENTS)}"
-            )
+        checks.one_of("model.stride_placement", self.stride_placement, STRIDE_PLACEMENTS)
         if self.plain and self.zero_init_last_gamma:
             raise ValueError(
                 "model.zero_init_last_gamma = True would make every block of a plain net answer zero; "

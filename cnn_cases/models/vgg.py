@@ -36,6 +36,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cnn_cases import checks
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import (
     Conv,
@@ -100,8 +101,7 @@ class VGG(nn.Module):
           ValueError: `variant` is unknown, `image_size` is below 32, `dense_features` is impossible, or
             the image is too small for the first dense layer.
         """
-        if self.variant not in VARIANTS:
-            raise ValueError(f"model.variant = {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
+        checks.one_of("model.variant", self.variant, VARIANTS)
         if self.image_size < 32:
             raise ValueError(
                 f"model.image_size = {self.image_size} must be at least 32, which five poolings make 1"

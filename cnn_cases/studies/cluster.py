@@ -25,7 +25,7 @@ import submitit
 from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
 
-from cnn_cases import command, saved_runs
+from cnn_cases import checks, command, saved_runs
 from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop, processes, stopping
 
@@ -57,8 +57,7 @@ def check(cluster, workdir):
     """Raises ValueError unless runs below a directory can be submitted from here; creates nothing."""
     if "%" in str(pathlib.Path(workdir).absolute()):
         raise ValueError(f"workdir = {workdir}: a cluster takes the % for a place where something is put in")
-    if cluster.name not in COMMANDS:
-        raise ValueError(f"cluster = {cluster.name!r} is unknown; known are {', '.join(COMMANDS)}")
+    checks.one_of("cluster", cluster.name, COMMANDS)
     missing = [command for command in COMMANDS[cluster.name] if shutil.which(command) is None]
     if missing:
         raise ValueError(
@@ -114,7 +113,7 @@ def run_on_cluster(runs, workdir, cluster):
             if stop.number:
                 break
             if result := results[run.name]:
-                yield run.name, jobs.in_words(result, finished_before=True)
+                yield run.name, jobs.format_outcome(result, finished_before=True)
             elif (paths := before[run.name]) and paths.job_id in alive and not paths.result_pickle.exists():
                 waiting[run.name] = paths
             else:
@@ -139,7 +138,7 @@ def run_on_cluster(runs, workdir, cluster):
                 failed.append(name)
                 yield name, f"failed: {_last_words(waiting[name])} ({waiting[name].stderr})"
             else:
-                yield name, jobs.in_words(result)
+                yield name, jobs.format_outcome(result)
             del told[name]
     if stop.number:
         end = {"slurm": "scancel", "local": "kill"}[cluster.name]
@@ -203,7 +202,7 @@ class Training(Checkpointable):
             sys.exit(128 + number)
 
         signal.signal(signal.SIGTERM, end)  # before and after the training; submitit would ignore it
-        command.separate_compiled()
+        command.separate_compilation_cache()
         try:
             loop.train_and_evaluate(saved_runs.load_config(run_dir), run_dir)
         except loop.DivergedError as error:

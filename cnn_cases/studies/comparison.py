@@ -145,7 +145,7 @@ def give_room(axes, labelled, along, **ticks):
         axes[0].set(**{f"{along}lim": (1.2 * low - 0.2, 1.2 * high + 0.2)})
 
 
-def marks_in_words(rows, names):
+def describe_marks(rows, names):
     """What the marks of a figure are; of the rows of `compare`, with these metrics."""
     bar = any(row[name]["interval"] for row in rows for name in names)
     return "circle: pair of runs with one seed, diamond: mean" + ", bar: 95 % interval" * bar
@@ -236,8 +236,8 @@ def draw_study(record, rows):
     figure = draw(rows, labels, {name: name for name in final_errors(record)})
     what = short[compared] if several else f"{short[compared]}: {minus(others[0])}"
     figure.suptitle(
-        f"{what}, on {figures.data_in_words(record)}\nerrors after the last step; "
-        + marks_in_words(rows, final_errors(record)),
+        f"{what}, on {figures.describe_data(record)}\nerrors after the last step; "
+        + describe_marks(rows, final_errors(record)),
         fontsize=9,
         parse_math=False,
     )

@@ -6,15 +6,14 @@ Started again, it skips the runs that are finished and resumes the one that is n
 """
 
 import collections
-import pathlib
+import functools
 import statistics
 
 from absl import flags
 from matplotlib.figure import Figure
 
 from cnn_cases import command, tables
-from cnn_cases.studies import comparison, figures, plan, records, sweep
-from cnn_cases.training import disk
+from cnn_cases.studies import comparison, figures, plan, records, report, sweep
 
 KINDS = {True: "plain", False: "residual"}
 COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
@@ -202,10 +201,10 @@ def draw_depth(record):
     for axis in grid.flat:
         axis.set_ylim(-0.02 * top, top)  # dots at zero stay whole
         axis.legend(frameon=False)
-    seeds = figures.seeds_in_words(record)
+    seeds = figures.describe_seeds(record)
     if len(record["config"]["seeds"]) > 1:
         seeds = f"dot: a seed, line: {seeds}"
-    figure.suptitle(f"{figures.data_in_words(record)}; {seeds}", fontsize=10)
+    figure.suptitle(f"{figures.describe_data(record)}; {seeds}", fontsize=10)
     return figure
 
 
@@ -222,8 +221,8 @@ def draw_difference(record):
     comparison.give_room(grid.flat, grid[:, 0], "y")
     left_out = sum(row["left_out"] for row in rows)
     figure.suptitle(
-        f"{figures.data_in_words(record)}; errors after the last step; "
-        + comparison.marks_in_words(rows, _final_errors(record))
+        f"{figures.describe_data(record)}; errors after the last step; "
+        + comparison.describe_marks(rows, _final_errors(record))
         + (f"; {left_out} pairs left out" if left_out else ""),
         fontsize=9,
     )
@@ -252,21 +251,19 @@ def write_report(record, workdir):
       curves.csv, curves.html (the page); as PNG and SVG curves (after figure 6), loss (where the record has
       losses), depth and difference.
     """
-    from cnn_cases.studies import page  # here, as in `sweep.write_report`
-
-    workdir = pathlib.Path(workdir)
-    disk.write_text(workdir / "curves.csv", tables.comma_separated(sweep.table_of_curves(record)))
-    for form, suffix in (("csv", "csv"), ("markdown", "md")):
-        disk.write_text(workdir / f"table.{suffix}", table(record, form))
-        disk.write_text(workdir / f"comparison.{suffix}", comparison_table(record, form))
+    texts = {"table": table, "comparison": comparison_table}
     drawings = {"curves": draw_curves, "depth": draw_depth, "difference": draw_difference}
-    if figures.has(record, "running/loss"):
+    if figures.has_curve(record, "running/loss"):
         drawings["loss"] = draw_loss
-    for name, draw in drawings.items():
-        figures.save(draw(record), workdir / name)
     key, titles, _ = _panels(record)
-    page.write(record, workdir / "curves.html", key, titles)
-    disk.write_text(workdir / "record.json", sweep.record_text(record))  # all of it could be drawn
+    report.write(
+        record,
+        workdir,
+        {name: functools.partial(make, record) for name, make in texts.items()},
+        {name: functools.partial(draw, record) for name, draw in drawings.items()},
+        key,
+        titles,
+    )
 
 
 def check(study):

@@ -138,7 +138,7 @@ def cross():
     )
 
 
-def has(record, name):
+def has_curve(record, name):
     """Whether any run has the curve."""
     return any(run["curves"].get(name) for run in record["runs"])
 
@@ -151,7 +151,7 @@ def splits(record):
     ]
 
 
-def seeds_in_words(record):
+def describe_seeds(record):
     """What lines and bands are: over all seeds of the study, or fewer where runs diverged or codes differ."""
     seeds, counts = len(record["config"]["seeds"]), set()
     if seeds == 1:
@@ -163,14 +163,14 @@ def seeds_in_words(record):
     return f"mean over {up_to}{seeds} seeds, band: least to greatest"
 
 
-def in_words(record, key):
+def describe_key(record, key):
     """The value of a key of a study's configs, or all of them where it is of the grid."""
     return "/".join(map(plan.text_of, plan.values_of(record["config"], key)))
 
 
-def data_in_words(record):
+def describe_data(record):
     """On what the networks of a study were trained."""
-    return f"{in_words(record, 'data.name')}, batches of {in_words(record, 'batch_size')}"
+    return f"{describe_key(record, 'data.name')}, batches of {describe_key(record, 'batch_size')}"
 
 
 def loss_label(record):
@@ -202,7 +202,7 @@ def draw_curves(record):
     """
     parts = records.split_by_code(record)
     points = list(records.group_by_point(record))
-    losses = has(record, "running/loss")
+    losses = has_curve(record, "running/loss")
     figure = Figure(figsize=(10 if losses else 7, 4.2 * len(parts) + 0.3), layout="constrained")
     grid = figure.subplots(len(parts), 1 + losses, squeeze=False)
     crowded = len(points) > 4
@@ -246,7 +246,7 @@ def draw_curves(record):
         _add_legend_of_points(figure, record)
     _add_legend_of_lines(figure, record)
     figure.suptitle(
-        f"{in_words(record, 'model.name')} on {data_in_words(record)}: {seeds_in_words(record)}",
+        f"{describe_key(record, 'model.name')} on {describe_data(record)}: {describe_seeds(record)}",
         fontsize=10,
     )
     return figure
@@ -373,7 +373,7 @@ def draw_errors_by(record, key, titles=None, names=None, top=None):
     else:
         rows[0, 0].set_ylim(0, top)
     words = f"thin: training error, bold: {evaluated[0]} error" if evaluated else "training error"
-    figure.suptitle(f"{data_in_words(record)}; {words}; {seeds_in_words(record)}", fontsize=10)
+    figure.suptitle(f"{describe_data(record)}; {words}; {describe_seeds(record)}", fontsize=10)
     return figure
 
 
@@ -382,7 +382,7 @@ def draw_loss_by(record, key, titles=None, names=None):
     figure, rows = draw_panels(record, {"running/loss": 1.5}, key, titles, names)
     for axes in rows:
         set_loss_axis(axes[0], record)
-    figure.suptitle(f"{data_in_words(record)}; training loss; {seeds_in_words(record)}", fontsize=10)
+    figure.suptitle(f"{describe_data(record)}; training loss; {describe_seeds(record)}", fontsize=10)
     return figure
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import jax
 
@@ -45,17 +44,17 @@ def run_here(groups, workdir, local=None):
                 result = loop.train_and_evaluate(run.config, run_dir, program=program, show_progress=False)
             except loop.DivergedError as error:
                 result = {"status": "diverged", "step": error.step}
-            yield run.name, in_words(result, finished_before=done)
+            yield run.name, format_outcome(result, finished_before=done)
         if program is not None:
             program = None
             jax.clear_caches()  # or JAX would keep what was compiled, and with it the data set
 
 
-def in_words(result, *, finished_before=False):
+def format_outcome(result, *, finished_before=False):
     """What a run gave, of its result.json, in words."""
     if result["status"] == "diverged":
         return f"diverged at step {result['step']}"
-    metrics = loop.in_words(result["metrics"])
+    metrics = loop.format_metrics(result["metrics"])
     return metrics + (" (finished before)" if finished_before else f" ({result['seconds']:.1f} s)")
 
 
@@ -83,7 +82,7 @@ def run_side_by_side(groups, workdir, num_jobs):
     todo = context.Queue()
     for runs in (*groups, *[None] * num_jobs):
         todo.put(runs)
-    arguments = (workdir, os.getpid(), _threads_each(num_jobs), num_jobs)
+    arguments = (workdir, _threads_each(num_jobs), num_jobs)
     workers = {}  # by what they tell, a pipe each: one that is ended while it tells holds up no other
     for index in range(num_jobs):
         news, telling = context.Pipe(duplex=False)
@@ -165,20 +164,20 @@ def _take(news):
     return words
 
 
-def _work(todo, telling, index, workdir, parent, num_threads, num_jobs):
+def _work(todo, telling, index, workdir, num_threads, num_jobs):
     """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
     os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
-    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
-    command.look_for_garbage_rarely()
-    command.separate_compiled()
+    command.collect_garbage_rarely()
+    command.separate_compilation_cache()
     try:
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir, own_devices(index, num_jobs)):
                 telling.send(("ended", *ended))
     except Exception as error:
-        refusal = devices.refusal(error)
+        refusal = devices.message_for_user(error)
         if refusal is None:
             raise
         with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
@@ -188,8 +187,7 @@ def _work(todo, telling, index, workdir, parent, num_threads, num_jobs):
         sys.exit(128 + interruption.signal_number)
 
 
-def _end_without(parent):
+def _end_with_parent():
     """Asks for an end in place of a parent that was killed; else the runs would go on, and stay locked."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -171,12 +171,12 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])
-        look = make_look(program, num_batches)  # the seeds share what is compiled
+        measure_state = make_measurement(program, num_batches)  # the seeds share what is compiled
         for run_dir, config in runs:
-            saved_runs.check_unchanged(run_dir, program.feed, ("train",))
+            saved_runs.check_data(run_dir, saved_runs.read_starts(run_dir), program.feed)
             for step, state in saved_states(program, config, run_dir / "checkpoints"):
                 point = {"depth": depth, "plain": plain, "seed": config.seed, "step": step}
-                states.append(point | look(state))
+                states.append(point | measure_state(state))
     config = runs[0][1]
     batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
     return {
@@ -197,7 +197,7 @@ def saved_states(program, config, directory):
         yield step, checkpoint.read(directory, step, initial)
 
 
-def make_look(program, num_batches):
+def make_measurement(program, num_batches):
     """A function state -> {"gradient_norms", "kernel_norms", "response_stds"}; see `measure`.
 
     Args:
@@ -210,7 +210,7 @@ def make_look(program, num_batches):
     gradients = devices.pmap_eval(gradients, program.devices)
     responses = devices.pmap_eval(make_response_sums(apply, feed.prepare), program.devices)
 
-    def look(state):
+    def measure_state(state):
         state = devices.replicate(state, program.devices)
         step, norms, sums = int(state.step), [], []
         batches = feed.train_batches(int(state.seed), step)
@@ -225,7 +225,7 @@ def make_look(program, num_batches):
             "response_stds": deviations(sum(sums)).tolist() if step else None,
         }
 
-    return look
+    return measure_state
 
 
 def pick(record, depth, plain, step, what):
@@ -245,8 +245,8 @@ def last_step(record, depth, plain):
     return max((s["step"] for s in record["states"] if point.items() <= s.items()), default=0)
 
 
-def table(record):
-    """The rows of a table, a net and a step each, the head first: figures are means over the seeds.
+def table(record, form):
+    """A row for each net and step, as "text" or "markdown"; figures are means over the seeds.
 
     Gradients and kernels are those of the first and of the last convolution and, between them, the largest.
     """
@@ -275,7 +275,7 @@ def table(record):
             cells += [f"{value:#.3g}".rstrip(".") for value in (mean[0], mean.max(), mean[-1])]
         responses = pick(record, depth, plain, step, "response_stds") if step else None
         rows.append([*cells, f"{responses.mean():.2f}" if step else ""])
-    return rows
+    return tables.render(rows, form, words=(1,))
 
 
 def _draw_layers(axis, seeds, **line):
@@ -374,7 +374,7 @@ def write_report(record, out):
     """Writes record.json, table.md and the figures (gradients, responses: .png and .svg) into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     disk.write_json(out / "record.json", record)
-    disk.write_text(out / "table.md", tables.markdown(table(record), words=(1,)))
+    disk.write_text(out / "table.md", table(record, "markdown"))
     drawn = {"gradients": draw_gradients(record)}
     if values_of(record, "step") != [0]:
         drawn["responses"] = draw_responses(record)
@@ -387,7 +387,7 @@ def main():
     workdir = pathlib.Path(flags.FLAGS.workdir)
     record = measure(workdir, flags.FLAGS.num_batches, flags.FLAGS.data_dir)
     write_report(record, workdir / "layers")
-    print(tables.aligned(table(record), words=(1,)))
+    print(table(record, "text"))
     print(f"record, table and figures: {workdir / 'layers'}")
 
 

@@ -109,7 +109,7 @@ def to_html(record, panel_key=None, panels=None):
         drawn = [renderer for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
         tip = f"<b>$name</b><br>step @x, {quantity} {value}"
         plot.add_tools(HoverTool(tooltips=tip, renderers=drawn, line_policy="nearest"))
-    heading = f"{figures.in_words(record, 'model.name')} on {figures.in_words(record, 'data.name')}"
+    heading = f"{figures.describe_key(record, 'model.name')} on {figures.describe_key(record, 'data.name')}"
     plots = gridplot(
         list(plots.values()), ncols=len(panels), sizing_mode="stretch_width", toolbar_location="right"
     )
@@ -139,7 +139,7 @@ def _kinds(record):
 
 def _plots(record, panels):
     """{("error" or "loss", panel): plot}, those of one quantity with common axes."""
-    quantities = ["error", "loss"] if figures.has(record, "running/loss") else ["error"]
+    quantities = ["error", "loss"] if figures.has_curve(record, "running/loss") else ["error"]
     unit = figures.loss_label(record)
     plots, steps = {}, {}
     for quantity in quantities:

@@ -10,7 +10,6 @@ resumes those that are not.
 
 import functools
 import itertools
-import json
 import pathlib
 
 import jax
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
-from cnn_cases.studies import comparison, figures, jobs, plan, records
+from cnn_cases.studies import comparison, figures, jobs, plan, records, report
 from cnn_cases.training import checkpoint, disk, logbook, processes, programs
 
 
@@ -148,30 +147,22 @@ def make_record(study, workdir):
     return {"config": config, "environments": environments, "runs": outcomes}
 
 
-def record_text(record):
-    """The record as JSON with one run a line, so that people can read it and git can compare it."""
-    head = json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=2)
-    runs = ",\n".join("    " + json.dumps(run) for run in record["runs"])
-    return head.removesuffix("\n}") + ',\n  "runs": [\n' + runs + "\n  ]\n}\n"
+def table(record, form):
+    """The final figures as text, over the seeds of each point; runs that diverged are counted and left out.
 
-
-def table(record, exact=False):
-    """The rows of a table of final figures, over the seeds of each point.
+    Where codes differ, the runs of each have rows of their own.
 
     Args:
       record: of `make_record`.
-      exact: for programs: of each figure the mean, the sample deviation and the number of seeds have cells of
-        their own, and errors are fractions. Else a cell has mean and deviation, errors in percent.
-
-    Returns:
-      Lists of cells, the head first. Runs that diverged are counted and left out. Where codes differ, the
-      runs of each have rows of their own.
+      form: "text", "markdown" or "csv". In CSV the mean, the sample deviation and the number of seeds of each
+        figure have cells of their own, and errors are fractions; else a cell has mean and deviation, errors
+        in percent.
     """
     keys = [key for key, _ in record["config"]["grid"]]
     parts = records.split_by_code(record)
     finished = [run for run in record["runs"] if run["status"] == "finished"]
     names = list(dict.fromkeys(name for run in finished for name in run["metrics"]))
-    if exact:
+    if form == "csv":
         titles = [f"{name} {what}" for name in names for what in ("mean", "std", "seeds")]
     else:
         titles = [f"{name} %" if name.endswith("error") else name for name in names]
@@ -184,27 +175,13 @@ def table(record, exact=False):
             for name in names:
                 error = name.endswith("error")  # top_5_error, too
                 values = [one[name] for one in metrics if name in one]
-                if exact:
+                if form == "csv":
                     cells += tables.statistics_of(values)
                 else:
                     percent = [value * (100 if error else 1) for value in values]
                     cells.append(tables.mean_and_deviation(percent, digits=2 if error else 4))
             rows.append([*cells, str(len(runs) - len(metrics))])
-    return rows
-
-
-def table_of_curves(record):
-    """The rows of a table of all curves for programs: one for each value of a run, the head first."""
-    keys = [key for key, _ in record["config"]["grid"]]
-    parts = records.split_by_code(record)
-    code = ["code"] if len(parts) > 1 else []
-    rows = [[*keys, "seed", *code, "figure", "step", "value"]]
-    for name, part in parts.items():
-        for run in part["runs"]:
-            head = [*(plan.text_of(run[key]) for key in keys), run["seed"], *([name] if code else [])]
-            for figure, curve in run["curves"].items():
-                rows += [[*head, figure, step, value] for step, value in curve]
-    return rows
+    return tables.render(rows, form)
 
 
 def write_report(record, workdir):
@@ -216,28 +193,18 @@ def write_report(record, workdir):
       other keys, too, curves and page have panels for each compared value, if they are few, and loss is a
       figure of its own.
     """
-    from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
-
-    workdir = pathlib.Path(workdir)
-    disk.write_text(workdir / "table.md", tables.markdown(table(record)))
-    disk.write_text(workdir / "table.csv", tables.comma_separated(table(record, exact=True)))
-    disk.write_text(workdir / "curves.csv", tables.comma_separated(table_of_curves(record)))
-    compared = comparison.compare_study(record)
+    key, compared = figures.key_of_panels(record), comparison.compare_study(record)
+    texts = {"table": functools.partial(table, record)}
+    drawings = {"curves": lambda: figures.draw_curves(record)}
     if compared:
-        disk.write_text(workdir / "comparison.md", comparison.study_table(record, compared, "markdown"))
-        disk.write_text(workdir / "comparison.csv", comparison.study_table(record, compared, "csv"))
+        texts["comparison"] = functools.partial(comparison.study_table, record, compared)
         if comparison.final_errors(record):
-            figures.save(comparison.draw_study(record, compared), workdir / "difference")
-    key = figures.key_of_panels(record)
+            drawings["difference"] = lambda: comparison.draw_study(record, compared)
     if key:
-        figures.save(figures.draw_errors_by(record, key), workdir / "curves")
-        if figures.has(record, "running/loss"):
-            figures.save(figures.draw_loss_by(record, key), workdir / "loss")
-        page.write(record, workdir / "curves.html", key, figures.panels(record, key))
-    else:
-        figures.save(figures.draw_curves(record), workdir / "curves")
-        page.write(record, workdir / "curves.html")
-    disk.write_text(workdir / "record.json", record_text(record))  # all of it could be drawn
+        drawings["curves"] = lambda: figures.draw_errors_by(record, key)
+        if figures.has_curve(record, "running/loss"):
+            drawings["loss"] = lambda: figures.draw_loss_by(record, key)
+    report.write(record, workdir, texts, drawings, key, figures.panels(record, key) if key else None)
 
 
 def define_flags():
@@ -281,7 +248,7 @@ def main():
     workdir = pathlib.Path(flags.FLAGS.workdir)
     record = record_of_flags(flags.FLAGS.config, workdir)
     write_report(record, workdir)
-    print(tables.aligned(table(record)))
+    print(table(record, "text"))
     compared = comparison.compare_study(record)
     if compared:
         print(comparison.study_table(record, compared, "text"))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,12 @@ LATER_ERROR = "error.json"  # in a checkpoint; see Checkpoints.note_error
 NEWEST = "newest_checkpoint"  # beside the checkpoints; holds the step of the last that was committed
 
 DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
+# Errors that say nothing against a file: no permission, too many open files, a file server that is away.
+_NOT_OF_THE_FILE = (
+    *(errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE),
+    *(errno.ESTALE, errno.ETIMEDOUT),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +193,11 @@ class Checkpoints:
                 _verify(self._directory / str(step))
                 with _other_structure_refused(self._directory, step, like):
                     restored = self._manager.restore(step, args=items)
-            except (OtherStateError, MemoryError, PermissionError):  # which say nothing against the file
+            except (OtherStateError, MemoryError):  # which say nothing against the file
                 raise
             except Exception as error:  # whatever a damaged file makes the libraries below raise
+                if getattr(error, "errno", None) in _NOT_OF_THE_FILE:
+                    raise
                 damaged[step] = error
                 continue
             _check_structure(self._directory, step, restored.state, like)

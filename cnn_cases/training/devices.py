@@ -67,7 +67,7 @@ def _add_xla_flag(flag):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
-def refusal(error):
+def message_for_user(error):
     """What to tell of an error that the user can mend; None for one of this project or of a package."""
     if isinstance(error, ValueError | OSError):
         return str(error)

@@ -18,20 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_cases import settings
-from cnn_cases.training import checkpoint, predictions, processes, programs, transfer
+from cnn_cases.training import checkpoint, logbook, predictions, processes, programs, transfer
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training.checkpoint import Checkpoints, check_path
-from cnn_cases.training.logbook import (
-    OF_THE_MACHINE,
-    Logbook,
-    check_owner,
-    differences,
-    noted_start,
-    read_environments,
-    read_result,
-    warn_of_devices,
-    write_result,
-)
 from cnn_cases.training.provenance import environment, what_runs
 from cnn_cases.training.running import DivergedError, RunningMetrics, check_finite
 from cnn_cases.training.stopping import InterruptedRun, stop_signals
@@ -87,7 +76,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 earlier["step"],
             )
         if show_progress and processes.is_lead():
-            processes.tell(f"{workdir}: finished before, {in_words(earlier['metrics'])}")
+            processes.tell(f"{workdir}: finished before, {format_metrics(earlier['metrics'])}")
         return earlier
     # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
     # prepare the data set, which the others then find.
@@ -107,7 +96,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             "seconds": round(time.monotonic() - started, 2),
             "date": datetime.date.today().isoformat(),
         }
-        processes.from_lead(lambda: write_result(workdir, result))
+        processes.from_lead(lambda: logbook.write_result(workdir, result))
         if result["status"] == "diverged":
             kept = result["checkpoint"]
             raise DivergedError(
@@ -117,7 +106,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
                 result["step"],
             )
         final = result["metrics"]
-        log.say(f"{workdir}: {in_words(final)}")
+        log.say(f"{workdir}: {format_metrics(final)}")
     number = max(processes.gather(stop.number))
     if number:  # it came too late for this run, but there may be others
         raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
@@ -131,9 +120,9 @@ def _check_alike(config):
     ours = what_runs(environment())
     lead, *others = processes.gather({"config": config.to_dict()} | ours)
     # Not the steps of a profile, where a process waits for its devices and would lose step with the others.
-    aside = tuple(key for key in OF_THE_MACHINE if key.startswith("data."))
+    aside = tuple(key for key in logbook.OF_THE_MACHINE if key.startswith("data."))
     for index, other in enumerate(others, start=1):
-        lines = differences(lead, other, aside=aside)
+        lines = logbook.differences(lead, other, aside=aside)
         if lines:
             raise ValueError(
                 f"process {index} (here) is not like process 0 (there):\n  "
@@ -147,7 +136,7 @@ def _identity_of_start(config, workdir, resumes):
     if not config.start.workdir:
         return None
     if resumes:
-        return noted_start(workdir)
+        return logbook.noted_start(workdir)
     return transfer.identity(config.start.workdir, config.start.step)
 
 
@@ -177,8 +166,8 @@ def _open(workdir, config, program, data, show_progress):
     """The log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
-    warn_of_devices(workdir, config, read_environments(workdir), jax.device_count())
-    log = Logbook(
+    logbook.warn_of_devices(workdir, config, logbook.read_environments(workdir), jax.device_count())
+    log = logbook.Logbook(
         workdir,
         config.to_dict(),
         data=data,
@@ -463,7 +452,7 @@ class _Training:
         check_finite(step, values)
         if values:
             self._log.write(step, values)
-            self._log.say(f"step {step}/{config.num_steps}: {in_words(values)}")
+            self._log.say(f"step {step}/{config.num_steps}: {format_metrics(values)}")
         return values
 
     def _check_stop(self):
@@ -512,7 +501,7 @@ def _stack(*leaves):
     return np.stack(leaves) if leaves[1:] else leaves[0][None]
 
 
-def in_words(metrics):
+def format_metrics(metrics):
     """{name: number} as a text; errors, which are fractions, in percent."""
     return ", ".join(
         f"{name} {value:.2%}" if name.endswith("error") else f"{name} {value:.4f}"
@@ -533,7 +522,7 @@ def _is_due(step, every_steps):
 
 def _earlier_result(workdir, config):
     """The content of result.json; None where this run has not ended before."""
-    result = read_result(workdir)
+    result = logbook.read_result(workdir)
     if result:
-        check_owner(workdir, config.to_dict())
+        logbook.check_owner(workdir, config.to_dict())
     return result

@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from cnn_cases import checks
+
 LOSSES = ("cross_entropy", "rbf_mean_squared", "rbf_map")
 
 
@@ -26,8 +28,7 @@ def make_loss(*, name, label_smoothing, map_constant):
     Raises:
       ValueError: the name is unknown or a number is out of range.
     """
-    if name not in LOSSES:
-        raise ValueError(f"loss.name = {name!r} is unknown; known: {', '.join(LOSSES)}")
+    checks.one_of("loss.name", name, LOSSES)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"loss.label_smoothing = {label_smoothing} must be in [0, 1)")
     if label_smoothing and name != "cross_entropy":

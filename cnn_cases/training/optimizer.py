@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cnn_cases import checks
+
 OPTIMIZERS = ("sgd", "rmsprop", "adam", "adamw")
 SCHEDULES = ("constant", "piecewise", "cosine", "polynomial")
 WARMUPS = ("linear", "constant")
@@ -40,8 +42,8 @@ def make_schedule(
     Raises:
       ValueError: a name is unknown or a number is out of range.
     """
-    _one_of("schedule.name", name, SCHEDULES)
-    _one_of("schedule.warmup", warmup, WARMUPS)
+    checks.one_of("schedule.name", name, SCHEDULES)
+    checks.one_of("schedule.warmup", warmup, WARMUPS)
     _positive("optimizer.learning_rate", learning_rate)
     if not all(a < b for a, b in itertools.pairwise((0, *boundaries, 1))):
         raise ValueError(f"schedule.boundaries = {boundaries} must be increasing fractions between 0 and 1")
@@ -126,8 +128,8 @@ def make_optimizer(
       ValueError: a name is unknown or a number is out of range. Where the optimizer is given parameters, also
         if a pattern fits none of them.
     """
-    _one_of("optimizer.name", name, OPTIMIZERS)
-    _one_of("optimizer.decayed", decayed, DECAYED)
+    checks.one_of("optimizer.name", name, OPTIMIZERS)
+    checks.one_of("optimizer.decayed", decayed, DECAYED)
     for key, value in (("momentum", momentum), ("second_moment", second_moment)):
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{key} = {value} must be in [0, 1)")
@@ -172,11 +174,8 @@ def make_optimizer(
 def _multiply_rates(patterns, factors):
     """Multiplies the change of each parameter by the factors of all patterns that fit its name."""
 
-    def name_of(path):
-        return "/".join(part.key for part in path)
-
     def init(params):
-        names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
+        names = [_name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 some = ", ".join([*names[:6], "..."] if names[6:] else names)
@@ -186,16 +185,15 @@ def _multiply_rates(patterns, factors):
         return optax.EmptyState()
 
     def multiply(path, change):
+        name = _name_of(path)
         pairs = zip(patterns, factors, strict=True)
-        return change * math.prod(
-            factor for pattern, factor in pairs if fnmatch.fnmatchcase(name_of(path), pattern)
-        )
+        return change * math.prod(factor for pattern, factor in pairs if fnmatch.fnmatchcase(name, pattern))
 
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map_with_path(multiply, updates), state
-
+    _, update = optax.stateless(lambda updates, _: jax.tree.map_with_path(multiply, updates))
     return optax.GradientTransformation(init, update)
+
+
+_name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def _is_decayed(params, *, kernels_only, frozen):
@@ -208,11 +206,6 @@ def _is_decayed(params, *, kernels_only, frozen):
         return path[-1].key == "kernel" or not kernels_only
 
     return jax.tree.map_with_path(is_decayed, params)
-
-
-def _one_of(key, value, known):
-    if value not in known:
-        raise ValueError(f"{key} = {value!r} is unknown; known: {', '.join(known)}")
 
 
 def _positive(key, value):

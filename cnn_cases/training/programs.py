@@ -13,7 +13,7 @@ from flax import errors as flax_errors
 from flax import linen as nn
 from tqdm import tqdm
 
-from cnn_cases import settings
+from cnn_cases import checks, settings
 from cnn_cases.data import inputs
 from cnn_cases.data.feeds import class_names, make_feed
 from cnn_cases.data.views import make_views
@@ -399,10 +399,7 @@ def check_numbers(config, num_devices):
             f"checkpoint.best_on = {best_on!r} is not evaluated on the way; "
             f"set it to '' or to one of evaluation.splits = {splits}"
         )
-    if config.on_nonfinite not in ON_NONFINITE:
-        raise ValueError(
-            f"on_nonfinite = {config.on_nonfinite!r} is unknown; known: {', '.join(ON_NONFINITE)}"
-        )
+    checks.one_of("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
     if config.start.step not in ("last", "best") and not config.start.step.isdecimal():
         raise ValueError(f"start.step = {config.start.step!r} must be 'last', 'best' or a step, as in '1000'")
     if config.num_microbatches < 1:

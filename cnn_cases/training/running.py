@@ -55,10 +55,10 @@ class RunningMetrics:
                 self.window.append(row)
                 continue
             self.nonfinite.append(step)
-            said.append(f"step {step}: skipped, with {_in_words(values)}")
+            said.append(f"step {step}: skipped, with {_listed(values)}")
             if self.nonfinite[-MAX_SKIPPED:] == list(range(step - MAX_SKIPPED + 1, step + 1)):
                 reason = f"{MAX_SKIPPED} steps in a row had to be skipped, this one with"
-                raise DivergedError(f"{reason} {_in_words(values)}", step)
+                raise DivergedError(f"{reason} {_listed(values)}", step)
         return said
 
     def take(self):
@@ -71,8 +71,8 @@ class RunningMetrics:
 def check_finite(step, values):
     """Raises DivergedError unless all values of {name: number} are finite."""
     if not all(map(math.isfinite, values.values())):
-        raise DivergedError(_in_words(values), step)
+        raise DivergedError(_listed(values), step)
 
 
-def _in_words(values):
+def _listed(values):
     return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -139,8 +139,8 @@ def test_examples_are_the_pictures_at_their_own_sizes(feed_of, photos_dir):
 def test_the_next_sound_record_of_the_order_takes_a_damaged_ones_place(feed_of, photos_dir):
     feed = feed_of(batch_size=24)
     (batch,) = first_batches(feed, 1)
-    order = stream.training_order(0, np.arange(30), 24)[:24].tolist()
-    following = stream.training_order(0, np.arange(30), 24).tolist()
+    order = stream.order.examples_at(0, np.arange(30), 24)[:24].tolist()
+    following = stream.order.examples_at(0, np.arange(30), 24).tolist()
     damaged = photos.damaged_indices(photos_dir, "train")
     expected = [next(one for one in following[place:] if one not in damaged) for place, _ in enumerate(order)]
     labels = [photos.file_number(photos_dir, "train", index) % 4 for index in expected]

@@ -13,6 +13,12 @@ ENVIRONMENT = {
 }
 
 
+def cells(table):
+    """The rows of a table in Markdown, the head first."""
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
+    return [[cell.strip() for cell in line] for line in (lines[0], *lines[2:])]
+
+
 def tiny_study(data_dir, **changes):
     """LeNet-5 on digits for 4 steps, at four points with two seeds."""
     base = tiny_config(data_dir)

@@ -162,7 +162,7 @@ def test_a_diverged_run_is_no_failed_job(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "check_finite", diverge)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     cluster.Training()(str(tmp_path))
-    assert jobs.in_words(json.loads((tmp_path / "result.json").read_text())) == "diverged at step 3"
+    assert jobs.format_outcome(json.loads((tmp_path / "result.json").read_text())) == "diverged at step 3"
 
 
 def test_a_failed_job_is_named_with_its_log_and_the_others_go_on(data_dir, tmp_path):
@@ -275,7 +275,7 @@ def test_where_a_cluster_takes_no_more_jobs_those_under_way_are_waited_for(data_
 @pytest.mark.parametrize(
     ("there", "message"),
     [
-        (cluster.Cluster("slrum"), "cluster = 'slrum' is unknown; known are slurm, local"),
+        (cluster.Cluster("slrum"), "cluster = 'slrum' is unknown; known: slurm, local"),
         (cluster.Cluster("slurm"), "cluster = 'slurm' needs sbatch, .* and this machine has no sbatch, srun"),
         (LOCAL._replace(partition="gpu"), "partition = 'gpu': cluster = 'local' has no partitions"),
         (LOCAL._replace(time="1:75"), "time = '1:75' must be minutes or hh:mm"),

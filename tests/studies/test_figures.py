@@ -110,7 +110,7 @@ def test_a_study_of_one_run_needs_no_legend_of_points(record):
 def test_codes_have_panels_of_their_own(mixed):
     figure = figures.draw_curves(mixed)
     assert [axis.get_title(loc="left") for axis in figure.axes[::2]] == ["code aaaaaaa", "code bbbbbbb-dirty"]
-    assert "up to 2 seeds" not in figures.seeds_in_words(mixed | {"config": mixed["config"] | {"seeds": [0]}})
+    assert "up to 2 seeds" not in figures.describe_seeds(mixed | {"config": mixed["config"] | {"seeds": [0]}})
     assert "mean over up to 2 seeds" in figure.get_suptitle()
 
 

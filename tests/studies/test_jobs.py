@@ -88,7 +88,7 @@ def test_what_is_compiled_can_be_kept_in_a_bucket(monkeypatch):
     told = []
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled/")
     monkeypatch.setattr(jax.config, "update", lambda *pair: told.append(pair))
-    command.separate_compiled()
+    command.separate_compilation_cache()
     assert told == [
         (
             "jax_compilation_cache_dir",
@@ -100,7 +100,7 @@ def test_what_is_compiled_can_be_kept_in_a_bucket(monkeypatch):
 def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setattr(jax.config, "update", pytest.fail)
-    command.separate_compiled()
+    command.separate_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 

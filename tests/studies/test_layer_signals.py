@@ -14,6 +14,7 @@ from cnn_cases.training.losses import cross_entropy
 from cnn_cases.training.state import TrainState
 from configs.studies import depth_digits
 from tests.conftest import draw, metrics_of
+from tests.studies.conftest import cells as cells_of
 
 
 def tiny_study(data_dir):
@@ -124,7 +125,7 @@ def test_a_gradient_is_how_far_a_step_of_training_goes(data_dir):
     config.optimizer.momentum = config.optimizer.weight_decay = 0.0
     program = programs.make_program(config, jax.devices()[:1])
     state = program.init_state(5)
-    look = layer_signals.make_look(program, num_batches=1)
+    look = layer_signals.make_measurement(program, num_batches=1)
     norms, kernels = [], []
     for batch in itertools.islice(program.feed.train_batches(5, 0), 2):
         norms.append(look(state)["gradient_norms"])
@@ -223,7 +224,7 @@ def test_twins_start_from_the_same_kernels(record):
 
 
 def test_the_table_has_a_row_for_each_net_and_step(record):
-    head, *rows = layer_signals.table(record)
+    head, *rows = cells_of(layer_signals.table(record, "markdown"))
     assert [row[:3] for row in rows] == [
         ["8", kind, step] for kind in ("plain", "residual") for step in ("0", "2", "4")
     ]
@@ -310,14 +311,14 @@ def test_batches_are_those_of_the_next_steps_and_responses_of_training_images(da
     monkeypatch.setattr(
         layer_signals, "make_response_sums", lambda *_: lambda *given: given[2]["mask"][:3, None]
     )
-    look = layer_signals.make_look(program, num_batches=4)
+    look = layer_signals.make_measurement(program, num_batches=4)
     found = look(program.init_state(5).replace(step=jnp.int32(2)))
     assert found["gradient_norms"] == [np.mean([2, 3, 4, 5])]
     assert roles == ["train"]
 
 
 def test_the_table_has_the_kernels_and_the_mean_response(record):
-    head, *rows = layer_signals.table(record)
+    head, *rows = cells_of(layer_signals.table(record, "markdown"))
     states = [s for s in record["states"] if s["plain"] and s["step"] == 4]
     kernels = np.mean([s["kernel_norms"] for s in states], axis=0)
     cells = [float(rows[2][head.index(f"kernel, {which}")]) for which in ("first", "largest", "last")]

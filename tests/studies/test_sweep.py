@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_cases.studies import sweep
+from cnn_cases.studies import report, sweep
 from cnn_cases.training import disk, programs, stopping
 from tests.conftest import metrics_of
-from tests.studies.conftest import tiny_study
+from tests.studies.conftest import cells, tiny_study
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_record_says_which_run_had_which_environment(finished, study, tmp_path
         path.write_text(json.dumps([one | {"commit": commit, "code": commit[:12]} for commit in starts]))
     record = sweep.make_record(study, workdir)
     assert [run["environments"] for run in record["runs"][:3]] == [[0], [0, 1], [2]]
-    head, *rows = sweep.table(record)
+    head, *rows = cells(sweep.table(record, "markdown"))
     assert head[2:4] == ["code", "seeds"]
     assert [row[2:4] for row in rows[:2]] == [["aaaaaaa", "1"], ["aaaaaaa then bbbbbbb", "1"]]
     assert len(rows) == 5
@@ -163,7 +163,7 @@ def test_a_report_has_a_table_curves_and_a_page(finished, study, tmp_path):
 
 
 def test_a_table_has_a_row_for_each_point_and_counts_what_diverged(finished, study):
-    head, *rows = sweep.table(sweep.make_record(study, finished))
+    head, *rows = cells(sweep.table(sweep.make_record(study, finished), "markdown"))
     assert head[:4] == ["optimizer.momentum", "data.augment.flip", "seeds", "train/loss"]
     assert [row[:3] for row in rows] == [[m, f, "2"] for m in ("0.0", "0.9") for f in ("True", "False")]
     assert [row[-1] for row in rows] == ["0", "0", "2", "2"]
@@ -176,13 +176,13 @@ def test_a_table_has_a_row_for_each_point_and_counts_what_diverged(finished, stu
 def test_a_table_has_a_column_for_each_figure_that_any_run_has(finished, study):
     record = sweep.make_record(study, finished)
     record["runs"][3]["metrics"]["test/ten_crop/error"] = 0.25
-    head, *rows = sweep.table(record)
+    head, *rows = cells(sweep.table(record, "markdown"))
     assert [row[head.index("test/ten_crop/error %")] for row in rows] == ["", "25.00", "", ""]
 
 
 def test_the_text_of_a_record_is_its_json_with_a_run_a_line(finished, study):
     record = sweep.make_record(study, finished)
-    text = sweep.record_text(record)
+    text = report.record_text(record)
     assert json.loads(text) == json.loads(json.dumps(record))
     assert sum(line.startswith('    {"optimizer.momentum"') for line in text.splitlines()) == 8
 
@@ -328,7 +328,7 @@ def test_all_errors_of_a_table_are_in_percent(record):
     for one in record["runs"]:
         if one["status"] == "finished":
             one["metrics"] = {"test/ten_crop/error": 0.3, "test/ten_crop/top_5_error": 0.1}
-    head, first, *_ = sweep.table(record)
+    head, first, *_ = cells(sweep.table(record, "markdown"))
     assert head[3:5] == ["test/ten_crop/error %", "test/ten_crop/top_5_error %"]
     assert first[3:5] == ["30.00 ± 0.00", "10.00 ± 0.00"]
 

@@ -216,6 +216,10 @@ def test_what_the_system_refuses_says_nothing_against_a_checkpoint(two_checkpoin
         with pytest.raises(ValueError, match=r"cannot be read: .*Too many open files") as raised:
             checkpoint.read(two_checkpoints / "checkpoints", 8, like)
         assert not isinstance(raised.value, checkpoint.OtherStateError)
+    monkeypatch.setattr(checkpoint, "_verify", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        restore(two_checkpoints / "checkpoints")
+    assert names(two_checkpoints / "checkpoints") == ["4", "8"]
 
 
 @pytest.mark.parametrize("damage", [truncate, pathlib.Path.unlink, flip_a_bit])

@@ -104,11 +104,11 @@ def test_a_full_memory_is_told_from_other_errors():
     with pytest.raises(jax.errors.JaxRuntimeError) as full:
         jnp.zeros(2**50, jnp.uint8)
     assert re.match(
-        r"a device has no memory left \(.*\); take a smaller batch_size", devices.refusal(full.value)
+        r"a device has no memory left \(.*\); take a smaller batch_size", devices.message_for_user(full.value)
     )
-    assert devices.refusal(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
-    assert devices.refusal(TypeError("RESOURCE_EXHAUSTED")) is None
-    assert devices.refusal(ValueError("RESOURCE_EXHAUSTED")) == "RESOURCE_EXHAUSTED"
+    assert devices.message_for_user(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
+    assert devices.message_for_user(TypeError("RESOURCE_EXHAUSTED")) is None
+    assert devices.message_for_user(ValueError("RESOURCE_EXHAUSTED")) == "RESOURCE_EXHAUSTED"
 
 
 def test_the_state_goes_round_as_an_ordinary_replicated_tree():
