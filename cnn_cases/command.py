@@ -155,6 +155,10 @@ def _kind_of_cpu():
 
 
 def _parse(arguments):
+    for name in {"config", "workdir"} & set(flags.FLAGS):
+        given = [one for one in arguments[1:] if re.match(rf"--?{name}(=|$)", one)]
+        if len(given) > 1 and not isinstance(flags.FLAGS[name], flags.MultiFlag):
+            _leave(f"error: --{name} is given more than once: {' '.join(given)}", 2)  # absl takes the last
     try:
         rest = flags.FLAGS(arguments)
         if "config" in flags.FLAGS:
@@ -215,8 +219,8 @@ def _explained(error, arguments):
 
 def _unknown_key(given):
     """The first flag --config.<key> of a key that the config does not have, as a line; None without one."""
-    files = [one.removeprefix("--config=") for one in given if one.startswith("--config=")]
-    config = flags.FLAGS["config"].parser.parse(files[-1]) if files else None
+    file = next((one.removeprefix("--config=") for one in given if one.startswith("--config=")), None)
+    config = flags.FLAGS["config"].parser.parse(file) if file else None
     for argument in given if config else ():
         key = argument.partition("=")[0].removeprefix("--config").removeprefix(".")
         try:

@@ -34,7 +34,7 @@ class TrainedNetwork:
       class_names: of the K classes.
       image_shape: (H, W, C) of what the network is shown.
       model: the Linen module.
-      state: of `training.state`, without its optimizer's part: params, batch_stats, ...
+      state: a `TrainState` without the optimizer's part; `model` is applied to its `variables`.
     """
 
     def __init__(self, config, step, model, state, shown):
@@ -43,11 +43,12 @@ class TrainedNetwork:
         self.class_names, self.image_shape = shown.class_names, shown.image_shape
         self.state, self._statistics = jax.device_put((state, shown.statistics))
         normalize = pixels.make_normalize(shown.statistics)
-        self._predict = jax.jit(
-            steps.make_predict_step(
-                model.apply, lambda arrays, image: normalize(arrays, pixels.to_unit(image))
-            )
-        )
+        self._normalize = jax.jit(lambda arrays, image: normalize(arrays, pixels.to_unit(image)))
+        self._predict = jax.jit(steps.make_predict_step(model.apply, self._normalize))
+
+    def normalize(self, images):
+        """Images as `model` takes them: uint8 [N, H, W, C] -> float32 [N, H, W, C]."""
+        return self._normalize(self._statistics, images)
 
     def __call__(self, images, protocol="single"):
         """How likely each class is.
@@ -125,8 +126,12 @@ def read_image(path, channels):
     """The pixels of an image file, uint8 [h, w, channels]; see `decode.decode`.
 
     Raises:
-      ValueError: there is no such file, or it is no image that can be read.
+      ValueError: there is no such file, it is no image that can be read, or it cannot have such channels.
     """
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{path}: files are read in grey or in colour, and the network takes {channels} channels"
+        )
     try:
         return decode.decode(pathlib.Path(path).read_bytes(), channels)
     except (OSError, ValueError) as error:

@@ -82,8 +82,8 @@ def completed(saved):
     if not {"model", "data"} <= saved.keys():
         return saved
     defaults = common.get_config().to_dict()
-    # These two are whole as they are saved: what they lack they do not have.
-    defaults["model"], defaults["data"]["splits"] = {}, {}
+    # What these two lack they do not have.
+    defaults["model"], defaults["data"]["splits"] = {}, dict.fromkeys(defaults["data"]["splits"], "")
     return _updated(json.loads(json.dumps(defaults)), saved)
 
 

@@ -170,7 +170,7 @@ def split_training_set(config, protocol, *, size, num_held_out):
         config.data.splits.train = f"train[:{size - num_held_out}]"
         config.data.splits.validation = f"train[{size - num_held_out}:]"
         return
-    config.data.splits = ConfigDict({"train": "train", "test": "test"})
+    config.data.splits.validation = ""
     config.evaluation.every_steps = 0
     config.evaluation.splits = ()
     config.evaluation.final_splits = ("train", "test")
@@ -206,7 +206,7 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.data.name = "imagenet2012"
     config.data.feed = "stream"
     config.data.stream.workers = 8  # some hundred images a second each (results/pipeline.json)
-    config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
+    config.data.splits.test = ""
     config.data.image_size = image_size
     config.data.augment.flip = True
     config.evaluation.every_steps = round(steps_per_epoch)
@@ -226,7 +226,7 @@ def imagenette(config, *, image_size):
     config.batch_size = 32
     config.data.name = "imagenette/320px-v2"
     config.data.feed = "stream"
-    config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
+    config.data.splits.test = ""
     config.data.image_size = image_size
     config.data.augment.flip = True
     config.schedule.name = "cosine"

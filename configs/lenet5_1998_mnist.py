@@ -25,8 +25,6 @@ Result: 0.97, 1.06 and 1.03 % test error after the last pass with seeds 0, 1 and
 0.95 %); 213 to 511 s a run on two shared CPU cores, 2026-11-24 (results/lenet5_1998_mnist.json).
 """
 
-from ml_collections import ConfigDict
-
 from configs import common
 
 
@@ -37,7 +35,7 @@ def get_config():
     config.batch_size = 16
     config.model.name = "lenet5_1998"
     config.data.name = "mnist"
-    config.data.splits = ConfigDict({"train": "train", "test": "test"})
+    config.data.splits.validation = ""
     config.data.border = 2
     config.data.normalization = "lenet5_1998"
     config.loss.name = "rbf_map"

@@ -46,10 +46,15 @@ def test_training_on_everything_has_to_be_asked_for(name):
     held_out, full = get_config(), get_config("full_train")
     assert held_out.data.splits.validation.startswith("train[")
     assert "test" not in held_out.evaluation.splits
-    assert full.data.splits.to_dict() == {"train": "train", "test": "test"}
+    assert full.data.splits.to_dict() == {"train": "train", "validation": "", "test": "test"}
     programs.check_numbers(full, 1)
     with pytest.raises(ValueError, match="protocol 'all' is unknown; known: held_out, full_train"):
         get_config("all")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_each_split_can_be_named_on_the_command_line(name):
+    assert set(load(name).data.splits) == {"train", "validation", "test"}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -73,6 +78,7 @@ def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
     get_config = importlib.import_module("configs.studies.seeds").get_config
     assert get_config("resnet_cifar10:full_train").base.data.splits.to_dict() == {
         "train": "train",
+        "validation": "",
         "test": "test",
     }
     with pytest.raises(

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,6 +44,16 @@ def test_images_are_answered_as_in_an_evaluation(run, protocol, step):
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
     assert network.class_names == feeds.class_names("digits", config.data.data_dir)
     assert (network.image_shape, network.step) == ((16, 16, 1), step)
+
+
+def test_in_python_the_module_gives_the_same_answers(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.num_steps, config.ema_decay = 4, 0.5
+    loop.train_and_evaluate(config, tmp_path / "run", show_progress=False)
+    network = predict.load(tmp_path / "run")
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), np.uint8)
+    logits = network.model.apply(network.state.variables, network.normalize(images), train=False)
+    np.testing.assert_allclose(jax.nn.softmax(logits), network(images), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("protocol", ["single", "ten_crop"])
@@ -201,6 +212,11 @@ def test_a_workdir_that_is_not_whole_is_refused(run, tmp_path):
         predict.load(workdir)
     with pytest.raises(ValueError, match="holds no run"):
         predict.load(tmp_path)
+
+
+def test_a_file_has_one_channel_or_three(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.png: files are read in grey or in colour, .* takes 4 channels"):
+        predict.read_image(tmp_path / "x.png", 4)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):

@@ -56,7 +56,9 @@ def run_here(arguments, errors):
 def refused(directory, *arguments):
     """The error output of a start in `directory` that a mistake ends, and that leaves nothing behind."""
     workdir, errors = directory / "run", directory / "errors"
-    process = FORKS.Process(target=run_here, args=([f"--workdir={workdir}", *arguments], errors))
+    if not any(one.startswith("--workdir=") for one in arguments):
+        arguments = [f"--workdir={workdir}", *arguments]
+    process = FORKS.Process(target=run_here, args=(arguments, errors))
     process.start()
     process.join()
     text = errors.read_text()
@@ -119,6 +121,14 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
         (["--config.optimizer.learning_rate=fast"], "learning_rate=fast: must be a float$"),
         (["--config.sync_batch_norm=yes"], "--config.sync_batch_norm=yes: must be true or false$"),
         (
+            [SHORT[0], "--config=configs/resnet_digits.py", "--config.seed=3"],
+            r"error: --config is given more than once: --config=configs/lenet5_digits.py --config=\S+$",
+        ),
+        (
+            ["--workdir=here", "--workdir", "there"],
+            r"error: --workdir is given more than once: --workdir=here --workdir$",
+        ),
+        (
             ["--config=configs/lenet5_digits.py:all"],
             "=configs/lenet5_digits.py has no choices, such as 'all'$",
         ),
@@ -138,7 +148,9 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
     ],
 )
 def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
-    errors = refused(tmp_path, *SHORT, *arguments)
+    own = [one for one in arguments if one.startswith("--config=")]
+    others = [one for one in arguments if one not in own]
+    errors = refused(tmp_path, *(own or SHORT[:1]), *SHORT[1:], *others)
     assert re.search(message, errors, re.MULTILINE), errors
 
 

@@ -52,7 +52,7 @@ def make_builder(name, data_dir):
         # array_record files can be read without TensorFlow.
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        place = data_dir or str(tfds.core.constants.DATA_DIR)
+        place = os.path.abspath(data_dir or tfds.core.constants.DATA_DIR)
         raise ValueError(
             f"data.name = {name!r} is no TFDS data set, nor is one of that name prepared in data.data_dir = "
             f"{place!r}; known are {', '.join(BUNDLED)} and the names that "
@@ -123,7 +123,10 @@ def open_prepared(name, data_dir=""):
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         raise ValueError(f"data.name = {name!r} has no images of one byte a channel, but {image}")
     if not isinstance(label, tfds.features.ClassLabel):
-        raise ValueError(f"data.name = {name!r} is no classification: its labels are {label}")
+        raise ValueError(
+            f"data.name = {name!r} is no classification: its labels are {label}, and must be a "
+            "tfds.features.ClassLabel"
+        )
     return builder
 
 

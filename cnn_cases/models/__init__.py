@@ -5,6 +5,7 @@ Every model is a Linen module that maps `image [B, H, W, C]` to `logits [B, num_
 """
 
 import dataclasses
+import typing
 
 import jax.numpy as jnp
 
@@ -52,16 +53,25 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
         raise ValueError(f"num_classes = {num_classes!r} must be a whole number from 1 up")
     fields = {field.name: field for field in dataclasses.fields(MODELS[name])}
     settings = dict(num_classes=num_classes, dtype=DTYPES[dtype])
+    missing = [field for field in settings if field not in fields]
+    if missing:
+        raise ValueError(f"model.name = {name!r}: the module needs the field {' and '.join(missing)}")
     own = [field for field in fields if field not in {*settings, "axis_name", "parent", "name"}]
+    types = typing.get_type_hints(MODELS[name])
+    for knob in own:
+        if fields[knob].default is dataclasses.MISSING and knob not in knobs:
+            raise ValueError(f"model.{knob} is missing: {name} has no default for it")
     for knob, value in knobs.items():
         if knob not in own:
             raise ValueError(
                 f"model.{knob} = {value!r}: {name} has no such setting; it has: {', '.join(own) or 'none'}"
             )
         # A float where an int is meant, or a word where a number is, would fail far from here.
-        expected = fields[knob].type
+        expected = types[knob]
         if expected in (int, bool, str) and type(value) is not expected:
             raise ValueError(f"model.{knob} = {value!r} must be of type {expected.__name__}")
+        if isinstance(value, list | dict):  # a Flax module must be hashable
+            raise ValueError(f"model.{knob} = {value!r} must be a number, a text or a tuple")
         settings[knob] = value
     if "axis_name" in fields:
         settings["axis_name"] = axis_name

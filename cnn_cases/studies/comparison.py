@@ -22,8 +22,11 @@ CONFIDENCE = 0.95
 
 
 def interval(values):
-    """The ends of the confidence interval of the mean of the values; None of fewer than two."""
-    if len(values) < 2:
+    """The ends of the confidence interval of the mean of the values.
+
+    None for fewer than two values, and for values that are all equal, which do not show how they vary.
+    """
+    if len(values) < 2 or math.isclose(min(values), max(values), abs_tol=1e-9):
         return None
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
     reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
@@ -43,8 +46,8 @@ def compare(record, key, first, second, names):
     Returns:
       A dict for each code and each point of the other keys at which it has runs of either kind: {"code",
       **point, "pairs": number of those in which both finished, "left_out": number of the other seeds, <name>:
-      {"differences", "mean", "interval"}}. With no pair the mean is None, and with fewer than two the
-      interval.
+      {"differences", "mean", "interval"}}. Without a pair the mean is None; see `interval` for where the
+      interval is.
     """
     rows = []
     for code, part in records.split_by_code(record).items():

@@ -91,7 +91,10 @@ def check(study):
         )
     grid, seeds = study["grid"], study["seeds"]
     if not (isinstance(grid, tuple) and all(map(_is_pair, grid))):
-        raise ValueError(f"grid = {grid} must be pairs of a key and the values it takes")
+        raise ValueError(
+            f"grid = {grid} must be pairs of a key and the values it takes, all of them tuples, as in "
+            "(('model.depth', (20, 56)),)"
+        )
     if not (isinstance(seeds, tuple) and all(type(seed) is int for seed in seeds)):
         raise ValueError(f"seeds = {seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
     keys = [key for key, _ in grid]

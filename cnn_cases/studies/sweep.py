@@ -97,7 +97,7 @@ def _is_part(study, known):
         return False
     ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (plan.expand(study), known))
     return (ours.keys() <= theirs.keys() or ours.keys() >= theirs.keys()) and not any(
-        logbook.differences(theirs[name], ours[name], aside=logbook.OF_THE_MACHINE)
+        logbook.differences(theirs[name], settings.completed(ours[name]), aside=logbook.OF_THE_MACHINE)
         for name in ours.keys() & theirs.keys()
     )
 

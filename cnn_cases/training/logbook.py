@@ -306,7 +306,7 @@ def check_owner(workdir, config, suits=None):
     kinds = ["study" if settings.is_study(one) else "run" for one in (known, config)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"workdir = {workdir} belongs to a {kinds[0]}; give this {kinds[1]} one of its own")
-    lines = differences(known, _as_json(config), aside=OF_THE_MACHINE)
+    lines = differences(known, settings.completed(_as_json(config)), aside=OF_THE_MACHINE)
     if lines and not (suits and suits(known)):
         raise ValueError(
             f"workdir = {workdir} belongs to another config:\n  "

@@ -29,6 +29,11 @@ class TrainState(struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
 
+    @property
+    def variables(self):
+        """What `model.apply` takes in an evaluation: the average where there is one."""
+        return self.ema_params or {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def init_state(model, tx, image_shape, seed, *, with_ema=False):
     """The state before the first step.

@@ -157,7 +157,7 @@ def make_eval_step(apply, prepare, loss, axis_name):
 
     def eval_step(state, arrays, batch):
         image, label = prepare(arrays, batch, None)
-        logits = _logits(apply, state, image)
+        logits = apply(state.variables, image, train=False)
         each = {
             "loss": loss(logits, label),
             "error": zero_one_loss(logits, label),
@@ -182,15 +182,10 @@ def make_predict_step(apply, normalize):
     """
 
     def predict_step(state, arrays, image):
-        logits = _logits(apply, state, normalize(arrays, image))
+        logits = apply(state.variables, normalize(arrays, image), train=False)
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
     return predict_step
-
-
-def _logits(apply, state, image):
-    variables = state.ema_params or {"params": state.params, "batch_stats": state.batch_stats}
-    return apply(variables, image, train=False)
 
 
 def zero_one_loss(logits, label):

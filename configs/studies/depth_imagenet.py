@@ -22,7 +22,7 @@ def get_config():
     with config.base.unlocked():
         config.base.model.depth = 18
         config.base.model.shortcut = "A"
-        config.base.data.splits = ConfigDict({"train": "train", "test": "validation"})
+        config.base.data.splits.update({"validation": "", "test": "validation"})
         common.follow_test_error(config.base)
     config.grid = (
         ("model.depth", (18, 34)),

@@ -1,6 +1,9 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from jax.extend.core import Literal
 
 from cnn_cases.models import MODELS, make_model
@@ -83,6 +86,38 @@ def test_an_impossible_number_of_classes_is_refused(number):
 def test_a_setting_of_the_wrong_type_is_refused(depth):
     with pytest.raises(ValueError, match=r"model.depth = .* must be of type int"):
         make("resnet_cifar", depth=depth)
+
+
+@pytest.mark.parametrize("value", [[2, 2], {"a": 2}])
+def test_a_setting_that_has_no_hash_is_refused(value, monkeypatch):
+    class Net(nn.Module):
+        num_classes: int
+        dtype: Any
+        blocks: Any = ()
+
+    monkeypatch.setitem(MODELS, "net", Net)
+    assert make("net", blocks=(2, 2)).blocks == (2, 2)
+    with pytest.raises(ValueError, match=r"model\.blocks = .* must be a number, a text or a tuple"):
+        make("net", blocks=value)
+
+
+def test_a_module_that_lacks_a_field_and_a_field_that_lacks_a_value_are_named(monkeypatch):
+    class Net(nn.Module):
+        num_classes: int
+        width: "int"  # as all annotations are behind `from __future__ import annotations`
+
+    monkeypatch.setitem(MODELS, "net", Net)
+    with pytest.raises(ValueError, match=r"model\.name = 'net': the module needs the field dtype$"):
+        make("net", width=8)
+
+    class Whole(Net):
+        dtype: Any = jnp.float32
+
+    monkeypatch.setitem(MODELS, "net", Whole)
+    with pytest.raises(ValueError, match=r"model\.width is missing: net has no default for it"):
+        make("net")
+    with pytest.raises(ValueError, match=r"model\.width = 8\.0 must be of type int"):
+        make("net", width=8.0)
 
 
 def test_every_model_of_the_registry_is_tried_here():

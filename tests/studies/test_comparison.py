@@ -33,6 +33,10 @@ def test_of_fewer_than_two_differences_there_is_no_interval(values):
     assert comparison.interval(values) is None
 
 
+def test_differences_that_are_all_equal_do_not_show_how_they_vary():
+    assert comparison.interval([0.1 + 0.2, 0.3]) is None
+
+
 def test_differences_are_those_of_equal_seeds(record):
     row = compare(record)[0]
     assert row["test/error"]["differences"] == pytest.approx([-0.1, 0.1])
@@ -41,8 +45,12 @@ def test_differences_are_those_of_equal_seeds(record):
 
 
 def test_what_a_seed_does_to_both_partners_is_not_in_the_interval(record):
-    record["runs"] = [run(8, plain, s, 0.1 * s + 0.05 * plain) for s in range(5) for plain in (True, False)]
-    assert compare(record)[0]["test/error"]["interval"] == pytest.approx((0.05, 0.05))
+    gaps = (0.049, 0.05, 0.051)
+    record["runs"] = [
+        run(8, plain, s, 0.1 * s + gaps[s] * plain) for s in range(3) for plain in (True, False)
+    ]
+    expected = comparison.interval(gaps)
+    assert compare(record)[0]["test/error"]["interval"] == pytest.approx(expected)
 
 
 def test_a_pair_with_a_diverged_partner_is_left_out_and_counted(record):

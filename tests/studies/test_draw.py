@@ -171,7 +171,8 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
         (lambda record: record["config"]["base"].pop("data"), "config: base has no data.name"),
         (
             lambda record: record["config"].update(grid=[["model.depth"]]),
-            "grid = (('model.depth',),) must be pairs of a key and the values it takes",
+            "grid = (('model.depth',),) must be pairs of a key and the values it takes, all of them tuples, "
+            "as in (('model.depth', (20, 56)),)",
         ),
         (
             lambda record: record["config"].update(seeds=2),

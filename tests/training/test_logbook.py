@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from cnn_cases.training import logbook, provenance
+from configs import common
 
 CONFIG = {"seed": 0, "optimizer": {"momentum": 0.9, "name": "sgd"}, "splits": ("test",)}
 
@@ -266,6 +267,20 @@ def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
     with pytest.raises(ValueError, match=r"another config:\n  seed: 'nothing' there, 1 here\nUse"):
         logbook.claim(tmp_path, config("/nowhere", 8, seed=1))
     assert json.loads((tmp_path / "config.json").read_text()) == known
+
+
+def test_a_split_that_a_config_lacks_and_one_that_it_leaves_empty_are_the_same(tmp_path):
+    config = common.get_config().to_dict()
+    lacking = config | {"data": config["data"] | {"splits": {"train": "train", "test": "test"}}}
+    empty = config | {
+        "data": config["data"] | {"splits": {"train": "train", "validation": "", "test": "test"}}
+    }
+    logbook.claim(tmp_path / "old", lacking)
+    logbook.claim(tmp_path / "old", empty)
+    logbook.claim(tmp_path / "new", empty)
+    logbook.claim(tmp_path / "new", lacking)
+    with pytest.raises(ValueError, match=r"data\.splits\.validation: '' there, 'validation' here"):
+        logbook.claim(tmp_path / "new", config)
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
