@@ -1,1 +1,1 @@
-"""What can be said of a model without training it."""
+"""Analyses of a model that need no training."""

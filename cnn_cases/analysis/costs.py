@@ -1,33 +1,33 @@
-"""What a network costs, layer by layer: parameters, multiply-adds and the memory of its activations.
+"""Counts what a network costs, layer by layer: parameters, multiply-adds and memory of activations.
 
     python -m cnn_cases.analysis.costs configs/lenet5_digits.py
     python -m cnn_cases.analysis.costs configs/resnet_digits.py --set model.depth=56
     python -m cnn_cases.analysis.costs configs/lenet5_digits.py configs/resnet_digits.py --figure=costs.png
 
 The layers are those that Flax calls while it traces the model on shapes alone (`nn.intercept_methods` under
-`jax.eval_shape`), so nothing is described twice, nothing is computed and no parameter is allocated.
+`jax.eval_shape`), so no layer is described twice, nothing is computed and no parameter is allocated.
 
-What is a layer: a module with parameters of its own, and a pooling. What is counted of it:
+A layer is a module that has parameters itself, or a pooling. Each layer has three costs besides parameters:
 
-    multiply-adds  for one image: each weight of a kernel once at each pixel of the output map, be the layer a
-                   convolution with or without groups or dense; of a transposed convolution, at each pixel of
-                   the input. Products with padding count, as is usual, and as the lecture does. Biases,
-                   norms, poolings and activation functions count nothing, nor do products of two maps, as
-                   attention has them.
-    forward        bytes of the layer's input and output for the whole batch: what must be there while it
-                   runs. The total is the largest, the peak of a net that runs layer by layer; branches that
-                   wait for each other come on top.
-    kept           bytes that the backward pass will want again, for the whole batch: the input of a layer
-                   with parameters, in the type in which it computes, and of a max pooling; an input that
-                   several layers read counts with the first. The total is the sum. What lies between two
-                   layers (ReLU, dropout, response normalisation, additions) is not seen; some of it is kept
-                   too, ReLU's sign above all.
+    multiply-adds  for one image. Each weight of a kernel counts once for each pixel of the output map, in
+                   dense layers and in convolutions with or without groups; in a transposed convolution, once
+                   for each pixel of the input. Products with padding count, as is usual and as in the
+                   lecture. Biases, norms, poolings and activation functions do not count, nor do products of
+                   two maps, as in attention.
+    forward        bytes of the layer's input and output for the whole batch, which it needs while it runs.
+                   The total is the maximum: the peak of a net that runs layer by layer, without the memory of
+                   branches that wait for each other.
+    kept           bytes that the backward pass needs again, for the whole batch: the input of each layer with
+                   parameters, in the layer's compute type, and of each max pooling. An input of several
+                   layers counts for the first of them. The total is the sum. Operations between layers
+                   (ReLU, dropout, response normalisation, additions) are not seen, although some of their
+                   values are kept too, above all the sign for ReLU.
 
-Both are the memory that the network asks for. What a compiler makes of it, by running layers as one, is
-another question; `cnn_cases.studies.bottleneck` asks it.
+Forward and kept are the memory that the network itself needs. A compiled program may need another amount,
+since the compiler can fuse layers; `cnn_cases.studies.bottleneck` measures that for two examples.
 
-Totals are of the trunk, which is what runs at inference. Layers that only training runs, the side branches,
-have totals of their own.
+Totals cover the trunk, which is what runs at inference. The side branches (auxiliary classifiers), which run
+only in training, have separate totals.
 """
 
 import argparse
@@ -61,8 +61,8 @@ KINDS = {
     BatchNorm: "batch norm",
 }
 
-# Height, width and channels of the images, and number of classes, of the sets that configs are made for; no
-# size where the images differ in it.
+# Height, width and channels of the images, and number of classes, of the data sets that the configs use.
+# Height and width are None if the images vary in size.
 DATA_SETS = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
@@ -75,14 +75,14 @@ DATA_SETS = {
 
 
 class Layer(NamedTuple):
-    """One row of the table; shapes are without the batch."""
+    """One row of the table; shapes omit the batch axis."""
 
     name: str  # the path of the module, as in the tree of parameters
     kind: str
-    kernel: tuple[int, ...]  # height and width, () where there is no window
-    stride: tuple[int, ...]  # vertical and horizontal, () where there is no window
+    kernel: tuple[int, ...]  # height and width, () if there is no window
+    stride: tuple[int, ...]  # vertical and horizontal, () if there is no window
     output: tuple[int, ...]
-    repeats: int  # copies that run one after another (`nn.scan`); their costs are counted together
+    repeats: int  # copies that run one after another (`nn.scan`) and share this row
     parameters: int
     multiply_adds: int  # for one image
     forward: int  # bytes for the batch
@@ -91,7 +91,7 @@ class Layer(NamedTuple):
 
 
 class Total(NamedTuple):
-    """The sums over some layers; of `forward`, the largest."""
+    """Sums over layers; for `forward`, the maximum."""
 
     parameters: int
     multiply_adds: int
@@ -100,44 +100,44 @@ class Total(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What was seen of a layer while the model was traced."""
+    """The record of a layer's call while the model is traced."""
 
-    path: tuple[str, ...]  # of the module; for a pooling, of the module that pools
+    path: tuple[str, ...]  # of the module; for a pooling, of the module that calls it
     name: str
     kind: str
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    input: Any  # an array or several, held, so that their ids remain their own
+    input: Any  # one or several arrays; keeping them keeps their ids unique
     output: Any
-    computes_in: Any  # the type to which the input is converted; None for its own
-    places: int  # at which one image takes each weight of the kernel
-    params: dict  # the module's own, {name: array}, without the axes along which a scan stacks them
+    computes_in: Any  # the type to which the input is converted; None for the input's type
+    places: int  # how often one image uses each weight of the kernel
+    params: dict  # of the module itself, {name: array}, without the axes along which a scan stacks them
 
 
 def count(model, image_shape, batch_size=1):
-    """The layers of a model in the order in which they run, those of side branches after the trunk's.
+    """Returns the layers of a model in the order in which they run, those of side branches last.
 
     Args:
       model: a Linen module, called as `model(image, train)`.
       image_shape: height, width and channels.
-      batch_size: images, for the memory.
+      batch_size: number of images, for the memory.
 
     Returns:
-      [Layer].
+      A list of Layer.
 
     Raises:
-      ValueError: the model refuses its settings or the image; or a layer runs several times with the same
-        parameters, so that its calls cannot be told from the tracing of a loop.
+      ValueError: the model rejects its settings or the image; the products of a layer cannot be counted; or a
+        layer runs several times with the same parameters, which tracing cannot tell from a loop.
     """
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-    # Whoever initialises a model runs all of it; whoever applies it, train=False, the trunk.
+    # `init` runs the whole model; `apply` with train=False runs the trunk only.
     variables, calls, entered = _trace(lambda image: model.init(jax.random.key(0), image, train=False), image)
     _, _, trunk = _trace(
         lambda variables, image: model.apply(variables, image, train=False), variables, image
     )
 
     weighted = {call.path for call in calls if call.params}
-    # A layer of our own that pools on its way has one row, its own; not so what holds other layers, too.
+    # A pooling inside a layer has no row of its own, unless that layer contains other layers too.
     single = {path for path in weighted if not any(_is_below(other, path) for other in weighted)}
     calls = [call for call in calls if call.params or call.path not in single]
     calls.sort(key=lambda call: call.path not in trunk)
@@ -169,7 +169,7 @@ def count(model, image_shape, batch_size=1):
 
 
 def total(layers, side=False):
-    """The Total of the trunk; with `side`, of the side branches."""
+    """Returns the Total of the trunk or, with `side`, of the side branches."""
     layers = [layer for layer in layers if layer.side == side]
     return Total(
         parameters=sum(layer.parameters for layer in layers),
@@ -183,12 +183,12 @@ def _trace(run, *inputs):
     """Traces `run(*inputs)`, which calls a model once.
 
     Returns:
-      The shapes of what it returns, [_Call], and how often each module was entered, {path: times}.
+      The shapes of the results, a list of _Call, and how often each module was entered, {path: times}.
     """
     calls, entered, inside = [], collections.Counter(), []
 
     def note(*call):
-        # The body of an `nn.scan` is traced several times over: the first time is enough.
+        # The body of an `nn.scan` is traced several times; the first is enough.
         if entered[inside[-1]] == 1:
             calls.append(_Call(inside[-1], *call))
 
@@ -207,7 +207,7 @@ def _trace(run, *inputs):
             stride = _pair(getattr(module, "strides", 1)) if kernel else ()
             kind = KINDS.get(type(module), type(module).__name__)
             places = _places(module, given, _maps(output)) if "kernel" in own else 0
-            # Of the network itself, which has no name, the names of its parameters.
+            # The network itself has an empty path, so its parameters give the name.
             name = "/".join(module.path) or ", ".join(own)
             computes_in = jnp.float32 if isinstance(module, BatchNorm) else getattr(module, "dtype", None)
             note(name, kind, kernel, stride, given, output, computes_in, places, own)
@@ -230,7 +230,7 @@ def _trace(run, *inputs):
         (fast, "max_pool_by_shifts", "max pool"),
         (fast, "max_pool_by_place", "max pool"),
     )
-    # Flax tells of its modules' methods; poolings are plain functions.
+    # `nn.intercept_methods` reports methods of modules only; poolings are plain functions.
     with contextlib.ExitStack() as stack:
         for home, function, kind in poolings:
             original = getattr(home, function)
@@ -242,19 +242,19 @@ def _trace(run, *inputs):
 
 
 def _maps(tree):
-    """What of the arguments or results of a call has a shape, in order."""
+    """Returns those arguments or results of a call that have a shape, in order."""
     return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
 
 
 def _window(module, kernel):
-    """Height and width of a layer's kernel, or its length; () where there is no window."""
+    """Returns the height and width of a layer's kernel, or its length; () if there is no window."""
     if hasattr(module, "kernel_size"):
         return tuple(np.atleast_1d(module.kernel_size).tolist())
     return kernel.shape[:2] if kernel.ndim > 2 and not isinstance(module, nn.DenseGeneral) else ()
 
 
 def _places(module, given, output):
-    """At how many places one image takes each weight of a module's kernel, of what its call took and gave."""
+    """Returns how often one image uses each weight of a module's kernel in a call with these maps."""
     if isinstance(module, nn.ConvLocal):
         return 1
     if isinstance(module, nn.ConvTranspose):
@@ -272,10 +272,10 @@ def _is_below(path, other):
 
 
 def _repeats(call, calls, params, entered):
-    """How often a layer runs: once, or once for each copy of its parameters that a scan has stacked."""
+    """Returns how often a layer runs: once, or once for each copy of its parameters in a scan's stack."""
     if not call.params and entered[call.path] == 1:
         return 1
-    # A pooling inside a scan runs as often as the layers beside it.
+    # A pooling inside a scan runs as often as the layers next to it.
     beside = (one for one in calls if one.params and one.path[: len(call.path)] == call.path)
     witness = call if call.params else next(beside, None)
     if witness is not None:
@@ -315,24 +315,24 @@ class Report(NamedTuple):
 
 
 def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_size=1, overrides=()):
-    """The Report of a config file.
+    """Returns the Report of a config file.
 
     Args:
-      path: of a training config; behind a colon the choice that it takes, if it takes one.
-      image_shape: height, width, channels; None for those of the config's data set, enlarged or reduced to
-        its data.image_size, with its data.border.
-      image_size: height and width in place of the config's; its border is still added.
+      path: of a training config, followed by a colon and its choice if it takes one.
+      image_shape: height, width, channels; None for those of the config's data set, resized to its
+        data.image_size, with its data.border.
+      image_size: height and width that replace the config's; its border is still added.
       num_classes: None for that of the config's data set.
-      batch_size: images, for the memory.
-      overrides: pairs of a key, such as "model.depth", and the value that it has in place of the file's.
+      batch_size: number of images, for the memory.
+      overrides: pairs of a key, such as "model.depth", and the value that replaces the file's.
 
     Raises:
-      ValueError: the file is no training config, or its model or data set is not possible or not known.
+      ValueError: the file is not a training config, or its model or data set is impossible or unknown.
     """
     file, _, choice = str(path).partition(":")
     try:
         config = runpy.run_path(file)["get_config"](*[choice] if choice else [])
-    except Exception as error:  # whatever a file that is no config may raise
+    except Exception as error:  # a file that is not a config may raise anything
         raise ValueError(f"{path} cannot be read as a config: {type(error).__name__}: {error}") from error
     for key, value in overrides:
         try:
@@ -368,12 +368,12 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
 
 
 def render(reports, form):
-    """The tables as text: one for each report, then one that compares their totals.
+    """Returns the tables as text: one for each report, then, if there are several, one that compares totals.
 
     Args:
       reports: [Report].
-      form: "text" or "markdown", for people; "csv", every layer of every report a line, or "json", all there
-        is, for programs: with bytes, and without rounding.
+      form: "text" or "markdown", for people; for programs, with bytes and without rounding, "csv" (a line for
+        each layer of each report) or "json" (everything).
     """
     if form == "json":
         return json.dumps([_as_dict(report) for report in reports], indent=2) + "\n"
@@ -409,7 +409,7 @@ def _title(report):
 
 
 def _rows(report):
-    """The table of one report: head, then a row for each layer, then the totals."""
+    """Returns the table of one report: header, then a row for each layer, then the totals."""
     whole = total(report.layers)
 
     def share(part, all_of_it):
@@ -465,7 +465,7 @@ def _table(rows, form):
 
 
 def _name_of(report):
-    """`resnet_cifar10`, or with the choice behind the colon `resnet_cifar10:full_train`."""
+    """Returns the config's name, `resnet_cifar10`, or with a choice, `resnet_cifar10:full_train`."""
     return pathlib.Path(report.config).name.replace(".py", "")
 
 
@@ -478,11 +478,11 @@ def _mebibytes(number):
 
 
 def stages(layers):
-    """The costs by stage: the layers that give maps of one size; stages that only pool are left out.
+    """Returns the costs by stage: the layers whose output maps have the same size.
 
     Returns:
-      {"55x55": Total, ...}, the largest maps first; dense layers give maps of 1x1; the side branches together
-      come last.
+      {"55x55": Total, ...}, the largest maps first. Dense layers have maps of 1x1. The side branches are one
+      stage, the last. Stages that only pool are left out.
     """
     groups = {}
     for layer in sorted(layers, key=lambda layer: (layer.side, -math.prod(layer.output[:-1]))):
@@ -493,14 +493,14 @@ def stages(layers):
 
 
 def draw(reports):
-    """The figure: multiply-adds to the left and parameters to the right, a bar a stage, a row a config."""
+    """Draws the figure: multiply-adds left, parameters right; one bar per stage, one row per config."""
     by_stage = [stages(report.layers) for report in reports]
     heights = [len(parts) + 2.5 for parts in by_stage]
     figure = Figure(figsize=(9.5, 0.3 * sum(heights) + 0.6), layout="constrained")
     figure.suptitle("by the size of a layer's output map, in pixels; dense layers count as 1x1", fontsize=10)
     axes = figure.subplots(len(reports), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
     titles = {"multiply_adds": "multiply-adds of one image", "parameters": "parameters"}
-    colours = {"multiply_adds": "#0072B2", "parameters": "#D55E00"}  # far apart for the colour-blind too
+    colours = {"multiply_adds": "#0072B2", "parameters": "#D55E00"}  # distinct for the colour-blind too
     for row, report, parts in zip(axes, reports, by_stage, strict=True):
         whole = total(report.layers)
         for axis, (what, title) in zip(row, titles.items(), strict=True):
@@ -518,7 +518,7 @@ def draw(reports):
 
 
 def _short(number):
-    """Three digits and a unit: 15.5 G, 61.7 k, 850."""
+    """Formats a number with three digits and a unit: 15.5 G, 61.7 k, 850."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
@@ -548,7 +548,7 @@ def _figure_path(text):
 
 
 def main(arguments=None):
-    """Prints the tables, draws the figure; ends with one message and exit code 2 where that fails."""
+    """Prints the tables and draws the figure; if that fails, exits with one message and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.analysis.costs",
         description="What networks cost, layer by layer: parameters, multiply-adds, memory of activations.",

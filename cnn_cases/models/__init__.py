@@ -1,7 +1,8 @@
-"""The architectures, and the one table of their names.
+"""The architectures and the registry of their names.
 
 Every model is a Linen module that maps `image [B, H, W, C]` to `logits [B, num_classes]` when called as
-`model(image, train)`; a model with side branches gives, in training, the tuple `(logits, *side_logits)`.
+`model(image, train)`. In training, a model with side branches (auxiliary classifiers) returns the tuple
+`(logits, *side_logits)`.
 """
 
 import dataclasses
@@ -35,17 +36,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
-    """The module called `name`, with its knobs set.
+    """Returns the module registered as `name`, with its knobs set.
 
     Args:
       name: a key of MODELS.
       num_classes: length of the logits.
       dtype: compute type, a key of DTYPES.
       axis_name: the pmap axis over which the batch is split, for models with batch statistics or dropout.
-      **knobs: the architecture's own fields, such as `depth`.
+      **knobs: fields of this architecture, such as `depth`.
 
     Raises:
-      ValueError: the name, the dtype or a knob is unknown, or a knob or the number of classes cannot be.
+      ValueError: `name`, `dtype` or a knob is unknown, or a knob or `num_classes` is invalid.
     """
     checks.one_of("model.name", name, MODELS)
     checks.one_of("dtype", dtype, DTYPES)

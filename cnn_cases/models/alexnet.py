@@ -1,4 +1,4 @@
-"""AlexNet: the two-group net of the paper, the lecture's net, and the later net of one tower.
+"""AlexNet: the two-group net of the paper, the lecture's net, and the later one-tower net.
 
 Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012.
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014.
@@ -20,20 +20,24 @@ Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2
     dense             1000          1000            4,097,000    4,097,000    4,097,000
                                                    60,965,224   62,378,344   61,100,840
 
-ReLU follows every layer but the last. In two_groups, local response normalisation follows the ReLU of conv 1
-and 2, and conv 2, 4 and 5 have two groups: each of the paper's two GPUs sees its own half of the maps there.
-Half of the hidden dense units drop out. Weights start normal with standard deviation 0.01; biases start at 1
-in conv 2, 4, 5 and the hidden dense layers, at 0 elsewhere (section 5).
+ReLU follows every convolution and every dense layer except the last. In two_groups, local response
+normalisation follows the ReLU of conv 1 and conv 2, and conv 2, 4 and 5 have two groups: in these layers,
+each of the paper's two GPUs sees only its own half of the maps. Dropout with rate 0.5 follows each hidden
+dense layer. Weights are drawn from a normal distribution with standard deviation 0.01; biases are initialised
+to 1 in conv 2, 4, 5 and the hidden dense layers, and to 0 elsewhere (section 5).
 
-Departures from the 2012 paper: images have 227 pixels, since 224 do not give the paper's 55x55 maps; response
-normalisation crosses the border between the two groups, as the formula reads, though the paper's two GPUs
-could not see each other's maps there; dropout doubles the surviving units in training, where the paper halves
-every unit at test time. The lecture draws neither groups nor response normalisation.
+Departures from the 2012 paper:
+- images have 227 pixels a side, since 224 do not give the paper's 55x55 maps;
+- response normalisation crosses the border between the two groups, as the formula says, although the paper's
+  two GPUs could not see each other's maps there;
+- dropout doubles the surviving units in training, where the paper halves every unit at test time.
 
-one_tower follows the widespread public weights (torchvision): padding of 2 in the first convolution and no
-response normalisation, both unlike the author's own file for that net, as are its initial values; the text of
-that paper (Krizhevsky 2014) has 384 filters in conv 4, the file and the weights 256. Initial values and
-dropout are those of 2012. The lecture does not draw dropout; its net keeps it.
+The lecture draws no groups, response normalisation or dropout; the net `lecture` does have dropout.
+
+one_tower follows the widely used public weights (torchvision): the first convolution has padding of 2, and
+there is no response normalisation. The author's own file for that net differs in both, and in the initial
+values. The text of that paper (Krizhevsky 2014) has 384 filters in conv 4; the file and the weights have 256.
+Initial values and dropout are those of the 2012 paper.
 """
 
 from typing import Any, NamedTuple
@@ -47,7 +51,7 @@ from cnn_cases.models.layers import Conv, Dropout, check_dense_features, check_i
 
 
 class Variant(NamedTuple):
-    """What sets one version apart from the others."""
+    """The settings in which the versions differ."""
 
     filters: tuple[int, ...]  # of the five convolutions
     groups: tuple[int, ...]  # of the five convolutions
@@ -67,15 +71,15 @@ normal = nn.initializers.normal(0.01)
 class AlexNet(nn.Module):
     """AlexNet in one of its three versions.
 
-    The first dense layer has an input for every pixel of the last maps, so a net works only on images of the
-    size it was initialised with.
+    The first dense layer has an input for every pixel of the last maps, so these must have the size that they
+    had at initialisation.
 
     Attributes:
       variant: a key of VARIANTS.
       dense_features: units of each hidden dense layer.
       num_classes: length of the logits.
       dtype: compute type; parameters are float32.
-      axis_name: the pmap axis over which the batch is split, None where it is not.
+      axis_name: the pmap axis over which the batch is split, None if it is not.
     """
 
     variant: str = "two_groups"
@@ -89,13 +93,13 @@ class AlexNet(nn.Module):
         """image [B, H, W, C] -> logits [B, num_classes].
 
         Raises:
-          ValueError: `variant` is unknown, `dense_features` is impossible, or the image is smaller than
+          ValueError: `variant` is unknown, `dense_features` is out of range, or the image is smaller than
             67x67 (63x63 for one_tower).
         """
         checks.one_of("model.variant", self.variant, VARIANTS)
         check_dense_features(self.dense_features)
         variant = VARIANTS[self.variant]
-        # One pixel is left after the three poolings of 3, of 7, of 15 pixels; 15 takes 14 * 4 + 11 = 67.
+        # The three poolings leave one pixel of 15 (15 -> 7 -> 3 -> 1); conv 1 needs 14 * 4 + 11 = 67 for 15.
         smallest = 67 - 2 * variant.padding
         check_image_size(f"AlexNet {self.variant}", x, smallest)
 

@@ -1,10 +1,10 @@
-"""Faster formulations, for XLA, of some Flax operations: the same values and gradients.
+"""Some of Flax's operations, rewritten so that XLA runs them faster, with the same values and gradients.
 
-On a CPU some have no forward-mode derivative (`jax.jvp`, and products with the Hessian): trace those within
-`written_for("tpu")`, which takes Flax's operations.
+On a CPU or GPU, some of them have no forward-mode derivative, which `jax.jvp` and Hessian-vector products
+need: trace such computations inside `written_for("tpu")`, which selects Flax's operations.
 
-Readers of the networks can skip this file: read `conv_general_dilated` as `lax`'s and `max_pool` as `nn`'s.
-`docs/speed.md` has the measurements.
+You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated` and
+`max_pool` for `nn.max_pool`. `docs/speed.md` has the measurements.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-_WORTH_A_BAND = 10_000_000  # multiplications of a convolution; see `_conv_for_cpu`
-_ORDER = ("NHWC", "HWIO", "NHWC")  # of the axes of images, kernel and result
-_FILTERS_AT_ONCE = 64  # of a GPU's matrix units; see `conv_of_wide_pixels`
+_WORTH_A_BAND = 10_000_000  # multiplications from which on a band pays off; see `_conv_for_cpu`
+_ORDER = ("NHWC", "HWIO", "NHWC")  # axis order of images, kernel and result
+_FILTERS_AT_ONCE = 64  # that a GPU's matrix units compute; see `conv_of_wide_pixels`
 
 _written_for = contextvars.ContextVar("written_for", default=None)
 
 
 def platform():
-    """What layers are written for: "cpu", "gpu" or "tpu"; JAX's choice, unless `written_for` says more."""
+    """Returns the platform to write layers for, "cpu", "gpu" or "tpu": `written_for`'s, or else JAX's."""
     return _written_for.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def written_for(name):
-    """Writes the layers that are traced within for the platform of that name, be it there or not."""
+    """Writes the layers traced inside it for the platform `name`, even if there is no such device."""
     token = _written_for.set(name)
     try:
         yield
@@ -40,18 +40,20 @@ def written_for(name):
 
 
 def is_for_cpu():
-    """Whether layers are written for XLA's CPU compiler here."""
+    """Returns whether layers are written for XLA's CPU compiler."""
     return platform() == "cpu"
 
 
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
-    """`lax.conv_general_dilated`, written so that XLA is quick with it and its gradients.
+    """`lax.conv_general_dilated`, written so that XLA runs it and its gradients fast.
 
-    On a CPU `_conv_for_cpu` says what is different. On a GPU, where there are few filters, neighbours in a
-    row become one pixel with all their channels, by `conv_of_wide_pixels`. On a CPU and a TPU, a convolution
-    in groups becomes one for each group: on a CPU the gradient of a kernel in two groups takes fifteen times
-    as long as those of two kernels, and on a TPU the step of AlexNet's two groups an eighth less, by its
-    compiler's estimate. One with dilations, which no network here has, is left as it is.
+    - On a CPU, `_conv_for_cpu` replaces it.
+    - On a GPU, if there are few filters, `conv_of_wide_pixels` joins neighbours in a row into one pixel with
+      all their channels.
+    - On a CPU and a TPU, a grouped convolution becomes one convolution for each group. On a CPU, the gradient
+      of a kernel in two groups takes fifteen times as long as those of two kernels. On a TPU, the change
+      makes a step of AlexNet with two groups an eighth shorter, by the compiler's estimate.
+    - Dilated convolutions, which no network of this package has, keep `lax`'s form.
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
 
@@ -82,19 +84,20 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
 
 
 def _conv_for_cpu(x, kernel, window_strides, padding):
-    """A convolution in operations with which XLA is quick on a CPU.
+    """A convolution in operations that XLA runs fast on a CPU.
 
-    Times are of two cores, in November 2026; `docs/speed.md` has those of whole networks.
+    Times were measured on two cores in November 2026; `docs/speed.md` has those of whole networks.
 
-    - One of 1x1, or whose maps have 2x2 pixels and less, becomes the matrix product of its patches: the
-      gradient of a 1x1 kernel takes half the time, a convolution of the tiniest maps an eighth.
-    - One of few channels and a small map, as LeNet-5's two and the first of a ResNet for CIFAR-10, becomes
-      the product of its strips with a banded matrix, and takes a quarter to a half of the time. It takes a
-      third of a second more to compile, for which a small batch is not worth it.
-    - With more channels, or larger maps, XLA's own is faster, and by `conv_in_order` inside a loop, too.
-    - Barriers make XLA keep the input and the output. Without them it recomputes the input, transposed, for
+    - A 1x1 convolution, or one whose output maps have at most 2x2 pixels, becomes a matrix product of its
+      patches: the gradient of a 1x1 kernel takes half the time, a convolution of the smallest maps an eighth.
+    - A convolution of few channels on a small map, such as both of LeNet-5 and the first of a ResNet for
+      CIFAR-10, becomes the product of its strips with a banded matrix and takes a quarter to a half of the
+      time. It takes a third of a second longer to compile, which does not pay off for a small batch.
+    - With more channels or larger maps, XLA's own convolution is faster; `conv_in_order` keeps it fast inside
+      a loop.
+    - Barriers make XLA keep the input and the output. Without them, it recomputes the transposed input for
       the gradient of the kernel, all the way back to the previous convolution or through all shortcuts of a
-      stage, and likewise the gradient of the output: a ResNet-20's step takes a quarter longer.
+      stage, and likewise the gradient of the output: a step of ResNet-20 takes a quarter longer.
     """
     keep = lax.optimization_barrier
     x = keep(x)
@@ -119,17 +122,17 @@ def _conv_for_cpu(x, kernel, window_strides, padding):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv_in_order(x, kernel, strides, pads):
-    """A convolution whose gradients have the order of axes that XLA's library for CPUs wants.
+    """A convolution whose gradients have the axis order that XLA's CPU library needs.
 
-    Those that JAX derives leave the arrays as they are and name their axes anew, batch and channels having
-    changed places. XLA then moves the axes, but not inside a loop, where it computes without its library: a
-    step of ResNet-20 on digits took 14 times as long (one core, November 2026).
+    JAX's own gradients leave the arrays as they are and rename their axes, with batch and channels swapped.
+    XLA then transposes the arrays, but not inside a loop, where it computes without its library: a step of
+    ResNet-20 on digits took 14 times as long (one core, November 2026).
 
     Args:
       x: [B, H, W, C].
       kernel: [h, w, C, F].
-      strides: of the height and the width, a tuple.
-      pads: zero pixels above and below, and left and right, a tuple of tuples.
+      strides: (vertical, horizontal), a tuple.
+      pads: pixels of zero padding, ((above, below), (left, right)), a tuple of tuples.
 
     Returns:
       [B, H', W', F].
@@ -146,8 +149,8 @@ def _conv_gradients(strides, pads, inputs, gradient):
     pads_of_x, pads_of_kernel = [], []
     for axis, (stride, (low, high)) in enumerate(zip(strides, pads, strict=True)):
         window = kernel.shape[axis]
-        reach = (gradient.shape[1 + axis] - 1) * stride + 1  # of the first pixels of the windows
-        rest = x.shape[1 + axis] + low + high - window + 1 - reach  # which no window begins at any more
+        reach = (gradient.shape[1 + axis] - 1) * stride + 1  # from the first window's start to the last's
+        rest = x.shape[1 + axis] + low + high - window + 1 - reach  # unused starts after that
         pads_of_x.append((window - 1 - low, window - 1 - high + rest))
         pads_of_kernel.append((low, high - rest))
     of_x = lax.conv_general_dilated(
@@ -173,7 +176,7 @@ conv_in_order.defvjp(_conv_and_inputs, _conv_gradients)
 
 
 def _patches_and_matrix(x, kernel, strides, out_height, out_width):
-    """What each place of the map sees, a row each, and the kernel as a matrix: their product is the map."""
+    """Returns the patches of output pixels as rows, and the kernel as a matrix: their product is the map."""
     height, width, channels, filters = kernel.shape
     patches = [
         x[:, i :: strides[0], j :: strides[1]][:, :out_height, :out_width]
@@ -185,10 +188,10 @@ def _patches_and_matrix(x, kernel, strides, out_height, out_width):
 
 
 def _strips_and_band(x, kernel, strides, out_height, out_width):
-    """What some neighbours in a row of the map see together, and a matrix that gives the map of all of them.
+    """Returns the strips that neighbours in a row of the map see, and a matrix: their product is the map.
 
-    In each column of the matrix the kernel stands where one of the neighbours sees it, between zeros. More
-    is multiplied than needed, but in matrices that are wide enough for a processor to be quick with.
+    Each column of the matrix has the kernel where one of the neighbours sees it, and zeros elsewhere. This
+    multiplies more than needed, but in matrices that are wide enough for a processor to be fast with.
     """
     height, width, channels, filters = kernel.shape
     row_stride, stride = strides
@@ -204,28 +207,28 @@ def _strips_and_band(x, kernel, strides, out_height, out_width):
 
 
 def _block(out_width):
-    """How many neighbours a strip serves: the most, up to 8, of which a row has a whole number."""
+    """Returns how many neighbours share a strip: the largest number up to 8 that divides `out_width`."""
     return max(size for size in range(1, 9) if out_width % size == 0)
 
 
 def _band(kernel, lefts, reach):
-    """A kernel at several places of a strip of `reach` pixels: [h, w, C, F] -> [h, reach, C, places, F]."""
+    """Puts a kernel at several places in `reach` pixels: [h, w, C, F] -> [h, reach, C, places, F]."""
     beside = [((0, 0), (left, reach - kernel.shape[1] - left), (0, 0), (0, 0)) for left in lefts]
     return jnp.stack([jnp.pad(kernel, pads) for pads in beside], axis=3)
 
 
 def conv_of_wide_pixels(x, kernel, pads, size, **options):
-    """A convolution of stride 1 that takes `size` neighbours in a row for one pixel with all their channels.
+    """A convolution of stride 1 that treats `size` neighbours in a row as one pixel with all their channels.
 
-    Its kernel is banded, with zeros where a neighbour does not see another. Kernels of cuDNN compute 64
-    filters at once, whether there are as many or not, so that with the 16 of a ResNet for CIFAR-10 the zeros
-    cost nothing: its step takes a quarter less (`docs/speed.md`).
+    Its kernel is banded, with zeros where one neighbour does not see another. Kernels of cuDNN compute 64
+    filters at once even if there are fewer, so the zeros cost nothing with the 16 filters of a ResNet for
+    CIFAR-10: its step takes a quarter less time (`docs/speed.md`).
 
     Args:
-      x: [B, H, W, C], of whose W pixels `size` make one.
+      x: [B, H, W, C]; `size` divides W.
       kernel: [h, w, C, F].
-      pads: zero pixels above and below, and left and right.
-      size: see `_pixels_in_one`.
+      pads: pixels of zero padding, ((above, below), (left, right)).
+      size: pixels in a wide pixel; see `_pixels_in_one`.
 
     Returns:
       [B, H', W', F].
@@ -240,16 +243,16 @@ def conv_of_wide_pixels(x, kernel, pads, size, **options):
 
 
 def _wide_pixels(width, pads, size):
-    """Of a kernel: wide pixels of padding, where in them it begins, and how many of them it reaches over."""
+    """Returns the wide pixels of padding, the kernel's offset, and the wide pixels that the band spans."""
     whole = [-(-pad // size) for pad in pads]
     left = whole[0] * size - pads[0]
     return whole, left, -(-(left + size - 1 + width) // size)
 
 
 def _pixels_in_one(x, kernel, pads):
-    """How many neighbours `conv_of_wide_pixels` should take for one: as many as have _FILTERS_AT_ONCE.
+    """Returns how many neighbours `conv_of_wide_pixels` should join to have _FILTERS_AT_ONCE filters.
 
-    1, where that is not worth it or a row has no whole number of them, before the convolution or after it.
+    1 if that does not pay off, or if a row, before or after the convolution, is not a whole number of them.
     """
     height, width, channels, filters = kernel.shape
     size = _FILTERS_AT_ONCE // filters
@@ -262,16 +265,16 @@ def _pixels_in_one(x, kernel, pads):
 
 
 def max_pool(x, window_shape, strides, padding="VALID"):
-    """`nn.max_pool`, written so that XLA is quick with its gradient on a CPU and on a GPU.
+    """`nn.max_pool`, written so that XLA runs its gradient fast on a CPU and on a GPU.
 
-    There XLA makes index arithmetic and a scatter of it. The step of a network that pools often, as
-    GoogLeNet's, takes much longer so on a CPU than with `max_pool_by_shifts`, and on a GPU a third longer
-    than with `max_pool_by_place` (`docs/speed.md`). On a TPU nothing is replaced.
+    On these, XLA turns the gradient of `nn.max_pool` into index arithmetic and a scatter. A step of a network
+    that pools often, such as GoogLeNet, then takes much longer on a CPU than with `max_pool_by_shifts`, and a
+    third longer on a GPU than with `max_pool_by_place` (`docs/speed.md`). On a TPU, `nn.max_pool` is used.
 
     Args:
       x: [B, H, W, C].
-      window_shape, strides: two of each, for height and width.
-      padding: "VALID", "SAME", or cells before and after the height, and the width.
+      window_shape, strides: (height, width) of the window, (vertical, horizontal) strides.
+      padding: "VALID", "SAME", or pixels of padding, ((above, below), (left, right)).
 
     Returns:
       [B, H', W', C].
@@ -286,10 +289,10 @@ def max_pool(x, window_shape, strides, padding="VALID"):
 
 
 def max_pool_by_shifts(x, window_shape, strides, padding):
-    """`nn.max_pool` as the largest of shifted maps, first of the columns of a window and then of its rows.
+    """`nn.max_pool` as the maximum of shifted maps, first over a window's columns and then over its rows.
 
-    In value and in gradient, which goes to the first of equal cells, it is the same. Barriers around it keep
-    XLA from computing it again for its gradient.
+    Value and gradient are the same; the gradient goes to the first of equal cells. The barriers around it
+    keep XLA from recomputing it for its gradient.
     """
     x = lax.optimization_barrier(x)
     pads = _pads(x, window_shape, strides, padding)
@@ -302,10 +305,10 @@ def max_pool_by_shifts(x, window_shape, strides, padding):
 
 
 def max_pool_by_place(x, window_shape, strides, padding):
-    """`nn.max_pool` that notes where in its window the largest cell lies, of equal ones the first.
+    """`nn.max_pool` that records where in its window the largest cell lies (the first of equal ones).
 
-    In value and in gradient it is the same. A cell's gradient is gathered from the windows that it lies in,
-    while XLA scatters them, with atomic additions.
+    Value and gradient are the same. A cell's gradient is gathered from the windows that contain the cell,
+    whereas XLA scatters the windows' gradients with atomic additions.
     """
     return _largest(x, (x.shape[1:3], window_shape, strides, _pads(x, window_shape, strides, padding)))
 
@@ -316,7 +319,7 @@ def _largest(x, geometry):
 
 
 def _largest_and_place(x, geometry):
-    """Of each window the largest cell, and its number in the window, row after row: [B, H', W', C] both."""
+    """Returns each window's largest cell and its row-major index in the window, both [B, H', W', C]."""
     _, window_shape, strides, pads = geometry
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     ends = [size - window + 1 for size, window in zip(x.shape[1:3], window_shape, strict=True)]
@@ -355,10 +358,10 @@ def _pads(x, window_shape, strides, padding):
 
 
 def _larger(a, b):
-    # `jnp.maximum` would halve the gradient between equals.
+    # `jnp.maximum` would split the gradient between equal values.
     return jnp.where(_is_larger(a, b), a, b)
 
 
 def _is_larger(a, b):
-    """Whether a wins over b: where it is larger or equal, and where it is NaN, which must propagate."""
+    """Returns whether `a` wins over `b`: it does if it is at least as large, or NaN, which must propagate."""
     return (a >= b) | jnp.isnan(a)

@@ -1,7 +1,7 @@
-"""The Inception module, naive and reduced, and GoogLeNet, the network of nine of them.
+"""The Inception module, naive and with 1x1 reductions, and GoogLeNet, which has nine of the latter.
 
 Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich, "Going deeper with convolutions",
-2014, table 1 (the filters inside the modules stand in TABLE_1 below):
+2014, table 1 (the filters inside the modules are in TABLE_1 below):
 
     layer                      output         parameters
     image                      224x224x3
@@ -24,21 +24,21 @@ Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich, "Goin
     average pool, dropout 0.4  1024
     dense                      1000            1,025,000    6,998,552 in all, 13,378,280 with side branches
 
-A side branch (the paper's auxiliary classifier, section 5) takes the output of 4a and of 4d, in training
-only: average pool 5x5 with stride 3 (4x4), conv 1x1 with 128 filters, dense 1024, dropout 0.7, dense. Its
-loss is added with weight 0.3.
+Two side branches (the paper's auxiliary classifiers, section 5) take the outputs of 4a and 4d, in training
+only: average pool 5x5 with stride 3 (4x4), conv 1x1 with 128 filters, dense 1024, dropout 0.7, dense. Their
+losses are added with weight 0.3.
 
-`batch_norm=True` is the form that public weights use, torchvision's: batch normalisation in place of biases
-and of local response normalisation, 3x3 windows where the table says 5x5 (an old slip that the weights have
-kept), and a 2x2 window in the last max pool. 6,624,904 parameters, 13,004,888 with side branches.
-Torchvision's dropout of 0.2 before the logits, and its side branches' pooling to 4x4 from any size, are not
-followed: they change nothing at evaluation.
+`batch_norm=True` is the form of the public weights (torchvision): batch normalisation replaces the biases of
+convolutions and local response normalisation, kernels are 3x3 where the table says 5x5 (an old slip that the
+weights have kept), and the last max pool has a 2x2 window. It has 6,624,904 parameters, 13,004,888 with side
+branches. It does not follow torchvision's dropout of 0.2 before the logits, nor its side branches' pooling to
+4x4 from any size: these change nothing at evaluation.
 
 Departures from the paper: the last average pool is over the whole map (7x7 at 224 pixels), so that other
-image sizes work. Local response normalisation stands where figure 3 has it. Where the paper is silent: its
-constants are AlexNet's; weights start from He et al.'s normal distribution (cut off at two standard
-deviations) and biases from zero; batch normalisation has torchvision's epsilon of 1e-3 and keeps 0.9 of its
-running statistics at each step.
+image sizes work. Local response normalisation is where figure 3 has it. Where the paper is silent: the
+constants of local response normalisation are AlexNet's; weights are drawn from He et al.'s normal
+distribution (truncated at two standard deviations), and biases are initialised to zero; batch normalisation
+has torchvision's epsilon of 1e-3, and each step keeps 0.9 of its running statistics.
 """
 
 import functools
@@ -57,7 +57,7 @@ from cnn_cases.models.layers import (
     local_response_norm,
 )
 
-# Filters of each module, by the columns of table 1:
+# Filters of each module, in the column order of table 1:
 # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool projection.
 TABLE_1 = {
     "3a": (64, 96, 128, 16, 32, 32),
@@ -80,7 +80,7 @@ def max_pool_same(x):
 
 
 class NaiveInceptionModule(nn.Module):
-    """All windows side by side on the whole input (figure 2a); the pooled input passes as it is.
+    """1x1, 3x3 and 5x5 convolutions and an unprojected max pooling, side by side on the input (figure 2a).
 
     Attributes:
       filters_1x1, filters_3x3, filters_5x5: output channels of the three convolutions.
@@ -105,11 +105,11 @@ class NaiveInceptionModule(nn.Module):
 
 
 class InceptionModule(nn.Module):
-    """The module with 1x1 convolutions before the wide windows and after the pooling (figure 2b).
+    """The module with 1x1 convolutions before the 3x3 and 5x5 ones and after the pooling (figure 2b).
 
     Attributes:
       filters_1x1, reduce_3x3, filters_3x3, reduce_5x5, filters_5x5, filters_pool: a row of TABLE_1.
-      wide_kernel_size: side of the window that table 1 calls 5x5.
+      wide_kernel_size: side of the kernel that table 1 calls 5x5.
       unit: `ConvUnit` with the network's settings.
     """
 
@@ -138,12 +138,12 @@ class InceptionModule(nn.Module):
 
 
 class SideBranch(nn.Module):
-    """A classifier on the middle of the trunk, for training.
+    """An auxiliary classifier on a map in the middle of the trunk, used in training only.
 
     Attributes:
       unit, dense: `ConvUnit` and `nn.Dense` with the network's settings.
       num_classes: length of the logits.
-      axis_name: as in the network.
+      axis_name: as in `GoogLeNet`.
     """
 
     unit: Any
@@ -166,11 +166,11 @@ class GoogLeNet(nn.Module):
     """GoogLeNet, as published or in the form that public weights use.
 
     Attributes:
-      batch_norm: the public form, with batch normalisation (see the head of this file).
-      side_branches: give the logits of both side branches too, in training.
+      batch_norm: use the public form, with batch normalisation (see the module's docstring).
+      side_branches: in training, also return the logits of both side branches.
       num_classes: length of the logits.
       dtype: compute type; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which the batch is split, None where it is not.
+      axis_name: the pmap axis over which the batch is split, None if it is not.
     """
 
     batch_norm: bool = False
@@ -183,13 +183,13 @@ class GoogLeNet(nn.Module):
     def __call__(self, x, train: bool):
         """image [B, H, W, C] -> logits [B, num_classes].
 
-        In training, with side branches, a tuple of three: the net's own logits and those of branches 1 and 2.
-        The side branches need images of the size that the parameters were made with; the trunk does not.
+        In training with side branches, returns a tuple of three: the net's own logits and those of side
+        branches 1 and 2. Side branches need images of the size used at initialisation; the trunk does not.
 
         Raises:
-          ValueError: the image is smaller than 31x31, or than 79x79 where the side branches run.
+          ValueError: the image is smaller than 31x31, or than 79x79 if the side branches run.
         """
-        # The side branches' parameters have to exist although the initialising call is not a training call.
+        # Initialisation has to create the side branches' parameters, although it is not a training call.
         run_sides = self.side_branches and (train or self.is_initializing())
         check_image_size("GoogLeNet", x, 31)
         if run_sides:

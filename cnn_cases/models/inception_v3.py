@@ -1,7 +1,7 @@
-"""Inception-v3: wide windows taken apart into narrow ones.
+"""Inception-v3: large convolutions factorised into smaller ones.
 
 Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the Inception architecture for computer vision", 2015,
-in the form that its public weights have:
+in the form of its public weights:
 
     layer                          output         parameters
     image                          299x299x3
@@ -25,26 +25,28 @@ in the form that its public weights have:
     average pool, dropout 0.2      2048
     dense                          1000            2,049,000    23,834,568 in all, 27,161,264 with side branch
 
-Batch normalisation and ReLU follow every convolution. Only layers marked "padded", and those inside a module
-that keep the map's size, are padded. The side branch (figure 8) takes the output of 6e, in training only:
-average pool 5x5 with stride 3 (5x5), conv 1x1 with 128 filters, conv 5x5 with 768 (1x1), dense.
+Batch normalisation and ReLU follow every convolution. Only the layer marked "padded", and those layers inside
+a module that keep the map's size, have padding. The side branch (auxiliary classifier, figure 8) takes the
+output of 6e, in training only: average pool 5x5 with stride 3 (5x5), conv 1x1 with 128 filters, conv 5x5 with
+768 (1x1), dense.
 
-Departures from the paper, all made by the authors' code and kept in the public weights; the filters inside
-the modules are theirs too, the paper leaves them to a file beside its source, which was not consulted:
+Departures from the paper, all made by the authors' code and kept in the public weights:
 - table 1 has conv 3x3 with 80 filters, conv 3x3 with 192 and stride 2, conv 3x3 with 288, where the weights
   have conv 1x1, conv 3x3, max pool;
-- the modules of figure 5 have one 5x5 window where the figure has a 3x3;
-- module 6a has no 1x1 convolution before its single 3x3, and the side branch 768 filters in its 5x5
-  convolution (the paper's figures 10 and 8, as recalled, have one, and 1,024);
+- the modules of figure 5 have a 5x5 convolution where the figure has a 3x3;
+- module 6a has no 1x1 convolution before its single 3x3 (figure 10, as recalled, has one);
+- the 5x5 convolution of the side branch has 768 filters (figure 8, as recalled, has 1,024);
 - the modules of figure 5 have 256, 288 and 288 filters in all, where table 1 has 288 throughout;
 - there are four modules of figure 6, where section 6 has five after the reduction.
 
-Where the paper is silent: weights start from He et al.'s normal distribution (cut off at two standard
-deviations); batch normalisation has the public epsilon of 1e-3 and keeps 0.9 of its running statistics at
-each step; a fifth of the values drops out before the logits, as in the authors' training code (a half in
-torchvision); in the average pools inside the modules padding counts as zeros, as in torchvision (the
-authors' code leaves it out of the average). The last average pool is over the whole map (8x8 at 299 pixels),
-so that other image sizes work.
+The numbers of filters inside the modules follow the public weights too: the paper leaves them to a file that
+accompanies its source, which was not consulted.
+
+Where the paper is silent: weights are drawn from He et al.'s normal distribution (truncated at two standard
+deviations); batch normalisation has the public epsilon of 1e-3, and each step keeps 0.9 of its running
+statistics; dropout before the logits has rate 0.2, as in the authors' training code (0.5 in torchvision); the
+average pools inside the modules count padding as zeros, as in torchvision (the authors' code leaves it out of
+the average). The last average pool is over the whole map (8x8 at 299 pixels), so that other image sizes work.
 """
 
 import functools
@@ -56,19 +58,19 @@ from flax import linen as nn
 from cnn_cases.models.fast import max_pool
 from cnn_cases.models.layers import ConvUnit, Dropout, batch_norm, check_image_size
 
-# Filters of the pool projection in the modules of figure 5, and of the 7-pixel windows in those of figure 6.
+# Filters of the pool projection in the modules of figure 5, and `filters` of the modules of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}
 FIGURE_6 = {"6b": 128, "6c": 160, "6d": 160, "6e": 192}
 FIGURE_7 = ("7b", "7c")
 
 
 def avg_pool_same(x):
-    """3x3 average with stride 1, padding counted as zeros. [B, H, W, C] -> [B, H, W, C]."""
+    """3x3 average pooling with stride 1; padding counts as zeros. [B, H, W, C] -> [B, H, W, C]."""
     return nn.avg_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
 
 
 class Figure5Module(nn.Module):
-    """For the 35x35 maps: 1x1; 5x5; two 3x3 in a row; average and 1x1.
+    """For the 35x35 maps: 1x1; 5x5; two 3x3 in sequence; average pool and 1x1.
 
     Attributes:
       filters_pool: output channels of the pool projection.
@@ -95,7 +97,7 @@ class Figure5Module(nn.Module):
 
 
 class Figure10Module(nn.Module):
-    """From 35x35 to 17x17 maps: convolutions and a max pool of stride 2 side by side.
+    """From 35x35 to 17x17 maps: convolutions and a max pool, with stride 2, side by side.
 
     Attributes:
       unit: `ConvUnit` with the network's settings.
@@ -116,10 +118,10 @@ class Figure10Module(nn.Module):
 
 
 class Figure6Module(nn.Module):
-    """For the 17x17 maps: 7x7 windows as 1x7 and 7x1, once and twice.
+    """For the 17x17 maps: 7x7 convolutions factorised into 1x7 and 7x1, once and twice.
 
     Attributes:
-      filters: channels between the 7-pixel windows.
+      filters: channels between the 1x7 and 7x1 convolutions.
       unit: `ConvUnit` with the network's settings.
     """
 
@@ -146,7 +148,7 @@ class Figure6Module(nn.Module):
 
 
 class SecondReduction(nn.Module):
-    """From 17x17 to 8x8 maps: as figure 10, with 1x7 and 7x1 windows before one of the strided convolutions.
+    """From 17x17 to 8x8 maps: like figure 10, with 1x7 and 7x1 before one of the strided convolutions.
 
     Attributes:
       unit: `ConvUnit` with the network's settings.
@@ -169,7 +171,7 @@ class SecondReduction(nn.Module):
 
 
 class Figure7Module(nn.Module):
-    """For the 8x8 maps: 3x3 windows as 1x3 and 3x1 side by side, which makes the module wider.
+    """For the 8x8 maps: 3x3 convolutions split into 1x3 and 3x1 side by side, which widens the module.
 
     Attributes:
       unit: `ConvUnit` with the network's settings.
@@ -196,7 +198,7 @@ class Figure7Module(nn.Module):
 
 
 class SideBranch(nn.Module):
-    """A classifier on the last 17x17 map, for training (figure 8).
+    """An auxiliary classifier on the last 17x17 maps, used in training only (figure 8).
 
     Attributes:
       unit, dense: `ConvUnit` and `nn.Dense` with the network's settings.
@@ -220,10 +222,10 @@ class InceptionV3(nn.Module):
     """Inception-v3.
 
     Attributes:
-      side_branches: give the logits of the side branch too, in training.
+      side_branches: in training, also return the logits of the side branch.
       num_classes: length of the logits.
       dtype: compute type; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which the batch is split, None where it is not.
+      axis_name: the pmap axis over which the batch is split, None if it is not.
     """
 
     side_branches: bool = True
@@ -235,12 +237,12 @@ class InceptionV3(nn.Module):
     def __call__(self, x, train: bool):
         """image [B, H, W, C] -> logits [B, num_classes].
 
-        In training, with the side branch, a pair: the net's own logits and the side branch's.
+        In training with the side branch, returns a pair: the net's own logits and the side branch's.
 
         Raises:
-          ValueError: the image is smaller than 75x75, or than 299x299 where the side branch runs.
+          ValueError: the image is smaller than 75x75, or than 299x299 if the side branch runs.
         """
-        # The side branch's parameters have to exist although the initialising call is not a training call.
+        # Initialisation has to create the side branch's parameters, although it is not a training call.
         run_side = self.side_branches and (train or self.is_initializing())
         check_image_size("Inception-v3", x, 75)
         if run_side:

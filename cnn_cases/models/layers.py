@@ -1,4 +1,4 @@
-"""Layers that more than one architecture uses."""
+"""Layers that several architectures share."""
 
 import functools
 from typing import Any
@@ -10,29 +10,29 @@ from jax import lax
 
 from cnn_cases.models.fast import conv_general_dilated, max_pool, platform
 
-MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times what the papers have
+MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times as many as in the papers
 
 
-# `nn.Conv` that is quick on a CPU and on a GPU too.
+# `nn.Conv` that is fast on a CPU and on a GPU too.
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe, Szegedy 2015, algorithms 1 and 2), in few passes over the maps.
 
-    Variable names, and results up to rounding, are those of `nn.BatchNorm`. That subtracts the mean first and
-    keeps the difference for the gradient. Here each channel has one factor and one summand, and the input is
-    kept, in float32. Rounding is coarser where a channel's mean is large beside its standard deviation. Like
-    that of `nn.BatchNorm`, the running variance averages the biased variances of the batches; the paper's
-    algorithm 2 multiplies it by m / (m - 1), for batches of m values of a channel.
+    Variable names, and results up to rounding, are those of `nn.BatchNorm`, which subtracts the mean first
+    and keeps the difference for the gradient. This layer applies one factor and one summand to each channel
+    and keeps the input, in float32. Rounding errors are larger if a channel's mean is large compared with its
+    standard deviation. As in `nn.BatchNorm`, the running variance averages the biased variances of the
+    batches; the paper's algorithm 2 multiplies it by m / (m - 1), for batches of m values of a channel.
 
     Attributes:
       use_running_average: normalise by the running statistics, as in evaluation.
       epsilon: added to the variance.
-      momentum: share of the running statistics that each step keeps.
-      dtype: type of the result; statistics, and the arithmetic, are float32.
-      axis_name: the pmap axis over which the statistics are taken, None for this device's alone.
-      scale_init: initialiser of the factors.
+      momentum: fraction of the running statistics that each step keeps.
+      dtype: type of the result; statistics and arithmetic are float32.
+      axis_name: the pmap axis over which the statistics are taken, None for this device's batch alone.
+      scale_init: initialiser of the scale.
     """
 
     use_running_average: bool
@@ -57,7 +57,7 @@ class BatchNorm(nn.Module):
             axes = tuple(range(x.ndim - 1))
             moments = x.mean(axes), jnp.square(x).mean(axes)
             starts = self.is_initializing()
-            # One device has nothing to synchronise, and XLA would not leave that out.
+            # One device has nothing to synchronise, but XLA would not remove the `pmean`.
             if self.axis_name and not starts and lax.axis_size(self.axis_name) > 1:
                 moments = lax.pmean(jnp.stack(moments), self.axis_name)
             mean, mean_of_squares = moments
@@ -70,14 +70,14 @@ class BatchNorm(nn.Module):
 
 
 def batch_norm(*, train, epsilon, dtype, axis_name):
-    """`BatchNorm` with the settings that all of a network have."""
+    """Returns `BatchNorm` with the settings that all norms of a network share."""
     return functools.partial(
         BatchNorm, use_running_average=not train, epsilon=epsilon, dtype=dtype, axis_name=axis_name
     )
 
 
 def check_image_size(network, x, smallest):
-    """Raises ValueError where images x [B, H, W, C] have a side below `smallest` pixels."""
+    """Raises ValueError if images x [B, H, W, C] have a side below `smallest` pixels."""
     height, width = x.shape[1:3]
     if min(height, width) < smallest:
         raise ValueError(
@@ -87,7 +87,7 @@ def check_image_size(network, x, smallest):
 
 
 def check_dense_features(number):
-    """Raises ValueError where hidden dense layers cannot have so many features."""
+    """Raises ValueError unless `number` is allowed for the features of hidden dense layers."""
     if not 1 <= number <= MAX_DENSE_FEATURES:
         raise ValueError(f"model.dense_features = {number} must be between 1 and {MAX_DENSE_FEATURES}")
 
@@ -96,7 +96,7 @@ def halving_max_pool(x, window=3):
     """Max pooling with stride 2 that halves a map, as in Caffe and cuda-convnet: 112 -> 56 -> 28 -> 14 -> 7.
 
     [B, H, W, C] -> [B, H // 2, W // 2, C] with the 3x3 window, [B, ceil(H / 2), ceil(W / 2), C] with 2x2. The
-    last window may reach one pixel over the lower and right edge; that is padding and never the maximum.
+    last window may extend one pixel beyond the lower and right edges; this padding is never the maximum.
     """
     return max_pool(x, (window, window), (2, 2), padding=((0, 1), (0, 1)))
 
@@ -104,9 +104,9 @@ def halving_max_pool(x, window=3):
 def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
     """Local response normalisation across channels (Krizhevsky et al. 2012, section 3.3).
 
-    b_i = a_i / (k + alpha * sum of a_j^2)^beta, where j runs over the `n` channels centred on i, or as many
-    of them as there are. `alpha` multiplies the sum as in the paper; Caffe and PyTorch multiply the mean, so
-    that their alpha is `n` times the paper's.
+    b_i = a_i / (k + alpha * sum of a_j^2)^beta, where j runs over the `n` channels centred on i, as far as
+    they exist. `alpha` multiplies the sum, as in the paper; Caffe and PyTorch multiply the mean, so their
+    alpha is `n` times the paper's.
 
     Args:
       x: [..., C], of any float type. The sum is taken in float32: squares lose too much in bfloat16.
@@ -117,14 +117,14 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
     """
     assert n % 2 == 1, n
     a = x.astype(jnp.float32)
-    # A sum over windows of channels: the gradient of n shifted copies takes four times as long on a CPU.
+    # Not a sum of n shifted copies: its gradient takes four times as long on a CPU.
     ones, zeros = (1,) * (x.ndim - 1), ((0, 0),) * (x.ndim - 1)
     squares = lax.reduce_window(
         a * a, 0.0, lax.add, (*ones, n), window_strides=(*ones, 1), padding=(*zeros, (n // 2, n // 2))
     )
     normalised = (a * (k + alpha * squares) ** -beta).astype(x.dtype)
     if platform() == "gpu":
-        # Or XLA may compute the power again for each cell of each window of a pooling that follows.
+        # Otherwise XLA may recompute the power for each cell of each window of a pooling that follows.
         normalised = lax.optimization_barrier(normalised)
     return normalised
 
@@ -132,13 +132,13 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
 class Dropout(nn.Module):
     """Dropout (Hinton et al. 2012), scaled in training, with a mask independent of the number of devices.
 
-    The mask of an example is a function of the `dropout` key and of the example's position in the
-    global batch, so a batch that is split over devices is masked as if it were whole. `nn.Dropout`
-    would give every device the same mask.
+    The mask of an example is a function of the `dropout` key and of the example's position in the global
+    batch, so splitting a batch over devices does not change its masks. `nn.Dropout` would give every device
+    the same mask.
 
     Attributes:
-      rate: the probability with which a value is set to zero, in [0, 1).
-      axis_name: the pmap axis over which the batch is split, None where it is not.
+      rate: the probability of setting a value to zero, in [0, 1).
+      axis_name: the pmap axis over which the batch is split, None if it is not.
     """
 
     rate: float
@@ -146,7 +146,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        """[B, ...] -> [B, ...]; the identity unless `train`. Raises ValueError for another rate."""
+        """[B, ...] -> [B, ...]; the identity unless `train`. Raises ValueError if `rate` is not in [0, 1)."""
         if not 0 <= self.rate < 1:
             raise ValueError(f"the rate of {self.name or 'Dropout'}, {self.rate}, must be in [0, 1)")
         if not train or self.rate == 0:
@@ -160,15 +160,15 @@ class Dropout(nn.Module):
 
 
 class ConvUnit(nn.Module):
-    """A convolution, batch normalisation where the network has it, and ReLU.
+    """A convolution, batch normalisation if the network has it, and ReLU.
 
     Attributes:
       filters: output channels.
       kernel_size: height and width.
       stride: in both directions.
-      padding: zero pixels above and below, and left and right; None for half the window, with which an odd
-        window at stride 1 keeps the size of the map.
-      norm: `BatchNorm` with the network's settings, in place of biases; None for biases.
+      padding: zero pixels on each side, (vertical, horizontal); None for half the kernel size, with which an
+        odd kernel at stride 1 keeps the size of the map.
+      norm: `BatchNorm` with the network's settings, which replaces the biases; None for biases.
       dtype: compute type; parameters are float32.
     """
 

@@ -1,8 +1,8 @@
-"""LeNet-5, as the lecture draws it and as the paper of 1998 has it.
+"""LeNet-5, as the lecture draws it and as the 1998 paper describes it.
 
 LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998.
 
-`LeNet5`, the lecture's:
+`LeNet5`, the lecture's net:
 
     layer        output      parameters
     image        32x32x1
@@ -15,10 +15,10 @@ LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document rec
     dense        10                 850     61,706 in all
 
 Departures from the paper, as in the lecture: plain average pooling instead of trainable subsampling, a full
-second convolution instead of the connection table, softmax instead of the RBF output. And ReLU, where the
-slide recalls the sigmoid and tanh of the time.
+second convolution instead of the connection table, softmax instead of the RBF output. The activation function
+is ReLU, where the slide recalls the sigmoid and tanh of the time.
 
-`LeNet5Original`, the paper's (section II.B and figure 2):
+`LeNet5Original`, the paper's net (section II.B and figure 2):
 
     layer                     output      parameters                    connections
     image                     32x32x1
@@ -33,11 +33,11 @@ slide recalls the sigmoid and tanh of the time.
 
 Every layer up to and including F6 ends in the squashing function 1.7159 tanh(2x / 3). The paper scales
 pixels so that the background is -0.1 and the ink 1.175, which makes their mean about 0 and their variance
-about 1: that belongs to the data, and this model takes the pixels as they come.
+about 1. That is preprocessing; this model takes the pixels as they are.
 
-Departures from the paper: the ten bitmap codes are drawn for this project, after the paper's figure 3 but not
-pixel for pixel. The paper's initialisation (appendix A) is silent on biases: they are drawn like the weights
-of their unit, and the fan-in does not count them.
+Departures from the paper: the ten bitmap codes were drawn for this project, after the paper's figure 3 but
+not pixel for pixel. The paper's initialisation (appendix A) is silent on biases: they are drawn like the
+weights of their unit, and the fan-in does not count them.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ C3_INPUTS = (
     (0, 1, 2, 3, 4, 5),
 )
 
-# The digits 0 to 9, each 7 wide and 12 high; no two differ in fewer than 20 of their 84 pixels.
+# The digits 0 to 9, each 7 pixels wide and 12 high; any two differ in at least 20 of their 84 pixels.
 BITMAPS = """
     ..###.. ...##.. .#####. ######. ....##. ####### ....### ####### .#####. ..###..
     .##.##. ..###.. ##...## #...### ...###. ####### ..###.. ####### ##...## .##.##.
@@ -89,7 +89,7 @@ BITMAPS = """
 
 
 def digit_codes():
-    """The bitmaps as the RBF units' centres: [10, 84] float32, ink +1 and paper -1, row after row."""
+    """Returns the bitmaps as the RBF units' centres: [10, 84] float32, row by row, ink +1, background -1."""
     rows = [line.split() for line in BITMAPS.strip().splitlines()]
     bitmaps = zip(*rows, strict=True)
     return np.array(
@@ -103,7 +103,7 @@ def squash(x):
 
 
 def uniform_by_fan_in(fan_in):
-    """An initialiser, uniform in +-2.4 / fan_in (appendix A); an array `fan_in` broadcasts to the shape."""
+    """Returns an initialiser, uniform in +-2.4 / fan_in (appendix A); an array `fan_in` is broadcast."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1, 1) * (2.4 / jnp.asarray(fan_in, dtype))
@@ -142,7 +142,7 @@ class LeNet5(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """Sums of 2x2 pixels, each map times its trainable coefficient plus its trainable bias (S2 and S4).
+    """Sums 2x2 pixels, then applies a trainable coefficient and a trainable bias to each map (S2 and S4).
 
     Attributes:
       dtype: compute type; parameters are float32.
@@ -180,7 +180,7 @@ class TableConv(nn.Module):
         kernel = self.param("kernel", uniform_by_fan_in(fan_in[targets]), (5, 5, len(sources)))
         bias = self.param("bias", uniform_by_fan_in(fan_in), (len(self.inputs),))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        # One ordinary convolution, with zeros for the missing connections, in place of sixteen.
+        # One ordinary convolution, with zeros for the missing connections, instead of sixteen.
         dense = jnp.zeros((5, 5, x.shape[-1], len(self.inputs)), kernel.dtype)
         dense = dense.at[:, :, sources, targets].set(kernel)
         layout = ("NHWC", "HWIO", "NHWC")
@@ -191,7 +191,7 @@ class RBF(nn.Module):
     """Euclidean radial basis function units, y_i = sum_j (x_j - w_ij)^2, with the digits' codes as w (eq. 7).
 
     Attributes:
-      num_classes: number of units, for the digits from 0 on.
+      num_classes: number of units, one for each digit from 0 up.
     """
 
     num_classes: int
@@ -200,18 +200,18 @@ class RBF(nn.Module):
     def __call__(self, x):
         """[B, 84] -> penalties [B, num_classes], float32.
 
-        A penalty is about 84 at the start, where bfloat16 has steps of a half: too coarse to tell two
-        digits apart, so that the distances are taken and returned in float32.
+        A penalty is about 84 initially, where bfloat16 has steps of 0.5: too coarse to tell two digits apart,
+        so the distances are computed and returned in float32.
         """
         codes = digit_codes()[: self.num_classes]
         return jnp.sum((x.astype(jnp.float32)[:, None] - codes) ** 2, axis=-1)
 
 
 class LeNet5Original(nn.Module):
-    """The LeNet-5 of 1998.
+    """The LeNet-5 of the 1998 paper.
 
     Attributes:
-      num_classes: length of the logits, at most 10: there is a code for each digit.
+      num_classes: length of the logits, at most 10, since only the ten digits have codes.
       dtype: compute type up to F6; the logits are float32, and so are the parameters.
     """
 
@@ -220,9 +220,9 @@ class LeNet5Original(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        """image [B, 32, 32, C] -> logits [B, num_classes], MINUS the RBF penalties.
+        """image [B, 32, 32, C] -> logits [B, num_classes], the negative RBF penalties.
 
-        The closest code has the smallest penalty, hence the largest logit.
+        The closest code has the smallest penalty and so the largest logit.
 
         Raises:
           ValueError: the image is not 32x32, or there are more classes than codes.

@@ -23,12 +23,12 @@ published definitions: mavenlin/cuda-convnet (NIN/cifar-10_def) for the first, C
                                                    average             1000
                                        966,986                                       7,595,176
 
-Dropout of one half precedes the second and third mlpconv of cifar, and the fourth of imagenet. ReLU follows
-every convolution, even the last, so no logit is negative. Weights start normal, with the standard deviations
-of the authors' definitions; biases start at 0.
+Dropout with rate 0.5 precedes the second and third mlpconv of cifar, and the fourth of imagenet. ReLU follows
+every convolution, even the last, so no logit is negative. Weights are drawn from normal distributions with
+the standard deviations of the authors' definitions; biases are initialised to 0.
 
-Departures: none in the nets. Global average pooling takes the map whatever its size, where the definitions
-name 8x8 and 6x6, so the nets take other image sizes with the same parameters.
+Departures: none in the nets. Global average pooling accepts maps of any size, where the definitions fix 8x8
+and 6x6, so the nets accept other image sizes with the same parameters.
 """
 
 from typing import Any, NamedTuple
@@ -45,8 +45,9 @@ class MLPConv(nn.Module):
 
     Attributes:
       filters: channels of the three convolutions.
-      kernel_size: side of the spatial convolution's square kernel; `stride` and `padding` are also its.
-      stds: standard deviation of the three convolutions' weights at the start.
+      kernel_size: side of the spatial convolution's square kernel.
+      stride, padding: of the spatial convolution.
+      stds: standard deviations of the three convolutions' initial weights.
       dtype: compute type; parameters are float32.
     """
 
@@ -73,14 +74,14 @@ class MLPConv(nn.Module):
 
 
 class Stage(NamedTuple):
-    """An MLPConv and what goes before it; a pooling stands between two stages."""
+    """An MLPConv and the dropout before it; max pooling separates the stages."""
 
-    filters: tuple[int, ...]  # the last stage has two: its third layer has a channel for each class
+    filters: tuple[int, ...]  # two in the last stage, whose third layer has a channel for each class
     kernel_size: int
     stride: int
     padding: int
     stds: tuple[float, float, float]
-    dropout: bool  # drop half of what enters
+    dropout: bool  # drop half of the input
 
 
 VARIANTS = {
@@ -97,8 +98,8 @@ VARIANTS = {
     ),
 }
 
-# Side of the smallest image that leaves a pixel after the poolings, each of which halves: 4 for two of them;
-# 8 for three, which the first convolution makes from 7 * 4 + 11.
+# Side of the smallest image that leaves a pixel after the poolings, each of which halves the map. Two of them
+# need 4 pixels; three need 8, for which the first convolution needs 7 * 4 + 11 = 39.
 SMALLEST = {"cifar": 4, "imagenet": 39}
 
 
@@ -109,7 +110,7 @@ class NIN(nn.Module):
       variant: a key of VARIANTS.
       num_classes: length of the logits.
       dtype: compute type; parameters are float32.
-      axis_name: the pmap axis over which the batch is split, None where it is not.
+      axis_name: the pmap axis over which the batch is split, None if it is not.
     """
 
     variant: str = "cifar"

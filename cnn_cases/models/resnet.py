@@ -2,7 +2,7 @@
 
 He, Zhang, Ren, Sun, "Deep residual learning for image recognition", 2015, unless another paper is named.
 
-`ResNet`, for ImageNet (table 1), in blocks a stage:
+`ResNet`, for ImageNet (table 1), with the number of blocks in each stage:
 
     layer               output   18     34     50          101         152
     conv 7x7, stride 2  112x112
@@ -33,39 +33,40 @@ and 512 filters; the last convolution of a bottleneck block has four times as ma
 then global average pooling and a dense layer. Parameters, with option A: 269,722 at depth 20, 464,154 at 32,
 658,586 at 44, 853,018 at 56, 1,727,962 at 110, 19,421,274 at 1202. Option B adds 2,752.
 
-In both, batch normalisation follows every convolution, and the first block of every stage but the first has
-stride 2. A plain net is the same net without the additions (section 3.3). With shortcut option A it has the
-same parameters under the same names, so that both start from the same values: 11,515,688 for plain-18 and
-21,623,848 for plain-34. Option B adds its projections, 64*128 + 128*256 + 256*512 weights, and their norms,
-2 * (128 + 256 + 512).
+In both networks, batch normalisation follows every convolution, and the first block of every stage except
+the first has stride 2. A plain net, or plain twin, is the same net without the additions (section 3.3). It
+has the same parameters, under the same names, as the residual net with shortcut option A, so both start from
+the same initial values. Plain-18 has 11,515,688 parameters, plain-34 has 21,623,848. Option B adds 64*128 +
+128*256 + 256*512 weights of projections and 2 * (128 + 256 + 512) parameters of their norms.
 
 `PreactCifarResNet`, of depth 9n + 2 (He, Zhang, Ren, Sun, "Identity mappings in deep residual networks",
-2016): the same maps, in stages of n bottleneck blocks with 16, 32 and 64 filters, hence 64, 128 and 256
-channels. Norm and ReLU precede a block's convolutions; one more pair follows the last block. Parameters:
+2016): maps of the same sizes, in stages of n bottleneck blocks with 16, 32 and 64 filters, hence 64, 128 and
+256 channels. Norm and ReLU precede each convolution of a block; one more pair follows the last block.
+Parameters:
 
            stem    stage 1      stage 2      stage 3    norm    dense        in all
     164     432     81,952      326,272    1,291,520     512    2,570     1,703,258
     1001    432    504,544    1,980,928    7,838,720     512    2,570    10,327,706 (10,178,490 without norms)
 
-Very deep nets: `scan_blocks=True` runs blocks 2 to n of each stage of a CIFAR net as one `nn.scan`, so that a
-stage compiles two blocks, whatever its depth. Their parameters and statistics are then stacked along a new
-first axis, block 2 first: `stage1_blocks/conv1/kernel [n-1, 3, 3, 16, 16]` in place of
-`stage1_block2/conv1/kernel` to `stage1_block{n}/conv1/kernel`, each [3, 3, 16, 16]. The net computes the same
-from the same values, but draws others from the same key. A training step of `CifarResNet` at 8x8 pixels and
-batch 8, traced and compiled, then run, on two CPU cores, 2026-11-28:
+Very deep nets: `scan_blocks=True` runs blocks 2 to n of each stage of a CIFAR net as one `nn.scan`, so XLA
+compiles two blocks for a stage of any depth. Their parameters and statistics are then stacked along a new
+first axis, block 2 first: `stage1_blocks/conv1/kernel [n-1, 3, 3, 16, 16]` replaces
+`stage1_block2/conv1/kernel` to `stage1_block{n}/conv1/kernel`, each [3, 3, 16, 16]. From the same parameters,
+the net computes the same; from the same key, it draws other initial values. Times to trace and compile a
+training step of `CifarResNet` at 8x8 pixels and batch size 8, and to run it, on two CPU cores, 2026-11-28:
 
     depth                   20       110     1202
-    unrolled  compile    4.7 s    17.2 s     about 170 s, an estimate: 0.28 s a block
+    unrolled  compile    4.7 s    17.2 s     about 170 s, estimated at 0.28 s a block
               step      3.5 ms     22 ms     not measured
     scanned   compile    5.8 s     6.8 s     6.6 s
               step      4.3 ms     25 ms     0.32 s
 
-Departures from the papers: none in the networks, with their default fields. Where the papers are silent:
-batch normalisation has fb.resnet.torch's epsilon of 1e-5 and running statistics that keep 0.9 at each step
-(the authors' released models average exactly, after training); the dense layer is initialised like the
+Departures from the papers: none in the networks with their default fields. Where the papers are silent: batch
+normalisation has fb.resnet.torch's epsilon of 1e-5, and each step keeps 0.9 of its running statistics (the
+authors' released models average exactly, after training); the dense layer is initialised like the
 convolutions; a pre-activation block has its stride, and a projection without a norm, where the authors' code
-(KaimingHe/resnet-1k-layers) has them. Beyond the papers, only on request: stride placement "v1.5", zero last
-gammas, plain nets of bottleneck blocks.
+(KaimingHe/resnet-1k-layers) has them. Options beyond the papers, off by default: stride placement "v1.5",
+zero initial values of the last gammas, plain nets of bottleneck blocks.
 """
 
 import functools
@@ -96,13 +97,13 @@ gaussian_he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def make_layers(train, dtype, axis_name):
-    """`Conv` and `BatchNorm` with the settings that every network of this file shares."""
+    """Returns `Conv` and `BatchNorm` with the settings that all networks in this file share."""
     conv = functools.partial(Conv, use_bias=False, kernel_init=gaussian_he, dtype=dtype)
     return conv, batch_norm(train=train, epsilon=1e-5, dtype=dtype, axis_name=axis_name)
 
 
 def check_shortcut(shortcut, plain):
-    """Raises ValueError if `shortcut` is unknown, or is one that a plain net has no use for."""
+    """Raises ValueError if `shortcut` is unknown, or if it is not "A" in a plain net."""
     checks.one_of("model.shortcut", shortcut, SHORTCUTS)
     if plain and shortcut != "A":
         raise ValueError(
@@ -111,7 +112,7 @@ def check_shortcut(shortcut, plain):
 
 
 def identity_shortcut(x, filters, stride):
-    """Option A: every `stride`-th pixel, new channels zero. [B, H, W, C] -> [B, H', W', filters]."""
+    """Option A: every `stride`-th pixel, padded with zero channels. [B, H, W, C] -> [B, H', W', filters]."""
     x = x[:, ::stride, ::stride]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])))
 
@@ -119,7 +120,7 @@ def identity_shortcut(x, filters, stride):
 def shortcut_branch(x, filters, stride, shortcut, conv, norm):
     """The shortcut's term of a block's sum, by option `shortcut`. [B, H, W, C] -> [B, H', W', filters].
 
-    Call it inside the block, which then owns the `projection` and `projection_norm`, if there are any.
+    Call it inside the block, which then owns `projection` and `projection_norm` if they exist.
     """
     changes_shape = stride != 1 or x.shape[-1] != filters
     if shortcut == "C" or (shortcut == "B" and changes_shape):
@@ -129,7 +130,7 @@ def shortcut_branch(x, filters, stride, shortcut, conv, norm):
 
 
 def last_gamma(zero):
-    """The initialiser of the scale of a block's last norm: ones, or zeros to start as the identity."""
+    """Returns the initialiser of a block's last scale: ones, or zeros, so that it starts as the identity."""
     return nn.initializers.zeros if zero else nn.initializers.ones
 
 
@@ -140,9 +141,9 @@ class BasicBlock(nn.Module):
       filters: channels of both convolutions.
       stride: of the first convolution.
       shortcut: a key of SHORTCUTS (section 4.1).
-      plain: leave the shortcut and its addition out.
+      plain: omit the shortcut and its addition.
       conv, norm: `Conv` and `BatchNorm` with the network's settings.
-      zero_init_last_gamma: start the last norm's scale at zero.
+      zero_init_last_gamma: initialise the last norm's scale to zero.
     """
 
     filters: int
@@ -210,19 +211,19 @@ IMAGENET_DEPTHS = {
 
 
 class ResNet(nn.Module):
-    """The ImageNet network, residual or plain. Any image size will do; the paper's is 224x224.
+    """The ImageNet network, residual or plain, for images of any size; the paper's are 224x224.
 
     Attributes:
       depth: number of weighted layers: 18, 34, 50, 101 or 152.
-      plain: leave the shortcuts out.
-      shortcut: a key of SHORTCUTS; a plain net has only option A, which has no parameters.
-      stride_placement: a key of STRIDE_PLACEMENTS. Depths 18 and 34, which have no bottleneck blocks, are
-        the same with either.
-      zero_init_last_gamma: start the scale of each block's last norm at zero, so that every block starts as
-        the identity (Goyal et al. 2017, section 5.1).
+      plain: omit the shortcuts.
+      shortcut: a key of SHORTCUTS; a plain net allows only option A, which has no parameters.
+      stride_placement: a key of STRIDE_PLACEMENTS. It makes no difference at depths 18 and 34,
+        which have no bottleneck blocks.
+      zero_init_last_gamma: initialise the scale of each block's last norm to zero, so that every block starts
+        as the identity (Goyal et al. 2017, section 5.1).
       num_classes: length of the logits.
       dtype: compute type; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which batch statistics are taken, None for this device's alone.
+      axis_name: the pmap axis over which batch statistics are taken, None for this device's batch alone.
     """
 
     depth: int = 50
@@ -239,8 +240,8 @@ class ResNet(nn.Module):
         """image [B, H, W, C] -> logits [B, num_classes].
 
         Raises:
-          ValueError: `depth`, `shortcut` or `stride_placement` is unknown, or a plain net is asked for
-            projections or for last gammas of zero.
+          ValueError: `depth`, `shortcut` or `stride_placement` is unknown, or a plain net has projections or
+            zero initial last gammas.
         """
         checks.one_of("model.depth", self.depth, IMAGENET_DEPTHS)
         check_shortcut(self.shortcut, self.plain)
@@ -277,7 +278,7 @@ class PreactBlock(nn.Module):
     """A bottleneck block whose norms and ReLUs come before its convolutions (He et al. 2016, figure 4e).
 
     Where the shape changes, the shortcut is a projection of the activated input; elsewhere it is the
-    identity, untouched by norm or ReLU from the block's input to its sum.
+    identity, with no norm or ReLU between the block's input and its sum.
 
     Attributes:
       filters: channels of the first two convolutions; the third has four times as many.
@@ -305,10 +306,10 @@ class PreactBlock(nn.Module):
 
 
 def cifar_blocks_per_stage(depth, layers):
-    """The n of depth = layers * n + 2.
+    """Returns the n for which depth = layers * n + 2.
 
     Raises:
-      ValueError: there is none, or the depth is above MAX_DEPTH.
+      ValueError: no such n exists, or the depth is above MAX_DEPTH.
     """
     if depth > MAX_DEPTH:
         raise ValueError(
@@ -324,7 +325,7 @@ def cifar_blocks_per_stage(depth, layers):
 
 
 def cifar_stages(x, block, blocks_per_stage, scan_blocks):
-    """The three stages of a CIFAR network, of blocks made by `block`; call it inside the network.
+    """Applies the three stages of a CIFAR network, with blocks made by `block`; call it inside the network.
 
     [B, H, W, 16] -> [B, ceil(H / 4), ceil(W / 4), C], with C = 64 for basic blocks and 256 for bottlenecks.
     """
@@ -345,16 +346,16 @@ def cifar_stages(x, block, blocks_per_stage, scan_blocks):
 
 
 class CifarResNet(nn.Module):
-    """The network of depth 6n + 2, residual or plain.
+    """The CIFAR network of depth 6n + 2, residual or plain.
 
     Attributes:
       depth: number of weighted layers: 8, 14, 20, ..., 1202.
-      plain: leave the shortcuts out.
-      shortcut: a key of SHORTCUTS; a plain net has only option A, which has no parameters.
-      scan_blocks: run the equal blocks of a stage as one scan, as the head of this file describes.
+      plain: omit the shortcuts.
+      shortcut: a key of SHORTCUTS; a plain net allows only option A, which has no parameters.
+      scan_blocks: run blocks 2 to n of each stage as one scan (see the module's docstring).
       num_classes: length of the logits.
       dtype: compute type; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which batch statistics are taken, None for this device's alone.
+      axis_name: the pmap axis over which batch statistics are taken, None for this device's batch alone.
     """
 
     depth: int = 20
@@ -370,7 +371,7 @@ class CifarResNet(nn.Module):
         """image [B, H, W, C] -> logits [B, num_classes].
 
         Raises:
-          ValueError: `depth` is not 6n + 2, `shortcut` is unknown, or a plain net is asked for projections.
+          ValueError: `depth` is not 6n + 2, `shortcut` is unknown, or a plain net has projections.
         """
         blocks_per_stage = cifar_blocks_per_stage(self.depth, 6)
         check_shortcut(self.shortcut, self.plain)
@@ -384,14 +385,14 @@ class CifarResNet(nn.Module):
 
 
 class PreactCifarResNet(nn.Module):
-    """The pre-activation network of depth 9n + 2, of bottleneck blocks.
+    """The pre-activation CIFAR network of depth 9n + 2, of bottleneck blocks.
 
     Attributes:
       depth: number of weighted layers: 11, 20, 29, ..., 164, ..., 1001.
       scan_blocks: as in CifarResNet.
       num_classes: length of the logits.
       dtype: compute type; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which batch statistics are taken, None for this device's alone.
+      axis_name: the pmap axis over which batch statistics are taken, None for this device's batch alone.
     """
 
     depth: int = 164

@@ -14,19 +14,20 @@ Simonyan, Zisserman, "Very deep convolutional networks for large-scale image rec
     parameters           A 132,863,336   B 133,047,848   C 133,638,952   D 138,357,544   E 143,667,240
     with batch norm      A 132,868,840   B 133,053,736   C 133,647,400   D 138,365,992   E 143,678,248
 
-A digit is the side of a convolution's square kernel; a 2x2 max pooling ends each stage. ReLU follows every
-layer but the last; half of the hidden dense units drop out. A-LRN is A with local response normalisation
-after its first layer. D and E are the nets known as VGG-16 and VGG-19.
+Each digit is the side of a convolution's square kernel; a 2x2 max pooling ends each stage. ReLU follows every
+convolution and every dense layer except the last; dropout with rate 0.5 follows each hidden dense layer.
+A-LRN is A with local response normalisation after its first layer. D and E are known as VGG-16 and VGG-19.
 
 The dense layers are convolutions: the first has a kernel as large as the last maps (7x7 for images of 224
-pixels), the others 1x1. At that image size this is the dense layer, number for number. A larger image gives
-a map of class scores, which is averaged over space (section 3.2, "dense evaluation").
+pixels), the others 1x1. At that image size, this is the same as dense layers, number for number. A larger
+image gives a map of class scores, which is averaged over space (section 3.2, "dense evaluation").
 
-Departures from the paper: weights start as Glorot and Bengio (2010) draw them, uniformly, and biases at 0.
-The paper trained A from normal weights and started the deeper nets from a trained A; its authors found later
-that Glorot's way makes that unnecessary (section 3.1). Batch normalisation, younger than the paper, stands
-between a convolution, which keeps its bias, and its ReLU, as in the widespread public weights (torchvision);
-its epsilon is 1e-5, and it keeps 0.9 of its running statistics at each step.
+Departures from the paper: weights have Glorot and Bengio's uniform initialisation (2010), and biases are
+initialised to 0. The paper trained A from normally distributed weights and initialised the deeper nets from a
+trained A; its authors found later that Glorot's initialisation makes that unnecessary (section 3.1).
+Batch normalisation, which is newer than the paper, comes between a convolution, which keeps its bias, and its
+ReLU, as in the widely used public weights (torchvision); its epsilon is 1e-5, and each step keeps 0.9 of its
+running statistics.
 """
 
 import functools
@@ -63,9 +64,9 @@ glorot = nn.initializers.glorot_uniform()
 
 
 def glorot_dense(key, shape, dtype):
-    """Initialises a convolution [h, w, C, F] as the dense layer of h * w * C inputs that it stands for.
+    """Initialises a convolution [h, w, C, F] as the dense layer of h * w * C inputs that it represents.
 
-    Glorot's rule for a convolution would count h * w times the fan-out, and start the weights too small.
+    Glorot's rule for a convolution would multiply the fan-out by h * w and make the weights too small.
     """
     *window, features = shape
     return glorot(key, (math.prod(window), features), dtype).reshape(shape)
@@ -77,12 +78,12 @@ class VGG(nn.Module):
     Attributes:
       variant: a key of VARIANTS.
       batch_norm: normalise the output of every convolution.
-      image_size: side of the square training images, pixels, at least 32; it sets the size of the first
-        dense layer, `image_size // 32` squared. Images may then be larger, and as small as that layer allows.
+      image_size: side of the square training images, in pixels, at least 32. It sets the side of the first
+        dense layer's kernel, `image_size // 32`. Images may be larger, or as small as that kernel allows.
       dense_features: units of each hidden dense layer.
       num_classes: length of the logits.
       dtype: compute type; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which the batch is split, None where it is not.
+      axis_name: the pmap axis over which the batch is split, None if it is not.
     """
 
     variant: str = "D"
@@ -98,7 +99,7 @@ class VGG(nn.Module):
         """image [B, H, W, C] -> logits [B, num_classes], averaged over the score map if there is one.
 
         Raises:
-          ValueError: `variant` is unknown, `image_size` is below 32, `dense_features` is impossible, or
+          ValueError: `variant` is unknown, `image_size` is below 32, `dense_features` is out of range, or
             the image is too small for the first dense layer.
         """
         checks.one_of("model.variant", self.variant, VARIANTS)
