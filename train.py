@@ -1,11 +1,11 @@
 """Trains one network: `python train.py --config=configs/lenet5_digits.py --workdir=runs/lenet5`.
 
-Every key of the config can be overridden: `--config.optimizer.learning_rate=0.01`. A second start with the
-same workdir resumes. `cnn_cases/command.py` lists the exit codes.
+Any key of the config can be overridden: `--config.optimizer.learning_rate=0.01`. Starting again with the same
+workdir resumes the run. `cnn_cases/command.py` lists the exit codes.
 
-Several processes can do one training, on one host or on many: start the same command on each, by `srun` or
-`mpirun`, or on every host of a TPU pod (on Compute Engine with --distributed=on); or name the three flags
-that JAX needs to know.
+Several processes can share one training run, on one host or on many. Start the same command for each process,
+by `srun`, by `mpirun`, or on every host of a TPU pod (on Compute Engine with --distributed=on); or set the
+three flags --coordinator_address, --num_processes and --process_id.
 """
 
 from absl import flags
@@ -35,7 +35,7 @@ _MEETING = flags.DEFINE_integer(
 
 
 def main():
-    """Trains, or goes on, as the flags say."""
+    """Trains, or resumes, according to the flags."""
     processes.join(
         _DISTRIBUTED.value,
         coordinator_address=_COORDINATOR.value,

@@ -1,14 +1,15 @@
-"""What the command lines share: a user's mistake becomes one message and an exit code.
+"""Code shared by the command lines: a user's mistake becomes one message and an exit code.
 
-0     done
-1     an error of this project or of a package, with its traceback
+0     success
+1     an error in this project or in a package, with its traceback
 2     bad input
-3     the training diverged
-4     another process of the same training died, fell silent, left it or never came; JAX, where it sees that
-      first, aborts with 134
-130   SIGINT (Ctrl-C) came, and all is saved; but where a second one, 2 s later or more, ended that
-140   SIGUSR2 (a scheduler's warning) came, likewise
-143   SIGTERM came, likewise
+3     the run diverged
+4     another process of the same run died, stopped responding, left or never joined; if JAX detects that
+      first, it aborts with 134
+130   SIGINT (Ctrl-C) arrived, and everything is saved, unless a second SIGINT, 2 s later or more, ended the
+      saving
+140   SIGUSR2 (a scheduler's warning) arrived, likewise
+143   SIGTERM arrived, likewise
 """
 
 import contextlib
@@ -36,7 +37,7 @@ _DETERMINISTIC = flags.DEFINE_bool(
     "Leave out what on a GPU gives other bits each time; see devices.make_deterministic.",
 )
 
-# What absl and ml_collections say of flags, and what is told instead.
+# Messages of absl and ml_collections about flags, and plainer replacements.
 _PLAINER = (
     (
         r"flag --config=(\S+?):(\S*): .*get_config\(\) takes 0 positional arguments.*",
@@ -54,17 +55,17 @@ _PLAINER = (
     (r"Configuration is not available .*Is a directory: '(.*)'", r"--config=\1 is a directory, and no file"),
 )
 
-# Seconds to wait for the other processes of a training: where all end, for process 0 to have saved; after an
-# error, which may be of one process alone, not long.
+# Seconds to wait for the other processes of a run: if all end, long enough for process 0 to save; after an
+# error, which may affect one process alone, not long.
 _ALL_END, _MAY_BE_ALONE = 600, 3
 
 
 def run(main, takes_files=False):
-    """Parses the flags, calls `main()`, or `main(files)` with what stands behind the flags, and exits."""
+    """Parses the flags, calls `main()`, or `main(files)` with the arguments after the flags, and exits."""
 
     def guarded(arguments):
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells of every save in a dozen lines
+            logging.set_verbosity(logging.WARNING)  # Orbax logs a dozen lines for every save
         if arguments[1:] and not takes_files:
             _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
@@ -86,7 +87,7 @@ def run(main, takes_files=False):
                 processes.end_after_loss(f"another process died or left: {error}")
             refusal = devices.message_for_user(error)
             if refusal is None:
-                if processes.is_one_of_several():  # else they and Python's way out would wait for each other
+                if processes.is_one_of_several():  # they and Python's shutdown would wait for each other
                     traceback.print_exc()
                     _leave("error: see above", 1)
                 raise
@@ -95,25 +96,26 @@ def run(main, takes_files=False):
         processes.end_together(0, _ALL_END)
 
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        if module.startswith("cnn_cases."):  # absl's --help shows those of the main module alone
+        if module.startswith("cnn_cases."):  # absl's --help shows only those of the main module
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(guarded, flags_parser=_parse)
 
 
 def collect_garbage_rarely():
-    """Has Python look for reference cycles after fifty thousand new objects, and not after some hundred.
+    """Makes Python search for reference cycles after fifty thousand new objects, not after several hundred.
 
-    To trace a network makes millions, most of which stay, and which each search goes through: of the ten
-    networks of the digits' study, with 20 steps each, 4.5 of 43 s of CPU time (one process, 2026-11-29).
+    Tracing a network creates millions of objects, most of which stay alive, and each search visits them. For
+    the ten networks of the digits study, with 20 steps each, that took 4.5 of 43 s of CPU time (one process,
+    2026-11-29).
     """
     gc.set_threshold(50_000)
 
 
 def _use_compilation_cache():
-    """Has JAX keep what it compiles for later starts.
+    """Makes JAX cache compiled programs for later starts.
 
-    The place is ~/.cache/cnn_cases, or what JAX_COMPILATION_CACHE_DIR names.
+    The directory is ~/.cache/cnn_cases, or the value of JAX_COMPILATION_CACHE_DIR.
     JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -121,10 +123,10 @@ def _use_compilation_cache():
             home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         except RuntimeError:  # a user without a home
             return
-        # In the environment for the processes that this one starts.
+        # In the environment, so that child processes use it, too.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A network starts with many small programs.
+        # A network compiles many small programs at the start.
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     separate_compilation_cache()
@@ -133,12 +135,12 @@ def _use_compilation_cache():
 def separate_compilation_cache():
     """Gives each kind of CPU and number of threads a directory in JAX_COMPILATION_CACHE_DIR, if that is set.
 
-    XLA compiles for the number that this process has, and JAX does not tell such programs apart; and what is
-    compiled for one CPU may not run on another, while homes are shared. To be called as well where a process
-    may have another number than the one that started it, or another machine.
+    XLA compiles for the number of threads of this process, which JAX's cache does not distinguish, and a
+    program compiled for one CPU may not run on another that shares the home directory. Also call this in a
+    process that may have another number of threads than its parent, or run on another machine.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        # As a text: it can be a bucket, as in gs://bucket/compiled.
+        # A string, not a path: it can be a bucket, such as gs://bucket/compiled.
         place = os.environ["JAX_COMPILATION_CACHE_DIR"].rstrip("/")
         place += f"/{_kind_of_cpu()}-{provenance.cpu_threads()}-threads"
         jax.config.update("jax_compilation_cache_dir", place)
@@ -162,15 +164,15 @@ def _parse(arguments):
     try:
         rest = flags.FLAGS(arguments)
         if "config" in flags.FLAGS:
-            # What stands for a missing file raises when it is looked at.
+            # The placeholder for a missing file raises an error only on access.
             hasattr(flags.FLAGS.config, "to_dict")
         for name in {"workdir", "out"} & set(flags.FLAGS):
             flag = flags.FLAGS[name]
-            several = isinstance(flag.value, list)  # it may be given more than once
+            several = isinstance(flag.value, list)  # the flag can be repeated
             given = flag.value if several else [flag.value]
             if name == "workdir" and "" in given:
-                _leave("error: --workdir= names no directory", 2)  # it would be the current one
-            # A shell leaves the ~ of --workdir=~/x as it is.
+                _leave("error: --workdir= names no directory", 2)  # it would mean the current one
+            # A shell does not expand the ~ of --workdir=~/x.
             given = [value and os.path.expanduser(value) for value in given]
             flag.value = given if several else given[0]
         return rest
@@ -178,14 +180,14 @@ def _parse(arguments):
         asked = any(re.fullmatch(r"--?(help\w*|h|\?)", argument) for argument in arguments)
         sys.exit(0 if asked and leaving.code == 1 else leaving.code)
     except (flags.Error, OSError) as error:
-        # ml_collections puts the whole traceback of an error in a config file into its own message, and of a
-        # file that is not there each place where it looked.
+        # The messages of ml_collections contain the whole traceback of an error in a config file and, for a
+        # missing file, every place where it looked.
         not_found = r"(?s)Failed loading config file.*(No such file or directory: '.*')"
         if missing := re.search(not_found, str(error)):
             _leave(f"error: --config: {missing[1]}, seen from {os.getcwd()}", 2)
         head, *others = str(error).splitlines()
         _leave(f"error: {_plainer(f'{head} {others[-1].strip()}' if others else head)}", 2)
-    except Exception as error:  # whatever a config file may raise, and what ml_collections does not handle
+    except Exception as error:  # errors in a config file, and others that ml_collections does not handle
         _leave(f"error: {_plainer(_explained(error, arguments))}", 2)
     return None
 
@@ -197,7 +199,7 @@ def _plainer(message):
 
 
 def _explained(error, arguments):
-    """What was wrong with the config file or with an override of a key, as a line."""
+    """Describes an error in the config file or in an override of a key, in one line."""
     libraries = [str(pathlib.Path(library.__file__).parent) for library in (absl, ml_collections)]
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
@@ -210,7 +212,7 @@ def _explained(error, arguments):
         path, line = of_config[-1]
         return f"{path}, line {line}: {type(error).__name__}: {reason}"
     given = [one for one in arguments if one.startswith("--config")]
-    # How ml_collections tells of a key that is not there; a file without get_config ends likewise.
+    # ml_collections raises these for a missing key, and for a file without get_config.
     if isinstance(error, KeyError | AttributeError):
         with contextlib.suppress(AttributeError):
             return _unknown_key(given) or f"{' '.join(given)}: {reason}"
@@ -232,14 +234,13 @@ def _unknown_key(given):
 
 
 def _terminated(*_):
-    # While a run trains, the loop has a handler of its own, which saves.
+    # During training, the loop installs its own handler, which saves.
     _leave_at_once("SIGTERM", 143)
 
 
 def _leave_at_once(signal_name, code):
-    # Nothing is under way that must end well, or a second signal forbids it; and where JAX's threads are
-    # busy, Python's own way out can end in a segmentation fault: that is what one of 55 signals at random
-    # times led to.
+    # Nothing under way has to be finished, or a second signal asks not to. While JAX's threads are busy,
+    # Python's own shutdown can end in a segmentation fault, as it did for one of 55 signals at random times.
     processes.tell(f"{signal_name}: stopped at once")
     processes.exit_at_once(code)
 

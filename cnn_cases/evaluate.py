@@ -1,19 +1,19 @@
-"""Tests one checkpoint of a run of train.py, or an ensemble of several runs, as papers do or otherwise.
+"""Evaluates a checkpoint of a run of train.py, or an ensemble of several runs, with a chosen test protocol.
 
     python -m cnn_cases.evaluate --workdir=runs/x [--protocol=ten_crop] [--split=test] [--step=best]
     python -m cnn_cases.evaluate --workdir=runs/x --workdir=runs/y --out=runs/both
 
-`cnn_cases/data/views.py` explains the protocols. An ensemble's probabilities are the mean of those of its
-networks (Krizhevsky et al. 2012, section 6, and most papers after it). What comes out lies in --out, or else
-in a directory of <workdir>/evaluation/ that is named by split, protocol and step:
+`cnn_cases/data/views.py` explains the protocols. An ensemble averages the probabilities of its networks
+(Krizhevsky et al. 2012, section 6, and most papers after it). The results are written to --out, by default a
+directory in <workdir>/evaluation/ that is named after split, protocol and step:
 
-    metrics.json     accuracy, top-5 accuracy, loss (-log of the right class's probability, whatever the loss
-                     of the training was), and how they came about
-    confusion.csv    how many examples of each class (a row) were taken for which (a column)
-    confusion.png    the same as a figure, the colours as fractions of each row
-    mistakes.png     the mistakes of which the network was surest
+    metrics.json     accuracy, top-5 accuracy, loss (-log of the true class's probability, for any loss of
+                     the run), and how they were computed
+    confusion.csv    the confusion matrix: a row for each true class, a column for each predicted class
+    confusion.png    the same as a figure, coloured by fractions of each row
+    mistakes.png     the mistakes with the highest probabilities
 
-The checkpoints are only read. An evaluation that is done again overwrites its files, with the same figures.
+The checkpoints are only read. Repeating an evaluation overwrites its files, with the same results.
 """
 
 import math
@@ -35,13 +35,13 @@ MANY_CLASSES = 20  # with more, a confusion matrix has no room for numbers and f
 
 
 class Network(NamedTuple):
-    """A network that is to be asked.
+    """A network to be evaluated.
 
     Attributes:
       workdir, config, program: of its run.
       step: of its checkpoint.
-      state: what the checkpoint holds, without the optimizer's part.
-      num_views: of each example.
+      state: the content of the checkpoint, without the optimizer's state.
+      num_views: number of views of each example.
     """
 
     workdir: Any
@@ -53,26 +53,26 @@ class Network(NamedTuple):
 
 
 def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", data_dir="", out=""):
-    """Evaluates one checkpoint, or one of each of several runs as an ensemble, and writes its files.
+    """Evaluates a checkpoint of one run, or one of each of several runs as an ensemble, and writes the files.
 
-    All networks are read before the first is asked, so that nothing fails after an hour of predictions.
+    Reads all networks before the first prediction, so that no missing file stops it after an hour.
 
     Args:
       workdir: of a run of train.py.
-      others: of further ones, which may have different networks and must have the same examples.
-      protocol: a key of `views.PROTOCOLS`; "" for that of the first run's config.
-      split: a part of data.splits; "" for "test", or "validation" where the first run has none.
-      which: "last", "best" or a step, of all runs.
+      others: workdirs of further runs with the same examples; their networks may differ.
+      protocol: a key of `views.PROTOCOLS`; "" for the protocol in the first run's config.
+      split: a name in data.splits; "" for "test", or "validation" if the first run has no test split.
+      which: "last", "best" or a step, for all runs.
       data_dir: see `saved_runs.load_config`.
-      out: the directory to write to; "" for one in the workdir, if there is one run.
+      out: the directory to write to; "" for a directory in the workdir, for a single run only.
 
     Returns:
-      What metrics.json holds, and the directory.
+      The content of metrics.json, and the directory.
 
     Raises:
       ValueError: there is no such run, split, protocol or checkpoint, a checkpoint is damaged, the data are
-        not those of the run, a run is named twice, or the runs' examples are not the same.
-      OSError: the directory cannot be made or written to.
+        not those of the run, a run is named twice, or the runs have different examples.
+      OSError: the directory cannot be created or written to.
     """
     workdirs = [workdir, *others]
     configs = [saved_runs.load_config(one, data_dir) for one in workdirs]
@@ -119,7 +119,7 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
 
 
 def _check_free(out, tested):
-    """Raises ValueError where a directory has the evaluation of something else."""
+    """Raises ValueError if a directory already holds a different evaluation."""
     path = pathlib.Path(out) / "metrics.json"
     there = disk.read_json(path, dict, "move it away") if path.exists() else tested
     alone = [{key: network[key] for key in ("workdir", "step")} for network in there.get("networks") or ()]
@@ -132,7 +132,7 @@ def _check_free(out, tested):
 
 
 def _check_together(workdirs, configs, split):
-    """Raises ValueError unless the runs are different ones, and have the same examples in a split."""
+    """Raises ValueError unless all runs are distinct and have the same examples in a split."""
     places, sources = [], []
     for workdir, config in zip(workdirs, configs, strict=True):
         if pathlib.Path(workdir).resolve() in places:
@@ -154,14 +154,14 @@ def _check_together(workdirs, configs, split):
 
 
 def _examples(config, split):
-    """The data set, and the part of it that a split is."""
+    """The data set and the TFDS expression of a split, as text."""
     return f"{config.data.name} {config.data.splits[split]}"
 
 
 def _read(workdir, config, split, protocol, which):
-    """The `Network` of a run."""
+    """Reads the `Network` of a run."""
     checkpoints = pathlib.Path(workdir) / "checkpoints"
-    checkpoint.find(checkpoints, which)  # before the data are read
+    checkpoint.find(checkpoints, which)  # fails before the data are read
     program = programs.make_program(config, saved_runs.usable_devices(config))
     saved_runs.check_data(workdir, saved_runs.read_starts(workdir), program.feed, ("train", split))
     like = program.shapes_of_state()
@@ -170,12 +170,12 @@ def _read(workdir, config, split, protocol, which):
     except ValueError as error:
         raise ValueError(f"workdir = {workdir}: {error}") from error
     step, state = checkpoint.find_and_read(checkpoints, which, like)
-    # The optimizer's part, the half of it or more, is for training alone.
+    # Only training needs the optimizer's state, which is half of the checkpoint or more.
     return Network(workdir, config, program, step, state.replace(opt_state=()), num_views)
 
 
 def _ask(network, split, protocol):
-    """(probabilities [N, K], averaged over views, label int [N]) of the examples of a split."""
+    """Predicts a split: (probabilities [N, K], averaged over views, label int [N])."""
     probabilities, label = programs.predict(
         network.program,
         devices.replicate(network.state, network.program.devices),
@@ -194,7 +194,7 @@ def _ask(network, split, protocol):
 
 
 def _scores(probabilities, label):
-    """Accuracy, top-5 accuracy where there are more than five classes, and loss."""
+    """Accuracy, top-5 accuracy if there are more than five classes, and loss."""
     scores = predictions.scores(probabilities, label)
     return {
         "accuracy": 1 - scores["error"],
@@ -204,11 +204,11 @@ def _scores(probabilities, label):
 
 
 def write_report(out, metrics, names, probabilities, label, examples):
-    """Writes the four files that the head of this module names.
+    """Writes the four files that the docstring of this module lists.
 
     Args:
-      out: the directory, which exists.
-      metrics: for metrics.json.
+      out: an existing directory.
+      metrics: the content of metrics.json.
       names: of the K classes.
       probabilities: [N, K], averaged over views.
       label: int [N].
@@ -232,20 +232,20 @@ def write_report(out, metrics, names, probabilities, label, examples):
 
 
 def confusion(predicted, label, num_classes):
-    """How often each class was taken for which. predicted, label int [N] -> int [K, K], true by predicted."""
+    """The confusion matrix. predicted, label int [N] -> int [K, K], rows true, columns predicted."""
     pairs = label.astype(np.int64) * num_classes + predicted
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def surest_mistakes(probabilities, label, count):
-    """The numbers of at most `count` examples with the likeliest wrong answers, the surest first."""
+    """Indices of the `count` wrong predictions (or fewer) with the highest probabilities, highest first."""
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != label)
     order = np.argsort(-probabilities[wrong].max(axis=1), kind="stable")
     return wrong[order[:count]].tolist()
 
 
 def pick(examples, numbers):
-    """{number: image} of some of the examples; the rest of them after the last is not looked at."""
+    """Returns {number: image} of the examples with the given numbers; stops reading after the last."""
     images = {}
     for number, (image, _) in enumerate(examples):
         if len(images) == len(numbers):
@@ -256,15 +256,15 @@ def pick(examples, numbers):
 
 
 def confusion_csv(counts, names):
-    """The table as text: a row for each true class, a column for each predicted one."""
+    """The confusion matrix as CSV: a row for each true class, a column for each predicted class."""
     rows = ([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
     return tables.comma_separated([["true \\ predicted", *names], *rows])
 
 
 def draw_confusion(counts, names, title):
-    """The confusion matrix; counts in the cells and every class named where there are few classes.
+    """Draws the confusion matrix; if there are few classes, with counts in the cells and all names.
 
-    The colour is the fraction of a row, on a scale of square roots, on which rare mistakes can be seen.
+    The colour shows the fraction of a row on a square-root scale, which makes rare mistakes visible.
     """
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(names) <= MANY_CLASSES
@@ -290,11 +290,11 @@ def draw_confusion(counts, names, title):
 
 
 def draw_mistakes(mistakes, heading):
-    """A sheet of images under what they are, what they were taken for, and how surely.
+    """Draws a sheet of images with their true class, predicted class and probability.
 
     Args:
       mistakes: a list of (image uint8 [H, W, C], true name, predicted name, probability).
-      heading: of the sheet.
+      heading: title of the sheet.
     """
     titles = [
         f"true {shorten(true)}\nsaid {shorten(predicted)}\n{probability:.1%}"
@@ -304,17 +304,17 @@ def draw_mistakes(mistakes, heading):
 
 
 def shorten(name):
-    """A class's name with room beside others."""
+    """Cuts a class name to at most 16 characters."""
     return name if len(name) <= 16 else name[:15] + "…"
 
 
 def describe_network(metrics):
-    """Which checkpoint was tested, or how many."""
+    """The step of the evaluated checkpoint, or the number of networks, as text."""
     return f"step {metrics['step']}" if "step" in metrics else f"{len(metrics['networks'])} networks"
 
 
 def table(metrics):
-    """The figures as a short text."""
+    """Formats the metrics as a short text."""
     lines = [
         f"split {metrics['split']!r} ({metrics['examples_of']}), {metrics['num_examples']:,} examples",
         *(
@@ -333,7 +333,7 @@ def table(metrics):
 
 
 def main():
-    """Evaluates as the flags say, and prints the figures."""
+    """Evaluates according to the flags, and prints the metrics."""
     given = flags.FLAGS
     metrics, out = evaluate_checkpoint(
         *given.workdir,

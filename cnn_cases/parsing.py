@@ -1,4 +1,4 @@
-"""What commands that parse their options by argparse share; those with a config have `command`."""
+"""Code shared by commands that use argparse; commands with a config use `command`."""
 
 import argparse
 import contextlib
@@ -8,20 +8,20 @@ import sys
 
 
 def positive_number(text):
-    """An option's value as an int from 1 up."""
+    """Parses an option's value as a positive int."""
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
 def path(text):
-    """An option's value as a path, for a shell leaves the ~ of --out=~/x as it is."""
+    """Parses an option's value as a path; a shell does not expand the ~ of --out=~/x."""
     return pathlib.Path(text).expanduser()
 
 
 @contextlib.contextmanager
 def one_message():
-    """Makes of a user's mistake one message, and exit code 2."""
+    """Turns a user's mistake into one message and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:

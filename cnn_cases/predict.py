@@ -1,15 +1,15 @@
-"""What a trained network says of images of your own.
+"""Classifies your own images with a trained network.
 
     python -m cnn_cases.predict --workdir=runs/lenet5 seven.png photo.jpg
 
-prints the likeliest classes of each. The run's workdir is all it needs, not the data set. In Python:
+prints the most likely classes of each image. It needs only the run's workdir, not the data set. In Python:
 
     network = predict.load("runs/lenet5")
     probabilities = network(images)    # uint8 [N, H, W, C], or a list of [h, w, C] of any sizes -> [N, K]
     network.class_names[probabilities[0].argmax()]
 
-An image is cropped and resized as the images of an evaluation are. Else it is taken as it is: a network that
-learned white digits on black wants such.
+Images are cropped and resized as in evaluation. Nothing else is adapted: a network that was trained on white
+digits on black needs such images.
 """
 
 import functools
@@ -26,19 +26,19 @@ from cnn_cases.training.state import shapes_of_state
 
 
 class TrainedNetwork:
-    """A network from a checkpoint, ready for images.
+    """A network from a checkpoint, ready to classify images.
 
     Attributes:
       config: of its run.
       step: of the checkpoint.
       class_names: of the K classes.
-      image_shape: (H, W, C) of what the network is shown.
+      image_shape: (H, W, C) of the network's input.
       model: the Linen module.
       state: a `TrainState` without the optimizer's part; `model` is applied to its `variables`.
     """
 
     def __init__(self, config, step, model, state, shown):
-        """Takes what `load` has found; `shown` is an `inputs.Inputs`."""
+        """Called by `load`; `shown` is an `inputs.Inputs`."""
         self.config, self.step, self.model = config, step, model
         self.class_names, self.image_shape = shown.class_names, shown.image_shape
         self.state, self._statistics = jax.device_put((state, shown.statistics))
@@ -51,17 +51,18 @@ class TrainedNetwork:
         return self._normalize(self._statistics, images)
 
     def __call__(self, images, protocol="single"):
-        """How likely each class is.
+        """Predicts the probability of each class.
 
         Args:
           images: uint8 [N, H, W, C], or a list of uint8 [h, w, C] of any sizes.
           protocol: a key of `views.PROTOCOLS`.
 
         Returns:
-          float64 [N, K], each row of which sums to 1.
+          float64 [N, K]; each row sums to 1.
 
         Raises:
-          ValueError: an image is no such array, there is none, or the protocol is not for this network.
+          ValueError: an image has another type or shape, there are no images, or the protocol does not suit
+            the network.
         """
         channels = self.image_shape[-1]
         for number, image in enumerate(images):
@@ -84,7 +85,7 @@ class TrainedNetwork:
 
         def batch_size(shape):
             most = programs.views_at_once(self.image_shape, shape, self.config.evaluation.batch_size)
-            # Of an image that is not square, dense views have other shapes than those of a square one.
+            # Dense views of an image that is not square have other shapes than those of a square image.
             return min(most, len(images) * max(1, shapes.count(shape)))
 
         probabilities, _ = predictions.average_views(
@@ -97,7 +98,7 @@ class TrainedNetwork:
 
 
 def load(workdir, which="last"):
-    """The network of a run of train.py.
+    """Loads the network of a run of train.py.
 
     Args:
       workdir: of the run.
@@ -107,7 +108,7 @@ def load(workdir, which="last"):
       ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = saved_runs.load_config(workdir)
-    saved_runs.read_starts(workdir)  # warns of other code
+    saved_runs.read_starts(workdir)  # warns if the code has changed
     path = pathlib.Path(workdir) / "inputs.npz"
     try:
         shown = inputs.from_bytes(path.read_bytes())
@@ -123,7 +124,7 @@ def load(workdir, which="last"):
 
 
 def read_image(path, channels):
-    """The pixels of an image file, uint8 [h, w, channels]; see `decode.decode`.
+    """Reads the pixels of an image file, uint8 [h, w, channels]; see `decode.decode`.
 
     Raises:
       ValueError: there is no such file, it is no image that can be read, or it cannot have such channels.
@@ -139,7 +140,7 @@ def read_image(path, channels):
 
 
 def main(paths):
-    """Prints the likeliest classes of each file that is an image; the others are an error at the end."""
+    """Prints the most likely classes of each image file; other files lead to an error at the end."""
     if not paths:
         raise ValueError("no images: name their files behind the flags")
     given = flags.FLAGS

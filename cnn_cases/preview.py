@@ -1,11 +1,11 @@
-"""What a network sees: the first images of a training step, augmented, with their labels.
+"""Draws the first images of a training step as the network sees them, augmented, with their labels.
 
     python -m cnn_cases.preview --config=configs/resnet_cifar10.py --step=1 --out=preview.png
 
-The images are, to the pixel, those that a training with this config sees, except for the normalisation. What
-lies around an image, or is cut out of it, is black here, and for the network it may be the mean. And where
-examples are mixed and num_microbatches is above 1, each part of a batch is mixed by itself. Normalisation,
-network and optimizer are not looked at, and may be what a training refuses.
+Except for the normalisation, the images are, to the pixel, those that a run with this config trains on.
+Padding and cut-out squares are drawn black, although for the network they may be the mean. If examples are
+mixed and num_microbatches is above 1, a run mixes each part of a batch separately. The preview does not check
+the normalisation, network and optimizer, so a run may still reject the config.
 """
 
 import itertools
@@ -22,18 +22,18 @@ from cnn_cases import command, settings
 from cnn_cases.data import feeds
 from cnn_cases.training import programs, steps
 
-COLUMNS = (4, 8)  # of a sheet, at least and at most; fewer have no room for its heading
+COLUMNS = (4, 8)  # of a sheet, minimum and maximum; fewer leave no room for its heading
 
 
 def training_images(config, step):
-    """The batch of a training step as the network sees it, before normalisation.
+    """Returns the batch of a training step as the network sees it, before normalisation.
 
     Args:
-      config: of `configs/`.
-      step: of which training step; the first is 1, as in the log.
+      config: from `configs/`.
+      step: number of the training step; the first is 1, as in the log.
 
     Returns:
-      image float32 [B, H, W, C] in [0, 1], and label int32 [B], or float32 [B, K] where examples are mixed.
+      image float32 [B, H, W, C] in [0, 1], and label int32 [B], or float32 [B, K] if examples are mixed.
     """
     settings.check(config)
     programs.check_numbers(config, num_devices=1)
@@ -50,12 +50,12 @@ def training_images(config, step):
 
 
 def draw_sheet(images, titles, heading):
-    """A figure of images, a title over each.
+    """Draws a figure of images, with a title above each.
 
     Args:
       images: a list of uint8 [H, W, C], or of floats in [0, 1].
-      titles: as many texts.
-      heading: of the whole.
+      titles: a text for each image.
+      heading: title of the figure.
     """
     columns = min(max(len(images), COLUMNS[0]), COLUMNS[1])
     rows = max(1, math.ceil(len(images) / columns))
@@ -71,7 +71,7 @@ def draw_sheet(images, titles, heading):
             cmap="gray",
             vmin=0,
             vmax=255 if image.dtype == np.uint8 else 1,
-            # The pixels of a small image are the picture.
+            # Keep the pixels of small images visible.
             interpolation="nearest" if max(image.shape[:2]) < 100 else "auto",
         )
         axis.set_title(title, fontsize=8)
@@ -80,7 +80,7 @@ def draw_sheet(images, titles, heading):
 
 
 def title_of(label, names):
-    """A label in words; of a mixture, each part with its share in percent."""
+    """A label in words; for a mixture, each class with its share in percent."""
     if label.ndim == 0:
         return names[label]
     parts = [(label[k], names[k]) for k in np.argsort(-label)[:2] if label[k] > 0]

@@ -1,10 +1,10 @@
-"""Compiles a training without running it: for how much memory it asks, and whether a TPU has as much.
+"""Compiles the programs of a run without running them, to find out whether they fit into a TPU's memory.
 
     python -m cnn_cases.rehearse --config=configs/resnet_cifar10.py --topology=v5e:4x4
 
-No TPU is needed, only its compiler, which JAX for TPUs brings along (see requirements.txt), and the data set.
-What does not fit is refused, as it would be there. Without --topology, the programs are those of this
-machine's devices.
+This needs no TPU, only the data set and the TPU compiler, which JAX for TPUs includes (see requirements.txt).
+The compiler rejects programs that do not fit, as it would on the TPU. Without --topology, the programs are
+compiled for the devices of this machine.
 """
 
 import importlib.util
@@ -28,16 +28,16 @@ from cnn_cases.training import programs
 
 
 class Rehearsal(NamedTuple):
-    """A compiled program; memory is that of one device.
+    """A compiled program; the sizes are those on one device.
 
     Attributes:
       program: its name.
-      steps: batches that one call takes.
-      images: examples in a device's share of a batch, or views.
-      seconds: that the compiler took.
+      steps: batches per call.
+      images: examples, or views, in a device's share of a batch.
+      seconds: compilation time.
       arguments: bytes of the state, the data that live on the device, and the batches of a call.
-      total: bytes of these, of the results that do not take their place, and of what is in between. The code
-        of the program comes on top.
+      total: bytes of the arguments, the results that do not replace arguments, and temporary arrays, but not
+        of the program's code.
     """
 
     program: str
@@ -49,9 +49,9 @@ class Rehearsal(NamedTuple):
 
 
 def of_topology(name):
-    """The devices of TPUs that are not there, for which programs can be compiled and not run.
+    """The devices of absent TPUs, for which programs can be compiled but not run.
 
-    A chip is one device, and two where TPUs themselves have it so: of v2, v3 and tpu7x.
+    A chip is one device, except on v2, v3 and tpu7x, where it is two devices, as on the TPUs themselves.
 
     Args:
       name: kind (v2, v3, v4, v5e, v5p, v6e or tpu7x) and layout of the chips: "v5e:4x4", "v4:2x2x4".
@@ -66,12 +66,12 @@ def of_topology(name):
             "'v4:2x2x4'"
         )
     libtpu = importlib.util.find_spec("libtpu")
-    if libtpu is None or libtpu.origin is None:  # of a directory that only has the name, there is no origin
+    if libtpu is None or libtpu.origin is None:  # no origin: an unrelated directory of that name
         raise ValueError(
             f"topology = {name!r} needs the TPU compiler: "
             f'pip install "jax[tpu]=={jax.__version__}", on any machine with Linux on x86'
         )
-    # libtpu would ask the cloud which TPU it is on, and not share it with a training that is under way.
+    # Otherwise libtpu would ask the cloud for its TPU, and refuse to load while a run uses that TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -80,7 +80,7 @@ def of_topology(name):
     layout = [int(chips) for chips in layout]
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if math.prod(layout) < 4:
-        options["chips_per_host_bounds"] = layout  # libtpu would have 2x2 chips for each host
+        options["chips_per_host_bounds"] = layout  # libtpu's default is 2x2 chips per host
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -88,20 +88,20 @@ def of_topology(name):
 
 
 def rehearse(config, devices):
-    """Compiles the programs of a training: its steps, its evaluation, and what answers views of each size.
+    """Compiles the programs of a run: training steps, evaluation, and prediction for views of each size.
 
-    Views are those of `evaluation.protocol` on a square image, where it has more than a single one. Of longer
-    images they are longer, and as many fewer at once.
+    Views are those of `evaluation.protocol` on a square image, unless the protocol is "single". Longer images
+    have longer views, of which correspondingly fewer are predicted at once.
 
     Args:
-      config: of `configs/`.
-      devices: those of this machine, or of `of_topology`; of several processes, all.
+      config: from `configs/`.
+      devices: those of this machine, or from `of_topology`; for several processes, the devices of all.
 
     Yields:
-      A Rehearsal of each.
+      A Rehearsal of each program.
 
     Raises:
-      ValueError: no training of this config could begin there.
+      ValueError: no run with this config could start on these devices.
       jax.errors.JaxRuntimeError: the devices have too little memory.
     """
     platform, num_devices = devices[0].platform, len(devices)
@@ -129,9 +129,9 @@ def rehearse(config, devices):
 
 
 def _shares(batches, num_devices, steps=None):
-    """Shapes and types of what `devices.shard` makes of one of a feed's batches, or of `steps` of them."""
+    """Shapes and types of one of a feed's batches, or of `steps` batches, after `devices.shard`."""
     (batch,) = itertools.islice(batches, 1)
-    batches.close()  # ends the processes of a stream
+    batches.close()  # ends a stream's workers
     outer = (num_devices, steps) if steps else (num_devices,)
     return {
         key: jax.ShapeDtypeStruct((*outer, len(leaf) // num_devices, *leaf.shape[1:]), leaf.dtype)
@@ -140,7 +140,7 @@ def _shares(batches, num_devices, steps=None):
 
 
 def _compiled(state, arrays, name, function, batch, steps):
-    """The Rehearsal of a function of one device's share of a batch, or of `steps` batches."""
+    """Compiles a function of one device's share of a batch, or of `steps` batches, into a Rehearsal."""
     images = jax.tree.leaves(batch)[0].shape[2 if steps else 1]
     start = time.monotonic()
     memory = function.lower(state, arrays, batch).compile().memory_analysis()
@@ -154,11 +154,11 @@ def _compiled(state, arrays, name, function, batch, steps):
 def main():
     """Prints a row for each program that fits."""
     config, topology = flags.FLAGS.config, flags.FLAGS.topology
-    jax.config.update("jax_enable_compilation_cache", False)  # what lies there takes no time to compile
+    jax.config.update("jax_enable_compilation_cache", False)  # cached programs would take no time to compile
     if topology is None:
         devices = devices_lib.local_devices()
     else:
-        jax.config.update("jax_platforms", "cpu")  # all but the compiler; a TPU of this machine stays free
+        jax.config.update("jax_platforms", "cpu")  # not for the compiler; this machine's TPU stays free
         devices = of_topology(topology)
     print(f"{len(devices)} x {devices[0].device_kind}\n")
     rows = [["program", "batches a call", "images a device", "compilation s", "arguments MiB", "in all MiB"]]
@@ -167,7 +167,7 @@ def main():
             numbers = [str(one.steps), str(one.images), f"{one.seconds:.1f}"]
             sizes = [f"{size / 2**20:,.1f}" for size in (one.arguments, one.total)]
             rows.append([one.program, *numbers, *sizes])
-    finally:  # where one does not fit, the rows before it say which
+    finally:  # if a program does not fit, the rows before it show which one
         if rows[1:]:
             print(tables.aligned(rows, words=[0]), end="")
 

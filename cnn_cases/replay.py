@@ -1,11 +1,11 @@
-"""Does one step of a training again and says which line made the first number that is not finite.
+"""Repeats one step of a training run, and reports the line that produced the first non-finite number.
 
     python -m cnn_cases.replay --workdir=runs/x [--step=37] [--data_dir=D]
 
-Without --step it is the one at which the run diverged. The last checkpoint before it is read, the steps in
-between are done again, and then the step itself: as the run did it, and once more with JAX's `debug_nans` if
-anything went wrong. On the device of the run, on a CPU with as many threads, the figures are the run's to the
-bit, unless it did several steps a call, as it does on accelerators if nothing else is said. Nothing is
+The default step is the one at which the run diverged. The replay reads the last checkpoint before it, and
+repeats the steps in between and then the step itself: once as in the run and, if any number is not finite,
+once more with JAX's `debug_nans`. On the run's device (for a CPU, with as many threads), the numbers are
+bitwise those of the run, unless it did several steps per call, as is the default on accelerators. Nothing is
 written.
 """
 
@@ -26,15 +26,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Replay(NamedTuple):
-    """What a step did.
+    """The result of a replayed step.
 
     Attributes:
       step: number of the step; the first is 1.
-      first: number of steps done before the replay began, by the checkpoint.
-      examples: places in the training split of those in the batch, int32 [B].
+      first: step of the checkpoint from which the replay started; 0 for the beginning.
+      examples: indices in the training split of the B examples in the batch.
       metrics: {"loss", "error", "grad_norm", "largest number of the state" after the step}.
-      culprit: where the first NaN came from, or, without any, the first infinite number; None where all is
-        finite, or where a computation in other pieces makes neither.
+      culprit: where the first NaN came from or, if there is none, the first infinite number; None if all
+        numbers are finite, or if the second computation, which is split up differently, produces neither.
     """
 
     step: int
@@ -45,12 +45,12 @@ class Replay(NamedTuple):
 
 
 def replay(workdir, step=None, data_dir=""):
-    """Does one step of a run again; returns a `Replay`.
+    """Repeats one step of a run; returns a `Replay`.
 
     Args:
       workdir: of a run of train.py.
-      step: which; None for the one at which the run diverged.
-      data_dir: where TFDS keeps its sets; "" for the config's.
+      step: the step to repeat; None for the one at which the run diverged.
+      data_dir: TFDS's directory; "" for the config's.
 
     Raises:
       ValueError: there is no such run or step, the checkpoint is damaged, or the training images are not
@@ -87,7 +87,7 @@ def replay(workdir, step=None, data_dir=""):
                 f"step {noted[0]} of it; put that back, or name a step that comes after a checkpoint"
             )
     rewound_to = []
-    # Up to here the next checkpoint tells the seeds: what went back later went back to no earlier one.
+    # The first checkpoint at or after `last` determines the seeds up to there: no later rewind passed it.
     last = min(step, diverged["checkpoint"]) if diverged else step
     if config.on_nonfinite == "rewind" and first < last:
         after = min((one for one in saved if one >= last), default=None)
@@ -129,7 +129,7 @@ def _on_devices(batch, program):
 
 
 def _culprit(program, state, batch, *, infs):
-    """Our lines that led to the first NaN, or infinite number too; None where there is none."""
+    """The project's lines that led to the first NaN or, if `infs`, infinite number; None if there is none."""
     try:
         with jax.debug_nans(not infs), jax.debug_infs(infs):
             devices.vmap_train(program.train_steps)(state, program.arrays, batch)

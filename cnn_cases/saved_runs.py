@@ -1,4 +1,4 @@
-"""A run that is there already, for commands that look into it."""
+"""Reads existing runs, for commands that inspect them."""
 
 import logging
 import pathlib
@@ -11,16 +11,16 @@ from cnn_cases.training import devices, disk, logbook, provenance
 
 
 def load_config(workdir, data_dir=""):
-    """The config of a run, from its config.json.
+    """Loads the config of a run from its config.json.
 
-    A key that did not exist yet when the run was made has its default of configs/common.py.
+    Keys that did not exist when the run was made have their defaults from configs/common.py.
 
     Args:
       workdir: of the run.
-      data_dir: where TFDS keeps its sets; "" for the config's.
+      data_dir: TFDS's directory; "" for the config's.
 
     Raises:
-      ValueError: the workdir has no config, or not that of a training, or one that was changed.
+      ValueError: the workdir has no config, or its config is not that of a training run, or was changed.
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
@@ -36,9 +36,9 @@ def load_config(workdir, data_dir=""):
 
 
 def read_starts(workdir):
-    """The environments of a run's starts, with a warning where code or packages are not those of the last.
+    """Reads the environments of a run's starts; warns if code or packages differ from the last start.
 
-    Where environment.json is damaged, a warning says that nothing can be compared, and there are none.
+    If environment.json is damaged, it logs a warning that nothing can be compared, and returns an empty list.
     """
     try:
         starts = logbook.read_environments(workdir)
@@ -50,15 +50,16 @@ def read_starts(workdir):
 
 
 def check_data(workdir, starts, feed, splits=("train",)):
-    """Raises ValueError where the data are not a run's own: the network would be shown other pixels.
+    """Raises ValueError if the data differ from those of a run.
 
-    The statistics that normalise them are taken of the data anew.
+    The network would otherwise see other pixels, since the normalisation's statistics are recomputed from the
+    data.
 
     Args:
       workdir: of the run.
-      starts: of `read_starts`.
-      feed: of its config, with the data that are here.
-      splits: parts of data.splits that must be as they were, if the run has noted how they were.
+      starts: from `read_starts`.
+      feed: made from the run's config and the current data.
+      splits: names in data.splits that must be unchanged; only those that the run recorded are checked.
     """
     there, here = starts[-1].get("data", {}) if starts else {}, feed.fingerprint()
     for split in splits:
@@ -70,11 +71,11 @@ def check_data(workdir, starts, feed, splits=("train",)):
 
 
 def usable_devices(config):
-    """As many local devices as the batches of the run can be split over; it may have had others."""
+    """As many local devices as can share the run's batches; the run may have used another number."""
     local, size = devices.local_devices(), config.batch_size // config.num_microbatches
     return local[: max(count for count in range(1, len(local) + 1) if size % count == 0)]
 
 
 def define_data_dir():
-    """The flag of commands that look into runs which may have been made on another machine."""
+    """Defines --data_dir, for commands that read runs which may have been made on another machine."""
     flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")

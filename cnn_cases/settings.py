@@ -1,8 +1,8 @@
-"""What a training config holds: every key with the type of its value.
+"""Checks the keys of a training config and the types of their values.
 
-`configs/common.py` lists the keys with their defaults and units; a key's type is that of its default. This
-module checks names and types alone, once and before anything is built; which values are possible is checked
-where they are used.
+`configs/common.py` lists the keys with their defaults and units; a key has the type of its default. This
+module checks only names and types, once, before anything is built. The code that uses a value checks its
+range.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from configs import common
 
-# Devices compute in float32: what it cannot hold, and infinity and NaN, are none of its numbers.
+# Devices compute in float32, so configs may hold only finite float32 numbers.
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 TUPLES = {  # type of the elements, and their number; None for any
     "start.layers": (str, None),
@@ -33,7 +33,7 @@ TUPLES = {  # type of the elements, and their number; None for any
 
 
 def _kinds(section, prefix=""):
-    """{key: type of its default, or the same of the section that it is}."""
+    """Maps each key to the type of its default, or each section to such a dict."""
     return {
         key: _kinds(default, f"{prefix}{key}.")
         if isinstance(default, dict)
@@ -42,12 +42,12 @@ def _kinds(section, prefix=""):
     }
 
 
-# A number may be an int where a float is meant, but a bool is no number. `...` stands for any other key, and
-# `object` for any value that JSON, in which configs are kept, can hold.
+# An int is accepted for a float, but a bool is not a number. `...` stands for any other key, and `object` for
+# any value that JSON, the format of saved configs, can hold.
 KEYS = _kinds(common.get_config().to_dict())
-KEYS["model"] = {"name": str, ...: object}  # the architecture's own fields have their types in `models`
+KEYS["model"] = {"name": str, ...: object}  # `models` has the types of the architecture's own fields
 KEYS["data"]["splits"] = {"train": str, ...: str}
-NOT_OF_MODEL = {  # its fields that are set by others
+NOT_OF_MODEL = {  # fields of a model that other keys, or the data, determine
     "num_classes": "there are as many classes as the data set has",
     "dtype": "the compute type is dtype, without model.",
     "axis_name": "sync_batch_norm says whether devices share their batch statistics",
@@ -55,27 +55,27 @@ NOT_OF_MODEL = {  # its fields that are set by others
 
 
 def from_json(value):
-    """A config as it was before JSON made lists of its tuples; of all or a part of its values."""
+    """Turns the lists in a config from JSON, or in a part of it, back into tuples."""
     if isinstance(value, dict):
         return {key: from_json(part) for key, part in value.items()}
     return tuple(map(from_json, value)) if isinstance(value, list) else value
 
 
 def is_study(config):
-    """Whether a dict is the config of a study, and not that of a training."""
+    """Whether a dict is the config of a study, not of a training run."""
     return {"base", "grid", "seeds"} <= config.keys()
 
 
 def parts(config):
-    """The parts of a training config's data, {role: TFDS split expression}, without those that are ""."""
+    """The splits of a training config, {role: TFDS split expression}, without those that are ""."""
     return {role: split for role, split in config.data.splits.items() if split}
 
 
 def completed(saved):
-    """A config as JSON has kept it, with the defaults of configs/common.py for keys that are younger.
+    """Completes a config from JSON with the defaults of configs/common.py for newer keys.
 
     Args:
-      saved: a dict, of a training or a study; any other is given back.
+      saved: the dict of a run's or a study's config; any other dict is returned unchanged.
     """
     if is_study(saved) and isinstance(saved["base"], dict):
         return saved | {"base": completed(saved["base"])}
@@ -88,22 +88,22 @@ def completed(saved):
 
 
 def _updated(old, new):
-    """Nested dicts: `old` with all that `new` has."""
+    """Merges the nested dict `new` into `old`."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return old | {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
 
 
 def override(config, key, value):
-    """Gives a key of a config another value.
+    """Sets a key of a config to another value.
 
     Args:
       config: a ConfigDict, such as those of `configs/`.
-      key: with the groups it is in, such as "data.augment.flip".
-      value: of the type of the one before.
+      key: the full name, such as "data.augment.flip".
+      value: of the same type as the old value.
 
     Raises:
-      ValueError: the config has no such key, or the value is of another type.
+      ValueError: the config has no such key, or the value has another type.
     """
     check_key(config, key)
     try:
@@ -114,11 +114,11 @@ def override(config, key, value):
 
 
 def check_key(config, key):
-    """Raises ValueError unless a config has a key, named with its groups; the message tells others."""
+    """Raises ValueError, which suggests other keys, unless a config has a key with this full name."""
     known = _flat(config)
     if key in known:
         return
-    in_a_group = [one for one in known if one.endswith(f".{key}")]  # such as base, of a study
+    in_a_group = [one for one in known if one.endswith(f".{key}")]  # such as a study's base
     near = in_a_group or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     beside = [one for one in known if one.startswith((f"{key}.", f"{key.rpartition('.')[0]}."))]
     hint = f"known: {', '.join(beside)}" if beside else "configs/common.py lists the keys"
@@ -130,18 +130,18 @@ def _flat(config):
 
 
 def check(config, prefix=""):
-    """Raises ValueError unless a config has all the keys of a training, no others, and values of their types.
+    """Raises ValueError unless a config has just the keys of a training config, with values of their types.
 
     Args:
       config: a ConfigDict, such as those of `configs/`.
-      prefix: of its keys' names in messages, where it is a part of another one.
+      prefix: put before the names of keys in messages, if the config is part of another one.
     """
     what = prefix.removesuffix(".") or "config"
     if not hasattr(config, "to_dict"):
         raise ValueError(f"{what} = {_show(config)} must be a ConfigDict, as configs/common.py makes it")
     try:
         values = config.to_dict()
-    except TypeError as error:  # they are sorted
+    except TypeError as error:  # keys that cannot be sorted
         raise ValueError(f"{what} has keys that are no text: {error}") from error
     if is_study(values):
         raise ValueError(f"{what} is a study, for python -m cnn_cases.studies.sweep, or .depth_curves")
@@ -206,5 +206,5 @@ def _words(kind):
 
 
 def _show(value):
-    """A value and its type, which the value alone may not tell: '0.9' (str)."""
+    """A value and its type, which the value alone may not show: '0.9' (str)."""
     return f"{reprlib.repr(value)} ({type(value).__name__})"

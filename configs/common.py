@@ -1,6 +1,6 @@
 """Every key of a training config, with its default and its unit.
 
-The other files change what their experiment needs and lock the result, so that a mistyped key is an error.
+The other configs change what their experiment needs and lock the result, so that a mistyped key is an error.
 """
 
 from ml_collections import ConfigDict
@@ -10,157 +10,160 @@ PROTOCOLS = ("held_out", "full_train")  # see split_training_set
 
 
 def get_config():
-    """The defaults; not yet a whole config: the network named here takes larger images than the digits."""
+    """The defaults; not a complete config, since LeNet-5 needs larger images than the digits."""
     config = ConfigDict()
-    config.seed = 0  # of the initial parameters, the data order, augmentation and dropout
-    config.start = ConfigDict()  # layers of another training to begin with, in the place of those drawn
-    config.start.workdir = ""  # of that one; "": none
-    config.start.step = "last"  # which of its checkpoints: its step, "last" or "best"
-    config.start.layers = ("*",)  # patterns of their names, as cnn_cases/training/transfer.py has them
+    config.seed = 0  # of the initial parameters, data order, augmentation and dropout
+    config.start = ConfigDict()  # layers copied from another run, in place of random initial values
+    config.start.workdir = ""  # workdir of the other run; "": copy nothing
+    config.start.step = "last"  # its checkpoint: a step as a string, "last" or "best"
+    config.start.layers = ("*",)  # shell patterns of layer names; see cnn_cases/training/transfer.py
     config.num_steps = 1_000  # training steps
-    config.batch_size = 128  # examples of one step, over all devices
-    # Steps in one call to the devices; divides num_steps and the intervals of log, evaluations, checkpoints
-    # and profile. 0: one on a CPU, where a call costs little and a loop takes longer to compile; else, with a
-    # resident feed, the most that divides all of them, up to 50, which saves launches.
+    config.batch_size = 128  # examples per step, over all devices
+    # Steps per call to the devices; must divide num_steps and the intervals of logging, evaluation,
+    # checkpoints and profile. 0: one step for a stream, and on a CPU, where a call costs little and a loop
+    # takes longer to compile; else the largest common divisor (without profile) up to 50, to save launches.
     config.steps_per_call = 0
     config.dtype = "float32"  # compute type, "float32" or "bfloat16"; parameters are float32
     config.sync_batch_norm = True  # batch statistics over the global batch; False: over each device's share
 
-    config.model = ConfigDict()  # the name of an architecture and its own settings
+    config.model = ConfigDict()  # the name of an architecture, and the architecture's own settings
     config.model.name = "lenet5"
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # a TFDS name
-    config.data.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    # "resident": the whole set lives on each device, decoded once. "stream": for sets that do not fit there;
-    # images are read, decoded and cropped on the host for each step.
+    config.data.name = "digits"  # name of a TFDS data set
+    config.data.data_dir = ""  # TFDS's directory; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    # "resident": the whole set is decoded once and lives on each device. "stream": for sets that do not fit
+    # on a device; the host reads, decodes and crops the images of each step.
     config.data.feed = "resident"
-    config.data.splits = ConfigDict()  # what each part is made of, as TFDS split expressions; "": none of it
+    config.data.splits = ConfigDict()  # a TFDS split expression for each split; "": no such split
     config.data.splits.train = "train"
     config.data.splits.validation = "validation"
     config.data.splits.test = "test"
-    # Pixels, height and width to which images, or the crops of a stream, are resized; 0: images as they are.
+    # Height and width, in pixels, to which images (or a stream's crops) are resized; 0: not resized.
     config.data.image_size = 0
-    config.data.border = 0  # zero pixels then added on every side
-    config.data.crop = ConfigDict()  # what of an image is seen
-    # "squeeze": all of it, resized to a square; all that a resident feed can do. A stream can also crop, in
-    # evaluation the centre and in training at random, "shorter_side": a square of the resized image (AlexNet,
-    # VGG, ResNet), or "area": a patch of any size and shape (GoogLeNet).
+    config.data.border = 0  # zero pixels then added to every side
+    config.data.crop = ConfigDict()  # the part of an image that the network sees
+    # "squeeze": the whole image, resized to a square; the only choice for a resident feed. A stream can also
+    # crop, at random in training and at the centre in evaluation: "shorter_side" takes a square of the
+    # resized image (AlexNet, VGG, ResNet), and "area" a patch of random size and shape (GoogLeNet).
     config.data.crop.name = "squeeze"
-    # Of "shorter_side": pixels that the shorter side is resized to before the crop, drawn from here to there.
+    # For "shorter_side": range of the shorter side's length, in pixels, after resizing and before the crop.
     config.data.crop.shorter_side = (256, 256)
-    config.data.crop.area = (0.08, 1.0)  # of "area": share of the image's area, drawn from here to there
-    config.data.crop.aspect = (3 / 4, 4 / 3)  # of "area": width / height, likewise
-    # Pixels of the shorter side before the central crop of evaluation; "squeeze" does not use it.
+    config.data.crop.area = (0.08, 1.0)  # for "area": range of the crop's share of the image's area
+    config.data.crop.aspect = (3 / 4, 4 / 3)  # for "area": range of the crop's width / height
+    # Length of the shorter side, in pixels, before evaluation's central crop; not used by "squeeze".
     config.data.crop.eval_shorter_side = 256
-    config.data.stream = ConfigDict()  # of the feed "stream"
+    config.data.stream = ConfigDict()  # for the feed "stream"
     # Processes that make training batches; 0: threads of this process, enough for a few cores. Workers keep
-    # their batches in shared memory (/dev/shm), workers * buffer of them and a few more, of which a container
-    # may have too little (`docker run --shm-size`).
+    # workers * buffer batches and a few more in shared memory (/dev/shm), which may be too small in a
+    # container (see `docker run --shm-size`).
     config.data.stream.workers = 0
     # Batches that each worker makes in advance; without workers, the number of threads, one batch each.
-    # Evaluation always uses threads, max(buffer, workers) of them.
+    # Evaluation always uses max(buffer, workers) threads.
     config.data.stream.buffer = 2
-    # Fraction of a split's records that may be unreadable; they are named in warnings and left out. 0: the
-    # first one ends the run. Each of several processes counts those that it meets.
+    # Fraction of a split's records that may be unreadable; they are left out, and a warning names each. 0:
+    # the first one ends the run. With several processes, each counts only the records that it reads.
     config.data.stream.max_damaged = 0.0
     # "none", "channel", "pixel_mean", "pixel_mean_255", "lenet5_1998", "imagenet" or "gcn_zca"
     config.data.normalization = "channel"
-    config.data.augment = ConfigDict()  # of the training images, inside the step
-    config.data.augment.pad = 0  # pixels around the image before a random crop; 0: no crop
-    config.data.augment.flip = False  # mirror left and right at random
-    # The others are off at 0. Colours, of images in [0, 1]; lighting and saturation need 3 channels.
+    config.data.augment = ConfigDict()  # augmentation of training images, inside the step
+    config.data.augment.pad = 0  # zero pixels added to every side before a random crop; 0: no crop
+    config.data.augment.flip = False  # mirror images left to right with probability 1/2
+    # The following are off at 0. Colours are in [0, 1]; lighting and saturation need 3 channels.
     config.data.augment.lighting = 0.0  # standard deviation of the multiples of the principal colours
-    config.data.augment.lighting_basis = "train"  # whose these are: of the training images, or "imagenet"
-    config.data.augment.brightness = 0.0  # s: a factor in [1 - s, 1 + s]
+    config.data.augment.lighting_basis = "train"  # principal colours of the training images, or "imagenet"
+    config.data.augment.brightness = 0.0  # s: changed by a factor in [1 - s, 1 + s]
     config.data.augment.contrast = 0.0  # the same
     config.data.augment.saturation = 0.0  # the same
-    config.data.augment.shift = 0.0  # pixels, at most, to any side
+    config.data.augment.shift = 0.0  # maximum translation along each axis, in pixels
     config.data.augment.scale = 0.0  # s: enlarged by a factor in [1 - s, 1 + s]
-    config.data.augment.squeeze = 0.0  # s: widened by a factor in [1 - s, 1 + s], and flattened by the same
-    config.data.augment.shear = 0.0  # pixels to the side for each pixel of height, at most
+    config.data.augment.squeeze = 0.0  # s: width times, and height divided by, a factor in [1 - s, 1 + s]
+    config.data.augment.shear = 0.0  # maximum horizontal displacement, in pixels per row from the centre
     config.data.augment.elastic = 0.0  # pixels by which smoothed noise in [-1, 1] is multiplied
-    config.data.augment.elastic_sigma = 4.0  # pixels, standard deviation of the Gaussian that smooths it
-    # Pixels, side of a square that is set to 0, which for all normalisations but "none" and "lenet5_1998" is
-    # the mean.
+    config.data.augment.elastic_sigma = 4.0  # standard deviation, in pixels, of the Gaussian that smooths it
+    # Side, in pixels, of a square that is set to 0, which is the mean for all normalisations except "none"
+    # and "lenet5_1998".
     config.data.augment.cutout = 0
-    # Each example is mixed with the one before it in the batch; not both.
-    config.data.augment.mixup = 0.0  # alpha: their shares are of Beta(alpha, alpha)
-    config.data.augment.cutmix = 0.0  # alpha: the share of a box cut out of the other, of Beta(alpha, alpha)
+    # Each example is mixed with the one before it in the batch; use mixup or cutmix, not both.
+    config.data.augment.mixup = 0.0  # alpha: the shares are drawn from Beta(alpha, alpha)
+    config.data.augment.cutmix = 0.0  # alpha: the area pasted from the other image, from Beta(alpha, alpha)
 
     config.loss = ConfigDict()
     config.loss.name = "cross_entropy"  # or "rbf_mean_squared", "rbf_map" for LeNet-5 of 1998
-    config.loss.label_smoothing = 0.0  # of "cross_entropy", share of the target spread over all classes
-    config.loss.map_constant = 1.0  # the j of "rbf_map"
-    config.loss.side_weight = 0.3  # weight of each side branch's loss, where the model has any
+    config.loss.label_smoothing = 0.0  # for "cross_entropy": share of the target spread over all classes
+    config.loss.map_constant = 1.0  # for "rbf_map": the constant j
+    # Weight of the loss of each side branch (auxiliary classifier), if the model has any.
+    config.loss.side_weight = 0.3
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"  # "sgd", "rmsprop", "adam" or "adamw"
     config.optimizer.learning_rate = 0.1  # after the warm-up
-    config.optimizer.momentum = 0.9  # the beta1 of Adam
-    config.optimizer.nesterov = False
-    config.optimizer.second_moment = 0.999  # the beta2 of Adam, the decay of "rmsprop"
-    config.optimizer.epsilon = 1e-8  # of "rmsprop" and Adam
-    config.optimizer.weight_decay = 1e-4  # times a parameter, added to its gradient
-    config.optimizer.decayed = "all"  # which parameters: "all", or "kernels" without biases and normalisation
-    config.optimizer.clip_norm = 0.0  # greatest norm of the gradient; 0: no limit
-    # Patterns of names of parameters, as in "*/bias" or "conv1/*", whose learning rate is multiplied by
-    # `rate_factors`, one for each pattern; by all of them where several fit.
+    config.optimizer.momentum = 0.9  # momentum; Adam's beta1
+    config.optimizer.nesterov = False  # use Nesterov's form of the momentum
+    config.optimizer.second_moment = 0.999  # Adam's beta2; the decay of "rmsprop"
+    config.optimizer.epsilon = 1e-8  # for "rmsprop" and Adam
+    # Multiple of a parameter that is added to its gradient; decoupled from the gradient in "adamw".
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.decayed = "all"  # decay "all" parameters, or "kernels": not biases and normalisation
+    config.optimizer.clip_norm = 0.0  # maximum global norm of the gradient; 0: no clipping
+    # Shell patterns of parameter names, such as "*/bias" or "conv1/*", and for each a factor by which it
+    # multiplies the learning rate; if several patterns match, by all their factors.
     config.optimizer.rate_patterns = ()
     config.optimizer.rate_factors = ()
-    # Patterns of the names of layers whose parameters stay as they are at the start. Their batch statistics
-    # do not.
+    # Shell patterns of layer names: these layers' parameters are not trained; their batch statistics change.
     config.optimizer.frozen = ()
-    # What to do where the loss, the gradient or the state is no longer finite: "stop" the run; "skip" the
-    # update of such a step, up to ten in a row; or "rewind" to the last checkpoint and go on from there with
-    # other batches, up to three times from each.
+    # Reaction to a loss, gradient or state that is not finite: "stop" the run; "skip" that step's update, up
+    # to ten in a row; or "rewind" to the last checkpoint and continue with other batches, up to three times
+    # from each checkpoint.
     config.on_nonfinite = "stop"
     config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
-    # Decay of the exponential moving average of parameters and running statistics, with which the net is
-    # evaluated (less in the first steps). 0: no average.
+    # Decay per step (lower in the first steps) of the exponential moving average of the parameters and
+    # running statistics, which evaluation then uses. 0: no average.
     config.ema_decay = 0.0
 
     config.schedule = ConfigDict()
     config.schedule.name = "piecewise"  # "constant", "piecewise", "cosine" or "polynomial"
-    config.schedule.boundaries = (0.5, 0.75)  # of "piecewise", as fractions of num_steps
-    config.schedule.factors = (0.1, 0.1)  # of "piecewise", one for each boundary
-    config.schedule.power = 0.5  # of "polynomial": (1 - progress) ** power
+    config.schedule.boundaries = (0.5, 0.75)  # for "piecewise": fractions of num_steps
+    config.schedule.factors = (0.1, 0.1)  # for "piecewise": multiplies the rate at each boundary
+    config.schedule.power = 0.5  # for "polynomial": the rate is times (1 - progress) ** power
     config.schedule.warmup = "linear"  # "linear" or "constant"
     config.schedule.warmup_steps = 0  # steps; 0: no warm-up
-    config.schedule.warmup_factor = 0.1  # of the learning rate, where the warm-up begins
+    config.schedule.warmup_factor = 0.1  # initial fraction of the learning rate in the warm-up
 
     config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 512  # examples, over all devices; rounded up to their number
-    config.evaluation.every_steps = 100  # steps; 0: only at the end
-    config.evaluation.splits = ("validation",)  # parts of data.splits to evaluate on the way
-    config.evaluation.final_splits = ("train", "validation", "test")  # and at the end
-    # What a network is shown of each image at the end and by `cnn_cases.evaluate`: "single", "flip",
-    # "centre_crop", "ten_crop", "multi_scale_dense", "resnet_dense" or "googlenet_144"
-    # (cnn_cases/data/views.py). On the way it is "single"; another one adds figures of its own to those,
-    # "<split>/<protocol>/error" and so on, but of the split "train".
+    # Examples per step, over all devices; rounded up to a multiple of the number of devices.
+    config.evaluation.batch_size = 512
+    config.evaluation.every_steps = 100  # interval in steps; 0: only at the end
+    config.evaluation.splits = ("validation",)  # names in data.splits to evaluate during training
+    config.evaluation.final_splits = ("train", "validation", "test")  # the same at the end of the run
+    # Test protocol at the end of the run and in `cnn_cases.evaluate` (see cnn_cases/data/views.py): "single",
+    # "flip", "centre_crop", "ten_crop", "multi_scale_dense", "resnet_dense" or "googlenet_144". The training
+    # loop always evaluates with "single". Any other protocol adds its own metrics at the end,
+    # "<split>/<protocol>/error" and so on, except on the split "train".
     config.evaluation.protocol = "single"
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_steps = 500  # steps; 0: only at the end
-    config.checkpoint.keep_last = 2  # the latest ones, besides the best
-    # The split whose error tells the best of those that were saved; "": keep no best.
+    config.checkpoint.every_steps = 500  # interval in steps; 0: only at the end
+    config.checkpoint.keep_last = 2  # number of latest checkpoints to keep, in addition to the best
+    # Split whose error decides which of the saved checkpoints is the best; "": keep no best checkpoint.
     config.checkpoint.best_on = "validation"
 
-    config.log_every_steps = 20  # steps between rows of the running metrics
-    # First and last step to profile, as in (10, 15); the trace goes to the workdir. (): none. With
-    # steps_per_call = 0, the profile covers the whole calls that contain these steps.
+    config.log_every_steps = 20  # interval between rows of training metrics, in steps
+    # First and last step to profile, such as (10, 15); the trace is written to the workdir. (): no profile.
+    # With steps_per_call = 0, the profile covers the whole calls that contain these steps.
     config.profile_steps = ()
     return config
 
 
 def split_training_set(config, protocol, *, size, num_held_out):
-    """Sets the training and validation splits, so that nothing is trained on or chosen by test images.
+    """Sets the training and validation splits, so that no run trains on test images or chooses by them.
 
     Args:
-      protocol: what stands behind the colon in `--config=configs/<name>.py:<protocol>`. "held_out", the
-        default: the last `num_held_out` training images are for validation. "full_train": all are trained
-        on; then nothing is evaluated on the way and no checkpoint is chosen.
+      protocol: the word after the colon in `--config=configs/<name>.py:<protocol>`. "held_out", the default,
+        holds out the last `num_held_out` training images for validation. "full_train" trains on all of them;
+        the run then evaluates only at the end and chooses no checkpoint.
       size: number of training images.
+      num_held_out: number of validation images, for "held_out".
 
     Raises:
       ValueError: the protocol is unknown.
@@ -178,9 +181,9 @@ def split_training_set(config, protocol, *, size, num_held_out):
 
 
 def follow_test_error(config):
-    """Evaluates on the test set during training, for curves as in figure 6 of He et al. 2015.
+    """Evaluates on the test set during training, for curves like those in figure 6 of He et al. 2015.
 
-    Nothing is chosen by it: no best checkpoint is kept, and the final figures are reported.
+    Nothing is chosen by the test error: no best checkpoint is kept, and the final results are reported.
     """
     config.evaluation.splits = ("test",)
     config.evaluation.final_splits = ("train", "test")
@@ -189,16 +192,16 @@ def follow_test_error(config):
 
 
 def check_choice(what, choice, known):
-    """Raises ValueError unless `choice`, the word behind the colon in `--config=...:<choice>`, is known."""
+    """Raises ValueError unless `choice`, the word after the colon in `--config=...:<choice>`, is known."""
     if choice not in known:
         raise ValueError(f"the config's {what} {choice!r} is unknown; known: {', '.join(known)}")
 
 
 def imagenet2012(config, *, image_size, batch_size, num_epochs):
-    """Sets the data and the length of a training on ImageNet's 1,000 classes.
+    """Sets the data and the length of a run on ImageNet's 1,000 classes.
 
-    The 50,000 validation images are the ones that papers report on, since the labels of the test images are
-    not public: they choose no checkpoint here.
+    Papers report results on the 50,000 validation images, since the labels of the test images are not public.
+    They therefore choose no checkpoint here.
     """
     steps_per_epoch = IMAGENET2012_TRAIN / batch_size
     config.batch_size = batch_size
@@ -217,10 +220,10 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
 
 
 def imagenette(config, *, image_size):
-    """Sets the data and the length of a training on Imagenette, ten easy classes of ImageNet.
+    """Sets the data and the length of a run on Imagenette, ten easy classes of ImageNet.
 
-    It has no third split: its validation images are those that are reported on, and choose no checkpoint.
-    The steps are an epoch of the published set and a few more.
+    It has no third split: results are reported on its validation images, which choose no checkpoint. The run
+    is slightly longer than one epoch of the published set.
     """
     config.num_steps = 310
     config.batch_size = 32

@@ -1,1 +1,1 @@
-"""TFDS sets in, batches out."""
+"""Turns TFDS data sets into batches."""

@@ -1,13 +1,12 @@
 """Augmentations of image batches, as pure functions inside the jitted step.
 
-Every function that draws takes one key per example: what happens to an example depends on its own key alone
-(and, where two examples are mixed, on the one before it). `Settings` is the list of what there is, and
-`pixels` has the order in which it comes. Section numbers of papers after 2012 and of Simard's are as
-recalled.
+Every random function takes one key per example, so the result for an example depends only on its own key
+(and, where two examples are mixed, on the example before it). `Settings` lists the augmentations, and
+`pixels` applies them in order. Section numbers of Simard's paper and of papers after 2012 are cited from
+memory.
 
-RandAugment-style policies are left out: the one library for JAX that is still kept up, dm-pix (looked at in
-version 0.4.5), has no such policy, augmax (0.4.1) has none either, and imax, which has, is a pre-release of
-2024.
+RandAugment-style policies are not included. The one JAX library that is still maintained, dm-pix (checked in
+version 0.4.5), has no such policy, nor does augmax (0.4.1); imax has them, but is a pre-release from 2024.
 """
 
 import functools
@@ -21,8 +20,8 @@ import numpy as np
 from jax import lax
 from jax.scipy.ndimage import map_coordinates
 
-# Each draw has a stream of its own, so that switching an augmentation on does not change another. A new one
-# goes to the end, which leaves the earlier ones as they are.
+# Each augmentation has its own stream of random numbers, so that switching one on does not change another.
+# Append new streams at the end, which leaves the existing ones unchanged.
 STREAMS = (
     "pad",
     "flip",
@@ -38,8 +37,8 @@ STREAMS = (
     "cutmix",
 )
 BASES = ("train", "imagenet")
-# Of the covariance of ImageNet's colours in [0, 1]: eigenvalues, and eigenvectors in columns, red, green and
-# blue in rows (public in fb.resnet.torch, datasets/imagenet.lua).
+# The covariance of ImageNet's colours in [0, 1]: its eigenvalues, and its eigenvectors in columns, with red,
+# green and blue in rows (published in fb.resnet.torch, datasets/imagenet.lua).
 IMAGENET_BASIS = (
     np.float32([0.2175, 0.0188, 0.0045]),
     np.float32([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]),
@@ -47,23 +46,23 @@ IMAGENET_BASIS = (
 
 
 class Settings(NamedTuple):
-    """What is done to training images; the defaults do nothing.
+    """The augmentations of training images; the defaults leave images unchanged.
 
     Attributes:
-      pad: pixels around the image before a random crop to the old size.
-      flip: mirror half of the images.
+      pad: zero pixels added to every side before a random crop to the original size.
+      flip: mirror each image left to right with probability 1/2.
       lighting: standard deviation of the multiples of the principal colours; AlexNet's is 0.1.
-      lighting_basis: whose principal colours, those of the training images ("train") or ImageNet's.
+      lighting_basis: principal colours of the training images ("train"), or "imagenet".
       brightness, contrast, saturation: s, for factors in [1 - s, 1 + s]; Howard's are 0.5.
-      shift: pixels, at most, down and to the right, or up and to the left.
+      shift: maximum translation along each axis, in pixels.
       scale: s, to enlarge by a factor in [1 - s, 1 + s].
-      squeeze: s, to widen by a factor in [1 - s, 1 + s] and to flatten by the same.
-      shear: pixels that a row goes to the side for each that it lies above or below the centre, at most.
+      squeeze: s; the width is multiplied, and the height divided, by a factor in [1 - s, 1 + s].
+      shear: maximum horizontal displacement, in pixels per row above or below the centre.
       elastic: pixels by which smoothed noise is multiplied, the alpha of Simard et al. 2003; theirs is 34.
-      elastic_sigma: pixels, standard deviation of the Gaussian that smooths; theirs is 4.
-      cutout: pixels, side of the square that is cut out.
-      mixup: the alpha of Beta(alpha, alpha), of which the shares of two mixed examples are drawn.
-      cutmix: the same for the share of a box that comes from another example.
+      elastic_sigma: standard deviation, in pixels, of the Gaussian that smooths the noise; theirs is 4.
+      cutout: side of the square that is cut out, in pixels.
+      mixup: the alpha of Beta(alpha, alpha), from which the shares of two mixed examples are drawn.
+      cutmix: the same, for the share of the image's area that comes from another example.
     """
 
     pad: int = 0
@@ -85,7 +84,7 @@ class Settings(NamedTuple):
 
 
 def check(settings, image_shape):
-    """Raises ValueError where images [H, W, C] cannot be augmented as `settings` ask for."""
+    """Raises ValueError if images of shape [H, W, C] cannot be augmented with `settings`."""
     height, width, channels = image_shape
 
     def demand(is_right, key, allowed):
@@ -101,7 +100,7 @@ def check(settings, image_shape):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
     demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0")
     side = min(height, width)
-    # A wider one moves all pixels alike, and takes long to make.
+    # A wider Gaussian moves all pixels alike, and takes long to compute.
     demand(
         settings.elastic_sigma <= side or not settings.elastic,
         "elastic_sigma",
@@ -128,19 +127,19 @@ def example_keys(key, position):
 
 
 def split_streams(keys):
-    """The keys of every draw: keys [B] -> {name: keys [B]}, the names being STREAMS."""
+    """Splits each example's key by augmentation: keys [B] -> {name in STREAMS: keys [B]}."""
     split = jax.vmap(lambda key: jax.random.split(key, len(STREAMS)))(keys)
     return {name: split[:, number] for number, name in enumerate(STREAMS)}
 
 
 def colours(image, streams, settings, basis):
-    """Photometric distortions and then lighting, in the order of Howard 2013.
+    """Applies photometric distortions and then lighting, in the order of Howard 2013.
 
     Args:
       image: float32 [B, H, W, C] in [0, 1].
-      streams: of `split_streams`.
+      streams: from `split_streams`.
       settings: Settings.
-      basis: the principal colours of `random_lighting`; None where it is off.
+      basis: the principal colours for `random_lighting`; None if it is off.
     """
     limits = settings.brightness, settings.contrast, settings.saturation
     if any(limits):
@@ -151,7 +150,7 @@ def colours(image, streams, settings, basis):
 
 
 def geometry(image, streams, settings):
-    """The warp, the crop and the flip; what comes in from outside is 0. [B, H, W, C] -> [B, H, W, C]."""
+    """Applies the warp, the crop and the flip; pixels from outside are 0. [B, H, W, C] -> [B, H, W, C]."""
     affine = dict(shift=settings.shift, scale=settings.scale, squeeze=settings.squeeze, shear=settings.shear)
     if any(affine.values()) or settings.elastic:
         image = random_warp(
@@ -170,18 +169,18 @@ def geometry(image, streams, settings):
 
 
 def random_crop(image, keys, pad):
-    """Pads every side with `pad` zero pixels and crops at random to the old size (He et al. 2015, 4.2).
+    """Pads every side with `pad` zero pixels, crops at random to the original size (He et al. 2015, 4.2).
 
     Shapes: image [B, H, W, C], keys [B] -> [B, H, W, C], same dtype.
     """
     offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), -pad, pad + 1))(keys)
-    # A TPU cuts slices one after another: a tenth of a ResNet-20's step, by its compiler's estimate.
+    # A TPU cuts slices one after another, which its compiler estimates to take a tenth of a ResNet-20's step.
     cut = functools.partial(_cut_slices, pad=pad)
     return lax.platform_dependent(image, offsets, tpu=_cut_by_products, default=cut)
 
 
 def _cut_slices(image, offsets, pad):
-    """Each image, moved up and left by its offsets, int32 [B, 2] in [-pad, pad]; zeros come in."""
+    """Moves each image up and left by its offsets, int32 [B, 2] in [-pad, pad], and fills with zeros."""
     padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
     def crop(picture, offset):
@@ -191,19 +190,19 @@ def _cut_slices(image, offsets, pad):
 
 
 def _cut_by_products(image, offsets):
-    """The same by matrices of 0 and 1, one for the rows and one for the columns of each image."""
+    """Computes the same with matrices of 0 and 1, one for the rows and one for the columns of each image."""
 
     def moves(size, offsets):
         return jax.vmap(lambda offset: jnp.eye(size, k=offset, dtype=image.dtype))(offsets)
 
     rows, columns = map(moves, image.shape[1:3], offsets.T)
-    # In full precision the products and sums are exact.
+    # At full precision the products and sums are exact.
     image = jnp.einsum("bij,bjwc->biwc", rows, image, precision=lax.Precision.HIGHEST)
     return jnp.einsum("bij,bhjc->bhic", columns, image, precision=lax.Precision.HIGHEST)
 
 
 def random_flip(image, keys):
-    """Mirrors left and right with probability one half. image [B, H, W, C], keys [B] -> [B, H, W, C]."""
+    """Mirrors left to right with probability one half. image [B, H, W, C], keys [B] -> [B, H, W, C]."""
     flip = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
 
@@ -211,15 +210,15 @@ def random_flip(image, keys):
 def random_lighting(image, keys, std, basis):
     """Adds one random mixture of the principal colours to all pixels (Krizhevsky et al. 2012, section 4.1).
 
-    The mixture is sum_i alpha_i lambda_i p_i, with alpha_i normal of deviation `std` and the eigenvalues
-    lambda_i and eigenvectors p_i of the colours' covariance. The paper does not say in what range its pixels
-    lie, and lambda_i, a square, depends on it: here [0, 1], as in the published figures for ImageNet.
+    The mixture is sum_i alpha_i lambda_i p_i, where alpha_i is normal with standard deviation `std`, and
+    lambda_i and p_i are the eigenvalues and eigenvectors of the colours' covariance. The paper does not give
+    the range of its pixels, on which lambda_i, a square, depends; here it is [0, 1], as for IMAGENET_BASIS.
 
     Args:
-      image: float32 [B, H, W, 3] in [0, 1]; what comes out can lie outside.
+      image: float32 [B, H, W, 3] in [0, 1]; the result can lie outside this range.
       keys: [B].
       std: standard deviation of alpha.
-      basis: eigenvalues [3], eigenvectors [3, 3] in columns.
+      basis: eigenvalues [3], and eigenvectors [3, 3] in columns.
     """
     values, vectors = basis
     alphas = std * jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
@@ -230,13 +229,13 @@ def random_lighting(image, keys, std, basis):
 def random_photometric(image, streams, limits):
     """Changes brightness, contrast and saturation, in random order (Howard 2013, section 2.2).
 
-    As there, each is a blend of the image with something that lacks the property: black, the mean grey, the
-    image in grey. Each result is clipped to [0, 1]; without that the order would not matter.
+    As in the paper, each change blends the image with one that lacks the property: black, the mean grey, or
+    the image in grey. Each result is clipped to [0, 1]; without clipping the order would not matter.
 
     Args:
       image: float32 [B, H, W, C] in [0, 1]; C is 3 where saturation changes.
-      streams: of `split_streams`.
-      limits: s of the three, for factors drawn from [1 - s, 1 + s]; 0 leaves the property as it is.
+      streams: from `split_streams`.
+      limits: s of the three, for factors drawn from [1 - s, 1 + s]; 0 leaves the property unchanged.
     """
 
     def factor(name, limit):
@@ -259,18 +258,18 @@ def random_photometric(image, streams, limits):
 
 
 def _grey(image):
-    """[B, H, W, C] -> [B, H, W, 1]; for three channels the luma of ITU-R BT.601, which PIL takes too."""
+    """[B, H, W, C] -> [B, H, W, 1]; for three channels the luma of ITU-R BT.601, as in PIL."""
     if image.shape[-1] != 3:
         return image.mean(axis=-1, keepdims=True)
     return (image * np.float32([0.299, 0.587, 0.114])).sum(axis=-1, keepdims=True)
 
 
 def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shear, elastic, elastic_sigma):
-    """Distorts images as MNIST's are in LeCun et al. 1998, section III.B, and Simard et al. 2003, section 2.
+    """Distorts images as LeCun et al. 1998, section III.B, and Simard et al. 2003, section 2, distort MNIST.
 
-    One planar affine map (translation, scaling, squeezing, horizontal shearing) about the centre, and a
-    random displacement of each pixel that is similar for neighbours; both in one bilinear sampling. What
-    comes in from outside is 0. `Settings` says what the numbers mean.
+    One bilinear sampling applies a planar affine map (translation, scaling, squeezing, horizontal shearing)
+    about the centre and random displacements that are similar for neighbouring pixels. Pixels from outside
+    are 0. `Settings` explains the numbers.
 
     Shapes: image float32 [B, H, W, C], affine_keys and elastic_keys [B] -> [B, H, W, C].
     """
@@ -283,7 +282,7 @@ def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shea
         draws = jax.random.uniform(affine_key, (5,), minval=-1, maxval=1)
         down, right = shift * draws[:2]
         enlarged, widened, slant = 1 + scale * draws[2], 1 + squeeze * draws[3], shear * draws[4]
-        # Where the pixel at (rows, columns) comes from: the map backwards.
+        # The inverse map: where the pixel at (rows, columns) comes from.
         source_rows = (rows - down) * widened / enlarged
         source_columns = (columns - right) / (widened * enlarged) - slant * source_rows
         source = jnp.stack(jnp.broadcast_arrays(source_rows + centre[0], source_columns + centre[1]))
@@ -299,9 +298,9 @@ def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shea
 
 
 def elastic_field(key, height, width, alpha, sigma):
-    """Noise, uniform in [-1, 1], smoothed by a Gaussian, times alpha (Simard et al. 2003, section 2).
+    """Uniform noise in [-1, 1], smoothed by a Gaussian, times alpha (Simard et al. 2003, section 2).
 
-    At sigma = 4 a displacement has a deviation of about 0.041 alpha pixels.
+    At sigma = 4 the displacements have a standard deviation of about 0.041 alpha pixels.
 
     Returns:
       float32 [2, height, width], displacements in pixels.
@@ -312,7 +311,7 @@ def elastic_field(key, height, width, alpha, sigma):
 
 
 def _smoothing(size, sigma):
-    """A matrix [size, size + 2 r] that smooths noise so long; r is three standard deviations."""
+    """A matrix [size, size + 2 r] that smooths size + 2 r values; r is three standard deviations."""
     radius = math.ceil(3 * sigma)
     offsets = np.arange(size + 2 * radius)[None, :] - radius - np.arange(size)[:, None]
     weights = np.where(abs(offsets) <= radius, np.exp(-(offsets**2) / (2 * sigma**2)), 0)
@@ -320,27 +319,31 @@ def _smoothing(size, sigma):
 
 
 def random_cutout(image, keys, side):
-    """Sets a square to 0, which can lie partly outside (DeVries & Taylor 2017, section 3.2).
+    """Sets a square to 0 (DeVries & Taylor 2017, section 3.2).
 
-    Its centre is any pixel. Shapes: image [B, H, W, C], keys [B] -> [B, H, W, C].
+    Its centre can be any pixel, so it can lie partly outside.
+
+    Shapes: image [B, H, W, C], keys [B] -> [B, H, W, C].
     """
     sides = jnp.full((len(image), 2), side)
     return jnp.where(_random_boxes(keys, sides, image.shape[1:3]), 0, image)
 
 
 def mix(image, label, streams, settings, num_classes, axis_name):
-    """Mixup or CutMix, each example with the one before it in the global batch, the first with the last.
+    """Mixes each example with the one before it in the global batch, by mixup or CutMix.
+
+    The first example is mixed with the last.
 
     Args:
       image: float32 [B, H, W, C], a device's share of the batch.
       label: int32 [B].
-      streams: of `split_streams`.
+      streams: from `split_streams`.
       settings: Settings, with either mixup or cutmix.
       num_classes: number of classes.
-      axis_name: the axis over which the batch is split, the shares in their order; None: it is not split.
+      axis_name: the axis over which the batch is split, in order; None if it is not split.
 
     Returns:
-      image, and the target float32 [B, num_classes], whose rows add up to 1.
+      The image, and the target, float32 [B, num_classes], whose rows sum to 1.
     """
     target = jax.nn.one_hot(label, num_classes)
     other_image, other_target = (_one_before(array, axis_name) for array in (image, target))
@@ -366,15 +369,15 @@ def _one_before(array, axis_name):
 
 
 def random_shares(keys, alpha):
-    """The shares that examples keep, of Beta(alpha, alpha) (Zhang et al. 2018, section 2). [B] -> [B]."""
+    """Draws the shares that examples keep from Beta(alpha, alpha) (Zhang et al. 2018, 2). [B] -> [B]."""
     return jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
 
 
 def random_cutmix(image, other, keys, alpha):
-    """A box of each image is taken from another (Yun et al. 2019, section 3.1).
+    """Replaces a box of each image by that of another (Yun et al. 2019, section 3.1).
 
-    The box has the image's proportions, any pixel as its centre, and before it is cut at the borders a share
-    of the area of Beta(alpha, alpha).
+    The box has the proportions of the image, and its centre can be any pixel. The share of the area that the
+    image keeps is drawn from Beta(alpha, alpha), and grows where the border cuts the box.
 
     Shapes: image and other [B, H, W, C], keys [B] -> [B, H, W, C], and the share of `image` in it [B].
     """
@@ -386,7 +389,7 @@ def random_cutmix(image, other, keys, alpha):
 
 
 def _random_boxes(keys, sides, size):
-    """Boxes with their centres anywhere. keys [B], sides [B, 2], size (H, W) -> bool [B, H, W, 1]."""
+    """Boxes centred at any pixel. keys [B], sides [B, 2], size (H, W) -> bool [B, H, W, 1]."""
 
     def box(key, sides):
         def inside(key, side, length):

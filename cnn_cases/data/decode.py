@@ -1,8 +1,7 @@
-"""From the bytes of an image to pixels on the host, and the boxes that the papers crop from it.
+"""Decodes images on the host, and computes the boxes that the papers crop from them.
 
-A crop is a box of the image's own pixels, then resized to the square that a network sees. For an image that
-is first resized and then cropped, as the papers have it, this is the same picture, up to the rounding of the
-box to whole pixels, and costs less.
+A crop is a box of the original pixels, which is then resized to the square that a network sees. The papers
+resize before they crop; apart from rounding the box to whole pixels, the result is the same but costs more.
 """
 
 import io
@@ -17,8 +16,8 @@ from cnn_cases import checks
 
 CROPS = ("squeeze", "shorter_side", "area")
 MAX_SIDE = 8192  # pixels of an image's side; no network here is meant for more
-# What shows an image the right way up, by the orientation of its EXIF part. Pillow's `exif_transpose` does
-# the same, but writes all tags anew, which fails where any of them is damaged.
+# The transposition that turns an image upright, by its EXIF orientation. Pillow's `exif_transpose` does the
+# same, but rewrites all tags, which fails if any of them is damaged.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,24 +28,24 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-cv2.setNumThreads(1)  # whoever decodes in parallel has a thread or a process for each batch already
+cv2.setNumThreads(1)  # callers that decode in parallel already use a thread or a process per batch
 
 
 def decode(data, channels):
-    """The pixels of an encoded image, the right way up, on white where it is transparent.
+    """Decodes an image, turns it upright, and puts transparent parts on white.
 
-    JPEG goes through libjpeg-turbo; what that refuses (CMYK, files with harmless flaws), what its EXIF part
-    turns, as phones have it, and every other format through Pillow.
+    libjpeg-turbo decodes JPEG files. Pillow decodes other formats, JPEG files that libjpeg-turbo refuses
+    (CMYK, files with harmless flaws), and those that EXIF data turn, as phones write them.
 
     Args:
       data: the bytes of a file.
-      channels: 1 for grey, 3 for RGB, whatever the file holds.
+      channels: 1 for grey, 3 for RGB; the image is converted if necessary.
 
     Returns:
       uint8 [H, W, channels].
 
     Raises:
-      ValueError: the bytes are no image, or not all of one, or it is grey with more than 8 bits.
+      ValueError: the bytes are not an image, the image is incomplete, or it is grey with more than 8 bits.
     """
     if simplejpeg.is_jpeg(data) and _is_upright(data):
         try:
@@ -57,25 +56,25 @@ def decode(data, channels):
         with Image.open(io.BytesIO(data)) as image:
             turn = _turn(image)
             return _to_pixels(image if turn is None else image.transpose(turn), channels)
-    except MemoryError:  # says nothing against the file
+    except MemoryError:  # not the file's fault
         raise
-    except Exception as error:  # whatever the plugin of a format raises
+    except Exception as error:  # Pillow's plugins for the formats raise errors of many types
         # Pillow's message may quote the address of the buffer, which differs from run to run.
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(reason) from error
 
 
 def _is_upright(data):
-    """Whether a JPEG file is shown as it is."""
+    """Whether a JPEG file is shown without rotation or mirroring."""
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads its head alone
+        with Image.open(io.BytesIO(data)) as image:  # reads only the header
             return _turn(image) is None
-    except (OSError, Image.DecompressionBombError):  # what Pillow does not open, libjpeg-turbo may
+    except (OSError, Image.DecompressionBombError):  # libjpeg-turbo may still open it
         return True
 
 
 def _turn(image):
-    """The one of TURNS that a Pillow image asks for; None where none does, or its EXIF part is damaged."""
+    """The value of TURNS for a Pillow image; None if it is upright or its EXIF data are damaged."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except SyntaxError:
@@ -83,7 +82,7 @@ def _turn(image):
 
 
 def _to_pixels(image, channels):
-    if image.mode.startswith(("I", "F")):  # all above 8 bits, Pillow would make white
+    if image.mode.startswith(("I", "F")):  # Pillow would turn all values above 8 bits into white
         raise ValueError("it has more than 8 bits a channel; save it with 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -93,7 +92,7 @@ def _to_pixels(image, channels):
 
 
 def check(image_size, crop):
-    """Raises ValueError where no box of `image_size` can be as `crop`, the settings of `data.crop`, says."""
+    """Raises ValueError if `crop`, the settings of `data.crop`, is not possible with `image_size`."""
     name, shorter_side, eval_shorter_side = crop["name"], crop["shorter_side"], crop["eval_shorter_side"]
     area, aspect = crop["area"], crop["aspect"]
     checks.one_of("data.crop.name", name, CROPS)
@@ -117,24 +116,24 @@ def check(image_size, crop):
 
 
 def training_box(height, width, image_size, rng, crop):
-    """The random box that is cropped from a training image.
+    """Draws the random box that is cropped from a training image.
 
-    By the name of the crop:
+    The name of the crop decides:
 
-    - "squeeze": all of it.
-    - "shorter_side": where the shorter side measures as many pixels as are drawn, evenly, from the two of
-      `shorter_side`, a square of `image_size` anywhere in the image (Krizhevsky et al. 2012, section 4.1;
+    - "squeeze": the whole image.
+    - "shorter_side": a square of `image_size` pixels anywhere in the image, whose shorter side is first
+      resized to a length drawn uniformly from the range `shorter_side` (Krizhevsky et al. 2012, section 4.1;
       with several sizes Simonyan, Zisserman 2014, section 3.1).
-    - "area": a share drawn evenly from `area`, with a ratio of width to height drawn from `aspect`, anywhere
-      (Szegedy et al. 2014, section 6). As is usual, but not from the paper: the ratio's logarithm is drawn
-      evenly, and after ten boxes that do not fit, it is the largest one about the centre whose ratio is
-      allowed.
+    - "area": a box anywhere in the image, with a share of its area drawn uniformly from `area` and a ratio of
+      width to height drawn from `aspect` (Szegedy et al. 2014, section 6). As is usual, but not from the
+      paper, the ratio's logarithm is drawn uniformly, and after ten boxes that do not fit, the largest
+      centred box with an allowed ratio is taken.
 
     Args:
       height, width: of the image, in pixels.
-      image_size: height and width of what the network sees, in pixels.
+      image_size: height and width of the network's input, in pixels.
       rng: a NumPy generator.
-      crop: the settings of `data.crop`, a mapping that `check` has passed.
+      crop: the settings of `data.crop`, a mapping that has passed `check`.
 
     Returns:
       (top, left, height, width) in pixels of the image.
@@ -157,10 +156,10 @@ def training_box(height, width, image_size, rng, crop):
 
 
 def evaluation_box(height, width, image_size, crop):
-    """The box of an image that is evaluated: all of it for "squeeze", else the centre.
+    """The box that evaluation crops from an image: the whole image for "squeeze", otherwise its centre.
 
-    The centre is the square of `image_size` pixels where the shorter side measures `eval_shorter_side`
-    pixels. Arguments and result as of `training_box`.
+    The centre is the square of `image_size` pixels once the shorter side has been resized to
+    `eval_shorter_side` pixels. Arguments and result are as in `training_box`.
     """
     if crop["name"] == "squeeze":
         return 0, 0, height, width
@@ -174,11 +173,11 @@ def evaluation_view(image, image_size, border, crop):
 
 
 def resized(image, box, image_size):
-    """The box of an image as a square. image uint8 [H, W, C] -> uint8 [image_size, image_size, C]."""
+    """Resizes a box of an image to a square. image uint8 [H, W, C] -> uint8 [image_size, image_size, C]."""
     top, left, height, width = box
     part = image[top : top + height, left : left + width]
-    # Linear interpolation reads 2x2 pixels, and so misses none up to a factor of two. The mean over areas
-    # misses none at all, but OpenCV takes it only where neither side grows.
+    # Linear interpolation reads 2x2 pixels, and so skips none up to a factor of two. The mean over areas
+    # never skips any, but OpenCV uses it only if neither side grows.
     if max(height, width) > 2 * image_size:
         sides = min(width, image_size), min(height, image_size)
         part = cv2.resize(part, sides, interpolation=cv2.INTER_AREA)
@@ -187,7 +186,7 @@ def resized(image, box, image_size):
 
 
 def framed(image, box, image_size, border):
-    """The box of an image as a square in a border of zeros. uint8 [H, W, C] -> uint8 [S, S, C].
+    """Resizes a box of an image to a square with a border of zeros. uint8 [H, W, C] -> uint8 [S, S, C].
 
     S is image_size + 2 * border.
     """
@@ -196,7 +195,7 @@ def framed(image, box, image_size, border):
 
 
 def _square(height, width, image_size, shorter_side):
-    """Side of the square that measures `image_size` where the shorter side measures `shorter_side`."""
+    """The side of a square that becomes `image_size` when the shorter side is resized to `shorter_side`."""
     return max(round(min(height, width) * image_size / int(shorter_side)), 1)
 
 

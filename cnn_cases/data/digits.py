@@ -3,9 +3,9 @@
 1,797 real digits of 8x8 pixels, written by 13 people (the test part of the UCI "Optical recognition of
 handwritten digits" set, Alpaydin and Kaynak 1998). Nothing is downloaded and TensorFlow is not needed.
 
-The splits are fixed and stratified. The examples of each class are numbered in the set's own order: of every
-ten, the fifth and the tenth are test examples and the first is a validation example. So all three hold
-digits of the same people, and the test error says nothing of other people's.
+The splits are fixed and stratified. Of every ten examples of a class, in the order of the data set, the fifth
+and the tenth are test examples and the first is a validation example. All three splits therefore hold digits
+by the same people, and the test error says nothing about digits by other people.
 
     split         examples
     train            1,257
@@ -54,12 +54,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "validation", "test")}
 
     def _generate_examples(self, split):
-        from sklearn.datasets import load_digits  # takes two seconds to import, needed only here
+        from sklearn.datasets import load_digits  # importing it takes two seconds
 
         images, labels = load_digits(return_X_y=True)
-        # Intensities are counts of 0 to 16 black pixels in a 4x4 cell.
+        # An intensity counts the black pixels in a 4x4 cell, 0 to 16.
         images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         for index, name in enumerate(split_names(labels)):
             if name == split:
-                # TFDS encodes a PIL image without TensorFlow, an array only with it.
+                # TFDS needs TensorFlow to encode an array, but not to encode a PIL image.
                 yield index, {"image": Image.fromarray(images[index]), "label": int(labels[index])}

@@ -1,25 +1,25 @@
-"""From the data keys of a config to a feed.
+"""Makes a feed from the data keys of a config.
 
-A feed has the same calls whatever its kind:
+All feeds have the same interface:
 
     feed.image_shape, feed.num_classes, feed.num_train
-    feed.statistics                       what the normalisation took from the training images
-    feed.arrays                           what lives on the devices, an argument of every step
+    feed.statistics                       the normalisation's statistics of the training images
+    feed.arrays                           arrays on the devices, an argument of every step
     feed.train_batches(seed, first_step)  an endless iterator over the batches of the training steps from
                                           `first_step` on; a step's batch is a pure function of seed and step
-    feed.training_examples(seed, step)    which examples of the training split the batch of `step` (the first
-                                          is 0) is made of, over all processes
+    feed.training_examples(seed, step)    indices in the training split of the examples in the batch of
+                                          `step` (the first is 0), over all processes
     feed.eval_batches(role)               the batches of a whole split, padded and masked
     feed.examples(role)                   the examples of a split as they are stored, on the host
     feed.fingerprint()                    {role: [number of examples, checksum of all of them or of some]}
-    feed.view(image)                      such an image as evaluation shows it, on the host
+    feed.view(image)                      a stored image as evaluation shows it, on the host
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
-                                          evaluation, where nothing is augmented; in training the label can
-                                          be a target, a share of each class (see `pixels.Pixels`)
+                                          evaluation, which does not augment; in training the label can be
+                                          a target, a share of each class (see `pixels.Pixels`)
     feed.normalize(arrays, image)         inside the step: views of an image (see `views`), uint8, -> float32
 
-Of several processes that do one training, each has a feed of its own, whose batches and examples are its
-share of the whole: the shares of a batch, in the order of the processes, are the batch of a single process.
+If several processes share a training run, each has its own feed, with its share of the batches and examples.
+The shares of a batch, concatenated in the order of the processes, equal the batch of a single process.
 """
 
 import functools
@@ -52,23 +52,23 @@ def make_feed(
     process_index=0,
     process_count=1,
 ):
-    """The feed of a TFDS set.
+    """Makes the feed of a TFDS data set.
 
     Args:
       name, data_dir, image_size, border: see `splits.load_split`.
       feed: "resident" for a set that lives on the devices, "stream" for one that is decoded step by step.
       splits: {role: TFDS split expression}, such as {"train": "train[:90%]", "validation": "train[90%:]"};
-        one that is "" is left out.
+        roles with the expression "" are left out.
       crop: see `decode.training_box`. A resident feed has whole images: "squeeze".
-      stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed has no use for them.
+      stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed ignores them.
       normalization, augment, axis_name: see `pixels.make_pixels`.
-      batch_size, eval_batch_size: examples of a training or an evaluation step, over all devices of all
+      batch_size, eval_batch_size: examples in a training or evaluation step, over all devices of all
         processes.
-      process_index, process_count: which contiguous share of every batch this process makes, of how many; of
-        the examples it has every `process_count`-th.
+      process_index, process_count: the number of this process, from 0, and of all processes. Each process
+        makes a contiguous share of every batch, and has every `process_count`-th of the examples.
 
     Raises:
-      ValueError: a key has no possible value, or the set is not there; the message names it.
+      ValueError: a key has an invalid value, or the data set is missing; the message names it.
     """
     checks.one_of("data.feed", feed, FEEDS)
     for key, pixels in (("image_size", image_size), ("border", border)):

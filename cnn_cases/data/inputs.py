@@ -1,4 +1,4 @@
-"""What a network is shown, in a file of its run: so it can be asked about images without its data set."""
+"""A file in each workdir that describes the network's inputs, for predictions without the data set."""
 
 import io
 import zipfile
@@ -11,12 +11,12 @@ from cnn_cases.data import decode, splits
 
 
 class Inputs(NamedTuple):
-    """What a trained network takes.
+    """The inputs of a trained network.
 
     Attributes:
       image_shape: (H, W, C).
       class_names: of the K classes, in the order of their labels.
-      statistics: of `pixels.Pixels`.
+      statistics: those of `pixels.Pixels`.
     """
 
     image_shape: tuple[int, int, int]
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 def to_bytes(inputs):
-    """The content of a file for `from_bytes`; the same inputs give the same bytes."""
+    """Encodes inputs for `from_bytes`; the same inputs give the same bytes."""
     content = io.BytesIO()
     np.savez(
         content,
@@ -38,12 +38,12 @@ def to_bytes(inputs):
 
 
 def from_bytes(content):
-    """What `to_bytes` was given; raises ValueError where the content is damaged."""
+    """Decodes the result of `to_bytes`; raises ValueError if the content is damaged."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = dict(file)
         shape, names = arrays.pop("image_shape").tolist(), arrays.pop("class_names").tolist()
-    # RuntimeError: a damaged head says that the file is encrypted, or compressed in a way of the future.
+    # RuntimeError: a damaged header may claim that the file is encrypted, or compressed by an unknown method.
     except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"it holds no inputs ({error})") from error
     if set(arrays) not in ({"mean", "std"}, {"zca_mean", "zca_matrix"}):
@@ -52,15 +52,15 @@ def from_bytes(content):
 
 
 def make_preprocessing(image_shape, *, feed, border, crop):
-    """Two functions that together turn an image of any size into what a network is shown in evaluation.
+    """Makes two functions that together turn an image of any size into a network's input in evaluation.
 
     Args:
-      image_shape: (H, W, C) of what the network is shown, the border included.
+      image_shape: (H, W, C) of the network's input, including the border.
       feed, border, crop: as in `feeds.make_feed`.
 
     Returns:
-      store: uint8 [h, w, C] -> as the feed's `examples` have it; and view: that -> as its `view` shows it,
-      uint8 [H, W, C].
+      store: uint8 [h, w, C] -> the image as the feed's `examples` yield it; and view: a stored image -> the
+      image as the feed's `view` returns it, uint8 [H, W, C].
     """
     height, width = (side - 2 * border for side in image_shape[:2])
 

@@ -1,4 +1,4 @@
-"""Whether images fit into the memory of this machine, or of the part of it that this process may use."""
+"""Checks that images fit into the memory of this machine, or into the part that this process may use."""
 
 import contextlib
 import math
@@ -9,12 +9,12 @@ OWN_GROUPS, GROUPS = pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cg
 
 
 def check(num_images, shape, keys, times=1):
-    """Raises ValueError where images uint8 do not fit into the memory.
+    """Raises ValueError if uint8 images do not fit into memory.
 
     Args:
-      num_images, shape: their number, and (H, W, C) of each.
-      keys: of the config, which the message says to change.
-      times: how many copies of them are held.
+      num_images, shape: the number of images, and (H, W, C) of each.
+      keys: the config keys that the message says to change.
+      times: the number of copies held.
     """
     wanted, there = times * num_images * math.prod(shape), available()
     if wanted > there:
@@ -26,7 +26,7 @@ def check(num_images, shape, keys, times=1):
 
 
 def available():
-    """Bytes: the machine's memory, or less where this process is in a container or a job that has less."""
+    """The memory of the machine, or of this process's container or job if that is less, in bytes."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []  # on Linux
     for _, controllers, group in (line.split(":", 2) for line in lines):
@@ -38,6 +38,6 @@ def available():
             continue
         own = limits / group.strip("/")
         for place in (own, *own.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit there, or the word "max"
+            with contextlib.suppress(OSError, ValueError):  # there is no limit, or it is the word "max"
                 sizes.append(int((place / name).read_text()))
     return min(sizes)

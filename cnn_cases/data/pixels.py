@@ -1,4 +1,4 @@
-"""What happens to pixels inside the jitted step, whichever feed they come from."""
+"""Augmentation and normalisation inside the jitted step, the same for all feeds."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,26 +20,26 @@ NORMALIZATIONS = (
     "imagenet",
     "gcn_zca",
 )
-# Of the channels of ImageNet's training images in [0, 1] (public in fb.resnet.torch, datasets/imagenet.lua).
+# Of the channels of ImageNet's training images in [0, 1] (from fb.resnet.torch, datasets/imagenet.lua).
 IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
 IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
-# Those of pylearn2, with which Goodfellow et al. 2013 made their CIFAR-10 (scripts/datasets/
-# make_cifar10_gcn_whitened.py): the norm of an image, and what is added to the variances.
+# The norm of an image, and the constant added to the variances, in pylearn2, with which Goodfellow et al.
+# 2013 preprocessed CIFAR-10 (scripts/datasets/make_cifar10_gcn_whitened.py).
 GCN_SCALE = 55.0
 ZCA_BIAS = 0.1
-MAX_WHITENED = 16_384  # values of an image; the matrix that whitens them has as many rows and columns
+MAX_WHITENED = 16_384  # values of an image; the whitening matrix has as many rows and columns
 
 
 class Pixels(NamedTuple):
-    """The two ways from stored pixels to what a network sees.
+    """The functions that turn stored pixels into a network's input, in training and in evaluation.
 
     Attributes:
-      statistics: what the normalisation took from the training images; all that `make_normalize` needs.
-      arrays: what both need on the devices, to be handed to every step; often nothing.
+      statistics: the normalisation's statistics of the training images; all that `make_normalize` needs.
+      arrays: arrays that both functions need on the devices, an argument of every step; often empty.
       train: (arrays, image uint8 [B, H, W, C], label int32 [B], position int32 [B] in the global batch, key)
         -> image float32 [B, H, W, C], label int32 [B], or, where examples are mixed, the target float32
         [B, num_classes].
-      evaluate: (arrays, image uint8 [B, H, W, C]) -> image float32 [B, H, W, C]; nothing is drawn.
+      evaluate: (arrays, image uint8 [B, H, W, C]) -> image float32 [B, H, W, C]; deterministic.
     """
 
     statistics: dict[str, Any]
@@ -51,26 +51,26 @@ class Pixels(NamedTuple):
 def make_pixels(
     image, *, normalization, augment, num_classes, axis_name=None, keep=lambda _, compute: compute()
 ):
-    """The pixel functions of a data set.
+    """Makes the pixel functions of a data set.
 
     Args:
-      image: uint8 [N, H, W, C], the training images, or as many of them as statistics shall be taken from.
+      image: uint8 [N, H, W, C], the training images, or a sample of them, from which to compute statistics.
       normalization: one of NORMALIZATIONS. Images are scaled to [0, 1] ("none"); then "channel" subtracts the
-        mean and divides by the standard deviation of each channel, "imagenet" does so with those of ImageNet,
+        mean and divides by the standard deviation of each channel, "imagenet" does so with ImageNet's,
         "pixel_mean" subtracts the mean image (He et al. 2015, section 4.2), "pixel_mean_255" does so in the
         range [0, 255] (Krizhevsky et al. 2012, section 2, whose small initial weights need it),
         "lenet5_1998" puts black at -0.1 and white at 1.175 (LeCun et al. 1998, section II.B), and "gcn_zca"
-        is global contrast normalisation and ZCA whitening (Goodfellow et al. 2013, whom Lin et al. 2013,
-        section 4.2, follow).
-      augment: the `augment.Settings`, a mapping.
+        is global contrast normalisation and ZCA whitening (Goodfellow et al. 2013, followed by Lin et al.
+        2013, section 4.2).
+      augment: the `augment.Settings`, as a mapping.
       num_classes: number of classes.
-      axis_name: the axis over which a training batch is split; None: it is not split.
-      keep: (key, compute) -> the arrays {name: array} that `compute()` gives, of which there may be a copy
-        from an earlier start under that key; by default there is none.
+      axis_name: the axis over which a training batch is split; None if it is not split.
+      keep: (key, compute) -> the arrays {name: array} that `compute()` returns, possibly a copy that an
+        earlier start stored under the key; by default nothing is stored.
 
     Raises:
-      ValueError: a normalisation or an augmentation is unknown, a value is out of range, or the images do not
-        suit it.
+      ValueError: a normalisation or an augmentation is unknown, a value is out of range, or the images are
+        not suitable.
     """
     checks.one_of("data.normalization", normalization, NORMALIZATIONS)
     if normalization == "imagenet" and image.shape[-1] != 3:
@@ -95,14 +95,14 @@ def make_pixels(
             )
             basis = kept["values"], kept["vectors"]
     if normalization == "gcn_zca":
-        # What makes the matrix stands in the key: another version may have other constants.
+        # The key contains the constants that determine the matrix, since another version may change them.
         key = f"zca-{GCN_SCALE:g}-{ZCA_BIAS:g}-{_digest(image)}"
         statistics = arrays = keep(key, lambda: _whitening(image))
     else:
         statistics, arrays = dict(zip(("mean", "std"), _statistics(image, normalization), strict=True)), {}
     normalize = make_normalize(statistics)
-    # What differs from place to place is subtracted where the pixels still lie in their places, before the
-    # crop: in the papers, crops are from normalised images, padded with zeros. Else the padding is black.
+    # Statistics that differ between positions are subtracted before the crop moves the pixels: in the papers,
+    # crops are taken from normalised images, padded with zeros. Otherwise the padding is black.
     by_place = "zca_mean" in statistics or statistics["mean"].ndim == 3
 
     def train(arrays, image, label, position, key):
@@ -114,10 +114,10 @@ def make_pixels(
         if not by_place:
             image = normalize(arrays, image)
         if settings.cutout:
-            # After the normalisation, where 0 is the mean and so says nothing.
+            # After the normalisation, where 0 is the mean and so carries no information.
             image = augmentations.random_cutout(image, streams["cutout"], settings.cutout)
         if settings.mixup or settings.cutmix:
-            # Last: both papers mix what the network would see. Most normalisations could as well come
+            # Last: both papers mix the network's inputs. Most normalisations could just as well come
             # after, but not the contrast normalisation, which is not affine, nor the cutout.
             image, label = augmentations.mix(image, label, streams, settings, num_classes, axis_name)
         return image, label
@@ -129,11 +129,11 @@ def make_pixels(
 
 
 def make_normalize(statistics):
-    """A normalisation: (arrays, image float32 [B, H, W, C] in [0, 1]) -> float32 [B, H, W, C].
+    """Makes a normalisation: (arrays, image float32 [B, H, W, C] in [0, 1]) -> float32 [B, H, W, C].
 
     Args:
-      statistics: of `Pixels`: "mean" and "std", float32, of any shape that broadcasts to [H, W, C]; or what
-        `_whitening` gives, of which `arrays` must then be a copy.
+      statistics: those of `Pixels`: "mean" and "std", float32, of any shape that broadcasts to [H, W, C]; or
+        the result of `_whitening`, of which `arrays` must then be a copy.
     """
     if "zca_mean" in statistics:
         return _whiten
@@ -143,7 +143,7 @@ def make_normalize(statistics):
         del arrays
         here = mean
         if mean.ndim == 3 and mean.shape != image.shape[1:]:
-            # A mean image has nothing to say about other sizes but its colour.
+            # For images of another size, only the mean colour of the mean image is meaningful.
             here = mean.mean(axis=(0, 1))
         return (image - here) / std
 
@@ -156,7 +156,7 @@ def to_unit(image):
 
 
 def _statistics(images, normalization):
-    """Mean and standard deviation of images in [0, 1], to subtract and to divide by."""
+    """The mean to subtract from images in [0, 1], and the standard deviation to divide by."""
     if normalization == "none":
         return np.float32(0), np.float32(1)
     if normalization == "imagenet":
@@ -166,7 +166,7 @@ def _statistics(images, normalization):
     if normalization in ("pixel_mean", "pixel_mean_255"):
         divisor = 1 / 255 if normalization == "pixel_mean_255" else 1
         return (images.mean(axis=0) / 255).astype(np.float32), np.float32(divisor)
-    # From the counts of the 256 values: exact, and without a float copy of the images.
+    # Computed from the counts of the 256 values, which is exact and needs no float copy of the images.
     values = np.arange(256) / 255
     counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
     mean = np.array([np.average(values, weights=count) for count in counts])
@@ -201,22 +201,22 @@ def colour_basis(images):
 
 
 def _digest(images):
-    """A short name for the content of images."""
+    """A short hash of the content of images."""
     content = hashlib.blake2b(str(images.shape).encode(), digest_size=8)
     content.update(np.ascontiguousarray(images))
     return content.hexdigest()
 
 
 def _parts(images, size=1_000):
-    """The images in parts, of which a float copy is small."""
+    """The images in parts small enough for a float copy."""
     return (images[first : first + size] for first in range(0, len(images), size))
 
 
 def contrast_normalized(image, xp=jnp):
-    """Each image with mean 0 and norm GCN_SCALE, over all pixels and channels together.
+    """Scales each image to mean 0 and norm GCN_SCALE, over all pixels and channels together.
 
     Args:
-      image: float32 [B, H, W, C]; one of a single colour becomes 0.
+      image: float32 [B, H, W, C]; an image whose values are all equal becomes 0.
       xp: the module that computes, jax.numpy or numpy.
     """
     centred = image - image.mean(axis=(1, 2, 3), keepdims=True)
@@ -237,11 +237,12 @@ def _whiten(arrays, image):
 
 
 def _whitening(images):
-    """The arrays with which `_whiten` works, for training images uint8 [N, H, W, C].
+    """The arrays that `_whiten` needs, for training images uint8 [N, H, W, C].
 
-    With D = H W C, {"zca_mean": float32 [H, W, C], "zca_matrix": float32 [D, D]}: the images, normalised in
-    contrast, have the covariance V diag(lambda) V^T, and the matrix is V diag((lambda + 0.1)^(-1/2)) V^T.
-    For CIFAR-10 it takes 37 MB, which is why it is an argument of the step and not a constant in it.
+    With D = H W C, these are {"zca_mean": float32 [H, W, C], "zca_matrix": float32 [D, D]}. The
+    contrast-normalised images have the covariance V diag(lambda) V^T, and the matrix is
+    V diag((lambda + 0.1)^(-1/2)) V^T. For CIFAR-10 it takes 37 MB, so it is an argument of the step and not a
+    constant in it.
     """
     size = images[0].size
 
@@ -255,6 +256,6 @@ def _whitening(images):
         centred = flat(part) - mean
         covariance += centred.T @ centred
     values, vectors = np.linalg.eigh(covariance / len(images))
-    # Rounding can bring an eigenvalue of 0 below it.
+    # Rounding can make an eigenvalue of 0 negative.
     matrix = (vectors / np.sqrt(np.maximum(values, 0) + ZCA_BIAS)) @ vectors.T
     return {"zca_mean": mean.reshape(images.shape[1:]), "zca_matrix": matrix.astype(np.float32)}

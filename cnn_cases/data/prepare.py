@@ -7,7 +7,7 @@ from cnn_cases.data import sources
 
 
 def main(arguments=None):
-    """Prepares the sets named on the command line; ends with one message where that fails."""
+    """Prepares the data sets named on the command line; exits with one message if that fails."""
     parser = argparse.ArgumentParser(prog="python -m cnn_cases.data.prepare", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="a TFDS data set")
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")

@@ -12,16 +12,16 @@ from cnn_cases.data import order
 
 
 class ResidentFeed:
-    """Whole splits in memory, drawn by index; `feeds` says what a feed is.
+    """Whole splits in memory, drawn by index; `feeds` describes the interface.
 
     Attributes:
-      arrays: {"image": uint8 [N, H * W * C], "label": int32 [N]}, the splits one after another, and what
-        `pixels` needs. An image is a row: where it has a height and a width, a TPU pads each to its tiles,
-        and copies the whole set into that form at each call.
+      arrays: {"image": uint8 [N, H * W * C], "label": int32 [N]}, the concatenated splits, and the arrays of
+        `pixels`. Each image is a row, because a TPU pads height and width axes to its tiles, and would copy
+        the whole set into that form at each call.
       image_shape: (H, W, C).
       num_classes: number of classes.
       num_train: number of training examples.
-      statistics: of `pixels`.
+      statistics: those of `pixels`.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class ResidentFeed:
         process_index=0,
         process_count=1,
     ):
-        """Takes whole splits.
+        """Makes a feed of whole splits.
 
         Args:
-          splits: {role: (image uint8 [N, H, W, C], label int32 [N])}, with the role "train" among them.
+          splits: {role: (image uint8 [N, H, W, C], label int32 [N])}; must contain the role "train".
           num_classes: number of classes.
-          batch_size: examples of a training step, over all devices of all processes.
-          eval_batch_size: examples of an evaluation step, likewise.
-          pixels: of `pixels.make_pixels`.
+          batch_size: examples in a training step, over all devices of all processes.
+          eval_batch_size: examples in an evaluation step, likewise.
+          pixels: from `pixels.make_pixels`.
           process_index, process_count: see `feeds.make_feed`; both batch sizes are multiples of the count.
 
         Raises:
@@ -62,17 +62,17 @@ class ResidentFeed:
         for role, (images, _) in splits.items():
             self._ranges[role] = range(start, start + len(images))
             start += len(images)
-        # One array for all splits: a step that takes it is compiled once, not once a split.
+        # One array for all splits, so that a step is compiled once, and not once per split.
         self.arrays = pixels.arrays | {
             "image": np.concatenate([images for images, _ in splits.values()]).reshape(start, -1),
             "label": np.concatenate([labels for _, labels in splits.values()]),
         }
 
     def train_batches(self, seed, first_step):
-        """The batches of the training steps from `first_step` on (the first of all is 0), without end.
+        """Yields the batches of the training steps from `first_step` on (the first of all is 0), endlessly.
 
-        Each epoch is a permutation of its own; the batch that an epoch's end cuts takes its rest from the
-        next one, so every example is seen equally often.
+        Each epoch has its own permutation. A batch that an epoch's end cuts is filled from the next epoch, so
+        every example is seen equally often.
 
         Yields:
           {"index": int32 [B], "position": int32 [B] in the global batch}, where B is this process's share.
@@ -89,9 +89,9 @@ class ResidentFeed:
         return order.examples_of_step(seed, step, self._batch_size, self.num_train)
 
     def eval_batches(self, role):
-        """The batches of a whole split: {"index": int32 [B], "mask": float32 [B]}, as those of training.
+        """Yields the batches of a whole split: {"index": int32 [B], "mask": float32 [B]}; B as in training.
 
-        The mask is 1 for every example exactly once, and 0 for the padding of the last batch.
+        The mask is 1 exactly once for every example, and 0 for the padding of the last batch.
         """
         indices = self._ranges[role]
         position = order.own_positions(self._eval_batch_size, *self._share)
@@ -108,7 +108,7 @@ class ResidentFeed:
             yield image, int(self.arrays["label"][index])
 
     def fingerprint(self):
-        """See `feeds`; the checksum is of all examples of a split."""
+        """See `feeds`; the checksum covers all examples of a split."""
         return {
             role: [len(span), zlib.crc32(self._of(span, "label"), zlib.crc32(self._of(span, "image")))]
             for role, span in self._ranges.items()
@@ -118,7 +118,7 @@ class ResidentFeed:
         return np.ascontiguousarray(self.arrays[name][span.start : span.stop])
 
     def view(self, image):
-        """A stored image as evaluation shows it: as it is."""
+        """Returns the image unchanged: evaluation shows it as it is stored."""
         return image
 
     def normalize(self, arrays, image):

@@ -1,4 +1,4 @@
-"""TFDS sets: preparing them, opening them, and what is kept beside them."""
+"""Prepares and opens TFDS data sets, and caches arrays next to them."""
 
 import functools
 import importlib.util
@@ -20,30 +20,30 @@ from tensorflow_datasets.core.download.util import DownloadError
 
 from cnn_cases.data import digits  # registers the builder
 
-# "mnist", "imagenette/320px-v2", "digits:1.0.0". TFDS knows more: settings of a builder, and name spaces, to
-# whose sets belongs code that it downloads.
+# "mnist", "imagenette/320px-v2", "digits:1.0.0". TFDS also accepts builder settings, and namespaces, whose
+# data sets come with code that it downloads.
 _NAME = re.compile(r"[a-zA-Z]\w*(/\w[\w.+-]*)?(:(\d+|\*)(\.(\d+|\*)){2})?")
 
-# Sets that are prepared on first use: they need neither a download nor TensorFlow.
+# Data sets that are prepared on first use; they need neither a download nor TensorFlow.
 BUNDLED = (digits.Digits.name,)
 
 
 def make_builder(name, data_dir):
-    """The TFDS builder of `name`, whose files are (or will be) below `data_dir`.
+    """Returns the TFDS builder of `name`, whose files are (or will be) below `data_dir`.
 
     Args:
-      name: a TFDS name, with a config where the set has several: "cifar10", "imagenette/320px-v2".
-      data_dir: a directory; "" for TFDS's own choice: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      name: a TFDS name, with a config if the data set has several: "cifar10", "imagenette/320px-v2".
+      data_dir: a directory; "" for TFDS's default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Raises:
-      ValueError: TFDS knows no such set, or `data_dir` is no directory but a bucket.
+      ValueError: TFDS knows no such data set, or `data_dir` is a bucket, not a directory.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"data.name = {name!r} is no name of a TFDS data set, as 'mnist', 'imagenette/320px-v2' and "
             "'digits:1.0.0' are"
         )
-    data_dir = os.path.expanduser(data_dir)  # a shell leaves the ~ of --data_dir=~/x as it is
+    data_dir = os.path.expanduser(data_dir)  # a shell does not expand the ~ of --data_dir=~/x
     if re.match(r"\w+:/", data_dir):
         raise ValueError(
             f"data.data_dir = {data_dir!r} must be a directory, which a bucket is once it is mounted"
@@ -59,7 +59,7 @@ def make_builder(name, data_dir):
             "`python -c 'import tensorflow_datasets as tfds; print(tfds.list_builders())'` lists"
         ) from None
     except (AssertionError, ValueError) as error:
-        # A version or config that the set does not have; or it lies there in TFDS's default format.
+        # An unknown version or config, or a data set that was prepared in TFDS's default format.
         raise ValueError(
             f"data.name = {name!r} cannot be opened in data.data_dir = {data_dir!r}: {error}; a set that was "
             "prepared in another format than array_record has to be prepared again, in another data_dir"
@@ -67,11 +67,11 @@ def make_builder(name, data_dir):
 
 
 def prepare(name, data_dir=""):
-    """Downloads and prepares a set, unless it is prepared already.
+    """Downloads and prepares a data set, unless it is already prepared.
 
     Raises:
-      ValueError: no such set, TensorFlow is missing, which TFDS needs to prepare its stock sets, or archives
-        are missing that nobody but the user may download.
+      ValueError: there is no such data set, TensorFlow is missing, which TFDS needs to prepare its stock data
+        sets, or archives are missing that only the user may download.
       ConnectionError: the download failed.
     """
     builder = make_builder(name, data_dir)
@@ -83,13 +83,13 @@ def prepare(name, data_dir=""):
             f"TFDS needs TensorFlow, once, to prepare {name!r}; `make data DATASET={name}` has it in an "
             "environment of its own, or install it with `pip install tensorflow-cpu`"
         )
-    downloader.MAX_RETRIES = 1  # TFDS's own choice keeps a machine without network waiting for minutes
+    downloader.MAX_RETRIES = 1  # by TFDS's default, a machine without network waits for minutes
     try:
         builder.download_and_prepare()
-    except AssertionError as error:  # TFDS's word for a manual download that is not there
+    except AssertionError as error:  # what TFDS raises if a manual download is missing
         raise ValueError(f"{name!r} cannot be prepared in {builder.data_path}: {error}") from error
     except (OSError, DownloadError, NonMatchingChecksumError, ExtractError) as error:
-        if (other := make_builder(name, data_dir)).is_prepared():  # another process was quicker
+        if (other := make_builder(name, data_dir)).is_prepared():  # another process was faster
             return other
         raise ConnectionError(
             f"{name!r} could not be prepared in {builder.data_path}: {type(error).__name__}: {error}"
@@ -98,10 +98,10 @@ def prepare(name, data_dir=""):
 
 
 def open_prepared(name, data_dir=""):
-    """The builder of a prepared set of labelled images; a bundled one is prepared on the way.
+    """Returns the builder of a prepared set of labelled images; prepares a bundled one if necessary.
 
     Raises:
-      ValueError: the set is unknown or not prepared, or has no images of one byte a channel or no classes.
+      ValueError: the data set is unknown or not prepared, or lacks classes or images of one byte per channel.
     """
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
@@ -111,7 +111,7 @@ def open_prepared(name, data_dir=""):
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "
                 f"run `make data DATASET={name}{where}`"
             )
-        tfds.disable_progress_bar()  # it takes a second
+        tfds.disable_progress_bar()  # preparing takes a second
         try:
             builder = prepare(name, data_dir)
         finally:
@@ -131,31 +131,31 @@ def open_prepared(name, data_dir=""):
 
 
 def computed_once(name, data_dir, key, compute):
-    """Arrays that take long to compute of a set, kept beside it for the next start.
+    """Computes arrays of a data set, or reads them from the file in which an earlier start stored them.
 
     Args:
       name, data_dir: see `make_builder`.
-      key: what tells them apart from any others of the set; a file's name.
+      key: the name of the file, unique among the arrays of the data set.
       compute: () -> {name: array}.
     """
     path = pathlib.Path(open_prepared(name, data_dir).data_path) / "decoded" / f"{key}.npz"
     try:
-        # Opened here: of a damaged file numpy leaves its own handle open.
+        # Opened here, because NumPy does not close a damaged file that it has opened itself.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # not there yet, or damaged
+        pass  # missing or damaged
     arrays = compute()
     keep(path, functools.partial(np.savez, allow_pickle=False, **arrays))
     return arrays
 
 
 def keep(path, save):
-    """Has `save` write a file, as a whole or not at all; where that is impossible, a warning is enough."""
+    """Lets `save` write a file, completely or not at all; if that fails, logs a warning."""
     try:
         path.parent.mkdir(exist_ok=True)
-        # Renamed when it is whole: another process may be reading, or doing the same. And no temporary file
-        # of Python's, which others that share the set could not read.
+        # Renamed when complete, since another process may be reading or writing the same file. Python's own
+        # temporary files would not be readable for other users of the data set.
         unfinished = path.with_name(f"{path.stem}-{secrets.token_hex(8)}{path.suffix}")
         try:
             with unfinished.open("xb") as file:
@@ -168,8 +168,8 @@ def keep(path, save):
 
 
 def _class_of_feature(name, of_tfds=tfds.features.FeatureConnector.cls_from_name):
-    # A prepared set names the classes of its features, and TFDS would import whatever module that is. The set
-    # may be a stranger's, and the module lie beside it.
+    # A prepared data set names the classes of its features, and TFDS would import any module named there. The
+    # data set may come from a stranger, with a module next to it.
     module = name.rpartition(".")[0]
     if module not in sys.modules and not module.startswith("tensorflow_datasets."):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Splits of prepared sets: which examples they have, and reading them, whole or one at a time."""
+"""Checks the splits of prepared data sets, and reads them, whole or one example at a time."""
 
 import contextlib
 import functools
@@ -15,16 +15,16 @@ from cnn_cases.data import decode, memory, sources
 
 
 def check_disjoint(name, splits, data_dir=""):
-    """Refuses splits that share examples: to train on one that is held out, or to choose by one of the test.
+    """Rejects splits that share examples, and a split that contains examples twice.
 
-    And a split that has examples twice, of which each is to count once.
+    No run may train on held-out examples, or choose a checkpoint by test examples.
 
     Args:
       name, data_dir: see `sources.make_builder`.
       splits: {role: TFDS split expression}.
 
     Raises:
-      ValueError: a split cannot be read, or two share examples.
+      ValueError: a split cannot be read or contains examples twice, or two splits share examples.
     """
     builder = sources.open_prepared(name, data_dir)
     parts = [
@@ -48,41 +48,41 @@ def check_disjoint(name, splits, data_dir=""):
 
 
 def check_resident(name, splits, data_dir="", image_size=0, border=0):
-    """Refuses splits that are more, all of them together, than this machine's memory holds.
+    """Rejects splits that together do not fit into this machine's memory.
 
     Args:
       name, data_dir, image_size, border: see `load_split`.
       splits: {role: TFDS split expression}.
 
     Raises:
-      ValueError: they are; or the set cannot be opened, or a split of it.
+      ValueError: they do not fit, or the data set or one of its splits cannot be opened.
     """
     builder = sources.open_prepared(name, data_dir)
     *sides, channels = builder.info.features["image"].shape
     if not image_size and None in sides:
-        return  # photographs of one size, or `load_split` refuses them
+        return  # all images have one size, or `load_split` rejects them
     shape = (*((image_size or side) + 2 * border for side in sides), channels)
     count = sum(end - start for split in splits.values() for _, start, end in _parts(builder, split))
-    # As they were loaded, for the next run of a study, and all of them behind each other, for this one.
+    # Held twice: as loaded, for the next run of a study, and concatenated, for this run.
     memory.check(count, shape, "data.image_size and data.border, or take data.feed = 'stream'", times=2)
 
 
 @functools.lru_cache(maxsize=4)
 def load_split(name, split, data_dir="", image_size=0, border=0):
-    """A whole split in memory, kept for the next call: many runs of a study share one.
+    """Loads a whole split into memory, and caches it, because many runs of a study share one.
 
     Args:
       name, data_dir: see `sources.make_builder`.
       split: a TFDS split expression, such as "train" or "train[:90%]".
-      image_size: height and width to which images are resized (bilinear); 0 leaves them as they are.
-      border: zero pixels then added on every side, as LeNet-5's 28x28 digits lie in 32x32.
+      image_size: height and width, in pixels, to which images are resized (bilinear); 0 keeps their size.
+      border: zero pixels then added to every side, as LeNet-5 pads 28x28 digits to 32x32.
 
     Returns:
       image uint8 [N, H, W, C], label int32 [N], and the number of classes.
 
     Raises:
-      ValueError: the set is unknown or not prepared, or has no such split, no images or no labels, or its
-        images differ in size.
+      ValueError: the data set is unknown or not prepared, or has no such split, no images or no labels, or
+        its images differ in size.
     """
     builder = sources.open_prepared(name, data_dir)
     parts = _parts(builder, split)
@@ -106,17 +106,17 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
 
 
 def open_split(name, split, data_dir=""):
-    """The records of a split, to be read one at a time from the disk; their images stay encoded.
+    """Opens a split, to read its records one at a time from disk; their images stay encoded.
 
     Args:
       name, split, data_dir: see `load_split`.
 
     Returns:
-      A sequence of {"image": bytes, "label": int, ...} that other processes can be sent, and the features.
+      A sequence of {"image": bytes, "label": int, ...} that can be sent to other processes, and the features.
 
     Raises:
-      ValueError: the set is unknown or not prepared, or has no such split, no images in grey or RGB, or no
-        labels.
+      ValueError: the data set is unknown or not prepared, or has no such split, no images in grey or RGB, or
+        no labels.
     """
     builder = sources.open_prepared(name, data_dir)
     _parts(builder, split)
@@ -128,29 +128,29 @@ def open_split(name, split, data_dir=""):
     try:
         first_label = source[0]["label"]
     except RuntimeError:
-        return source, features  # the first record is damaged; whoever reads it will find out
+        return source, features  # the first record is damaged; its reader will report it
     _check_labels(name, split, first_label)
     return source, features
 
 
 def _check_labels(name, split, labels):
-    if np.min(labels) < 0:  # how TFDS says it, as of ImageNet's test images
+    if np.min(labels) < 0:  # what TFDS stores for missing labels, as in ImageNet's test split
         raise ValueError(f"split {split!r} of {name!r} has no labels")
 
 
 def _parts(builder, split, prefix=""):
-    """[(name of a whole split, first, end)] of which a split expression is made.
+    """Parses a split expression into its parts: [(name of a whole split, first, end)].
 
     Args:
       builder: a TFDS builder.
       split: a split expression.
-      prefix: what the message of an error says before it.
+      prefix: text that error messages put before the expression.
 
     Raises:
-      ValueError: the set has no such split, or there is nothing in it.
+      ValueError: the data set has no such split, or the split is empty.
     """
     strange = [base for base in builder.info.splits if not re.fullmatch(r"\w[\w.-]*", base)]
-    if strange:  # they become names of files
+    if strange:  # they become file names
         raise ValueError(f"{builder.data_path} has a split of the name {strange[0]!r}, which is no word")
     try:
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
@@ -170,7 +170,7 @@ def _parts(builder, split, prefix=""):
 
 
 def _decode(builder, split, image_size=0):
-    """[image uint8 [H, W, C]], all of one shape, resized unless `image_size` is 0, and [label] of a split."""
+    """Lists of a split's images, uint8 [H, W, C] of one shape, and labels; `image_size` 0: no resizing."""
     name, images, labels = builder.info.name, [], []
     for image, label in _examples(builder, split):
         images.append(resize(image, image_size, image_size) if image_size else image)
@@ -184,12 +184,12 @@ def _decode(builder, split, image_size=0):
 
 
 def _examples(builder, split):
-    """Image uint8 [H, W, C] and label of each example of a split, in grey or RGB as a stream has them."""
+    """Yields image uint8 [H, W, C] and label of each example of a split, decoded as in a stream."""
     channels = builder.info.features["image"].shape[-1]
     encoded = {"image": tfds.decode.SkipDecoding()} if channels in (1, 3) else None
     try:
         source = builder.as_data_source(split, decoders=encoded)
-        # Reading many at once is three times as fast as one by one, and all at once fills the memory.
+        # Reading many at once is three times as fast as one by one; reading all at once fills the memory.
         for first in range(0, len(source), 1000):
             examples = source.__getitems__(range(first, min(first + 1000, len(source))))
             for number, example in enumerate(examples, start=first):
@@ -213,10 +213,10 @@ def _decoded(data, channels, what):
 
 
 def _decode_once(builder, base):
-    """Images uint8 [N, H, W, C] and labels int32 [N] of a whole split, kept decoded beside the prepared set.
+    """Images uint8 [N, H, W, C] and labels int32 [N] of a whole split, cached next to the prepared data set.
 
-    Reading CIFAR-10's decoded pixels takes a tenth of a second, decoding them several. Where the set's files
-    are others than those that were decoded, they are decoded anew.
+    Reading CIFAR-10's decoded pixels takes a tenth of a second, decoding them several seconds. If the data
+    set's files have changed since, they are decoded again.
     """
     place = pathlib.Path(builder.data_path)
     files = sorted(place.glob(f"*-{base}.*"))
@@ -229,18 +229,18 @@ def _decode_once(builder, base):
         if (images.shape, images.dtype, labels.shape) == (shape, np.uint8, shape[:1]):
             return images, labels
     except (OSError, ValueError, EOFError):
-        pass  # not there yet, or half a file
+        pass  # missing or incomplete
     images, labels = _decode(builder, base)
     arrays = np.stack(images), np.array(labels, np.int32)
     for name, path, array in zip(("image", "label"), paths, arrays, strict=True):
         sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
         for other in set(path.parent.glob(f"{base}-{name}*.npy")) - {path}:
             with contextlib.suppress(OSError):
-                other.unlink()  # of the files before
+                other.unlink()  # decoded from earlier files
     return arrays
 
 
 def resize(image, height, width):
-    """An image uint8 [h, w, C] in another size (bilinear, each pixel the mean over what it covers)."""
+    """Resizes an image uint8 [h, w, C] (bilinear; when shrinking, each pixel averages the area it covers)."""
     channels = [Image.fromarray(image[..., channel]) for channel in range(image.shape[-1])]
     return np.stack([channel.resize((width, height), Image.Resampling.BILINEAR) for channel in channels], -1)

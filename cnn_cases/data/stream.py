@@ -1,13 +1,13 @@
-"""A feed for sets that fit on no device: decoded and cropped on the host while the devices compute.
+"""A feed for sets that do not fit on a device: decoded and cropped on the host while the devices compute.
 
-grain spreads the work, a whole batch at a time, over threads of this process or over processes of their own,
-and hands the batches over in order. Nothing is to be restored: the batch of a step is a pure function of the
-seed and the step. Its examples come in the order of `data.order`, as in a resident feed, and
-each one's crop is drawn from (seed, place in that order).
+grain distributes whole batches over threads of this process or over worker processes, and returns the batches
+in order. A resumed run restores nothing here: the batch of a step is a pure function of seed and step. Its
+examples come in the order of `data.order`, as in a resident feed, and the crop of each example is drawn from
+(seed, place in that order).
 
-A record that cannot be read or decoded is damaged. In training the next sound one of the order takes its
-place, in evaluation its mask is 0. Each one is named in a warning, and more than the config allows end the
-run; workers send what they found along with the batch, since no process sees all.
+A record that cannot be read or decoded is damaged. In training the next intact record in the order replaces
+it; in evaluation its mask is 0. A warning names each damaged record, and more of them than the config allows
+end the run. Workers report damaged records along with each batch, since no process sees all records.
 """
 
 import concurrent.futures
@@ -31,23 +31,23 @@ from cnn_cases.data import decode, memory, order
 
 MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
-MAX_SAMPLE = 2048  # images from which the statistics of the pixels are taken
-NUM_COMPARED = 64  # examples of a split by which it is told from others
+MAX_SAMPLE = 2048  # images from which the statistics of the pixels are computed
+NUM_COMPARED = 64  # examples of a split that enter its fingerprint
 MAX_WAIT = 10  # seconds for a thread that only unlinks files
-_CROP_STREAM = 1  # keeps the draws of crops apart from those of the order
+_CROP_STREAM = 1  # separates the random numbers of crops from those of the order
 _ENDLESS = 2**62  # batches
 
 logger = logging.getLogger(__name__)
 
 
 class Recipe(NamedTuple):
-    """How the examples of a split are made; small, for it is sent to other processes.
+    """How to make the examples of a split; small, because it is sent to other processes.
 
     Attributes:
-      records: of `splits.open_split`.
+      records: from `splits.open_split`.
       channels: 1 or 3.
-      image_size: pixels, height and width of a crop.
-      border: zero pixels then added on every side.
+      image_size: height and width of a crop, in pixels.
+      border: zero pixels then added to every side.
       crop: the settings of `data.crop`, a mapping.
       max_damaged: records of the split that may be damaged; less than all of them.
     """
@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
 
 
 def check_stream(*, workers, buffer, max_damaged):
-    """Raises ValueError where a setting of `data.stream` is not possible; see `StreamFeed`."""
+    """Raises ValueError if a setting of `data.stream` is invalid; see `StreamFeed`."""
     if not 0 <= workers <= MAX_WORKERS:
         raise ValueError(f"data.stream.workers = {workers} must be 0 or more, and at most {MAX_WORKERS}")
     if not 1 <= buffer <= MAX_BUFFER:
@@ -71,14 +71,14 @@ def check_stream(*, workers, buffer, max_damaged):
 
 
 class StreamFeed:
-    """Splits on the disk; `feeds` says what a feed is.
+    """Splits on disk; `feeds` describes the interface.
 
     Attributes:
-      arrays: what `pixels` needs on the devices.
+      arrays: the arrays of `pixels` on the devices.
       image_shape: (H, W, C).
       num_classes: number of classes.
-      num_train: number of training examples, damaged ones among them.
-      statistics: of what `make_pixels` makes.
+      num_train: number of training examples, including damaged ones.
+      statistics: those of the result of `make_pixels`.
     """
 
     def __init__(
@@ -97,25 +97,26 @@ class StreamFeed:
         process_index=0,
         process_count=1,
     ):
-        """Opens nothing and starts nothing, but reads a sample of the training images.
+        """Reads a sample of the training images; starts no workers.
 
         Args:
-          splits: {role: what `splits.open_split` gives}, with the role "train" among them.
-          image_size: pixels, height and width of a crop.
-          border: zero pixels then added on every side.
-          crop: the settings of `data.crop`, a mapping that `decode.check` has passed.
-          batch_size: examples of a training step, over all devices of all processes.
-          eval_batch_size: examples of an evaluation step, likewise.
+          splits: {role: result of `splits.open_split`}; must contain the role "train".
+          image_size: height and width of a crop, in pixels.
+          border: zero pixels then added to every side.
+          crop: the settings of `data.crop`, a mapping that has passed `decode.check`.
+          batch_size: examples in a training step, over all devices of all processes.
+          eval_batch_size: examples in an evaluation step, likewise.
           workers: processes that make training batches; 0 for threads of this process.
-          buffer: batches that each worker makes in advance; without workers, as many threads make one
-            each. In evaluation threads do, as many as `buffer` or `workers` says, whichever is more.
-          max_damaged: fraction of a split's records that may be damaged. `check_stream` passed these three.
-          make_pixels: training images, uint8 [N, H, W, C] -> `pixels.Pixels`. It is given the crops of
-            evaluation of at most MAX_SAMPLE images, evenly spaced in the split.
+          buffer: batches that each worker makes in advance; without workers, the number of threads, each of
+            which makes one batch. Evaluation uses max(buffer, workers) threads.
+          max_damaged: fraction of a split's records that may be damaged. It, `workers` and `buffer` have
+            passed `check_stream`.
+          make_pixels: training images, uint8 [N, H, W, C] -> `pixels.Pixels`. Called with the evaluation
+            crops of at most MAX_SAMPLE images, evenly spaced in the split.
           process_index, process_count: see `feeds.make_feed`; both batch sizes are multiples of the count.
 
         Raises:
-          ValueError: a value is not possible, or too much of the sample is damaged.
+          ValueError: a value is invalid, or too much of the sample is damaged.
         """
         records, features = splits["train"]
         if image_size < 1:
@@ -148,7 +149,7 @@ class StreamFeed:
         self.arrays, self.statistics = self._pixels.arrays, self._pixels.statistics
 
     def train_batches(self, seed, first_step):
-        """The batches of the training steps from `first_step` on (the first of all is 0), without end.
+        """Yields the batches of the training steps from `first_step` on (the first of all is 0), endlessly.
 
         Close the iterator to end its threads or processes.
 
@@ -157,7 +158,7 @@ class StreamFeed:
           B is this process's share.
 
         Raises:
-          ValueError: more records are damaged than may be.
+          ValueError: more records are damaged than allowed.
         """
         make = functools.partial(
             training_batch,
@@ -174,10 +175,11 @@ class StreamFeed:
         return order.examples_of_step(seed, step, self._batch_size, self.num_train)
 
     def eval_batches(self, role):
-        """The batches of a whole split: {"image", "label", "mask": float32}, as those of training.
+        """Yields the batches of a whole split: {"image", "label", "mask": float32}; shapes as in training.
 
-        The mask is 1 for every example exactly once, and 0 for damaged ones and for the padding of the last
-        batch. Threads of this process make them: an evaluation may be over before a process has started.
+        The mask is 1 exactly once for every example, and 0 for damaged examples and for the padding of the
+        last batch. Threads of this process make the batches, since an evaluation may be over before a process
+        has started.
         """
         recipe = self._recipes[role]
         make = functools.partial(
@@ -190,7 +192,7 @@ class StreamFeed:
         yield from self._batches(role, numbers.map(make), 0)
 
     def examples(self, role):
-        """Yields this process's sound examples, in order: (image uint8 [H, W, C], label), not cropped."""
+        """Yields this process's intact examples, in order: (image uint8 [H, W, C], label), not cropped."""
         recipe, (first, count) = self._recipes[role], self._share
         indices = grain.MapDataset.range(first, len(recipe.records), count)
         stored = indices.map(functools.partial(stored_example, recipe=recipe))
@@ -205,7 +207,7 @@ class StreamFeed:
                     yield image, label
 
     def fingerprint(self):
-        """See `feeds`; the checksum is of a few files of a split, evenly spaced, without damaged ones."""
+        """See `feeds`; the checksum covers a few evenly spaced records of a split, except damaged ones."""
         return {role: _fingerprint(recipe.records) for role, recipe in self._recipes.items()}
 
     def view(self, image):
@@ -223,11 +225,11 @@ class StreamFeed:
         return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)
 
     def _threads(self):
-        """How many read in this process: as many as training has workers, or more."""
+        """The number of reading threads in this process: at least as many as training has workers."""
         return max(self._buffer, self._workers)
 
     def _batches(self, role, dataset, workers):
-        """The batches of a dataset, without what they tell of damaged records."""
+        """Yields the batches of a dataset, and notes the damaged records that they report."""
         threads = 0 if workers else self._threads()  # a worker makes one batch at a time
         batches = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
         if workers:
@@ -239,14 +241,14 @@ class StreamFeed:
             iterator = stack.enter_context(contextlib.closing(iter(batches)))
             batch = _first(iterator) if workers else next(iterator, None)
             while batch:
-                if workers:  # what they made lies in shared memory, which a copy gives back at once
+                if workers:  # their batches lie in shared memory, which a copy frees at once
                     batch = {name: np.array(leaf) for name, leaf in batch.items()}
                 self._note(role, batch.pop("damaged").tolist())
                 yield batch
                 batch = next(iterator, None)
 
     def _note(self, role, indices):
-        """Warns of damaged records that are new; raises ValueError where they are too many."""
+        """Warns of newly found damaged records; raises ValueError if there are too many in all."""
         recipe, known = self._recipes[role], self._damaged[role]
         new = sorted(set(indices) - known)
         known.update(new)
@@ -280,16 +282,16 @@ def _fingerprint(records):
 
 
 def read(recipe, index):
-    """(image uint8 [H, W, C] at its own size, label) of a record; raises ValueError where it is damaged."""
+    """(image uint8 [H, W, C] at its own size, label) of a record; raises ValueError if it is damaged."""
     try:
         record = recipe.records[index]
-    except RuntimeError as error:  # array_record's word for bytes that are not those once written
+    except RuntimeError as error:  # what array_record raises if the bytes have changed
         raise ValueError(str(error)) from error
     return decode.decode(record["image"], recipe.channels), int(record["label"])
 
 
 def describe(recipe, index):
-    """A damaged record for a message: its index in the split, its file where it tells it, what is wrong."""
+    """Describes a damaged record: its index in the split, its file if known, and what is wrong."""
     file = ""
     with contextlib.suppress(RuntimeError):
         record = recipe.records[index]
@@ -303,7 +305,7 @@ def describe(recipe, index):
 
 
 def stored_example(index, *, recipe):
-    """(index, image at its own size, label) of a record; where it is damaged, image and label are None."""
+    """(index, image at its own size, label) of a record; image and label are None if it is damaged."""
     try:
         return index, *read(recipe, index)
     except ValueError:
@@ -311,11 +313,11 @@ def stored_example(index, *, recipe):
 
 
 def training_batch(step, *, recipe, seed, batch_size, position):
-    """The share of a training step's batch at `position`, a pure function of its arguments.
+    """Makes the share of a training step's batch at `position`; a pure function of its arguments.
 
     Returns:
-      {"image", "label", "position", "damaged": int64, indices of the damaged records that were met}. Where
-      these are more than may be, the images that follow are black.
+      {"image", "label", "position", "damaged": int64, indices of the damaged records found}. If these exceed
+      the limit, the remaining images are black.
     """
     size = len(recipe.records)
     numbers = order.places_in_order(step, batch_size, position)
@@ -340,10 +342,10 @@ def training_batch(step, *, recipe, seed, batch_size, position):
 
 
 def evaluation_batch(number, *, recipe, batch_size, position):
-    """The share of an evaluation batch at `position`.
+    """Makes the share of an evaluation batch at `position`.
 
     Returns:
-      {"image", "label", "mask", "damaged"}, the last as of `training_batch`.
+      {"image", "label", "mask", "damaged"}, the last as in `training_batch`.
     """
     return _evaluation_examples(recipe, int(number) * batch_size + position)
 
@@ -378,14 +380,14 @@ def _evaluation_view(recipe, image):
 
 
 def _first(iterator):
-    """The first batch of worker processes, which start now and inherit which signals are blocked.
+    """Starts the worker processes with signals blocked, and returns their first batch.
 
-    What ends a run (Ctrl-C, or a scheduler that signals the whole group) must not end the workers, whose
-    batches the run may want before it has saved.
+    A signal that ends the run (Ctrl-C, or a scheduler that signals the whole process group) must not end the
+    workers, because the run may need more batches before it has saved.
     """
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain hands its flags to its workers, be absl's flags in use or not
-    resource_tracker.ensure_running()  # else a worker's start would, and unblock the signals on its way
+        flags.FLAGS.mark_as_parsed()  # grain passes absl's flags to its workers, even if they are unused
+    resource_tracker.ensure_running()  # otherwise starting a worker would do so, and unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2})
     try:
         return next(iterator)
@@ -394,10 +396,10 @@ def _first(iterator):
 
 
 def _wait_until_freed():
-    """Waits until the batches that workers made and nobody took are freed.
+    """Waits until the workers' unused batches are freed.
 
-    A thread of grain's unlinks what lies in shared memory, one thing after another; the end of the process
-    would stop it, and Python would warn of what is left. Here, something of our own is the last.
+    A thread of grain unlinks the arrays in shared memory one by one. If the process ended first, Python would
+    warn of the remaining arrays. This function adds one more array at the end, and waits until it is freed.
     """
     freed = threading.Event()
     last = grain.multiprocessing.SharedMemoryArray((1,))
@@ -408,7 +410,7 @@ def _wait_until_freed():
 
 
 def _end_with_parent(worker_index, worker_count):
-    """In a worker: leave when the process that started it is gone, even killed."""
+    """In a worker: exits once the process that started it has ended, even if it was killed."""
     del worker_index, worker_count
 
     def watch():

@@ -1,27 +1,27 @@
-"""How the papers show one test image to a network: as one view or as many, whose answers are averaged.
+"""The papers' test protocols: a network sees each image as one or more views, and its outputs are averaged.
 
 A protocol makes views of a stored image, uint8 [h, w, C] of any size, for a network that was trained on
-square images of `crop` pixels. The papers' sizes go with 224 pixels: 256 of theirs are
-round(crop * 256 / 224) here, so 37 for a network that takes 32.
+square images of `crop` pixels. The papers' sizes assume crops of 224 pixels. They are scaled to the crop: 256
+becomes round(crop * 256 / 224), which is 37 for a network with 32x32 inputs.
 
     protocol            views   what they are
-    single                  1   the image as the feed shows it in evaluation: what the training loop sees
+    single                  1   the image as the feed shows it in evaluations during training
     flip                    2   that view and its mirror image
-    centre_crop             1   the centre of the image whose shorter side was resized to 256
-    ten_crop               10   corners and centre of the central 256x256 square; mirrored, too
+    centre_crop             1   the centre of the image after resizing its shorter side to 256
+    ten_crop               10   corners and centre of the central 256x256 square, and their mirror images
                                 (Krizhevsky et al. 2012, section 4.1)
-    multi_scale_dense       6   the whole image with a shorter side of 256, 384 and 512; mirrored, too
+    multi_scale_dense       6   the whole image with a shorter side of 256, 384 and 512, and mirror images
                                 (Simonyan, Zisserman 2014, sections 3.2 and 4.2)
     resnet_dense            5   the whole image with a shorter side of 224, 256, 384, 480 and 640
                                 (He et al. 2015, section 3.4)
-    googlenet_144         144   of four sizes and three squares: corners, centre and the whole square;
-                                mirrored, too (Szegedy et al. 2014, section 7)
+    googlenet_144         144   corners, centre and the whole of three squares at four sizes, and their mirror
+                                images (Szegedy et al. 2014, section 7)
 
-The views of the two dense protocols are larger than `crop` and differ in shape. Their longer side is cut,
-about the centre, to the shorter one and a multiple of 32 pixels, so that shapes repeat and few are compiled.
-The papers do not cut. VGG's sizes are for a net that was trained on images of 256 to 512 pixels. A ResNet
-averages its last map as a whole, in which the windows at its edges count for less than in the paper's mean of
-the scores of all windows.
+The views of the two dense protocols are larger than `crop` and differ in shape. Their longer side is cropped
+about the centre to the shorter side plus a multiple of 32 pixels, so that shapes repeat and few are compiled.
+The papers do not crop. VGG's sizes are meant for a network that was trained on images of 256 to 512 pixels. A
+ResNet averages its whole last feature map, so windows at the edges count for less than in the paper, which
+averages the scores of all windows.
 """
 
 import functools
@@ -31,26 +31,26 @@ import numpy as np
 
 from cnn_cases import checks
 
-PAPER_CROP = 224  # pixels, the network's input in all these papers
+PAPER_CROP = 224  # pixels, side of the network's input in all these papers
 VGG_SIDES = (256, 384, 512)
 RESNET_SIDES = (224, 256, 384, 480, 640)
 GOOGLENET_SIDES = (256, 288, 320, 352)
-DENSE_STEP = 32  # pixels, what five poolings reduce to one
+DENSE_STEP = 32  # pixels that five poolings reduce to one
 
 
 def make_views(protocol, image_shape, view):
-    """The function that a protocol stands for.
+    """Returns the function of a protocol that makes the views of an image.
 
     Args:
       protocol: a key of PROTOCOLS.
       image_shape: (H, W, C) of the images that the network was trained on.
-      view: the feed's, with which "single" and "flip" show an image.
+      view: the feed's `view`, which "single" and "flip" use.
 
     Returns:
-      uint8 [h, w, C] -> a list of views, uint8, equally many for every image.
+      uint8 [h, w, C] -> a list of uint8 views, of the same length for every image.
 
     Raises:
-      ValueError: the protocol is unknown, or needs square training images and these are not.
+      ValueError: the protocol is unknown, or needs square training images and these are not square.
     """
     checks.one_of("evaluation.protocol", protocol, PROTOCOLS)
     height, width, _ = image_shape
@@ -65,7 +65,7 @@ def make_views(protocol, image_shape, view):
 
 
 def scaled(paper_side, crop):
-    """A side of the papers, in pixels, for a network that takes `crop` pixels in place of 224."""
+    """Scales a length in a paper, in pixels, to a network that takes `crop` pixels instead of 224."""
     return round(crop * paper_side / PAPER_CROP)
 
 
@@ -80,7 +80,7 @@ def flip(image, view):
 
 
 def centre_crop(image, crop):
-    """[The centre of the image whose shorter side was resized to 256 / 224 of the crop]."""
+    """[The centre of the image after resizing its shorter side to 256 / 224 of the crop]."""
     return [_centre(_resize_shorter(image, scaled(256, crop)), crop, crop)]
 
 
@@ -104,7 +104,7 @@ def resnet_dense(image, crop):
 def googlenet_144(image, crop):
     """4 sizes x 3 squares x 6 crops x 2 mirror images (Szegedy et al. 2014, section 7).
 
-    The squares lie at both ends and in the middle of the longer side; of a square image they are the same.
+    The squares lie at both ends and in the middle of the longer side; in a square image they coincide.
     """
     views = []
     for paper_side in GOOGLENET_SIDES:
@@ -145,7 +145,7 @@ def _centre(image, height, width):
 
 
 def _whole(image, crop, paper_sides):
-    """The image at several sizes, for a net that averages over space whatever the size."""
+    """The image at several sizes, for a network that averages over space at any size."""
     return [_cut_longer(_resize_shorter(image, scaled(side, crop))) for side in paper_sides]
 
 
@@ -157,7 +157,7 @@ def _cut_longer(image):
 
 
 def _resize_shorter(image, side):
-    """Resizes so that the shorter side has `side` pixels; the sides keep their ratio."""
+    """Resizes the shorter side to `side` pixels, and keeps the aspect ratio."""
     height, width = image.shape[:2]
     shorter = min(height, width)
     return _resize(image, round(height * side / shorter), round(width * side / shorter))
@@ -166,7 +166,7 @@ def _resize_shorter(image, side):
 def _resize(image, height, width):
     if image.shape[:2] == (height, width):
         return image
-    # The mean over areas keeps fine patterns from turning into false ones; it cannot enlarge.
+    # The mean over areas avoids aliasing; it cannot enlarge.
     shrinks = height < image.shape[0] and width < image.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     resized = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=method)
