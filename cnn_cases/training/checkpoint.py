@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax: asynchronous, atomic, checked before they are read."""
+"""Checkpoints of a run, through Orbax: asynchronous, atomic, verified before they are read."""
 
 import concurrent.futures
 import contextlib
@@ -21,10 +21,10 @@ from cnn_cases.training import disk
 
 CHECKSUMS = "checksums.json"
 LATER_ERROR = "error.json"  # in a checkpoint; see Checkpoints.note_error
-NEWEST = "newest_checkpoint"  # beside the checkpoints; holds the step of the last that was committed
+NEWEST = "newest_checkpoint"  # next to their directory; holds the step of the last committed one
 
 DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
-# Errors that say nothing against a file: no permission, too many open files, a file server that is away.
+# Errors that do not mean a damaged file: no permission, too many open files, an unreachable file server.
 _NOT_OF_THE_FILE = (
     *(errno.EACCES, errno.EPERM),
     *(errno.EMFILE, errno.ENFILE),
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_path(directory):
-    """Raises ValueError where no checkpoint could be saved, or read again.
+    """Raises ValueError if checkpoints in this directory could not be saved or read.
 
-    Orbax takes a path for a pattern, TensorStore a backslash for a slash; and a bucket is no directory.
+    Orbax treats a path as a pattern, TensorStore a backslash as a slash, and a bucket is not a directory.
     """
     if re.match(r"\w+:/", str(directory)):
         raise ValueError(f"{directory}: a workdir must be a directory, which a bucket is once it is mounted")
@@ -46,35 +46,35 @@ def check_path(directory):
         raise ValueError(f"{path}: the path of a workdir must have no *, ?, [ or backslash")
 
 
-SECONDS_TO_DELETE = 0.5  # what another process may take
+SECONDS_TO_DELETE = 0.5  # time that another process may need to delete a checkpoint
 
 
 class OtherStateError(ValueError):
-    """A checkpoint is whole, and the state that it holds is not one of this network and optimizer."""
+    """A checkpoint is intact, but its state is not one of this network and optimizer."""
 
 
 class Checkpoints:
-    """The checkpoints below one directory: the last ones, and the best.
+    """The checkpoints below one directory: the latest ones, and the best.
 
     A checkpoint holds the state and some JSON of the caller's. It is written to a temporary directory and
-    committed when it is whole, with the checksums of its files, since Orbax keeps none. Orbax's notes to
-    itself have no checksum, `_CHECKPOINT_METADATA` and each `commit_success.txt`: no value comes from them.
-    They may be damaged or missing, and the same state is restored.
+    committed once it is complete, with the checksums of its files, since Orbax keeps none. Orbax's metadata
+    files `_CHECKPOINT_METADATA` and `commit_success.txt` have no checksum, since no value comes from them:
+    if they are damaged or missing, the same state is restored.
 
-    The step of the newest is noted in a file beside `directory`, so that checkpoints that somebody deleted
-    are not taken for checkpoints that never were. It is noted after the commit: a kill in between leaves the
-    note one behind.
+    A file next to `directory` records the step of the newest checkpoint, so that deleted checkpoints are not
+    mistaken for checkpoints that never existed. It is written after the commit: a kill in between leaves it
+    one checkpoint behind.
     """
 
     def __init__(self, directory, keep_last):
         """Opens or creates `directory`.
 
         Args:
-          directory: where the checkpoints lie, one directory a step; one that `check_path` has passed.
-          keep_last: how many of the latest, at least one, are kept, besides the one with the lowest `error`.
+          directory: of the checkpoints, with a subdirectory for each step; it has passed `check_path`.
+          keep_last: how many of the latest to keep, at least one, besides the one with the lowest `error`.
 
         Raises:
-          OSError: `directory` cannot be made.
+          OSError: `directory` cannot be created.
         """
         self._directory = pathlib.Path(directory).absolute()
         self._newest = self._directory.with_name(NEWEST)
@@ -91,19 +91,19 @@ class Checkpoints:
         for step in self._manager.all_steps():
             self._policy.errors[step] = _error_of(self._directory / str(step))
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._saving = None  # (step, future) of the save under way
+        self._saving = None  # (step, future) of the save in progress
 
     def save(self, step, state, extra, error=None):
-        """Starts to save; returns when the state has been copied off the devices.
+        """Starts a save; returns when the state has been copied off the devices.
 
         Args:
           step: number of steps done.
           state: a pytree of arrays.
-          extra: what JSON can hold.
-          error: of the evaluation at this step, by which the best is chosen; None where there was none.
+          extra: a value that JSON can hold.
+          error: of the evaluation at this step, used to choose the best checkpoint; None if there was none.
 
         Raises:
-          OSError: this save, or the one before it, failed; see `wait`.
+          OSError: this save or the previous one failed; see `wait`.
         """
         self.wait()
         self._policy.errors[step] = error
@@ -116,16 +116,16 @@ class Checkpoints:
         self._saving = step, self._thread.submit(self._note_when_committed, step)
 
     def note_error(self, step, error):
-        """Notes the error of an evaluation that was done when the state had been saved; see `save`."""
+        """Records the error of an evaluation that was done after the state had been saved; see `save`."""
         self.wait()
         self._policy.errors[step] = error
         disk.write_text(self._directory / str(step) / LATER_ERROR, json.dumps(error))
 
     def wait(self):
-        """Waits for the save under way.
+        """Waits for the save in progress.
 
         Raises:
-          OSError: it failed, as on a full disk; the checkpoints before it are as they were.
+          OSError: it failed, for example on a full disk; earlier checkpoints are unchanged.
         """
         if self._saving is not None:
             (step, future), self._saving = self._saving, None
@@ -141,7 +141,7 @@ class Checkpoints:
         disk.write_text(self._newest, f"{step}\n")
 
     def _noted(self):
-        """The step of the last checkpoint that was committed; None where there never was one."""
+        """Returns the step of the last committed checkpoint; None if there never was one."""
         try:
             return int(self._newest.read_bytes())
         except FileNotFoundError:
@@ -154,10 +154,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing_in_one_line(self, step):
-        """Tells in one line what Orbax and TensorStore tell in hundreds."""
+        """Reports in one line what Orbax and TensorStore report in hundreds."""
         try:
             yield
-        except Exception as error:  # whatever a file that cannot be written makes the libraries below raise
+        except Exception as error:  # a failed write can make Orbax and TensorStore raise anything
             for draft in self._directory.glob(DRAFTS):
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
             whole = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
@@ -169,19 +169,19 @@ class Checkpoints:
             ) from error
 
     def restore(self, like):
-        """The newest checkpoint that is whole.
+        """Restores the newest intact checkpoint.
 
-        A damaged one is moved to the directory `damaged` beside the checkpoints, with a warning.
+        Damaged newer ones are moved to a directory `damaged` next to the checkpoints', with a warning.
 
         Args:
           like: a state of the same structure, shapes and types, or its `state.shapes_of_state`.
 
         Returns:
-          (step, state with numpy leaves, extra), or None where there is no checkpoint.
+          (step, state with numpy leaves, extra), or None if there is no checkpoint.
 
         Raises:
-          OtherStateError: a checkpoint is whole, and of a state of another structure.
-          ValueError: there are checkpoints and none is whole, or there were some and they are gone.
+          OtherStateError: a checkpoint is intact, but its state has another structure.
+          ValueError: no checkpoint is intact, or the checkpoints that were saved are gone.
         """
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -193,9 +193,9 @@ class Checkpoints:
                 _verify(self._directory / str(step))
                 with _other_structure_refused(self._directory, step, like):
                     restored = self._manager.restore(step, args=items)
-            except (OtherStateError, MemoryError):  # which say nothing against the file
+            except (OtherStateError, MemoryError):  # neither means that the file is damaged
                 raise
-            except Exception as error:  # whatever a damaged file makes the libraries below raise
+            except Exception as error:  # a damaged file can make Orbax and TensorStore raise anything
                 if getattr(error, "errno", None) in _NOT_OF_THE_FILE:
                     raise
                 damaged[step] = error
@@ -232,19 +232,19 @@ class Checkpoints:
         self._manager.reload()
 
     def _add_checksums(self):
-        # Orbax calls this when all values are on disk and before it commits, with no word of where they are.
+        # Orbax calls this after it has written all values and before it commits, but does not say where.
         for checkpoint in self._directory.glob(DRAFTS):
             (checkpoint / CHECKSUMS).write_text(json.dumps(_checksums(checkpoint)))
-            # Orbax leaves it to the system when to write them, and older checkpoints are deleted before that.
+            # Orbax does not flush its files, and older checkpoints might be deleted before the system does.
             for path in (*checkpoint.rglob("*"), checkpoint):
                 disk.sync(path)
 
     def all_steps(self):
-        """The steps that have a checkpoint."""
+        """Returns the steps that have a checkpoint."""
         return sorted(self._manager.all_steps())
 
     def close(self):
-        """Waits for the save under way.
+        """Waits for the save in progress, and closes the checkpoints.
 
         Raises:
           OSError: it failed; see `wait`.
@@ -253,25 +253,25 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            with contextlib.suppress(Exception):  # of a save that failed, which has been told
+            with contextlib.suppress(Exception):  # from a failed save, which has been reported
                 self._manager.close()
 
 
 def steps(directory):
-    """The steps that have a checkpoint below the directory of `Checkpoints`, in order; reads only."""
+    """Returns the steps that have a checkpoint in a directory of `Checkpoints`, in order; only reads."""
     names = (path.name for path in pathlib.Path(directory).glob("*"))
-    return sorted(int(name) for name in names if name.isdecimal())  # the others are still being written
+    return sorted(int(name) for name in names if name.isdecimal())  # others are still being written
 
 
 def find(directory, which):
-    """The step of a checkpoint; reads only.
+    """Returns the step of a checkpoint; only reads.
 
     Args:
       directory: of `Checkpoints`.
       which: "last"; "best", the one whose evaluation had the lowest error; or a step.
 
     Raises:
-      ValueError: there is no such checkpoint; the message lists those there are.
+      ValueError: there is no such checkpoint; the message lists the existing ones.
     """
     which = str(which)
     errors = {step: _error_of(pathlib.Path(directory) / str(step)) for step in steps(directory)}
@@ -292,20 +292,20 @@ def find(directory, which):
 
 
 def read(directory, step, like=None):
-    """The state of one checkpoint. Nothing is written or moved, not even a damaged one.
+    """Returns the state of one checkpoint. Nothing is written or moved, not even a damaged checkpoint.
 
     Args:
       directory: of `Checkpoints`.
-      step: of `find`.
-      like: a state of the same structure, shapes and types, or its `state.shapes_of_state`. None: whatever
-        the state is, it comes as nested dicts.
+      step: as `find` returns it.
+      like: a state of the same structure, shapes and types, or its `state.shapes_of_state`. None: any state,
+        returned as nested dicts.
 
     Raises:
-      OtherStateError: the checkpoint is of a state of another structure.
+      OtherStateError: the checkpoint's state has another structure.
       ValueError: it is damaged.
     """
     directory = pathlib.Path(directory).absolute()
-    # Not by the manager, which tidies up.
+    # Not with Orbax's CheckpointManager, which would tidy up.
     reader = ocp.StandardCheckpointer(multiprocessing_options=_of_process_0_alone())
     with _read_only(directory, step) as checkpoint, reader:
         if like is None:
@@ -317,7 +317,7 @@ def read(directory, step, like=None):
 
 
 def find_and_read(directory, which, like=None):
-    """(step, state) of a checkpoint, also of a run that goes on and deletes its older ones meanwhile.
+    """Returns (step, state) of a checkpoint, even if the run still trains and deletes older checkpoints.
 
     Args:
       directory, which: see `find`.
@@ -333,27 +333,27 @@ def find_and_read(directory, which, like=None):
         except ValueError:
             time.sleep(SECONDS_TO_DELETE)
             if find(directory, which) == step:
-                raise  # else there is a newer one, or a better one
+                raise  # otherwise a newer or better one has replaced it
 
 
 @contextlib.contextmanager
 def _other_structure_refused(directory, step, like):
-    """Has Orbax fail with an OtherStateError where a checkpoint, which is whole, is of another structure."""
+    """Turns Orbax's error into an OtherStateError if an intact checkpoint has another structure."""
     try:
         yield
-    except Exception as error:  # Orbax has no error of its own for that
+    except Exception as error:  # Orbax has no specific error for that
         notes = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
         _check_structure(directory, step, notes, like)
-        if "do not match" in str(error):  # in parts without numbers, which the notes leave out
+        if "do not match" in str(error):  # in parts without arrays, which the metadata leave out
             raise _other_state(directory, step, "its optimizer is made of other parts") from error
         raise
 
 
 def _check_structure(directory, step, state, like):
-    """Raises OtherStateError unless a state, or what Orbax notes of one, has the names and shapes of `like`.
+    """Raises OtherStateError unless a state, or Orbax's metadata of one, has the names and shapes of `like`.
 
-    Orbax restores a leaf in the shape that it was saved in, whatever is asked for; of other names it says
-    that they do not match, and not which.
+    Orbax restores a leaf in the shape in which it was saved, even if another is requested; if names differ,
+    its error does not say which.
     """
     there, here = shapes(state), shapes(like)
     lines = [
@@ -374,7 +374,7 @@ def _other_state(directory, step, reason):
 
 
 def shapes(tree):
-    """{name of a leaf, such as "params/conv1/kernel": its shape, in words}."""
+    """Returns {name of a leaf, such as "params/conv1/kernel": its shape, as text}."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): "x".join(map(str, leaf.shape)) or "a number"
@@ -383,35 +383,35 @@ def shapes(tree):
 
 
 def checksum(directory, step):
-    """A number that tells a checkpoint from others, the CRC-32 of its checksums; it looks for no damage."""
+    """Returns a number that identifies a checkpoint, the CRC-32 of its checksums; looks for no damage."""
     return zlib.crc32((pathlib.Path(directory) / str(step) / CHECKSUMS).read_bytes())
 
 
 def _of_process_0_alone():
-    # Of several that do one training, it alone reads and writes. Orbax would wait for the others.
+    # Of a run's processes, only process 0 reads and writes. Orbax would otherwise wait for the others.
     return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 def _empty(like):
-    """Arrays of the same shapes and types."""
+    """Returns uninitialised arrays of the same shapes and types."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
 
 
 def read_extra(directory, step):
-    """What was saved with the state of one checkpoint; see `read`."""
+    """Returns the JSON that was saved with the state of one checkpoint; see `read`."""
     with _read_only(pathlib.Path(directory), step) as checkpoint:
         return _json_of(checkpoint)["extra"]
 
 
 @contextlib.contextmanager
 def _read_only(directory, step):
-    """The directory of a checkpoint that is as it was written; whatever goes wrong is a ValueError."""
+    """Yields the directory of an intact checkpoint; every error but OtherStateError becomes a ValueError."""
     try:
         _verify(directory / str(step))
         yield directory / str(step)
     except OtherStateError:
         raise
-    except Exception as error:  # whatever a damaged file makes the libraries below raise
+    except Exception as error:  # a damaged file can make Orbax and TensorStore raise anything
         raise ValueError(
             f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "
             "nothing was changed; move it away, or name another one by its step"
@@ -419,7 +419,7 @@ def _read_only(directory, step):
 
 
 class _LastAndBest:
-    """Orbax's preservation policy: keep the last checkpoints, and the one with the lowest error."""
+    """A preservation policy for Orbax: keep the latest checkpoints, and the one with the lowest error."""
 
     def __init__(self, keep_last):
         self._keep_last = keep_last
@@ -434,7 +434,7 @@ class _LastAndBest:
 
 
 def _error_of(checkpoint):
-    """The error of a checkpoint's evaluation; None where there was none, or where it cannot be read."""
+    """Returns the error of a checkpoint's evaluation; None if there was none, or if it cannot be read."""
     try:
         if (checkpoint / LATER_ERROR).exists():
             return json.loads((checkpoint / LATER_ERROR).read_text())
@@ -444,12 +444,12 @@ def _error_of(checkpoint):
 
 
 def _json_of(checkpoint):
-    """What `Checkpoints.save` has put beside the state."""
+    """Returns the JSON that `Checkpoints.save` wrote next to the state."""
     return json.loads((checkpoint / "extra" / "metadata").read_text())
 
 
 def _checksums(checkpoint):
-    """{file with values, below the directory `checkpoint`: CRC-32 of its bytes}."""
+    """Returns {file with values, relative to the directory `checkpoint`: CRC-32 of its bytes}."""
     files = sorted(path for item in checkpoint.glob("*/") for path in item.rglob("*") if path.is_file())
     return {
         str(path.relative_to(checkpoint)): zlib.crc32(path.read_bytes())
@@ -471,13 +471,13 @@ def _first_line(error):
 
 
 def _reason(error):
-    """Why a save failed: the system's word for it, which TensorStore's long message has as a number."""
+    """Returns why a save failed: the system's message for the error number in TensorStore's long message."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(found[1])) if found else _first_line(error)
 
 
-# `Checkpoints` reports a save that failed in one line. The libraries below it print a thousand, of each file
-# that they could not write, from threads of their own.
+# `Checkpoints` reports a failed save in one line. Orbax and TensorStore print a thousand lines from their own
+# threads, about each file that they could not write.
 def _is_reported_already(record):
     by_orbax = record.name == "absl" and f"{os.sep}orbax{os.sep}" in record.pathname
     return (by_orbax and record.levelno == logging.ERROR) or (

@@ -1,11 +1,11 @@
-"""The one home of pmap, and of what XLA is told: how devices share the work of one training.
+"""pmap and XLA's flags: how devices share the work of one run.
 
 The state goes in and comes out as an ordinary pytree that is replicated over the devices, without a leading
 device axis: `in_axes=None` and `out_axes=None`. With `out_axes=None` nothing checks that the devices agree,
-so a step must reduce over the axis all that depends on its share of the batch.
+so a step must reduce over the axis everything that depends on its share of the batch.
 
-Of several processes (see `processes`) each has its local devices; the pmap axis goes over the devices of all,
-in the order of the processes.
+With several processes (see `processes`), each has its local devices; the pmap axis spans the devices of all
+processes, in the order of the processes.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ from cnn_cases.training import processes
 
 AXIS = "batch"
 
-# What XLA is told for CPUs, and the versions of jaxlib that know it: to give sums to YNNPACK, and to leave
-# the barriers in its program that say what is computed once.
+# XLA's flags for CPUs, and the versions of jaxlib that know them: give sums to YNNPACK, and keep the barriers
+# that mark what must be computed only once.
 CPU_FLAGS = {
     "xla_cpu_experimental_ynn_fusion_type": "REDUCE",
     "xla_disable_hlo_passes": "cse_barrier_expander",
@@ -32,17 +32,17 @@ DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def choose_cpu_flags():
-    """Sets CPU_FLAGS for XLA, in this process and in those that it starts; to be called before JAX is used.
+    """Sets CPU_FLAGS for XLA, in this process and in those that it starts. Call it before JAX is used.
 
-    XLA has two libraries for CPUs, YNNPACK and Eigen. Left alone it gives convolutions to the one and sums to
-    neither; with the flag, Eigen has the convolutions and YNNPACK the sums. And it computes activations again
-    wherever they are used, which costs more than to keep them; `models.fast.conv_general_dilated` marks
-    those to be kept by barriers, which it would remove too early. What all that brings, `python -m
-    benchmarks.flags` measures.
+    XLA has two libraries for CPUs, YNNPACK and Eigen. By default it gives convolutions to YNNPACK and sums to
+    neither; with the flag, Eigen computes the convolutions and YNNPACK the sums. XLA also recomputes
+    activations wherever they are used, which costs more than keeping them; `models.fast.conv_general_dilated`
+    uses barriers to mark those to keep, and XLA would remove the barriers too early. `python -m
+    benchmarks.flags` measures the effect.
 
-    A flag that XLA_FLAGS has already stays as it is. Nothing is set in other versions of jaxlib, which
-    may not know it and abort; nor where JAX is installed for accelerators, whose compilers need no barriers
-    to be left, or are those of another XLA.
+    A flag that is already in XLA_FLAGS stays unchanged. Nothing is set for other versions of jaxlib, which
+    may abort at an unknown flag, nor where JAX is installed for accelerators, whose compilers do not need
+    these barriers or belong to another version of XLA.
     """
     for_cpus = not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
     if for_cpus and jaxlib.__version__.startswith(_KNOWN_BY):
@@ -52,23 +52,23 @@ def choose_cpu_flags():
 
 
 def make_deterministic():
-    """Makes runs on GPUs the same to the bit, in this process and in those that it starts.
+    """Makes runs on GPUs reproducible to the bit, in this process and in those that it starts.
 
-    To be called before JAX is used. XLA then takes no kernel whose result depends on which thread is done
-    first, and chooses kernels without timing them, so that each start takes the same. That costs speed.
+    Call it before JAX is used. XLA then avoids kernels whose result depends on which thread finishes first,
+    and chooses kernels without timing them, so that each start chooses the same ones. This costs speed.
     Another kind of GPU, number of devices or version of a package still gives other bits. CPUs and TPUs need
-    no such switch, and for them nothing changes. Neither effect nor cost has been measured on a GPU yet.
+    no such switch and are not affected. Neither the effect nor the cost has been measured on a GPU yet.
     """
     _add_xla_flag(DETERMINISTIC_FLAG)
 
 
 def _add_xla_flag(flag):
-    # Behind what the user says: XLA takes the last of two.
+    # After the user's flags: if a flag appears twice, XLA uses the last one.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def message_for_user(error):
-    """What to tell of an error that the user can mend; None for one of this project or of a package."""
+    """Returns the message for an error that the user can fix; None for a bug in this project or a package."""
     if isinstance(error, ValueError | OSError):
         return str(error)
     if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
@@ -80,13 +80,13 @@ def message_for_user(error):
 
 
 def of_all_processes(devices):
-    """The devices of the pmap axis: those of the first process, then those of the second, and so on.
+    """Returns the devices of the pmap axis: those of process 0, then those of process 1, and so on.
 
     Args:
-      devices: the local ones that are used; with several processes, all there are.
+      devices: the local devices in use; with several processes, all local devices.
 
     Raises:
-      ValueError: the processes have not equally many.
+      ValueError: the processes have different numbers of devices.
     """
     if not processes.is_one_of_several():
         return list(devices)
@@ -97,11 +97,11 @@ def of_all_processes(devices):
 
 
 def local_devices():
-    """`jax.local_devices()`.
+    """Returns `jax.local_devices()`.
 
     Raises:
-      ValueError: JAX finds none of the kind that it was told to take, or this is one host of several of a TPU
-        slice, and nobody has told the hosts of each other.
+      ValueError: JAX finds no device of the requested platform, or this is one of several hosts of a TPU
+        slice and jax.distributed has not been initialised.
     """
     try:
         found = jax.local_devices()
@@ -120,7 +120,7 @@ def local_devices():
 
 
 def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
-    """Raises ValueError, with the nearest sizes that work, unless the batch can be split evenly."""
+    """Raises ValueError, naming the nearest sizes that work, unless the batch can be split evenly."""
     parts = num_devices * num_microbatches
     if batch_size < 1 or batch_size % parts:
         lower = max(batch_size, 0) // parts * parts
@@ -135,9 +135,9 @@ def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
 
 
 def pmap_train(train_steps, devices):
-    """`steps.make_train_steps`' function over devices; the state that goes in is donated.
+    """Maps the function of `steps.make_train_steps` over devices; it donates its input state.
 
-    (state, arrays, batches) -> (state, metrics), batches as `shard(..., axis=1)` gives them.
+    (state, arrays, batches) -> (state, metrics), with batches as `shard(..., axis=1)` returns them.
     """
     return jax.pmap(
         train_steps,
@@ -150,39 +150,39 @@ def pmap_train(train_steps, devices):
 
 
 def vmap_train(train_steps):
-    """The same function on one device, which takes the shares of all devices in turn; it donates nothing.
+    """Maps the same function over the shares of all devices, but on one device; it donates nothing.
 
-    For `jax.debug_nans`, which loses its way in a pmap (RecursionError, JAX 0.10). What comes back has the
-    leading axis of the shares.
+    For `jax.debug_nans`, which fails in a pmap (RecursionError, JAX 0.10). The results have a leading axis
+    over the shares.
     """
     return jax.jit(jax.vmap(train_steps, in_axes=(None, None, 0), axis_name=AXIS))
 
 
 def pmap_eval(eval_step, devices):
-    """`steps.make_eval_step`'s function over devices; the batch as `shard(..., axis=0)` gives it."""
+    """Maps the function of `steps.make_eval_step` over devices; `shard(..., axis=0)` makes its batch."""
     return jax.pmap(
         eval_step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=of_all_processes(devices)
     )
 
 
 def pmap_predict(predict_step, devices):
-    """`steps.make_predict_step`'s function over local devices; images as `shard(..., axis=0)` gives them.
+    """Maps `steps.make_predict_step`'s function over local devices; `shard(..., axis=0)` makes its images.
 
-    What comes back has the leading axis of the devices, too. Other processes have no part in it.
+    The result has a leading axis over the devices, too. Other processes are not involved.
     """
     return jax.pmap(predict_step, AXIS, in_axes=(None, None, 0), out_axes=0, devices=devices)
 
 
 def pmap_max(devices):
-    """(number, after) -> the largest of all processes' numbers, int32 on the devices: it may be read later.
+    """Returns (number, after) -> the largest number of all processes, int32 on the devices, to read later.
 
-    So a signal that comes to one process stops all at the same step, and no step waits for it. It is computed
-    after the arrays `after`: where those of a step fail, as another process has died, this must not meet what
-    is left of the step in the network, which Gloo aborts at.
+    It lets a signal to one process stop all processes at the same step, without any step waiting for it. It
+    is computed after the arrays `after`: if a step fails because another process has died, this collective
+    must not meet the remains of the step on the network, at which Gloo aborts.
     """
 
     def largest(number, after):
-        number, _ = lax.optimization_barrier((number, after))  # what is not used, jit would leave out
+        number, _ = lax.optimization_barrier((number, after))  # jit would drop an unused `after`
         return lax.pmax(number, AXIS)
 
     over_devices = jax.pmap(
@@ -199,26 +199,26 @@ def shard(batch, num_devices, axis=0):
 
     def split(leaf):
         shape = (*leaf.shape[:axis], num_devices, -1, *leaf.shape[axis + 1 :])
-        return np.moveaxis(leaf.reshape(shape), axis, 0)  # no copy: images that stream are large
+        return np.moveaxis(leaf.reshape(shape), axis, 0)  # no copy: streamed images are large
 
     return jax.tree.map(split, batch)
 
 
 def replicate(tree, devices):
-    """Puts a whole copy of every leaf on every one of the local devices."""
+    """Puts a full copy of every leaf on each of the local devices."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
     return jax.device_put(tree, sharding)
 
 
 def shapes(tree, devices):
-    """What `replicate` is for devices that are not there: the shapes and types of the leaves."""
+    """Replaces `replicate` where the devices do not exist: returns the shapes and types of the leaves."""
     del devices
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def max_in_flight(devices):
-    """How many calls may be under way before the host waits for the first of them.
+    """Returns how many calls may be in flight before the host waits for the oldest.
 
-    Virtual CPU devices share threads: collectives of several calls at once can wait for each other for ever.
+    Virtual CPU devices share threads, so the collectives of several calls at once can deadlock.
     """
     return 0 if devices[0].platform == "cpu" and len(of_all_processes(devices)) > 1 else 2

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all, and directories that are for one process at a time."""
+"""Files that are written completely or not at all, and directories that only one process at a time uses."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,7 @@ import platform
 
 @contextlib.contextmanager
 def writing(workdir):
-    """Raises ValueError, naming the workdir, where the disk says no: its own words may name no file."""
+    """Turns an OSError, whose message may name no file, into a ValueError that names the workdir."""
     try:
         yield
     except OSError as error:
@@ -18,16 +18,16 @@ def writing(workdir):
 
 
 def lock(workdir):
-    """Keeps other processes from training in `workdir`, a pathlib.Path, which is made if it is not there.
+    """Keeps other processes from training in `workdir`, a pathlib.Path, which is created if needed.
 
-    The lock is the kernel's: it goes with the process, however that ends, so that none is ever left behind.
+    The kernel releases the lock when the process ends, however it ends, so that no stale lock remains.
 
     Returns:
-      An open file; the lock is given back when it is closed.
+      An open file; closing it releases the lock.
 
     Raises:
-      ValueError: another process has it (the message names that one and its host), or the workdir cannot be
-        written.
+      ValueError: another process has the lock (the message names the process and its host), or the workdir
+        cannot be written.
     """
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -51,26 +51,26 @@ def lock(workdir):
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
     except ValueError:
-        with contextlib.suppress(OSError):  # what could not be written cannot be now
+        with contextlib.suppress(OSError):  # closing tries again to write what could not be written
             file.close()
         raise
     return file
 
 
 def read_json(path, kind, remedy):
-    """What a JSON file holds.
+    """Returns the content of a JSON file.
 
     Args:
       path: of the file.
-      kind: the type that it should hold, dict or list.
-      remedy: what to do about a damaged one, for the message.
+      kind: the expected type of the content, dict or list.
+      remedy: what to do about a damaged file, for the error message.
 
     Raises:
       ValueError: the file is damaged.
     """
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} is damaged (it holds no {kind.__name__}); {remedy}")
@@ -78,17 +78,17 @@ def read_json(path, kind, remedy):
 
 
 def write_json(path, value):
-    """Writes a JSON file as a whole or not at all."""
+    """Writes a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path, text):
-    """Writes a file as a whole or not at all."""
+    """Writes a file completely or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path, content):
-    """Writes a file as a whole or not at all."""
+    """Writes a file completely or not at all."""
     draft = path.with_name(path.name + ".draft")
     try:
         with draft.open("wb") as file:
@@ -102,7 +102,7 @@ def write_bytes(path, content):
 
 
 def sync(path):
-    """Brings a file, or the names in a directory, to the disk, where they outlive a loss of power."""
+    """Flushes a file, or the names in a directory, to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,21 +1,21 @@
-"""What a run leaves behind for people: config, environment, metrics, progress.
+"""The record of a run in its workdir: config, environment, metrics, progress.
 
-    config.json        the resolved config; a workdir belongs to one
+    config.json        the resolved config; a workdir belongs to one config
     environment.json   commit, versions, devices and data of each start
-    inputs.npz         what the network is shown, for `cnn_cases.predict`
-    metrics.jsonl      one row a line: {"step": ..., "running/loss": ..., "validation/error": ...}
+    inputs.npz         image shape, class names and pixel statistics, for `cnn_cases.predict`
+    metrics.jsonl      one row per line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files
     result.json        written once, at the end
-    profile/           where the config asks for one, for TensorBoard and Perfetto
-    lock               held by the process that trains; it says which one
+    profile/           if the config sets profile_steps, for TensorBoard and Perfetto
+    lock               held by the process that trains; names that process
 
-A file that is damaged is an error that names it; what to do about it depends on the file.
+A damaged file is an error that names the file; the remedy depends on the file.
 
-Of several processes that do one training, process 0 alone writes; environment.json has the devices of all.
+If several processes share a run, only process 0 writes; environment.json has the devices of all processes.
 
 `running/` figures are means over the steps since the last row, in training mode and with augmentation; the
-figures of a split are an evaluation of the whole of it. Rows hold nothing that depends on the clock, so
-two runs of one config leave equal files.
+figures of a split are an evaluation of the whole split. Rows hold nothing that depends on the clock, so two
+runs of one config leave equal files.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ from cnn_cases.training.provenance import environment, what_runs
 GO_ON = "; to train its network further, start a run of its own from it: --config.start.workdir"
 ANEW = "delete it, and start the run again: it is written anew"
 PUT_BACK = "put a whole copy of it back, or use another workdir"
-_LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by runs and studies that began
-SECONDS_A_LINE = 60  # where no terminal shows a bar
-# Keys on which no figure depends: another machine may have its data elsewhere, and more processes for them;
-# and where more records may be damaged, no others are left out, but one too many ends a run.
+_LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by a run or study that began
+SECONDS_A_LINE = 60  # between progress lines, where no terminal shows a bar
+# Keys that affect no figure. Another machine may keep its data elsewhere, and read them with more processes;
+# and max_damaged only decides whether a run ends, not which records are left out.
 OF_THE_MACHINE = (
     "data.data_dir",
     "data.stream.workers",
@@ -63,19 +63,19 @@ class Logbook:
         Args:
           workdir: a directory.
           config: the resolved config, as a dict that JSON can hold.
-          data: what tells the data of this run from others, as JSON can hold it.
+          data: identifies the data of this run; a value that JSON can hold.
           inputs: the content of inputs.npz.
           num_steps: length of the run, for the progress bar.
           title: of the progress bar.
-          show_progress: print a line at each evaluation; and on a terminal draw a bar, elsewhere print a line
-            a minute.
+          show_progress: print a line at each evaluation; also draw a bar on a terminal, or print a line per
+            minute elsewhere.
 
         Raises:
-          ValueError: the workdir belongs to another config or to other data, is in use, or cannot be written.
+          ValueError: the workdir belongs to another config or other data, is in use, or cannot be written.
         """
         self._workdir = pathlib.Path(workdir)
         self._rows_path = self._workdir / "metrics.jsonl"
-        self._lock = disk.lock(self._workdir)  # first: two that start at once must not both claim it
+        self._lock = disk.lock(self._workdir)  # first: two simultaneous starts must not both claim it
         try:
             check_owner(self._workdir, config)
             starts = read_environments(self._workdir)
@@ -92,7 +92,7 @@ class Logbook:
             raise
         self._of_this_start = config, [*starts, here], inputs  # what `start` has to write
         self._rows = self._tensorboard = None
-        self._profiles_before = None  # while one is under way: those that were there
+        self._profiles_before = None  # during a profile: the profiles that existed before it
         self._show_progress, self._next_line = show_progress, time.monotonic() + SECONDS_A_LINE
         self._bar = tqdm(
             total=num_steps,
@@ -104,16 +104,16 @@ class Logbook:
         )
 
     def start(self, step, rows=None):
-        """Goes on after `step`, wherever the log ends: rows of later steps are dropped.
+        """Continues after `step`, wherever the log ends: rows of later steps are dropped.
 
         Args:
           step: number of steps done.
-          rows: what `flush` returned at that step; None for none, before the first step.
+          rows: what `flush` returned at that step; None before the first step.
 
         Raises:
-          ValueError: the rows up to `step` are not what they were, or no row can be written.
+          ValueError: the rows up to `step` have changed, or no row can be written.
         """
-        self.stop_profile()  # one that was under way where the run went back
+        self.stop_profile()  # one may still be running if the run rewinds
         path = self._rows_path
         rows = rows or _mark(b"")
         kept = path.read_bytes()[: rows["bytes"]] if path.exists() else b""
@@ -122,7 +122,7 @@ class Logbook:
                 f"{path} is damaged: its rows up to step {step} are not those that were there when step "
                 f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
             )
-        if self._of_this_start:  # now that nothing refuses it
+        if self._of_this_start:  # only after all checks have passed
             config, starts, inputs = self._of_this_start
             claim(self._workdir, config)
             with disk.writing(self._workdir):
@@ -138,13 +138,13 @@ class Logbook:
             self._tensorboard.begin(step + 1)
         self._mark = _mark(kept)
         self._bar.update(step - self._bar.n)
-        self._bar.unpause()  # the time left is reckoned from here
+        self._bar.unpause()  # the time left is estimated from here
 
     def write(self, step, values):
-        """Adds a row: {name: number}.
+        """Adds a row, {name: number}.
 
         Raises:
-          ValueError: it cannot be written.
+          ValueError: the row cannot be written.
         """
         row = json.dumps({"step": step} | values) + "\n"
         with disk.writing(self._workdir):
@@ -155,7 +155,7 @@ class Logbook:
                 self._tensorboard.write(step, summary=summary.scalar(name, value))
 
     def progress(self, step, values, images_per_second, seconds_left):
-        """Shows where the run stands: on a terminal as a bar, elsewhere as a line a minute at most."""
+        """Shows the progress of the run: as a bar on a terminal, elsewhere as at most one line per minute."""
         shown = {
             "loss": f"{values['running/loss']:.4f}",
             "error": f"{values['running/error']:.2%}",
@@ -170,15 +170,15 @@ class Logbook:
             self.say(f"step {step}/{self._bar.total}: {figures}, {left} left")
 
     def say(self, message):
-        """One line for the person who watches; nothing where no progress is shown."""
+        """Prints one line for the user, if progress is shown."""
         if self._show_progress:
-            with contextlib.suppress(OSError):  # a pipe whose reader is gone, a full disk: no reason to stop
+            with contextlib.suppress(OSError):  # a closed pipe or a full disk is no reason to stop
                 tqdm.write(message, file=sys.stderr)
 
     def start_profile(self):
-        """Starts to note what the devices and the host do."""
+        """Starts a profile of the devices and the host."""
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # thousands of Python's own calls would hide all others
+        options.python_tracer_level = 0  # thousands of Python calls would hide all other events
         directory = self._workdir / "profile"
         before = self._profiles()
         jax.profiler.start_trace(directory, create_perfetto_trace=True, profiler_options=options)
@@ -188,7 +188,7 @@ class Logbook:
         return set((self._workdir / "profile").glob("plugins/profile/*"))
 
     def stop_profile(self):
-        """Writes what was noted, if anything is."""
+        """Ends and writes the profile, if one is running."""
         if self._profiles_before is not None:
             before, self._profiles_before = self._profiles_before, None
             try:
@@ -201,18 +201,18 @@ class Logbook:
                 )
 
     def flush(self):
-        """Brings all rows to the disk.
+        """Flushes all rows to the disk.
 
         Returns:
-          What `start` needs to know that it finds the same rows again: how many bytes, and their CRC-32.
+          The number of bytes of all rows and their CRC-32, by which `start` recognises the same rows.
 
         Raises:
-          ValueError: they cannot be written, or are not in the workdir any more.
+          ValueError: the rows cannot be written, or are no longer in the workdir.
         """
         with disk.writing(self._workdir):
             os.fsync(self._rows.fileno())
             self._tensorboard.flush()
-            # An open file lives on when it is deleted, and all that is written goes nowhere.
+            # A deleted file stays open, and everything written to it is lost.
             if not self._rows_path.exists() or not os.path.samestat(
                 self._rows_path.stat(), os.fstat(self._rows.fileno())
             ):
@@ -223,11 +223,11 @@ class Logbook:
         return self._mark
 
     def close(self):
-        """Ends the log."""
+        """Closes the log."""
         self.stop_profile()
         with contextlib.suppress(OSError):
             self._bar.close()
-        # Something is left to write only where writing has failed before, which has been told.
+        # Unwritten rows remain only if an earlier write failed, which has been reported.
         for file in (self._rows, self._tensorboard):
             if file is not None:
                 with contextlib.suppress(OSError):
@@ -236,20 +236,20 @@ class Logbook:
 
 
 class _Events:
-    """An event file of TensorBoard.
+    """A TensorBoard event file.
 
-    tensorboardX's SummaryWriter writes from a thread, which dies on a full disk and leaves those who have
-    more to write waiting for ever.
+    tensorboardX's SummaryWriter writes from a thread, which dies on a full disk; later writes then wait
+    forever.
     """
 
     def __init__(self, directory):
-        """Makes a file of a name of its own, after the second and the host."""
+        """Creates a new file, whose name contains the time in seconds and the host."""
         directory.mkdir(exist_ok=True)
         self._file = event_file_writer.EventsWriter(str(directory / "events"))
         self.write(0, file_version="brain.Event:2")
 
     def begin(self, first_step):
-        """Has TensorBoard forget `first_step` and what follows, of all that was written before."""
+        """Makes TensorBoard discard all earlier events from `first_step` on."""
         status = event_pb2.SessionLog.SessionStatus.START
         self.write(first_step, session_log=event_pb2.SessionLog(status=status))
         self.flush()
@@ -267,7 +267,7 @@ class _Events:
 def claim(workdir, config, suits=None):
     """Makes `workdir`, of a run or of a study, belong to `config`; see `check_owner`.
 
-    A config that differs and suits all the same, as in where the data lie, takes the place of the other.
+    A config that differs but is compatible, for example in where the data are, replaces the existing one.
 
     Raises:
       ValueError: it belongs to another config, its config.json is damaged or gone, or it cannot be written.
@@ -283,15 +283,15 @@ def claim(workdir, config, suits=None):
 
 
 def check_owner(workdir, config, suits=None):
-    """Raises ValueError if `workdir` belongs to another config than `config`; the message shows what differs.
+    """Raises ValueError if `workdir` belongs to a config other than `config`; the message shows what differs.
 
-    Likewise where its config.json is damaged, or gone from beside what a run or a study has left.
+    It also does so if config.json is damaged, or missing although a run or a study left other files.
 
     Args:
       workdir: a directory.
       config: as a dict that JSON can hold.
-      suits: a function of the config that is there, as JSON gives it: whether `config` suits all the same,
-        where they differ in more than OF_THE_MACHINE. None: it does not.
+      suits: a function of the existing config, as JSON returns it: whether `config` is compatible although
+        the two differ in more than OF_THE_MACHINE. None: it is not.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
@@ -317,21 +317,21 @@ def check_owner(workdir, config, suits=None):
 
 
 def _as_json(config):
-    return json.loads(json.dumps(config))  # tuples are lists there
+    return json.loads(json.dumps(config))  # turns tuples into lists
 
 
 def is_watched():
-    """Whether a terminal shows what this process says."""
+    """Returns whether this process prints to a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def differences(old, new, prefix="", aside=()):
-    """How two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here".
+    """Returns how two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here".
 
     Args:
-      old, new: dicts, as of configs.
+      old, new: dicts, for example of configs.
       prefix: of the keys' names in the lines.
-      aside: ends of the names of keys that are left out.
+      aside: suffixes of the names of keys to leave out.
     """
     lines = []
     for key in sorted(old.keys() | new.keys()):
@@ -345,17 +345,17 @@ def differences(old, new, prefix="", aside=()):
 
 
 def read_rows(path):
-    """The rows of a metrics file; a last line that a kill cut short is left out.
+    """Returns the rows of a metrics file, without a last line that a kill cut short.
 
     Raises:
-      ValueError: another line is no row; the message has its number.
+      ValueError: another line is not a row; the message gives its number.
     """
     path = pathlib.Path(path)
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
+        except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{path} is damaged in line {number}: {error}") from error
         if not isinstance(row, dict) or "step" not in row:
             raise ValueError(f"{path} is damaged in line {number}: it has no step")
@@ -364,13 +364,13 @@ def read_rows(path):
 
 
 def _mark(data, before=None):
-    """Number of bytes and CRC-32 of `data`, behind data of which `before` is the mark."""
+    """Returns the number of bytes and CRC-32 of `data` appended to data with the mark `before`."""
     before = before or {"bytes": 0, "crc32": 0}
     return {"bytes": before["bytes"] + len(data), "crc32": zlib.crc32(data, before["crc32"])}
 
 
 def read_environments(workdir):
-    """What `environment` said at each start of a run.
+    """Returns what `environment` reported at each start of a run.
 
     Raises:
       ValueError: the file is damaged.
@@ -386,12 +386,12 @@ def read_environments(workdir):
 
 
 def warn_of_changes(workdir, starts, here):
-    """Tells where a run's last start had other code or packages, so that its figures might be others here.
+    """Warns if a run's last start had other code or packages, since its figures might now differ.
 
     Args:
       workdir: of the run.
-      starts: of `read_environments`.
-      here: of `environment`.
+      starts: from `read_environments`.
+      here: the current `environment`.
     """
     there = what_runs(starts[-1]) if starts else {}
     lines = differences(there, {name: here[name] for name in there})
@@ -402,13 +402,13 @@ def warn_of_changes(workdir, starts, here):
 
 
 def warn_of_devices(workdir, config, starts, number):
-    """Tells where the number of devices is not that of a run's last start, and its steps depend on it.
+    """Warns if the number of devices has changed since a run's last start and its steps depend on it.
 
     Args:
       workdir: of the run.
       config: its config.
-      starts: of `read_environments`.
-      number: of devices here.
+      starts: from `read_environments`.
+      number: the current number of devices.
     """
     there = len(starts[-1]["devices"]) if starts else number
     if there != number and (config.num_microbatches > 1 or not config.sync_batch_norm):
@@ -424,13 +424,13 @@ def warn_of_devices(workdir, config, starts, number):
 
 
 def noted_start(workdir):
-    """`transfer.identity` of what the last start of a run started from; None where nothing is noted."""
+    """Returns the `transfer.identity` that a run's last start recorded; None if it recorded none."""
     starts = read_environments(workdir)
     return starts[-1].get("data", {}).get("start") if starts else None
 
 
 def read_result(workdir):
-    """The content of a run's result.json; None where the run has not ended.
+    """Returns the content of a run's result.json; None if the run has not ended.
 
     Raises:
       ValueError: it is damaged.
@@ -447,6 +447,6 @@ def read_result(workdir):
 
 
 def write_result(workdir, result):
-    """Writes a run's result.json; raises ValueError where that is not possible."""
+    """Writes a run's result.json; raises ValueError if that is not possible."""
     with disk.writing(workdir):
         disk.write_json(pathlib.Path(workdir) / "result.json", result)

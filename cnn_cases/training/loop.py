@@ -1,7 +1,7 @@
-"""One way through: config -> data set, model, optimizer -> state -> steps -> log, checkpoints, evaluation.
+"""The training loop: config -> data set, model, optimizer -> state -> steps -> log, checkpoints, evaluation.
 
-Several processes that do one training all run these lines (see `devices`). What must not differ between them
-comes from process 0, which alone has a log and checkpoints.
+If several processes share a run, all execute this code (see `devices`). Anything that must not differ between
+them comes from process 0; only process 0 has a log and checkpoints.
 """
 
 import collections
@@ -29,7 +29,7 @@ MAX_REWINDS = 3  # to one checkpoint
 
 
 class Silence:
-    """The log and the checkpoints of a process that leaves both to process 0."""
+    """Stands in for the log and the checkpoints in all processes but process 0."""
 
     def _nothing(self, *_):
         return None
@@ -39,32 +39,31 @@ class Silence:
 
 
 def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
-    """Trains one network, or goes on where an earlier call on the same workdir stopped.
+    """Trains one network, or resumes where an earlier call on the same workdir stopped.
 
     Args:
-      config: of `configs/`.
-      workdir: the run's directory, of which only process 0 takes notice; see `logbook` for what it holds.
-      program: `programs.make_program` of this config or of one that differs in the seed alone; None: built.
-      show_progress: tell on the standard error output how the run goes.
+      config: from `configs/`.
+      workdir: the run's directory, which only process 0 uses; see `logbook` for its files.
+      program: `programs.make_program` of this config or of one that differs only in the seed; None: build it.
+      show_progress: report the progress on standard error.
 
     Returns:
       The content of result.json: {"status": "finished", "step", "metrics", "nonfinite": the steps that were
-      skipped, or that led to a rewind, "seconds" since the last start, "date": of the end}.
+      skipped or led to a rewind, "seconds": since the last start, "date": of the end}.
 
     Raises:
-      ValueError: the config is not possible, the workdir belongs to another one, cannot be written or is
+      ValueError: the config is invalid, the workdir belongs to another config, cannot be written or is
         damaged, or the processes differ.
       OSError: a checkpoint could not be saved.
-      DivergedError: the loss, the gradient or the state became NaN or infinite, and by `on_nonfinite` the run
-        is over. The last good checkpoint is kept, and result.json says what `cnn_cases.replay` needs:
-        {"status": "diverged", "step", "reason", "checkpoint": step of the last one,
-        "seed_of_batches", "examples": places in the training split of those in the step's batch, "seconds",
-        "date"}.
-      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came, to whichever process; the run was saved.
+      DivergedError: the loss, the gradient or the state became NaN or infinite, and `on_nonfinite` ends the
+        run. The last good checkpoint is kept, and result.json has what `cnn_cases.replay` needs:
+        {"status": "diverged", "step", "reason", "checkpoint": step of the last one, "seed_of_batches",
+        "examples": indices, in the training split, of the examples in the step's batch, "seconds", "date"}.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 reached any of the processes; the run was saved.
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
-    settings.check(config)  # a workdir could not even be compared with what JSON cannot hold
+    settings.check(config)  # a config that JSON cannot hold could not be compared with the workdir's
     check_path(workdir)
     _check_alike(config)
     earlier = processes.from_lead(lambda: _earlier_result(workdir, config))
@@ -78,8 +77,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         if show_progress and processes.is_lead():
             processes.tell(f"{workdir}: finished before, {format_metrics(earlier['metrics'])}")
         return earlier
-    # All that a config can get wrong is built before the workdir is touched. Process 0 comes first: it may
-    # prepare the data set, which the others then find.
+    # Everything that a bad config can break is built before the workdir is touched. Process 0 goes first: it
+    # may prepare the data set, which the other processes then find.
     resumes = processes.from_lead(lambda: bool(checkpoint.steps(workdir / "checkpoints")))
     made = processes.lead_first(lambda: program or programs.make_program(config))
     start = processes.from_lead(lambda: _identity_of_start(config, workdir, resumes))
@@ -108,18 +107,18 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         final = result["metrics"]
         log.say(f"{workdir}: {format_metrics(final)}")
     number = max(processes.gather(stop.number))
-    if number:  # it came too late for this run, but there may be others
+    if number:  # too late to stop this run, but the caller may have more runs
         raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
     return result
 
 
 def _check_alike(config):
-    """Raises ValueError unless all processes of a training have the same config, code and packages."""
+    """Raises ValueError unless all processes of a run have the same config, code and packages."""
     if not processes.is_one_of_several():
         return
     ours = what_runs(environment())
     lead, *others = processes.gather({"config": config.to_dict()} | ours)
-    # Not the steps of a profile, where a process waits for its devices and would lose step with the others.
+    # profile_steps must agree, too: a process waits for its devices there and would get out of step.
     aside = tuple(key for key in logbook.OF_THE_MACHINE if key.startswith("data."))
     for index, other in enumerate(others, start=1):
         lines = logbook.differences(lead, other, aside=aside)
@@ -132,7 +131,7 @@ def _check_alike(config):
 
 
 def _identity_of_start(config, workdir, resumes):
-    """What tells the start of a run from others, as its workdir has noted it if the run resumes; or None."""
+    """Returns `transfer.identity` of what a run starts from, as its workdir records it on resume; or None."""
     if not config.start.workdir:
         return None
     if resumes:
@@ -141,7 +140,7 @@ def _identity_of_start(config, workdir, resumes):
 
 
 def _check_same_data(data):
-    """Raises ValueError unless all processes of a training read the same data, of that fingerprint."""
+    """Raises ValueError unless the data of all processes of a run have the same fingerprint, `data`."""
     lead, *others = processes.gather(data)
     for index, other in enumerate(others, start=1):
         if other != lead:
@@ -152,9 +151,9 @@ def _check_same_data(data):
 
 
 def _make_start(config, program, start, resumes):
-    """The program with its start, and the state before the first step; None where the run resumes.
+    """Returns the program with its start, and the state before the first step (None if the run resumes).
 
-    `start` is of `_identity_of_start`: the other training may be going on, and its last step move.
+    `start` is from `_identity_of_start`: the other run may still be training, so its last step may change.
     """
     program = program.starting_from(start[0]) if start else program
     state = None if resumes else program.init_state(config.seed)
@@ -163,7 +162,7 @@ def _make_start(config, program, start, resumes):
 
 
 def _open(workdir, config, program, data, show_progress):
-    """The log and the checkpoints."""
+    """Opens the log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
     logbook.warn_of_devices(workdir, config, logbook.read_environments(workdir), jax.device_count())
@@ -179,22 +178,22 @@ def _open(workdir, config, program, data, show_progress):
     try:
         return log, Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
     except BaseException:
-        log.close()  # and with it the lock, which a notebook would keep
+        log.close()  # and release the lock, which a notebook would keep
         raise
 
 
 def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop):
-    """Trains from the last checkpoint, or from `state`, to the end; returns what result.json is to hold.
+    """Trains from the last checkpoint, or from `state`, to the end; returns the content of result.json.
 
-    Where `state` is None it is made, if it is needed: what a run started from may be gone when it resumes.
+    If `state` is None, it is made only if needed: what a run started from may be gone when it resumes.
 
     A run that rewinds passes its checkpoint more than once, each time with other batches. How often, and so
     with which batches, does not depend on kills in between: a checkpoint lists the steps that had failed
-    before it was saved, and those that failed later fail again. Say the checkpoint of step 200 lists none,
-    and step 250 fails. Then `nonfinite` is [250] and `rewound_to` [200], and the batches after 200 are drawn
-    by another seed. If the run is killed before it saves again, both lists are gone; the next start restores
-    step 200 with the first seed, and step 250 fails as before. If it reaches 300, that checkpoint lists both.
-    A signal saves one more checkpoint, to which the run may then rewind.
+    before it was saved, and steps that failed later fail again. Say the checkpoint of step 200 lists none,
+    and step 250 fails. Then `nonfinite` is [250] and `rewound_to` [200], and the batches after step 200 are
+    drawn with another seed. If the run is killed before it saves again, both lists are lost; the next start
+    restores step 200 with the first seed, and step 250 fails as before. If the run reaches step 300, the
+    checkpoint there holds both lists. A signal saves one more checkpoint, to which the run may then rewind.
     """
     nonfinite, rewound_to = [], []
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
@@ -209,7 +208,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         saved = len(extra["nonfinite"])
         nonfinite = extra["nonfinite"] + nonfinite[saved:]
         if config.on_nonfinite == "rewind":
-            # Where a damaged checkpoint was left out, it is an earlier one than was said.
+            # If a damaged checkpoint was skipped, the restored one is earlier than the one noted.
             rewound_to = extra["rewound_to"] + [min(kept, step) for kept in rewound_to[saved:]]
         seed = seed_of_batches(config.seed, rewound_to, step)
         if step:
@@ -236,13 +235,13 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         except DivergedError as error:
             processes.from_lead(checkpoints.wait)
             kept = max(processes.from_lead(checkpoints.all_steps), default=0)
-            # Of one that is newer than the one restored, this is the first.
+            # This is the first failure after `kept` if `kept` is newer than the restored checkpoint.
             before = len(nonfinite) - saved if kept == step else 0
             nonfinite.append(error.step)
             if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
                 rewound_to.append(kept)
-                state = None  # the one before has been given away
+                state = None  # the previous one has been donated
                 continue
             return {
                 "status": "diverged",
@@ -261,7 +260,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
 
 
 def _described(config, program, state):
-    """`resnet_cifar, 272,474 parameters, 5.1 epochs, on 2 x cpu`."""
+    """Returns a summary such as `resnet_cifar, 272,474 parameters, 5.1 epochs, on 2 x cpu`."""
     devices = collections.Counter(
         device.device_kind for device in devices_lib.of_all_processes(program.devices)
     )
@@ -275,9 +274,9 @@ def _described(config, program, state):
 
 
 def _restore(config, program, state, log, checkpoints):
-    """(step, state, what was saved with it) of the last checkpoint, where the log begins anew.
+    """Returns (step, state, extra) of the last checkpoint, and starts the log after that step.
 
-    Process 0 reads it for all.
+    Process 0 reads the checkpoint for all processes.
     """
     like = state or program.shapes_of_state()
     restored = processes.lead_first(lambda: checkpoints.restore(like))
@@ -296,55 +295,55 @@ def _restore(config, program, state, log, checkpoints):
 
 
 def seed_of_batches(seed, rewound_to, step):
-    """The seed of data order, augmentation and dropout of the step after the first `step` ones.
+    """Returns the seed of data order, augmentation and dropout for the step after the first `step` ones.
 
     Args:
       seed: the config's.
       rewound_to: see `running.RunningMetrics`.
-      step: number of steps done before.
+      step: number of steps done.
     """
     rewinds = sum(kept <= step for kept in rewound_to)
     return int(np.random.default_rng((seed, rewinds)).integers(2**31)) if rewinds else seed
 
 
 class _Call(NamedTuple):
-    """A call to the devices, where all that comes of it may still be computed."""
+    """A call to the devices, whose results may not have been computed yet."""
 
     step: int  # number of steps done after it
     metrics: Any
-    signal: Any  # the signal that came to any of several processes, 0 for none
-    rate: Any  # the learning rate, where a row of the log is due
+    signal: Any  # the signal that any of several processes received, 0 for none
+    rate: Any  # the learning rate, if a row of the log is due
 
 
 class _StoppedError(Exception):
-    """A signal came during an evaluation."""
+    """A signal arrived during an evaluation."""
 
 
 class _Training:
     """The steps of a run from a checkpoint on, and the rows, evaluations and checkpoints that are due.
 
-    Calls go to the devices some ahead of what has come back, so that they need not wait for the host.
+    A few calls are sent to the devices before earlier results are back, so they do not wait for the host.
     """
 
     def __init__(self, config, program, state, batches, running, *, log, checkpoints, stop):
-        """Takes the state, whose memory the first step takes over, and the batches of the next steps."""
+        """Takes the state, whose memory the first step reuses, and the batches of the next steps."""
         self._config, self._program = config, program
         self._batches, self._running = batches, running
         self._log, self._checkpoints, self._stop = log, checkpoints, stop
         self._state = devices_lib.replicate(state, program.devices)
         several = processes.is_one_of_several()
         self._of_all = devices_lib.pmap_max(program.devices) if several else None
-        self._heard = 0  # the signal that came to any process, as of the last call that was collected
+        self._heard = 0  # the signal that any process received, as of the last collected call
         self._max_in_flight = devices_lib.max_in_flight(program.devices)
         self._in_flight = collections.deque()
         self._restart_clock()
 
     def run(self, step, evaluated):
-        """Goes on to the end.
+        """Trains to the end.
 
         Args:
           step: number of steps done.
-          evaluated: whether the evaluation that was due at this step, if any, is done.
+          evaluated: whether the evaluation that was due at this step, if any, has been done.
 
         Returns:
           The final evaluation, {"<split>/<name>": number}.
@@ -363,7 +362,7 @@ class _Training:
             last = step == config.num_steps
             is_due = last or _is_due(step, config.evaluation.every_steps)
             values = self._evaluate(step) if is_due else {}
-            # Read once: it can come at any moment. Several processes go by what all have heard at one step.
+            # Read once: a signal can arrive at any moment. Several processes use the value that all share.
             number = self._heard if self._of_all else self._stop.number
             if last or number or _is_due(step, config.checkpoint.every_steps):
                 self._save(step, values, final=values if last else None)
@@ -372,16 +371,16 @@ class _Training:
         return values
 
     def _interrupt(self, step, number):
-        processes.from_lead(self._checkpoints.wait)  # or it would not be true
+        processes.from_lead(self._checkpoints.wait)  # or the message would not be true
         name = signal.Signals(number).name
         raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", number)
 
     def _call(self, step):
-        """Sends the next steps to the devices; returns how many are done after them."""
+        """Sends the next steps to the devices; returns the number of steps done after them."""
         config, program = self._config, self._program
         first_profiled, last_profiled = config.profile_steps or (0, 0)
         before = step
-        # Where another number was usual when the run was stopped, a shorter call brings it back into step.
+        # If the run was stopped with another steps_per_call, a shorter call realigns it.
         step += program.steps_per_call - step % program.steps_per_call
         if before < first_profiled <= step:
             self._collect()
@@ -391,7 +390,7 @@ class _Training:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             self._state, metrics = program.train(self._state, program.arrays, stacked)
         number = self._of_all(self._stop.number, metrics) if self._of_all else 0
-        # Not when the row is written: the rate would then be computed behind the calls that are under way.
+        # Not when the row is written: the rate would then be computed after the calls in flight.
         row_is_due = step == config.num_steps or _is_due(step, config.log_every_steps)
         rate = program.schedule(step - 1) if row_is_due else None
         self._in_flight.append(_Call(step, metrics, number, rate))
@@ -402,7 +401,7 @@ class _Training:
         return step
 
     def _collect(self, at_most=0):
-        """Waits until `at_most` calls are under way; notes the metrics of the others."""
+        """Waits until at most `at_most` calls are in flight; adds the metrics of the finished calls."""
         while len(self._in_flight) > at_most:
             call = self._in_flight.popleft()
             metrics, self._heard = jax.device_get(call.metrics), int(call.signal)
@@ -427,11 +426,11 @@ class _Training:
         self._restart_clock()
 
     def _restart_clock(self):
-        """For the images a second since the last row, evaluation or checkpoint."""
+        """Restarts the count of images per second, at each row, evaluation and checkpoint."""
         self._clock, self._timed_steps = time.monotonic(), 0
 
     def _evaluate(self, step):
-        """The evaluation of this step, which is logged; None where a signal ended it: it is still due."""
+        """Returns and logs the evaluation of this step; None if a signal ended it, so it is still due."""
         self._collect()
         config, values = self._config, {}
         last = step == config.num_steps
@@ -440,7 +439,7 @@ class _Training:
         try:
             for split in config.evaluation.final_splits if last else config.evaluation.splits:
                 values |= programs.evaluate(*arguments, split, check_stop=self._check_stop)
-                if last and protocol != "single" and split != "train":  # many views of many images
+                if last and protocol != "single" and split != "train":  # not train: many views of many images
                     told = programs.predict(
                         *arguments, split, protocol, batch_size=size, check_stop=self._check_stop
                     )
@@ -456,13 +455,13 @@ class _Training:
         return values
 
     def _check_stop(self):
-        """Ends an evaluation where a signal came. One of several processes cannot do that on its own."""
+        """Ends an evaluation if a signal arrived. One of several processes cannot do that on its own."""
         if self._stop.number and not self._of_all:
             raise _StoppedError
 
     def _save(self, step, values, final):
         self._collect()
-        # The metrics of a step are those before its update, which may have gone wrong itself.
+        # A step's metrics are computed before its update, and the update itself may have gone wrong.
         check_finite(step, {"largest number of the state": max_abs(self._state)})
         extra = {
             "window": [*self._running.window],
@@ -476,12 +475,12 @@ class _Training:
         self._restart_clock()
 
     def _error_of(self, values):
-        """By which the best checkpoint is chosen; None where it was not measured."""
+        """Returns the error by which the best checkpoint is chosen; None if it was not measured."""
         return values.get(f"{self._config.checkpoint.best_on}/error") if values else None
 
 
 def _scores(probabilities, label):
-    """`predictions.scores` of the examples of all processes, each of which has predicted its own."""
+    """Returns `predictions.scores` over all processes, each of which has predicted its own examples."""
     own = len(label), predictions.scores(probabilities, label)
     counts, parts = zip(*processes.gather(own), strict=True)
     if not parts[1:]:
@@ -490,19 +489,19 @@ def _scores(probabilities, label):
 
 
 def max_abs(state):
-    """The largest absolute value in a state, integer counters aside; NaN if any value is NaN."""
+    """Returns the largest absolute value in a state, except integer counters; NaN if any value is NaN."""
     # In NumPy, on a host copy that saving needs anyway: JAX would compile two programs per shape.
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return float(np.max([np.abs(leaf).max() for leaf in jax.device_get(leaves)]))
 
 
 def _stack(*leaves):
-    """np.stack, without a copy of a single one: images that stream are large."""
+    """Stacks leaves as np.stack does, but does not copy a single one: streamed images are large."""
     return np.stack(leaves) if leaves[1:] else leaves[0][None]
 
 
 def format_metrics(metrics):
-    """{name: number} as a text; errors, which are fractions, in percent."""
+    """Returns {name: number} as text, with errors, which are fractions, in percent."""
     return ", ".join(
         f"{name} {value:.2%}" if name.endswith("error") else f"{name} {value:.4f}"
         for name, value in metrics.items()
@@ -510,7 +509,7 @@ def format_metrics(metrics):
 
 
 def _measures_all_saved(config):
-    """Whether each checkpoint, if any best one is kept, has the error that tells it."""
+    """Returns whether no best checkpoint is kept, or every checkpoint has the error that chooses it."""
     best_on, evaluation, saving = config.checkpoint.best_on, config.evaluation, config.checkpoint.every_steps
     in_time = not saving or (evaluation.every_steps and saving % evaluation.every_steps == 0)
     return not best_on or (in_time and best_on in evaluation.final_splits)
@@ -521,7 +520,7 @@ def _is_due(step, every_steps):
 
 
 def _earlier_result(workdir, config):
-    """The content of result.json; None where this run has not ended before."""
+    """Returns the content of result.json; None if this run has not ended before."""
     result = logbook.read_result(workdir)
     if result:
         logbook.check_owner(workdir, config.to_dict())

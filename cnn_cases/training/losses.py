@@ -1,6 +1,6 @@
-"""Losses of each example: logits [B, K], label int [B] -> float32 [B].
+"""Per-example losses: logits [B, K], label int [B] -> float32 [B].
 
-`cross_entropy` also takes a target float [B, K] for the label, shares of the classes that add up to 1.
+Instead of a label, `cross_entropy` also accepts a target float [B, K]: shares of the classes that sum to 1.
 """
 
 import functools
@@ -15,11 +15,11 @@ LOSSES = ("cross_entropy", "rbf_mean_squared", "rbf_map")
 
 
 def make_loss(*, name, label_smoothing, map_constant):
-    """The loss called `name`.
+    """Returns the loss called `name`.
 
     Args:
-      name: one of LOSSES. The two of LeNet-5 of 1998 take as logits its penalties with a minus sign.
-      label_smoothing: of "cross_entropy"; share of the target that is spread over all classes, in [0, 1).
+      name: one of LOSSES. The two RBF losses, of LeNet-5 (1998), expect its negated penalties as logits.
+      label_smoothing: for "cross_entropy", share of the target that is spread over all classes, in [0, 1).
       map_constant: the j of "rbf_map", above 0.
 
     Returns:
@@ -45,10 +45,10 @@ def make_loss(*, name, label_smoothing, map_constant):
 
 
 def of_classes(loss, num_classes):
-    """The same loss, except that it refuses logits of another length instead of silently accepting them.
+    """Wraps a loss so that it rejects logits of another length, which it would silently accept.
 
     Raises:
-      ValueError: once it is called.
+      ValueError: by the wrapped loss, when it is called with such logits.
     """
 
     @functools.wraps(loss)
@@ -64,7 +64,7 @@ def of_classes(loss, num_classes):
 
 
 def cross_entropy(logits, label, smoothing=0.0):
-    """Softmax cross-entropy, by default against the label alone (Szegedy et al. 2015b, section 7)."""
+    """Softmax cross-entropy, by default without label smoothing (Szegedy et al. 2015b, section 7)."""
     log_chances = jax.nn.log_softmax(logits.astype(jnp.float32))
     is_target = label.ndim == logits.ndim
     of_label = (label * log_chances).sum(axis=-1) if is_target else _pick(log_chances, label)
@@ -72,19 +72,19 @@ def cross_entropy(logits, label, smoothing=0.0):
 
 
 def rbf_mean_squared(logits, label):
-    """The penalty of the right class (LeCun et al. 1998, equation 8).
+    """The penalty of the correct class (LeCun et al. 1998, equation 8).
 
-    Nothing in it pushes the other classes away: with trainable codes it could be brought to zero by making
-    all of them equal, which is one reason why LeNet-5's are fixed.
+    This loss does not push the other classes away: trainable codes could bring it to zero by becoming all
+    equal, which is one reason why LeNet-5's codes are fixed.
     """
     return -_pick(logits.astype(jnp.float32), label)
 
 
 def rbf_map(logits, label, j):
-    """Penalty of the right class against those of all (LeCun et al. 1998, equation 9).
+    """The penalty of the correct class against those of all classes (LeCun et al. 1998, equation 9).
 
-    y_right + log(exp(-j) + sum_i exp(-y_i)), where `j` keeps classes that are far off already from being
-    pushed further.
+    y_right + log(exp(-j) + sum_i exp(-y_i)), where `j` keeps classes that are already far off from being
+    pushed further away.
     """
     logits = logits.astype(jnp.float32)
     rubbish = jnp.full((*logits.shape[:-1], 1), -j, jnp.float32)

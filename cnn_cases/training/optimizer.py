@@ -20,24 +20,24 @@ DECAYED = ("all", "kernels")
 def make_schedule(
     learning_rate, num_steps, *, name, boundaries, factors, power, warmup, warmup_steps, warmup_factor
 ):
-    """The learning rate as a function of the step.
+    """Returns the learning rate as a function of the step.
 
     Args:
       learning_rate: the rate after the warm-up.
-      num_steps: length of the training.
-      name: one of SCHEDULES: "constant"; "piecewise" multiplies by one of `factors` at each boundary; the
-        others go to zero from the end of the warm-up to the last step: "cosine" along half a cosine,
-        "polynomial" as (1 - progress) to the `power`.
-      boundaries: of "piecewise", as fractions of `num_steps`, increasing.
-      factors: of "piecewise", one for each boundary.
-      power: of "polynomial".
+      num_steps: length of the run.
+      name: one of SCHEDULES: "constant"; "piecewise" multiplies the rate by one of `factors` at each
+        boundary; "cosine" and "polynomial" decay to zero between the end of the warm-up and the last step,
+        along half a cosine or as (1 - progress) ** `power`.
+      boundaries: for "piecewise", increasing fractions of `num_steps`.
+      factors: for "piecewise", one for each boundary.
+      power: for "polynomial".
       warmup: one of WARMUPS: "linear" rises from `warmup_factor` times the rate to the rate; "constant" stays
         at `warmup_factor` times the rate (He et al. 2015, section 4.2, for 110 layers).
       warmup_steps: length of the warm-up, 0 for none.
       warmup_factor: see `warmup`.
 
     Returns:
-      step, an int or an int32 [], of which the first is 0 -> learning rate, float32 [].
+      step (an int or int32 [], counted from 0) -> learning rate, float32 [].
 
     Raises:
       ValueError: a name is unknown or a number is out of range.
@@ -68,7 +68,7 @@ def make_schedule(
         drops = {}
         for boundary, factor in zip(boundaries, factors, strict=True):
             step = round(boundary * num_steps)
-            drops[step] = drops.get(step, 1) * factor  # in a short training two may fall on one step
+            drops[step] = drops.get(step, 1) * factor  # in a short run, two may fall on one step
         main = optax.piecewise_constant_schedule(learning_rate, drops)
     elif name == "cosine":
         main = _after(warmup_steps, optax.cosine_decay_schedule(learning_rate, decay_steps))
@@ -105,28 +105,31 @@ def make_optimizer(
     rate_factors=(),
     frozen=None,
 ):
-    """The optimizer called `name`.
+    """Returns the optimizer called `name`.
 
     Args:
       schedule: step -> learning rate.
       name: one of OPTIMIZERS. "sgd" is v <- momentum v + g, w <- w - rate v; "rmsprop", as in TensorFlow, is
         v <- momentum v + rate g / root of g's mean square, which starts from 1, w <- w - v (Tieleman and
         Hinton 2012); "adam" (Kingma and Ba 2014); "adamw" (Loshchilov and Hutter 2017).
-      momentum: in [0, 1); 0 for none; the beta1 of Adam.
-      nesterov: Nesterov's form of the momentum.
-      second_moment: share of the mean squared gradient that each step keeps: rmsprop's decay, Adam's beta2.
-      epsilon: added to the mean square of "rmsprop", and to the root of Adam's.
+      momentum: in [0, 1), 0 for none; Adam's beta1.
+      nesterov: use Nesterov momentum.
+      second_moment: fraction of the mean squared gradient that each step keeps: rmsprop's decay, Adam's
+        beta2.
+      epsilon: added to the mean square in "rmsprop", and to its root in Adam.
       weight_decay: weight_decay * w is added to the gradient of each parameter w, as in the papers of the
         time; with "adamw" it is decoupled: rate * weight_decay * w is subtracted from w.
-      decayed: one of DECAYED: "all" parameters, or "kernels" without biases and normalisation.
-      clip_norm: the greatest norm of the whole gradient, weight decay included; 0 for no limit.
-      rate_patterns: those of a shell, of names of parameters whose rate is multiplied: "*/bias", "conv1/*".
-      rate_factors: by what, one for each pattern; where several patterns fit, by all of theirs.
-      frozen: name of a layer -> whether it stays as it is, which takes a gradient of zero; None: none does.
+      decayed: one of DECAYED: "all" parameters, or only "kernels", without biases and normalisation.
+      clip_norm: maximum norm of the whole gradient, weight decay included; 0 for no limit.
+      rate_patterns: shell patterns, such as "*/bias" or "conv1/*", for the names of parameters whose learning
+        rate is multiplied.
+      rate_factors: one for each pattern; a parameter that matches several patterns gets all their factors.
+      frozen: layer name -> whether it stays unchanged; it gets no weight decay, and the caller must make its
+        gradient zero. None: no layer is frozen.
 
     Raises:
-      ValueError: a name is unknown or a number is out of range. Where the optimizer is given parameters, also
-        if a pattern fits none of them.
+      ValueError: a name is unknown or a number is out of range. The optimizer's `init` also raises it if a
+        pattern matches no parameter.
     """
     checks.one_of("optimizer.name", name, OPTIMIZERS)
     checks.one_of("optimizer.decayed", decayed, DECAYED)
@@ -172,7 +175,7 @@ def make_optimizer(
 
 
 def _multiply_rates(patterns, factors):
-    """Multiplies the change of each parameter by the factors of all patterns that fit its name."""
+    """Multiplies each parameter's update by the factors of all patterns that match its name."""
 
     def init(params):
         names = [_name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
@@ -197,12 +200,12 @@ _name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def _is_decayed(params, *, kernels_only, frozen):
-    """Of each parameter, whether weight decay is for it."""
+    """Returns, for each parameter, whether weight decay applies to it."""
 
     def is_decayed(path, _):
         if frozen and frozen(path[0].key):
             return False
-        # Not by the number of axes: under `scan_blocks` the scales of a stage's blocks are stacked, too.
+        # Not by the number of axes: `scan_blocks` stacks the scales of a stage's blocks, too.
         return path[-1].key == "kernel" or not kernels_only
 
     return jax.tree.map_with_path(is_decayed, params)

@@ -1,7 +1,7 @@
-"""From the views of many images to the averaged prediction for each image, and to its scores.
+"""Averages the predictions for the views of each image, and scores the results.
 
-Views may differ in shape. They are gathered by shape into batches of a fixed size, the last one of a shape
-padded, so that a function is compiled once for a shape.
+Views may differ in shape. They are grouped by shape into batches of a fixed size, and the last batch of each
+shape is padded, so that a function is compiled once per shape.
 """
 
 import collections
@@ -12,15 +12,15 @@ TOP_K = 5  # of the "top-5 error"
 
 
 def average_views(examples, views, run, *, batch_size, ahead=0):
-    """Averages what a network says over the views of each example.
+    """Averages a network's predictions over the views of each example.
 
     Args:
       examples: an iterable of (image, label).
-      views: image -> a list of views, uint8 [h, w, C]; equally many for every image.
-      run: uint8 [B, h, w, C] -> log-probabilities, float32 [..., K] with the B leading axes of any form; it
+      views: image -> a list of views, uint8 [h, w, C]; the same number for every image.
+      run: uint8 [B, h, w, C] -> log-probabilities, float32 [..., K], whose leading axes hold the B views; it
         may return before they are computed.
-      batch_size: shape -> B, the views of that shape that `run` takes at once.
-      ahead: how many calls of `run` may be under way before the host waits for the first of them.
+      batch_size: shape -> B, the number of views of that shape that `run` takes at once.
+      ahead: how many calls of `run` may be in flight before the host waits for the oldest.
 
     Returns:
       probabilities float64 [N, K], label int32 [N], in the order of the examples.
@@ -28,14 +28,14 @@ def average_views(examples, views, run, *, batch_size, ahead=0):
     Raises:
       ValueError: there are no examples.
     """
-    labels, totals, counts = [], [], []  # of each example
-    waiting = collections.defaultdict(list)  # shape -> (number of the example, view)
-    under_way = collections.deque()  # (numbers of the examples, log-probabilities)
+    labels, totals, counts = [], [], []  # per example
+    waiting = collections.defaultdict(list)  # shape -> (example number, view)
+    under_way = collections.deque()  # (example numbers, log-probabilities)
 
     def collect(at_most):
         while len(under_way) > at_most:
             numbers, answers = under_way.popleft()
-            # In float64 the exponential of a float32 as low as -708 is still a number above zero.
+            # In float64, the exponential of a log-probability as low as -708 is still above zero.
             answers = np.asarray(answers, np.float64)
             answers = np.exp(answers.reshape(-1, answers.shape[-1]))
             for number, answer in zip(numbers, answers, strict=False):  # the padding comes last
@@ -70,23 +70,23 @@ def average_views(examples, views, run, *, batch_size, ahead=0):
 
 
 def scores(probabilities, label):
-    """{"loss", "error", "top_5_error"} of predictions, means over the examples.
+    """Returns {"loss", "error", "top_5_error"} of predictions, as means over the examples.
 
     Args:
       probabilities: [N, K].
       label: int [N].
 
     Returns:
-      "loss", the negative logarithm of the right class's probability; "error", the fraction of examples
-      whose likeliest class is another; and where there are more than five classes "top_5_error", the fraction
-      whose label is not among the five likeliest. Of equal probabilities the first class's counts as larger;
-      one that is NaN as the least.
+      "loss", the negative logarithm of the correct class's probability; "error", the fraction of examples
+      whose most likely class is not the label; and, with more than five classes, "top_5_error", the fraction
+      whose label is not among the five most likely classes. Of equal probabilities, the first class's counts
+      as larger; NaN counts as the smallest.
     """
     of_label = np.take_along_axis(probabilities, label[:, None], axis=1)
     before = np.arange(probabilities.shape[1]) < label[:, None]
     larger = (probabilities > of_label) | ((probabilities == of_label) & before) | np.isnan(of_label)
     rank = larger.sum(axis=1)
-    # A probability that vanished would make the loss infinite.
+    # A probability of zero would make the loss infinite.
     result = {"loss": -np.log(np.maximum(of_label, np.finfo(np.float64).tiny)).mean()}
     result["error"] = (rank > 0).mean()
     if probabilities.shape[1] > TOP_K:

@@ -1,9 +1,9 @@
-"""The one home of jax.distributed: how several processes, on one host or on many, do one training.
+"""jax.distributed: how several processes, on one or more hosts, share one run.
 
-Each process feeds its own devices their share of every batch (see `devices`). All run the same lines of the
-loop, so they meet in every collective. Process 0 leads: it alone reads and writes the workdir, and the others
-get from it what they need to know. Where one dies, falls silent or never comes, all others end: with exit
-code LOST, or where JAX or Gloo is quicker, by its abort.
+Each process feeds its own devices their share of every batch (see `devices`). All processes run the same code
+of the loop, so they meet in every collective. Only process 0 reads and writes the workdir; the others get
+from it what they need to know. If a process dies, falls silent or never arrives, all others end: with exit
+code LOST, or, if JAX or Gloo is quicker, by its abort.
 """
 
 import contextlib
@@ -22,38 +22,38 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-LOST = 4  # exit code of a process whose training another one has left
+LOST = 4  # exit code after another process of the run is lost
 
-# Seconds: between two signs of life; for process 0 to tell that another one gives none; for the others to end
-# before process 0; and by which JAX, which aborts, is more patient than what is here.
+# Seconds: between two signs of life; for process 0 to report that another process gives none; for the others
+# to end before process 0; and by which JAX, which aborts, waits longer than this module.
 _PAUSE, _TO_TELL, _TO_END, _JAX_LATER = 1, 3, 3, 30
-_left = threading.Event()  # this process has come to its end, with the others or without them
+_left = threading.Event()  # this process has reached its end, with or without the others
 
-# Launchers that `jax.distributed.initialize` knows: the variable that tells how many processes there are, and
-# those that it needs besides. Slurm counts where `srun` started the process, not in the job's batch script.
+# Launchers that `jax.distributed.initialize` knows: the variable with the number of processes, and the others
+# that it needs. Slurm counts only if `srun` started the process, not in the job's batch script.
 _LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
     "Slurm": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
 }
-_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU slice: names, with commas between
-_TPU_SLICES = "MEGASCALE_NUM_SLICES"  # equally large ones, which a job can have several of
-_PIECE = 2**26  # bytes that are broadcast at once: a device holds them several times, and counts in int32
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU slice: names, separated by commas
+_TPU_SLICES = "MEGASCALE_NUM_SLICES"  # of equal size; a job can have several
+_PIECE = 2**26  # bytes per broadcast: a device holds them several times, and counts in int32
 
 
 def launched_processes(environment):
-    """How many processes a launcher has started for this job, as far as it tells; 1 where it says nothing.
+    """Returns how many processes a launcher has started for this job; 1 if no launcher says.
 
     Args:
       environment: `os.environ`.
 
     Raises:
-      ValueError: a launcher's variable is no number, or Open MPI does not tell enough.
+      ValueError: a launcher's variable is not a number, or Open MPI does not provide enough.
     """
     for launcher, (count, others) in _LAUNCHERS.items():
         if count in environment and all(name in environment for name in others):
             if not environment[count].isdecimal():
                 raise ValueError(f"{count} = {environment[count]!r}, set by {launcher}, is not a number")
-            # A shell in an allocation of Slurm's is a step of one task, and has the allocation's number.
+            # A shell in a Slurm allocation is a step of one task, but has the allocation's number of tasks.
             if launcher == "Slurm" and environment.get("SLURM_STEP_NUM_TASKS") == "1":
                 return 1
             return int(environment[count])
@@ -72,11 +72,11 @@ def launched_processes(environment):
 
 
 def own_gpus(environment):
-    """Which of the GPUs that it sees a process takes: "all", or numbers as in "2,3"; None: as JAX chooses.
+    """Returns which of its visible GPUs a process uses: "all", or numbers as in "2,3"; None: let JAX choose.
 
-    JAX gives the first task of Slurm's on a node the first GPU that it sees, the second one the second, and
-    so on. That leaves GPUs idle where there are fewer tasks, and finds none where Slurm shows each task its
-    own alone. Here the tasks of a node share evenly what they all see.
+    JAX gives the first Slurm task on a node the first GPU that it sees, the second task the second, and so
+    on. That leaves GPUs idle if there are fewer tasks, and finds none if Slurm shows each task only its own
+    GPU. This function divides the GPUs that all tasks of a node see evenly among them.
 
     Args:
       environment: `os.environ`.
@@ -94,22 +94,22 @@ def own_gpus(environment):
         return None
     count, of_node = len(seen.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
     if count == 1 or (of_node.isdecimal() and count < int(of_node)):
-        return "all"  # others see the others
+        return "all"  # other tasks see the other GPUs
     if count < tasks:
         return None
     return ",".join(map(str, share_of(range(count), int(environment["SLURM_LOCALID"]), tasks)))
 
 
 def share_of(devices, index, count):
-    """The devices of one of `count` processes: equally many for each, or one that several share."""
+    """Returns the devices of one of `count` processes: equally many for each, or one that several share."""
     each = max(1, len(devices) // count)
     first = index * each % len(devices)
     return devices[first : first + each]
 
 
 def _tasks_on_node(environment):
-    """How many tasks of this step of Slurm's this node has; None where Slurm does not tell."""
-    counts = []  # of "2(x3),1": three nodes of two tasks, and one of one
+    """Returns how many tasks of this Slurm step run on this node; None if Slurm does not say."""
+    counts = []  # "2(x3),1" means three nodes with two tasks each, and one with one
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
     node = environment.get("SLURM_NODEID", "")
@@ -125,20 +125,21 @@ def join(
     heartbeat_timeout_seconds=100,
     meeting_timeout_seconds=300,
 ):
-    """Makes this process one of several that do one training, where it is; to be called before JAX is used.
+    """Connects this process to the other processes of its run, if there are any. Call it before JAX is used.
 
     Args:
-      mode: "auto", to join where the other arguments or a launcher's variables name more than one process;
-        "on", to let `jax.distributed.initialize` find out, which also asks Kubernetes or the host of a TPU;
-        "off", to be one process whatever a launcher says.
-      coordinator_address, num_processes, process_id: see `jax.distributed.initialize`; all three, or none
-        where a launcher tells.
-      heartbeat_timeout_seconds: after which a process that is not heard of counts as dead, which ends all
+      mode: "auto" connects if the other arguments or a launcher's variables name more than one process; "on"
+        lets `jax.distributed.initialize` find out, which also asks Kubernetes or the TPU's host; "off" runs
+        one process, whatever a launcher says.
+      coordinator_address, num_processes, process_id: see `jax.distributed.initialize`; give all three, or
+        none if a launcher provides them.
+      heartbeat_timeout_seconds: after this time, a silent process counts as dead, which ends all processes
         with exit code LOST.
-      meeting_timeout_seconds: after which a process that has waited for the others to come ends likewise.
+      meeting_timeout_seconds: after this time, a process that still waits for the others to arrive ends with
+        the same code.
 
     Raises:
-      ValueError: the arguments do not go together, or there is no launcher to ask.
+      ValueError: the arguments contradict each other, or there is no launcher to ask.
     """
     explicit = {
         "coordinator_address": coordinator_address,
@@ -161,11 +162,11 @@ def join(
             raise ValueError(f"{name}_timeout_seconds = {seconds} must be 1 or more")
     if mode == "off" or (mode == "auto" and missing and launched_processes(os.environ) == 1):
         return
-    # Its handler of SIGTERM would take the place of the loop's, which saves.
+    # Its SIGTERM handler would replace the loop's, which saves.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX says why it aborts, and the stacks of all threads would bury that.
+    # The stacks of all threads would bury JAX's message about why it aborts.
     faulthandler.disable()
-    # Process 0 ends last (see `end_after_loss`); where a launcher counts, which one that is is not known yet.
+    # Process 0 ends last (see `end_after_loss`); with a launcher, it is not known yet which process that is.
     patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
     where = "" if missing else f" to {coordinator_address}"
     late = f"not all processes have come{where} within {meeting_timeout_seconds} s"
@@ -185,28 +186,28 @@ def join(
     if gpus:
         for maker in ("cuda", "rocm"):
             jax.config.update(f"jax_{maker}_visible_devices", gpus)
-    # Here the devices start, and tell each other of themselves.
+    # The devices start here, and the processes learn of each other's devices.
     late = f"the devices of all processes have not started within {meeting_timeout_seconds} s"
     with _ended_by_signals(), _alarm(patience, late):
         try:
             is_several = is_one_of_several()
-        except RuntimeError as error:  # at once, for Python's way out would wait for the others
+        except RuntimeError as error:  # Python's normal exit would wait for the other processes
             tell(f"error: the devices of this process do not start: {error}")
             exit_at_once(2)
     if is_several:
         if jax.default_backend() == "gpu":
-            # JAX keeps what process 0 compiles. With another directory the others find nothing, compile, and
-            # wait for its part in XLA's trial of kernels, which are shared out: for ever, as it has none.
+            # JAX caches only what process 0 compiles. If the others use another directory, they find nothing
+            # there, compile, and wait forever for process 0's share of XLA's autotuning: it has none to do.
             jax.config.update("jax_enable_compilation_cache", False)
         threading.Thread(target=_watch, args=[heartbeat_timeout_seconds], daemon=True).start()
 
 
 def _watch(patience_seconds):
-    """Meets the other processes every now and then; ends this one where another stays away."""
+    """Meets the other processes at regular intervals; ends this process if another one stays away."""
     meet = multihost.get_barrier_sync_fn()
     while not _left.wait(_PAUSE):
         try:
-            # Where process 0 is silent, nobody tells that the time is over.
+            # If process 0 is silent, nobody reports the timeout.
             with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
                 meet(key="watch", timeout_ms=1000 * patience_seconds)
         except jax.errors.JaxRuntimeError as error:
@@ -215,7 +216,7 @@ def _watch(patience_seconds):
 
 @contextlib.contextmanager
 def _alarm(seconds, message):
-    """What is done within must be done in so many seconds, or this process ends with `message`."""
+    """Ends this process with `message` unless the body finishes within `seconds`."""
     timer = threading.Timer(seconds, _end, [message])
     timer.daemon = True
     timer.start()
@@ -227,7 +228,7 @@ def _alarm(seconds, message):
 
 @contextlib.contextmanager
 def _ended_by_signals():
-    """Meanwhile, Ctrl-C and SIGTERM end this process: JAX waits where it calls no handler of Python's."""
+    """Lets Ctrl-C and SIGTERM end this process in the body, where JAX waits and no Python handler runs."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
@@ -242,12 +243,12 @@ def _ended_by_signals():
 
 
 def end_after_loss(message):
-    """Ends this process, as another one of its training is lost.
+    """Ends this process because another process of its run is lost.
 
-    The one where all meet, process 0, ends last: JAX aborts those who lose it.
+    Process 0, where all processes meet, ends last: JAX aborts the processes that lose it.
 
     Args:
-      message: of which the first sentence is told.
+      message: only its first sentence is printed.
     """
     _let_the_others_end()
     _end(re.split(r"\. |\n", message)[0])
@@ -259,14 +260,14 @@ def _is_address(text):
 
 
 def _end(message):
-    """Ends this process at once, whatever its main thread waits for."""
+    """Ends this process at once, even if its main thread is waiting."""
     if not _left.is_set():
         tell(f"error: {message}; start all again to go on")
         exit_at_once(LOST)
 
 
 def _let_the_others_end():
-    # On TPUs it need not be process 0 where they meet. No public name tells.
+    # On TPUs, the processes need not meet at process 0. No public name says where they meet.
     if distributed.global_state.service is not None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
@@ -275,11 +276,11 @@ def _let_the_others_end():
 
 
 def end_together(code, patience_seconds):
-    """Called at the end of a process: ends it together with the other processes of its job, if it has any.
+    """Ends this process together with the other processes of its job, if it has any. Call it last.
 
-    Where they do not end as well, as after a mistake of this host alone, it ends without them. In either case
-    it ends at once, without Python's way out, and process 0 ends last. On that way JAX waits for all as well,
-    but then process 0, whom the others ask how it is, may be gone before they are, and they abort.
+    If the others do not end, for example after an error on this host alone, it ends without them. Either way
+    it ends at once, without Python's normal exit, and process 0 ends last. In a normal exit JAX waits for all
+    processes, too, but process 0, which the others keep polling, may end before they do, and they abort.
 
     Args:
       code: exit code.
@@ -297,13 +298,13 @@ def end_together(code, patience_seconds):
 
 
 def tell(message):
-    """Prints a line on the standard error output; no reason to stop where nobody reads it any more."""
+    """Prints a line to standard error, and does not fail if nobody reads it any more."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 def exit_at_once(code):
-    """Ends this process without Python's way out, also where nobody reads any more what it has said."""
+    """Ends this process without Python's normal exit, even if nobody reads its output any more."""
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
@@ -313,29 +314,29 @@ def exit_at_once(code):
 
 
 def is_loss(error):
-    """Whether an error means that another process has died or left. `_watch` finds out the rest."""
+    """Returns whether an error means that another process has died or left. `_watch` detects other losses."""
     # The second is NCCL's text for ncclRemoteError.
     signs = "Gloo", "remote process exited or there was a network error"
     return is_one_of_several() and any(sign in str(error) for sign in signs)
 
 
 def is_one_of_several():
-    """Whether several processes do this training; asks no device, which may take long to start."""
+    """Returns whether several processes share this run; starts devices only if jax.distributed is in use."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_lead():
-    """Whether this process is the one that reads and writes the workdir."""
+    """Returns whether this is process 0, which reads and writes the workdir."""
     return not is_one_of_several() or jax.process_index() == 0
 
 
 def process():
-    """(index, count): which process this is, of how many."""
+    """Returns (index, count): the index of this process, and the number of processes."""
     return (jax.process_index(), jax.process_count()) if is_one_of_several() else (0, 1)
 
 
 def gather(value):
-    """What every process has, [value of process 0, value of process 1, ...], of what JSON can hold."""
+    """Returns the values of all processes, [of process 0, of process 1, ...], which JSON can hold."""
     if not is_one_of_several():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -348,13 +349,13 @@ def gather(value):
 
 
 def from_lead(function):
-    """What `function()` gives in process 0, which alone calls it, for all processes.
+    """Calls `function` in process 0 only, and returns its result in all processes.
 
     Args:
-      function: () -> what JSON can hold.
+      function: () -> a value that JSON can hold.
 
     Raises:
-      ValueError: `function` raised ValueError or OSError; in all processes.
+      ValueError: in all processes, if `function` raised ValueError or OSError.
     """
     if not is_one_of_several():
         return function()
@@ -365,10 +366,10 @@ def from_lead(function):
 
 
 def lead_first(function):
-    """What `function()` gives here; process 0 calls it first, and the others when it is done.
+    """Calls `function` in process 0, then in the others; returns its result in this process.
 
     Raises:
-      ValueError: `function` raised ValueError or OSError in any of the processes; in all of them.
+      ValueError: in all processes, if `function` raised ValueError or OSError in any of them.
     """
     if not is_one_of_several():
         return function()
@@ -390,7 +391,7 @@ def _outcome(function):
 
 
 def broadcast(tree):
-    """The arrays of process 0 for all, bit for bit; in the others those of `tree` say shapes and types."""
+    """Sends process 0's arrays to all processes, bit for bit; the others' `tree` gives shapes and types."""
     if not is_one_of_several():
         return tree
     leaves, structure = jax.tree.flatten(jax.device_get(tree))

@@ -1,6 +1,6 @@
-"""From a config to what it describes: data set, network, optimizer, and the compiled functions of them all.
+"""Builds what a config describes: data set, network, optimizer, and their compiled functions.
 
-What is here needs no workdir and leaves nothing behind; `loop` trains with it.
+This module needs no workdir and leaves nothing in one; `loop` trains with the programs built here.
 """
 
 import collections
@@ -25,11 +25,11 @@ from cnn_cases.training.losses import make_loss, of_classes
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
 from cnn_cases.training.state import init_state, shapes_of_state
 
-# A batch of evaluation is padded to its size, however small the split, so one of any size would be made.
+# Evaluation batches are padded to their full size, however small the split, so a huge one would be allocated.
 MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
-MAX_STEPS_PER_CALL = 50  # where the config leaves it open; a signal waits for three calls under way
+MAX_STEPS_PER_CALL = 50  # if the config does not say; a signal waits for three calls in flight
 
 
 class Program(NamedTuple):
@@ -38,10 +38,10 @@ class Program(NamedTuple):
     Attributes:
       model, tx, loss, schedule: Linen module, optax optimizer, loss of `losses`, and step -> learning rate.
       with_ema: whether the state has a moving average of the parameters.
-      start: arguments of `transfer.trained_layers`, of which the workdir is "" for none to be taken.
+      start: arguments of `transfer.trained_layers`; with the workdir "", no layers are taken.
       feed, arrays: see `data.feeds`; the arrays are replicated over the devices.
-      steps_per_call: batches that a training gives `train` at once; it does one step for each.
-      train_steps, train: (state, arrays, batches) -> (state, metrics), of one device's share, and its pmap.
+      steps_per_call: number of batches that the loop passes to `train` at once; it does one step for each.
+      train_steps, train: (state, arrays, batches) -> (state, metrics), for one device's share, and its pmap.
       evaluate: (state, arrays, batch) -> {"loss", "error", "count"}, sums over the batch.
       predict: (state, arrays, image) -> log-probabilities, float32 [devices, B, K].
       devices: those of this process.
@@ -63,39 +63,40 @@ class Program(NamedTuple):
     devices: list
 
     def init_state(self, seed):
-        """The state before the first step.
+        """Returns the state before the first step.
 
-        Of several processes the first alone reads what the training starts from, and has to tell the others.
+        Of several processes, only process 0 reads the layers that the run starts from; it must broadcast them
+        to the others.
 
         Raises:
-          ValueError: the network refuses its images, or cannot start from the layers of the other one.
+          ValueError: the network rejects its images, or cannot start from the layers of the other network.
         """
         starts = self.start["workdir"] and processes.is_lead()
-        # Before the rest, which takes a while: a run that goes on deletes its older checkpoints.
+        # First, since the rest takes a while: a run that is still training deletes its older checkpoints.
         taken = self.layers_to_start_from(self.shapes_of_state()) if starts else None
         state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
         return transfer.put_layers(state, taken) if taken else state
 
     def layers_to_start_from(self, like):
-        """`transfer.trained_layers` for a state or its shapes; None where the training starts from no other.
+        """Returns `transfer.trained_layers` for a state or its shapes; None if the run starts from no other.
 
         Raises:
-          ValueError: a pattern of `start.layers` fits no layer of the network; see also `trained_layers`.
+          ValueError: a pattern of `start.layers` matches no layer of the network; see also `trained_layers`.
         """
         transfer.check_patterns("start.layers", self.start["layers"], sorted(like.params))
         return transfer.trained_layers(like, **self.start) if self.start["workdir"] else None
 
     def starting_from(self, step):
-        """The same program, which starts from the checkpoint of that step, whichever the config names."""
+        """Returns the same program, but starting from the checkpoint of `step` instead of the config's."""
         return self._replace(start=self.start | {"step": str(step)})
 
     def inputs(self, config):
-        """The content of the file that `data.inputs` reads, of a run of `config`."""
+        """Returns the content of the file that `data.inputs` reads, for a run of `config`."""
         names = class_names(config.data.name, config.data.data_dir)
         return inputs.to_bytes(inputs.Inputs(self.feed.image_shape, names, self.feed.statistics))
 
     def shapes_of_state(self):
-        """The shapes and types of such a state; computes nothing."""
+        """Returns the shapes and types of the state; computes nothing."""
         return shapes_of_state(self.model, self.tx, self.feed.image_shape, with_ema=self.with_ema)
 
 
@@ -103,12 +104,12 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
     """Builds what a config describes.
 
     Args:
-      config: of `configs/`.
+      config: from `configs/`.
       devices: the local devices to use; None for all.
-      replicate: (arrays, devices) -> the arrays on the devices; `devices.shapes` where these are not there.
+      replicate: (arrays, devices) -> the arrays on the devices; `devices.shapes` if the devices do not exist.
 
     Raises:
-      ValueError: a value of the config is not possible; the message names it and what is.
+      ValueError: a value of the config is invalid; the message names it and says what is valid.
     """
     settings.check(config)
     devices = devices or devices_lib.local_devices()
@@ -118,7 +119,7 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
     feed = make_feed(
         **config.data,
         batch_size=config.batch_size,
-        # Padding counts for nothing, so that a run can go on where there are more devices, or fewer.
+        # Rounded up, so that a run can resume with more or fewer devices: padding is not counted.
         eval_batch_size=-(-config.evaluation.batch_size // num_devices) * num_devices,
         axis_name=devices_lib.AXIS,
         process_index=process_index,
@@ -165,10 +166,10 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
 
 
 def make_network(config, num_classes):
-    """What of a config can be built without data: the network, its optimizer, and step -> learning rate.
+    """Builds what needs no data: the network, its optimizer, and step -> learning rate.
 
     Raises:
-      ValueError: a value of the config is not possible.
+      ValueError: a value of the config is invalid.
     """
     model = make_model(
         **config.model,
@@ -178,43 +179,44 @@ def make_network(config, num_classes):
     )
     optimizer = dict(**config.optimizer)
     optimizer["frozen"] = transfer.is_any_of(optimizer["frozen"])
-    # Compiled: the first row of the log would wait for five small compilations else, a third of a second.
+    # Compiled: the first row of the log would otherwise wait a third of a second for five small compilations.
     schedule = jax.jit(make_schedule(optimizer.pop("learning_rate"), config.num_steps, **config.schedule))
     return model, make_optimizer(schedule, **optimizer), schedule
 
 
 def steps_per_call(config, platform):
-    """How many steps one call to the devices does.
+    """Returns how many steps one call to the devices does.
 
-    If the config says 0, it is 1 on a CPU, where a call costs little and a loop is more to compile, and with
-    a stream, since the images of all steps would be in memory at once. Otherwise it is the largest number up
-    to MAX_STEPS_PER_CALL that divides all intervals of the run, so that one launch serves many steps.
+    If the config says 0, it is 1 on a CPU, where a call costs little and a loop takes longer to compile, and
+    1 with a stream, since the images of all steps would be in memory at once. Otherwise it is the largest
+    number up to MAX_STEPS_PER_CALL that divides all intervals of the run, so that one launch serves many
+    steps.
 
     Args:
-      config: of `configs/`.
+      config: from `configs/`.
       platform: "cpu", "gpu" or "tpu".
     """
     if config.steps_per_call:
         return config.steps_per_call
     if not may_loop(config, platform):
         return 1
-    others = config.evaluation.every_steps, config.checkpoint.every_steps  # 0 divides nothing, nor hinders
+    others = config.evaluation.every_steps, config.checkpoint.every_steps  # gcd ignores a 0
     common = math.gcd(config.num_steps, config.log_every_steps, *others)
     return max(count for count in range(1, MAX_STEPS_PER_CALL + 1) if common % count == 0)
 
 
 def may_loop(config, platform):
-    """Whether several steps a call could be of use; see `steps_per_call`."""
+    """Returns whether several steps per call could be useful; see `steps_per_call`."""
     return platform != "cpu" and config.data.feed != "stream"
 
 
 def check(config, devices=None):
-    """Raises ValueError unless a run of this config could begin; loads its data, and compiles nothing."""
+    """Raises ValueError unless a run of this config could start; loads its data, but compiles nothing."""
     check_program(make_program(config, devices), config)
 
 
 def check_program(program, config):
-    """The same of the program of a config; the shapes and types of its state."""
+    """Does the same for the program of a config; returns the shapes and types of its state."""
     like = program.shapes_of_state()
     check_network(program, like, config)
     program.layers_to_start_from(like)
@@ -222,12 +224,12 @@ def check_program(program, config):
 
 
 def check_network(program, state, config):
-    """Raises ValueError unless the network suits the protocol and the devices of its training.
+    """Raises ValueError unless the network suits its evaluation protocol and the devices of its run.
 
     Args:
       program: of `config`.
-      state: of its network, or the shapes and types of one.
-      config: of `configs/`.
+      state: a state of its network, or the shapes and types of one.
+      config: from `configs/`.
     """
     check_protocol(program, state, config.evaluation.protocol)
     num_devices = len(devices_lib.of_all_processes(program.devices))
@@ -236,7 +238,7 @@ def check_network(program, state, config):
 
 
 def _check_devices_together(program, state, what, num_devices):
-    """Raises ValueError where devices would take batch statistics of their own, or all drop the same."""
+    """Raises ValueError if each device would compute its own batch statistics, or all would drop the same."""
     modules = []
 
     def note(function, args, kwargs, context):
@@ -261,15 +263,15 @@ def _check_devices_together(program, state, what, num_devices):
 
 
 def check_protocol(program, state, protocol):
-    """The shape of each view that a protocol makes of an image of the training's shape; computes nothing.
+    """Returns the shape of each view that a protocol makes of a training-size image; computes nothing.
 
     Args:
-      program: of `make_program`.
-      state: of its network, or the shapes and types of one.
+      program: from `make_program`.
+      state: a state of its network, or the shapes and types of one.
       protocol: see `views.make_views`.
 
     Raises:
-      ValueError: there is no such protocol, or the network cannot be shown its views.
+      ValueError: there is no such protocol, or the network cannot take its views.
     """
     feed = program.feed
     predict = steps.make_predict_step(program.model.apply, feed.normalize)
@@ -277,7 +279,7 @@ def check_protocol(program, state, protocol):
 
 
 def check_views(predict, state, arrays, protocol, *, image_shape, view):
-    """The same for a function of `steps.make_predict_step`, whose images a feed shows by `view`."""
+    """Does the same for a function of `steps.make_predict_step` and the `view` of a feed."""
     shapes = [view.shape for view in make_views(protocol, image_shape, view)(np.zeros(image_shape, np.uint8))]
     for shape in sorted(set(shapes) - {tuple(image_shape)}):
         try:
@@ -292,9 +294,9 @@ def check_views(predict, state, arrays, protocol, *, image_shape, view):
 
 
 def evaluate(program, state, split, *, check_stop=lambda: None):
-    """{"<split>/loss": mean, "<split>/error": fraction} of a state, every example of the split counted once.
+    """Returns {"<split>/loss": mean, "<split>/error": fraction} of a state, counting every example once.
 
-    `check_stop()` is called before each batch; what it raises ends the evaluation.
+    `check_stop()` is called before each batch; an exception that it raises ends the evaluation.
     """
     totals = collections.Counter()
     for batch in _stoppable(program.feed.eval_batches(split), check_stop):
@@ -310,16 +312,16 @@ def _stoppable(items, check_stop):
 
 
 def predict(program, state, split, protocol, *, batch_size, show_progress=False, check_stop=lambda: None):
-    """What the network says of this process's examples of a split, averaged over the views of a protocol.
+    """Predicts this process's examples of a split, averaged over the views of a protocol.
 
     Args:
-      program: of `make_program`.
-      state: of its network.
+      program: from `make_program`.
+      state: a state of its network.
       split: a part of data.splits.
       protocol: one that has passed `check_protocol`.
       batch_size: see `views_at_once`.
-      show_progress: draw a bar on a terminal.
-      check_stop: called before each example; what it raises ends the prediction.
+      show_progress: draw a progress bar on a terminal.
+      check_stop: called before each example; an exception that it raises ends the prediction.
 
     Returns:
       probabilities float64 [N, K], label int32 [N], in the order of `feed.examples`.
@@ -340,19 +342,19 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
 
 
 def views_on_device(program, shape, batch_size):
-    """How many views of a shape a device takes in one call of `program.predict`; see `views_at_once`."""
+    """Returns how many views of a shape a device takes per call of `program.predict`; see `views_at_once`."""
     num_devices = len(devices_lib.of_all_processes(program.devices))
     return views_at_once(program.feed.image_shape, shape, batch_size, num_devices)
 
 
 def views_at_once(image_shape, shape, batch_size, num_devices=1):
-    """How many views of a shape, at least one, each device takes at once.
+    """Returns how many views of a shape, at least one, each device takes at once.
 
     Args:
       image_shape: (H, W, C) of the training images.
       shape: (h, w, C) of the views.
-      batch_size: views of the training images' size in one batch over all devices of all processes; as many
-        pixels of others, so that larger views fit into memory, too.
+      batch_size: number of views of the training images' size in one batch, over all devices of all
+        processes. Batches of other views have as many pixels, so that larger views fit into memory, too.
       num_devices: of all processes.
     """
     height, width, _ = image_shape
@@ -360,7 +362,7 @@ def views_at_once(image_shape, shape, batch_size, num_devices=1):
 
 
 def check_numbers(config, num_devices):
-    """Raises ValueError for steps, batches and splits that cannot be."""
+    """Raises ValueError for impossible numbers of steps, batch sizes, splits and other values of a config."""
     if not 1 <= config.num_steps < 2**31:
         raise ValueError(f"num_steps = {config.num_steps} must be 1 or more and below 2**31")
     if not 0 <= config.seed < 2**31:
@@ -424,7 +426,7 @@ def check_numbers(config, num_devices):
 
 
 def _are_ends(steps, num_steps, per_call):
-    """Whether `steps` are the first and the last one of some calls of the training."""
+    """Returns whether `steps` are the first and last steps of whole calls."""
     if len(steps) != 2:
         return False
     first, last = steps

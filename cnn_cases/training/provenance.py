@@ -1,4 +1,4 @@
-"""What a result may depend on besides its config: code, packages, machine."""
+"""The code, packages and machine that a result may depend on, besides its config."""
 
 import datetime
 import functools
@@ -13,7 +13,7 @@ import zlib
 
 import jax
 
-# On which a result may depend: what computes, and what makes pixels of files.
+# Packages that a result may depend on: those that compute, and those that turn files into pixels.
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -29,12 +29,12 @@ PACKAGES = (
 
 
 def stamp():
-    """{"date", "environment"}: when and where the figures of a record are measured."""
+    """Returns {"date", "environment"}: when and where the figures of a record are measured."""
     return {"date": datetime.date.today().isoformat(), "environment": environment()}
 
 
 def environment():
-    """What a result may depend on besides its config."""
+    """Returns what a result may depend on besides its config."""
     return {
         "commit": _commit(),
         "code": _code(),
@@ -49,13 +49,13 @@ def environment():
 
 
 def what_runs(environment):
-    """Of an `environment`, what must be alike in all processes and starts of one training."""
+    """Returns the part of an `environment` that should be the same in all processes and starts of a run."""
     names = ("code", "python", "versions", "matmul_precision")
     return {name: environment[name] for name in names if name in environment}
 
 
 def cpu_threads():
-    """XLA's threads on a CPU: PJRT_NPROC, or else one for each core that this process may use."""
+    """Returns the number of XLA's CPU threads: PJRT_NPROC, or else one per core that this process may use."""
     threads = os.environ.get("PJRT_NPROC", "")
     if threads.isdecimal() and int(threads):
         return int(threads)
@@ -63,16 +63,16 @@ def cpu_threads():
 
 
 def _version(package):
-    """Of a package; None where it is not there, as one that another package stands in for."""
+    """Returns a package's version; None if it is not installed, as when another package replaces it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-@functools.cache  # of this process: what lies there later is not what runs
+@functools.cache  # files that change later are not the code that this process runs
 def _code():
-    """A checksum of the code that a training runs, on which its result may depend; 12 hexadecimal digits."""
+    """Returns a checksum, 12 hexadecimal digits, of the code that a run's result may depend on."""
     package = pathlib.Path(__file__).parents[1]
     rooms = (sorted((package / room).rglob("*.py")) for room in ("data", "models", "training"))
     files = itertools.chain([package / "settings.py"], *rooms)
@@ -81,9 +81,9 @@ def _code():
 
 @functools.cache
 def _commit():
-    """The commit of this code; None where no git checkout has it.
+    """Returns the commit of this code; None if no git checkout tracks it.
 
-    Where Python files differ from it or are new, with "-dirty-" and a checksum of them behind it.
+    If Python files differ from the commit or are new, "-dirty-" and a checksum of these changes follow it.
     """
     root = pathlib.Path(__file__).parents[2]
 
@@ -91,7 +91,7 @@ def _commit():
         return subprocess.run(["git", "-C", root, *arguments], capture_output=True, check=True).stdout
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # a checkout around an installation is another project's
+        git("ls-files", "--error-unmatch", __file__)  # fails in another project's checkout
         commit = git("rev-parse", "HEAD").decode().strip()
         changes = git("diff", "HEAD", "--no-ext-diff", "--binary", "--", "*.py")
         for name in git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py").split(b"\0")[:-1]:

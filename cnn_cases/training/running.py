@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 NAMES = ("loss", "error", "grad_norm")
-MAX_SKIPPED = 10  # steps in a row: what is still not finite then does not come of single batches
+MAX_SKIPPED = 10  # steps in a row; after that, the cause is not a single bad batch
 
 
 class DivergedError(ArithmeticError):
-    """The loss, the gradient or the state is no longer finite; `step` says since when."""
+    """The loss, the gradient or the state is not finite; `step` says at which step."""
 
     def __init__(self, message, step):
         super().__init__(message)
@@ -20,29 +20,29 @@ class RunningMetrics:
     """The metrics of the steps since the last row of the log.
 
     Attributes:
-      window: of each step that was not skipped, a list in the order of NAMES.
-      nonfinite: the numbers of the steps that were skipped, or that led to a rewind, of the whole run.
+      window: for each step that was not skipped, a list in the order of NAMES.
+      nonfinite: the numbers of all steps of the run that were skipped or led to a rewind.
       rewound_to: for each step that led to a rewind, the step of the checkpoint that the run went back to.
 
-    All three are saved with the state, so that a row interrupted by a stop equals that of an unbroken run.
+    All three are saved with the state, so that a resumed run writes the same rows as an uninterrupted one.
     """
 
     def __init__(self, window, nonfinite, rewound_to):
-        """Goes on with what was saved."""
+        """Continues from saved values."""
         self.window, self.nonfinite, self.rewound_to = window, nonfinite, rewound_to
 
     def add(self, last_step, metrics):
-        """Notes the metrics of the steps of one call.
+        """Adds the metrics of the steps of one call.
 
         Args:
-          last_step: number of the last of them.
-          metrics: {name: array [steps]}, of `steps.make_train_steps`.
+          last_step: number of the last of these steps.
+          metrics: {name: array [steps]}, as in `steps.make_train_steps`.
 
         Returns:
-          For each step that was skipped, what to say of it.
+          A message for each step that was skipped.
 
         Raises:
-          DivergedError: a metric is not finite and the step was not skipped, or too many in a row were.
+          DivergedError: a metric is not finite and the step was not skipped, or too many steps in a row were.
         """
         rows = np.stack([metrics[name] for name in NAMES], axis=1).tolist()
         said = []
@@ -62,7 +62,7 @@ class RunningMetrics:
         return said
 
     def take(self):
-        """{"running/<name>": mean since the last call of this}; {} where all steps were skipped."""
+        """Returns {"running/<name>": mean since the last call of `take`}; {} if all steps were skipped."""
         columns = list(zip(*self.window, strict=True))
         self.window.clear()
         return {f"running/{name}": math.fsum(c) / len(c) for name, c in zip(NAMES, columns, strict=False)}

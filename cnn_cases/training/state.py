@@ -1,4 +1,4 @@
-"""All that changes from one step to the next."""
+"""The training state: everything that changes from one step to the next."""
 
 import functools
 from typing import Any
@@ -9,16 +9,16 @@ from flax import struct
 
 
 class TrainState(struct.PyTreeNode):
-    """An ordinary pytree, replicated over the devices, without a leading device axis.
+    """The training state, an ordinary pytree, replicated over the devices without a leading device axis.
 
     Attributes:
       step: int32, the number of steps done; the only clock.
-      seed: int32, the seed of data order, augmentation and dropout. A leaf and not a constant, so that runs
-        that differ in nothing else share one compiled step.
+      seed: int32, the seed of data order, augmentation and dropout. It is a leaf, not a constant, so that
+        runs that differ in nothing else share one compiled step.
       params: the model's parameters, float32.
       ema_params: the exponential moving average of {"params", "batch_stats"}, with which the model is
         evaluated; {} for none.
-      batch_stats: the running statistics of batch normalisation; empty where there is none.
+      batch_stats: the running statistics of batch normalisation; empty if there is none.
       opt_state: the optimizer's state.
     """
 
@@ -36,17 +36,17 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(model, tx, image_shape, seed, *, with_ema=False):
-    """The state before the first step.
+    """Returns the state before the first step.
 
     Args:
       model: a Linen module.
       tx: an optax optimizer.
       image_shape: (H, W, C) of one image.
-      seed: of the initial parameters, and of all that is drawn later.
-      with_ema: keep an average of the parameters and the running statistics.
+      seed: of the initial parameters and of everything drawn later.
+      with_ema: keep a moving average of the parameters and the running statistics.
 
     Raises:
-      ValueError: the model refuses its settings or the image size.
+      ValueError: the model rejects its settings or the image size.
     """
     # One program, since many small ones take longer to compile and load; it is compiled with few
     # optimisations, since it runs once.
@@ -54,11 +54,11 @@ def init_state(model, tx, image_shape, seed, *, with_ema=False):
 
 
 def shapes_of_state(model, tx, image_shape, *, with_ema=False):
-    """The shapes and types of `init_state`; computes nothing."""
+    """Returns the shapes and types of `init_state`'s result; computes nothing."""
     return jax.eval_shape(_maker(model, tx, image_shape, with_ema), 0)
 
 
-@functools.lru_cache(maxsize=8)  # seeds that share a network share what is compiled
+@functools.lru_cache(maxsize=8)  # all seeds of a network share the compiled program
 def _jitted(*arguments):
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quickly if jax.default_backend() == "cpu" else None
@@ -66,7 +66,7 @@ def _jitted(*arguments):
 
 
 def _maker(model, tx, image_shape, with_ema):
-    """The function from a seed to the state before the first step."""
+    """Returns the function seed -> state before the first step."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def make(seed):

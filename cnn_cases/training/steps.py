@@ -1,4 +1,4 @@
-"""The training step and the evaluation step, as pure functions of one device's share of the batch."""
+"""The training, evaluation and prediction steps, as pure functions of one device's share of the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,35 @@ def make_train_steps(
     frozen=None,
     skip_nonfinite=False,
 ):
-    """A function that does several training steps in one call.
+    """Returns a function that runs several training steps in one call.
 
     Args:
       apply: `model.apply`.
       tx: an optax optimizer.
-      prepare: (arrays, batch, key) -> image, label; the feed's, whose `arrays` live on the devices.
+      prepare: the feed's function (arrays, batch, key) -> image, label; its `arrays` live on the devices.
       loss: logits [B, K], label int [B] or target float [B, K] -> float32 [B].
       axis_name: the pmap axis over which the batch is split.
-      side_weight: weight of the loss of each side branch, where the model has any.
-      num_microbatches: parts into which a device's share is split. They are computed one after another, which
-        saves memory, and give one update. Batch statistics, dropout and the mixing of examples are then per
-        part, and so depend on the number of devices.
-      ema_decay: share of the old average that each step keeps in `state.ema_params`; 0 for no average. Step
-        n, from 0, keeps no more than (1 + n) / (10 + n), so that the first values are soon forgotten, as in
-        TensorFlow's ExponentialMovingAverage with `num_updates`.
-      per_device_dropout: give each device dropout keys of its own, for a model that does not know the axis.
-      frozen: name of a layer -> whether its gradient is taken to be zero, and not computed; None: of none.
-      skip_nonfinite: leave the state as it is, except for its counters, where the loss, the gradient or any
-        number of the new state is NaN or infinite.
+      side_weight: weight of the loss of each side branch (auxiliary classifier), if the model has any.
+      num_microbatches: number of parts that a device's share is split into. They are computed one after
+        another, which saves memory, and give one update. Batch statistics, dropout and the mixing of
+        examples are then per part, so they depend on the number of devices.
+      ema_decay: fraction of the old average that each step keeps in `state.ema_params`; 0 for no average.
+        Step n, counted from 0, keeps at most (1 + n) / (10 + n), so that the initial values fade quickly, as
+        in TensorFlow's ExponentialMovingAverage with `num_updates`.
+      per_device_dropout: give each device its own dropout keys, for a model that does not know the axis.
+      frozen: layer name -> whether its gradient is set to zero and not computed; None: no layer's is.
+      skip_nonfinite: keep the old state, except for its counters, if the loss, the gradient or any number of
+        the new state is NaN or infinite.
 
     Returns:
       (state, arrays, batches) -> (state, metrics). The leaves of `batches` have the shape [steps, B, ...],
       those of `metrics` [steps]. "loss" (mean over the examples, without weight decay and side branches),
-      "error" (fraction; a mixed example counts as the class with the larger share) and "grad_norm" are of the
-      global batch, before the step's update; "skipped" is whether that update was skipped.
+      "error" (fraction; a mixed example counts as the class with the larger share) and "grad_norm" describe
+      the global batch before the step's update; "skipped" is whether that update was skipped.
     """
 
     def gradient(state, arrays, batch, batch_stats, augment_key, dropout_key):
-        """Of one microbatch: gradient, new batch statistics, and metrics."""
+        """Returns the gradient, new batch statistics and metrics of one microbatch."""
         if per_device_dropout:
             dropout_key = jax.random.fold_in(dropout_key, lax.axis_index(axis_name))
         image, label = prepare(arrays, batch, augment_key)
@@ -72,7 +72,7 @@ def make_train_steps(
         return grads, batch_stats, metrics
 
     def accumulated_gradient(state, arrays, batch):
-        # Augmentation goes by an example's position in the global batch: one key will do for all parts.
+        # Augmentation depends on an example's position in the global batch, so all parts share one key.
         augment_key, dropout_key = step_keys(state.seed, state.step)
         if num_microbatches == 1:
             return gradient(state, arrays, batch, state.batch_stats, augment_key, dropout_key)
@@ -95,14 +95,14 @@ def make_train_steps(
 
     def train_step(state, arrays, batch):
         grads, batch_stats, metrics = accumulated_gradient(state, arrays, batch)
-        # Batch statistics of the global batch already agree on all devices; each device's own do not.
+        # Batch statistics over the global batch already agree on all devices; per-device statistics do not.
         if lax.axis_size(axis_name) > 1:  # on one device, XLA's CPU compiler would copy every gradient
             grads, batch_stats, metrics = lax.pmean((grads, batch_stats, metrics), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_decay:
-            # Statistics of the last nets would not be those of the average net.
+            # The batch statistics of the latest parameters would not fit the averaged parameters.
             newest = {"params": params, "batch_stats": batch_stats}
             kept = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema_params = optax.incremental_update(newest, ema_params, 1 - kept)
@@ -122,7 +122,7 @@ def make_train_steps(
 
     def train_steps(state, arrays, batches):
         if jax.tree.leaves(batches)[0].shape[0] == 1:
-            # Not a loop of one round, which takes longer to compile.
+            # A loop of a single step would take longer to compile.
             state, metrics = train_step(state, arrays, jax.tree.map(lambda leaf: leaf[0], batches))
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
         return lax.scan(lambda state, batch: train_step(state, arrays, batch), state, batches)
@@ -135,17 +135,17 @@ def _all_finite(tree):
 
 
 def _unless(skipped, new, old):
-    """The new leaf, or the old one where the step was skipped. Counters go on: schedules are read by them."""
+    """Returns `old` if the step was skipped, else `new`. Counters still advance: schedules depend on them."""
     return jnp.where(skipped, old, new) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
 
 def step_keys(seed, step):
-    """The keys of a training step's augmentation and of its dropout."""
+    """Returns the keys of a training step's augmentation and dropout."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
 def make_eval_step(apply, prepare, loss, axis_name):
-    """A function that evaluates one batch, with the averaged parameters if the state has them.
+    """Returns a function that evaluates one batch, with the averaged parameters if the state has them.
 
     Args:
       apply, prepare, loss, axis_name: as in `make_train_steps`.
@@ -163,7 +163,7 @@ def make_eval_step(apply, prepare, loss, axis_name):
             "error": zero_one_loss(logits, label),
             "count": jnp.ones_like(batch["mask"]),
         }
-        # A product with the mask would keep the NaN of a padded example.
+        # Multiplying by the mask would keep the NaN of a padding example.
         sums = {name: jnp.where(batch["mask"] > 0, value, 0).sum() for name, value in each.items()}
         return lax.psum(sums, axis_name)
 
@@ -171,11 +171,11 @@ def make_eval_step(apply, prepare, loss, axis_name):
 
 
 def make_predict_step(apply, normalize):
-    """A function that says how likely each class is, with the average net where the state has one.
+    """Returns a function that computes log-probabilities, with the averaged parameters if there are any.
 
     Args:
       apply: `model.apply`.
-      normalize: (arrays, image uint8 [B, H, W, C]) -> image float32; the feed's.
+      normalize: the feed's function (arrays, image uint8 [B, H, W, C]) -> image float32.
 
     Returns:
       (state, arrays, image uint8 [B, H, W, C]) -> log-softmax of the logits, float32 [B, K].
@@ -189,9 +189,9 @@ def make_predict_step(apply, normalize):
 
 
 def zero_one_loss(logits, label):
-    """1 where the largest logit is not the label's, else 0: float32 [B].
+    """Returns 1 where the largest logit is not the label's, else 0, as float32 [B].
 
-    Shapes: logits [B, K], and label int [B] or a target float [B, K], whose largest share counts.
+    Shapes: logits [B, K]; label int [B], or target float [B, K], of which the largest share counts.
     """
     if label.ndim == logits.ndim:
         label = label.argmax(axis=-1)

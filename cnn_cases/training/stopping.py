@@ -1,4 +1,4 @@
-"""The signals that end a training, once it is saved."""
+"""The signals that end a run after it has been saved."""
 
 import contextlib
 import signal
@@ -10,9 +10,9 @@ SAME_SIGNAL_SECONDS = 2  # see stop_signals
 
 
 class InterruptedRun(BaseException):
-    """SIGTERM, SIGINT or SIGUSR2 came and the run was saved; `signal_number` says which.
+    """SIGTERM, SIGINT or SIGUSR2 arrived and the run was saved; `signal_number` says which.
 
-    It is no error, as KeyboardInterrupt is none, and passes by those who handle every Exception.
+    Like KeyboardInterrupt, it is not an error, and `except Exception` does not catch it.
     """
 
     def __init__(self, message, signal_number):
@@ -22,12 +22,13 @@ class InterruptedRun(BaseException):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Notes SIGTERM, SIGINT and SIGUSR2, a scheduler's warning, and lives on; a later one acts as ever.
+    """Records SIGTERM, SIGINT or SIGUSR2 (a scheduler's warning) instead of ending the process.
 
-    One that comes within SAME_SIGNAL_SECONDS does not: a scheduler may signal a process and its parent, which
-    then passes it on.
+    A later signal acts as usual, unless it arrives within SAME_SIGNAL_SECONDS of the first: a scheduler may
+    signal a process and its parent, which then passes the signal on.
 
-    Yields an object whose `number` is 0 until a signal comes, then the signal's.
+    Yields:
+      An object whose `number` is 0 until a signal arrives, then the signal's number.
     """
     stop, before = types.SimpleNamespace(number=0, since=0.0), {}
 

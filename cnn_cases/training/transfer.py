@@ -1,7 +1,7 @@
-"""Transfer learning: a training that begins with layers of another one, and layers that are not trained.
+"""Transfer learning: runs that start from layers of another run, and layers that are not trained.
 
-A layer is known by the first part of its parameters' names, `conv1` or `stage2_block1`; the first column of
-`cnn_cases.analysis.costs` lists them. Patterns are those of a shell: `conv*`, `stage[12]_*`.
+A layer's name is the first part of its parameters' names, such as `conv1` or `stage2_block1`; the first
+column of `cnn_cases.analysis.costs` lists the names. Patterns are shell patterns: `conv*`, `stage[12]_*`.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from cnn_cases.training import checkpoint
 
 
 def is_any_of(patterns):
-    """name of a layer -> whether one of the patterns fits it; None where there are no patterns."""
+    """Returns a function layer name -> whether a pattern matches it; None if there are no patterns."""
     if not patterns:
         return None
     return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_patterns(key, patterns, names):
-    """Raises ValueError unless each pattern, of the key of a config, fits some of the layers of a network."""
+    """Raises ValueError unless each pattern of a config's key matches some layer of a network."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"{key} = {patterns}: {pattern!r} fits no layer; there are {', '.join(names)}")
@@ -36,10 +36,10 @@ def check_frozen(patterns, names):
 
 
 def identity(workdir, step):
-    """[step, checksum] of a checkpoint that a training starts from.
+    """Returns [step, checksum] of a checkpoint that a run starts from.
 
     Args:
-      workdir, step: as in `trained_layers`, which finds out whether it is damaged.
+      workdir, step: as in `trained_layers`, which also checks the checkpoint for damage.
 
     Raises:
       ValueError: there is no such checkpoint.
@@ -49,20 +49,20 @@ def identity(workdir, step):
 
 
 def trained_layers(like, workdir, step, layers):
-    """Layers of another network, as it is evaluated: the averages where it has any.
+    """Returns layers of another network, as it is evaluated: with its moving averages if it has any.
 
     Args:
-      like: a state of the network that is to have them, or its `state.shapes_of_state`.
-      workdir: of the run that has trained the other network; it is only read.
-      step: which of its checkpoints, "last", "best" or a number.
-      layers: patterns of the names of those to take, which have passed `check_patterns`; both networks must
-        have each of them alike.
+      like: a state of the network that will receive the layers, or its `state.shapes_of_state`.
+      workdir: of the run that trained the other network; it is only read.
+      step: which of its checkpoints: "last", "best" or a number.
+      layers: patterns of the names of the layers to take, which have passed `check_patterns`; these layers
+        must have the same parameters, of the same shapes, in both networks.
 
     Returns:
-      {"params", "batch_stats"}: of both a dict {name of a layer: what it has}.
+      {"params", "batch_stats"}: each a dict {layer name: its values}.
 
     Raises:
-      ValueError: there is no such run, checkpoint or layer, or a layer has another shape there.
+      ValueError: there is no such run, checkpoint or layer, or a layer's shapes differ.
     """
     names = sorted(like.params)
     if not layers:
@@ -92,7 +92,7 @@ def trained_layers(like, workdir, step, layers):
 
 
 def put_layers(state, taken):
-    """A state before its first step, with the layers of `trained_layers` in the place of its own."""
+    """Returns a state, before its first step, with the layers of `trained_layers` in place of its own."""
     averaged = {
         "params": state.params | taken["params"],
         "batch_stats": state.batch_stats | taken["batch_stats"],
@@ -104,7 +104,7 @@ def put_layers(state, taken):
 
 @contextlib.contextmanager
 def _found(workdir, step):
-    """Gives (the directory of a run's checkpoints, step of one); errors then name the keys of the config."""
+    """Yields (directory of a run's checkpoints, step of one of them); makes errors name the config's keys."""
     directory = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
     try:
         yield directory, checkpoint.find(directory, step)
