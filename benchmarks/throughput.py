@@ -444,17 +444,19 @@ def cells(rows):
 
 
 def cost_cells(rows):
-    """What else is known of {case: row}: lists of cells, the head first."""
+    """What else is known of {case: row}: lists of cells, the head first; bounds only if a row has one."""
     seen = [OURS, *_peers_of(rows)]
     head = ["network", *(f"first step, s: {one}" for one in seen), *(f"memory, MB: {one}" for one in seen)]
-    lines = [[*head, "GFLOP/s", "share of ceiling", "share of bound"]]
+    bounds = ["share of bound"] if any("share_of_bound" in row for row in rows.values()) else []
+    lines = [[*head, "GFLOP/s", "share of ceiling", *bounds]]
     for name, row in rows.items():
         first, peak = ([row[key].get(one) for one in seen] for key in ("first_step_seconds", "peak_bytes"))
         line = [name, *("" if one is None else f"{one:.1f}" for one in first)]
         line += ["" if one is None else f"{one / 1e6:,.0f}" for one in peak]
         line.append(_three_digits(row["flops_a_second"] / 1e9))
         line.append(f"{row['share_of_ceiling']:.0%}")
-        lines.append([*line, f"{row['share_of_bound']:.0%}" if "share_of_bound" in row else ""])
+        line += [f"{row['share_of_bound']:.0%}" if "share_of_bound" in row else "" for _ in bounds]
+        lines.append(line)
     return lines
 
 

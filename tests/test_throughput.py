@@ -57,6 +57,8 @@ def test_the_tables_have_a_ratio_and_the_costs_of_each_peer():
         "share of ceiling": "25%",
         "share of bound": "50%",
     }
+    del row["share_of_bound"]  # as on a GPU
+    assert throughput.cost_cells({"ResNet-20": row}) == [head[:-1], line[:-1]]
 
 
 class Sham:
