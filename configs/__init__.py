@@ -1,1 +1,1 @@
-"""What to run: one file per architecture and data set; `common` holds every key."""
+"""What to run: one file per architecture and data set; `common` defines every key."""

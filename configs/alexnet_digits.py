@@ -1,11 +1,11 @@
-"""AlexNet of two groups, with dense layers of 512, on scikit-learn's digits enlarged to 67x67 pixels.
+"""AlexNet with two groups and dense layers of 512 units, on scikit-learn's digits enlarged to 67x67 pixels.
 
-Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, pixels less their mean in the
-range of 0 to 255. The recipe is ours: Adam, for with the paper's rate and momentum this net stays for
-hundreds of steps where it starts, and a short warm-up.
+Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, and pixels from 0 to 255 with the
+mean subtracted. The recipe is ours: Adam with a short warm-up, because with the paper's learning rate and
+momentum this net makes no progress for hundreds of steps.
 Command: python train.py --config=configs/alexnet_digits.py --workdir=runs/alexnet_digits
-Result: 2.0, 2.5 and 2.0 % test error with seeds 0, 1 and 2; 26 s for the first run and 23 and 24 s for the
-others, on two CPU cores, 2026-11-27 (results/digits/alexnet_digits.json).
+Result: 2.0, 2.5 and 2.0 % test error with seeds 0, 1 and 2, in 26, 24 and 23 s on two CPU cores, 2026-11-27
+(results/digits/alexnet_digits.json).
 """
 
 from configs import common

@@ -1,18 +1,17 @@
-"""AlexNet of two groups, with dense layers of 512, on Imagenette, ten easy classes of ImageNet, as a stream.
+"""AlexNet with two groups and dense layers of 512 units, on Imagenette, ten easy ImageNet classes, streamed.
 
 Paper: Krizhevsky et al. 2012. Kept: the net, its initial values, dropout, random crops of images whose
-shorter side is resized, pixels less their mean in the range of 0 to 255. The sizes are ours, crops of 131
-pixels from 148, and so is the recipe: Adam, for with the paper's rate and momentum this net stays for
-hundreds of steps where it starts.
+shorter side is resized, and pixels from 0 to 255 with the mean subtracted. The image sizes are ours (crops of
+131 pixels from 148), and so is the recipe: Adam, because with the paper's learning rate and momentum this net
+makes no progress for hundreds of steps.
 Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/alexnet_imagenette.py --workdir=runs/alexnet_imagenette
-Result: 71.7 % validation error with seed 0 (chance is 90 %), on a subset of 2,000 images to train on, five
-epochs of it, and 600 for validation; 6 minutes on two shared CPU cores, 2026-11-24
-(results/alexnet_imagenette.json).
+Result: 71.7 % error on 600 validation images (chance is 90 %) with seed 0, after five epochs of a subset of
+2,000 training images; 6 minutes on two shared CPU cores, 2026-11-24 (results/alexnet_imagenette.json).
 
-310 steps of 32 images are an epoch of the published set and 14 steps, for it has 9,469 images to train on
-and 3,925 for validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs
-or more: --config.num_steps=6000.
+The published set has 9,469 training and 3,925 validation images, so 310 steps of 32 images are one epoch and
+14 steps: enough to see on a CPU that everything works. For a meaningful figure, train for 20 epochs or more:
+--config.num_steps=6000.
 """
 
 from configs import common

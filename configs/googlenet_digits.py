@@ -1,11 +1,10 @@
-"""GoogLeNet in the form of public weights, with batch normalisation, on scikit-learn's digits enlarged to
-32x32 pixels.
+"""GoogLeNet with batch normalisation, as in public weights, on scikit-learn's digits at 32x32 pixels.
 
-Paper: Szegedy et al. 2014. The recipe is ours: Adam, without the side branches, which need images of 79
-pixels (`--config.model.side_branches=True --config.data.image_size=79`).
+Paper: Szegedy et al. 2014. The recipe is ours: Adam, without the side branches, which need images of at least
+79 pixels (`--config.model.side_branches=True --config.data.image_size=79`).
 Command: python train.py --config=configs/googlenet_digits.py --workdir=runs/googlenet_digits
-Result: 2.8, 3.9 and 2.3 % test error with seeds 0, 1 and 2; 36 s for the first run and 13 and 14 s for the
-others, on two CPU cores, 2026-11-27 (results/digits/googlenet_digits.json).
+Result: 2.8, 3.9 and 2.3 % test error with seeds 0, 1 and 2, in 36, 13 and 14 s on two CPU cores, 2026-11-27
+(results/digits/googlenet_digits.json).
 """
 
 from configs import common

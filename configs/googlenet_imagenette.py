@@ -1,18 +1,17 @@
-"""GoogLeNet, as its paper has it, on Imagenette, ten easy classes of ImageNet, in crops of 96 pixels that
-stream from the disk.
+"""GoogLeNet, as in its paper, on Imagenette, ten easy ImageNet classes, streamed in crops of 96 pixels.
 
-Paper: Szegedy et al. 2014. Kept: the net of table 1, with 5x5 windows, local response normalisation and side
-branches that weigh 0.3, and crops of any size and shape (section 6). The size of the crops is ours, and so is
-the recipe, without the paper's photometric distortions and average of parameters.
+Paper: Szegedy et al. 2014. Kept: the net of table 1, with 5x5 kernels, local response normalisation and side
+branches with weight 0.3, and crops of varying size and shape (section 6). The size of the crops and the
+recipe are ours; the paper's photometric distortions and average of parameters are left out.
 Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/googlenet_imagenette.py --workdir=runs/googlenet_imagenette
-Result: 75.5 % validation error with seed 0, on a subset of 2,000 images to train on, five epochs of it, and
-        600 for validation; 4 minutes on two CPU cores, beside other work, 2026-11-28
-        (results/googlenet_imagenette.json). The study side_branches trains it for ten epochs.
+Result: 75.5 % error on 600 validation images with seed 0, after five epochs of a subset of 2,000 training
+images; 4 minutes on two CPU cores that ran other jobs too, 2026-11-28 (results/googlenet_imagenette.json).
+The study side_branches trains it for ten epochs.
 
-310 steps of 32 images are an epoch of the published set and 14 steps, for it has 9,469 images to train on
-and 3,925 for validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs
-or more: --config.num_steps=6000.
+The published set has 9,469 training and 3,925 validation images, so 310 steps of 32 images are one epoch and
+14 steps: enough to see on a CPU that everything works. For a meaningful figure, train for 20 epochs or more:
+--config.num_steps=6000.
 """
 
 from configs import common

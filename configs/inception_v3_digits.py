@@ -1,10 +1,10 @@
-"""Inception-v3 on scikit-learn's digits enlarged to 75x75 pixels, the smallest that it takes.
+"""Inception-v3 on scikit-learn's digits enlarged to 75x75 pixels, the smallest size that it accepts.
 
-Paper: Szegedy et al. 2015b. The recipe is ours: Adam for a minute or two, without the side branch, which
-needs images of 299 pixels.
+Paper: Szegedy et al. 2015b. The recipe is ours: 120 steps of Adam, without the side branch, which needs
+images of at least 299 pixels.
 Command: python train.py --config=configs/inception_v3_digits.py --workdir=runs/inception_v3_digits
-Result: 3.9, 4.5 and 3.4 % test error with seeds 0, 1 and 2; 56 s for the first run and 33 and 34 s for the
-others, on two CPU cores, 2026-11-27 (results/digits/inception_v3_digits.json).
+Result: 3.9, 4.5 and 3.4 % test error with seeds 0, 1 and 2, in 56, 33 and 34 s on two CPU cores, 2026-11-27
+(results/digits/inception_v3_digits.json).
 """
 
 from configs import common

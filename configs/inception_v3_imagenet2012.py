@@ -1,30 +1,28 @@
-"""Inception-v3 on ImageNet of 2012.
+"""Inception-v3 on ImageNet 2012.
 
-Paper: Szegedy et al. 2015b, "Rethinking the Inception architecture for computer vision", section 8
+Paper: Szegedy et al. 2015b, "Rethinking the Inception architecture for computer vision", sections 8
 (training), 7 (label smoothing) and 4 (side branch).
 Command: make data DATASET=imagenet2012
          python train.py --config=configs/inception_v3_imagenet2012.py --workdir=runs/inception_v3
 
 The paper's recipe, item by item:
-- RMSProp, keeping 0.9 of the mean square, with an epsilon of 1.0, on 50 replicas with batches of 32, for
-  100 epochs;
-- a rate of 0.045, times 0.94 every two epochs;
+- RMSProp with a decay of 0.9 and an epsilon of 1.0, on 50 replicas with batches of 32, for 100 epochs;
+- learning rate 0.045, multiplied by 0.94 every two epochs;
 - gradients clipped at a norm of 2.0;
 - label smoothing 0.1; batch normalisation in the side branch too;
-- a running average of the parameters, with which the net is evaluated.
+- evaluation with a running average of the parameters.
 
-Where the paper is silent: RMSProp's momentum (0.9, as in the authors' training code), the side branch's
-weight (0.4, as in that code; the paper on GoogLeNet has 0.3),
-the weight decay (4e-5 without biases and batch normalisation, as in that code), dropout (0.2, in the model,
-as in that code), the average (keeping 0.9999 at each step, and less in the first ones, as in that code),
-initialisation (He's, in the model),
-augmentation (the patches of Szegedy et al. 2014, section 6, and flips; that code has patches from a twentieth
-of the image on, and distortions of colour), the crop of the test (the central square, 299 of 342 pixels; that
-code takes the central seven eighths of both sides, and makes a square of them), and what is done to pixels
-(normalised by the mean and deviation of their channel; that code scales them to [-1, 1]).
-Departures: one synchronous step on 1,600 images, whose batch statistics are those of all of them
-(--config.sync_batch_norm=False: of each device's share), for the steps of 50 replicas on 32 each; the
-optimizer sees the weight decay as part of the gradient that it clips.
+Where the paper is silent (*: as in the authors' training code): RMSProp's momentum (0.9*), the weight of the
+side branch (0.4*; the GoogLeNet paper has 0.3), the weight decay (4e-5 without biases and batch
+normalisation*), dropout (0.2*, in the model), the average (a decay of 0.9999, less in the first steps*),
+initialisation (He's, in the model), augmentation (flips and the patches of Szegedy et al. 2014, section 6;
+that code takes patches from a twentieth of the image on, and distorts colours), the test crop (the central
+square, 299 of 342 pixels; that code resizes the central seven eighths of both sides to a square), and the
+scale of the pixels (normalised by the mean and standard deviation of their channel; that code scales them to
+[-1, 1]).
+Departures: one synchronous step on 1,600 images replaces the steps of 50 replicas on 32 images each, with
+batch statistics over all 1,600 (--config.sync_batch_norm=False: over each device's share); the weight decay
+is part of the gradient that is clipped.
 Not run yet.
 """
 

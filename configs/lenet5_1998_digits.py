@@ -1,12 +1,12 @@
-"""The LeNet-5 of 1998 on scikit-learn's digits, enlarged to 28x28 pixels in a frame of 32x32.
+"""The LeNet-5 of 1998 on scikit-learn's digits, enlarged to 28x28 pixels and padded to 32x32.
 
 Paper: LeCun et al. 1998, section II and appendix C. Kept of its recipe: plain gradient descent with falling
-step sizes, the MAP loss (equation 9), the range of the input. Departures: batches of 16 where the paper
+step sizes, the MAP loss (equation 9), and the range of the input. Departures: batches of 16, where the paper
 takes one example at a time; no second-order scaling of the step sizes, which are ours. The paper does not
-give the constant j of its loss: 1 here.
+give the constant j of its loss; here it is 1.
 Command: python train.py --config=configs/lenet5_1998_digits.py --workdir=runs/lenet5_1998_digits
-Result: 2.5, 3.1 and 3.1 % test error with seeds 0, 1 and 2; 6 s for the first run and 3 s for the others, on
-two CPU cores, 2026-11-27 (results/digits/lenet5_1998_digits.json).
+Result: 2.5, 3.1 and 3.1 % test error with seeds 0, 1 and 2, in 6, 3 and 3 s on two CPU cores, 2026-11-27
+(results/digits/lenet5_1998_digits.json).
 """
 
 from configs import common

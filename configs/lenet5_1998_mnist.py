@@ -1,4 +1,4 @@
-"""The LeNet-5 of 1998 on MNIST's 28x28 pixels in a border of 2, with plain SGD.
+"""The LeNet-5 of 1998 on MNIST's 28x28 pixels, padded to 32x32, with plain SGD.
 
 Paper: LeCun et al. 1998, section III.B (training), II.B (input range), II.C (loss), appendix A
 (initialisation) and C (step sizes).
@@ -6,23 +6,23 @@ Command: make data DATASET=mnist
          python train.py --config=configs/lenet5_1998_mnist.py --workdir=runs/lenet5_1998_mnist
 
 The paper's recipe, item by item:
-- 20 passes over all 60,000 images, the test error watched at each pass (its figure 5), so that nothing is
-  held out here and no checkpoint is chosen;
+- 20 passes over all 60,000 images, with the test error measured at each pass (figure 5), so nothing is held
+  out here and no checkpoint is chosen;
 - step sizes 5e-4 for two passes, 2e-4 for three, 1e-4 for three, 5e-5 for four, 1e-5 for the rest: the
-  boundaries and factors below are this table's;
+  boundaries and factors below come from this table;
 - the MAP criterion of equation 9, without regularisation;
-- pixels from -0.1 to 1.175; no distortions (its 0.95 % test error; with distortions the paper does better);
+- pixels from -0.1 to 1.175; no distortions (test error 0.95 %; with distortions the paper does better);
 - weights uniform within 2.4 / fan-in, which belongs to the model.
 
-Where the paper is silent: the constant j of the criterion is 1.0; biases start like weights.
-Departures: the paper's step sizes are those of a stochastic diagonal Levenberg-Marquardt method, which
-divides them by an estimate of each weight's second derivative plus 0.02, made before each pass from 500
-images, and takes a step after every single image. In the first pass that gives rates from 7e-5 to 0.016
-(section III.B, as recalled). Plain SGD has one rate for all weights, in batches of 16, so that only the
-table's proportions are kept: the rate starts from 0.005, taken from `lenet5_1998_digits`. The ten codes are
-drawn for this project (see the model).
-Result: 0.97, 1.06 and 1.03 % test error after the last pass with seeds 0, 1 and 2 (the paper's:
-0.95 %); 213 to 511 s a run on two shared CPU cores, 2026-11-24 (results/lenet5_1998_mnist.json).
+Where the paper is silent: the constant j of the criterion is 1.0; biases are initialised like weights.
+Departures: the paper's step sizes are those of a stochastic diagonal Levenberg-Marquardt method. It divides
+them by an estimate of each weight's second derivative plus 0.02, made before each pass from 500 images, and
+takes a step after every single image. In the first pass that gives learning rates from 7e-5 to 0.016 (section
+III.B, as recalled). Plain SGD has one rate for all weights, here with batches of 16, so only the ratios of
+the table are kept: the rate starts at 0.005, as in `lenet5_1998_digits`. The ten codes were drawn for this
+project (see the model).
+Result: 0.97, 1.06 and 1.03 % test error after the last pass with seeds 0, 1 and 2 (the paper's: 0.95 %); 213
+to 511 s a run on two shared CPU cores, 2026-11-24 (results/lenet5_1998_mnist.json).
 """
 
 from configs import common

@@ -2,8 +2,8 @@
 
 Paper: LeCun et al. 1998; the recipe is ours (SGD with momentum, cosine schedule), not the paper's.
 Command: python train.py --config=configs/lenet5_digits.py --workdir=runs/lenet5
-Result: 2.5, 2.5 and 2.3 % test error with seeds 0, 1 and 2; 3 s for the first run and 1 and 2 s for the
-others, on two CPU cores, 2026-11-27 (results/digits/lenet5_digits.json).
+Result: 2.5, 2.5 and 2.3 % test error with seeds 0, 1 and 2, in 3, 1 and 2 s on two CPU cores, 2026-11-27
+(results/digits/lenet5_digits.json).
 """
 
 from configs import common

@@ -5,21 +5,23 @@ Command: make data DATASET=cifar10
          python train.py --config=configs/nin_cifar10.py --workdir=runs/nin_cifar10
 
 The paper's recipe, item by item:
-- AlexNet's procedure (section 4.1), so SGD with momentum 0.9, and batch 128; the rate chosen by hand, divided
-  by 10 when the accuracy on the training set stands still, and once more, to end at a hundredth;
-- weight decay, tuned on the images held out, and dropout 0.5 between the mlpconv layers;
-- global contrast normalisation and ZCA whitening, as in Goodfellow et al. 2013; crops and flips for its
-  better figure, of whitened images padded with zeros;
-- the last 10,000 training images held out to choose by, then trained on as well.
+- AlexNet's procedure (section 4.1), so SGD with momentum 0.9, and batch size 128; the learning rate is chosen
+  by hand and divided by 10 when the training accuracy stops improving, and once more, so that it ends at a
+  hundredth;
+- weight decay, tuned on the held-out images, and dropout 0.5 between the mlpconv layers;
+- global contrast normalisation and ZCA whitening, as in Goodfellow et al. 2013; for its better figure, random
+  crops and flips of whitened images padded with zeros;
+- the last 10,000 training images held out for choices, then trained on as well.
 
-Where the paper is silent: the first rate and the decay's value (0.02, and 5e-4 without biases: what the
-authors' parameter file for CIFAR-100 amounts to, whose loss counts twice; that for SVHN amounts to 0.1 and
-1e-4), the rate of biases (twice that of weights, as in both files), the number of steps (80,000; the rate
-falls after 60,000 and 70,000), the padding (4 pixels) and the constants of the whitening (those of pylearn2,
-Goodfellow's library). Initialisation is that of the authors' definition, in the model.
+Where the paper is silent: the initial learning rate and the weight decay (0.02, and 5e-4 without biases,
+equivalent to the authors' parameter file for CIFAR-100, which counts the loss twice; their file for SVHN
+amounts to 0.1 and 1e-4), the learning rate of biases (twice that of weights, as in both files), the number of
+steps (80,000; the rate falls after 60,000 and 70,000), the padding (4 pixels) and the constants of the
+whitening (those of pylearn2, Goodfellow's library). Initialisation follows the authors' definition, in the
+model.
 Departures: 5,000 images are held out and not trained on.
-The whitening's matrix, of 3,072 x 3,072, is computed at the first start, which then takes 47 s on two shared
-CPU cores, and kept beside the data set: later starts take 1.1 s, 2026-11-25.
+The first start computes the whitening matrix of 3,072 x 3,072 and therefore takes 47 s on two shared CPU
+cores; the matrix is kept next to the data set, and later starts take 1.1 s, 2026-11-25.
 Not run yet.
 """
 

@@ -1,19 +1,20 @@
-"""Network in Network on ImageNet of 2012.
+"""Network in Network on ImageNet 2012.
 
 Paper: Lin et al. 2013, which has no experiment on ImageNet; net and recipe are those of the authors' later
-release for Caffe, whose weights err on 40.64 % of the validation images.
+release for Caffe, whose weights have an error of 40.64 % on the validation images.
 Command: make data DATASET=imagenet2012
          python train.py --config=configs/nin_imagenet2012.py --workdir=runs/nin_imagenet2012
 
 The release's recipe, item by item:
-- SGD with momentum 0.9, batch 64, weight decay 5e-4 without biases, which have twice the weights' rate;
-- a rate of 0.01, divided by 10 after 200,000 and 400,000 of 450,000 steps (22 epochs; as a copy of its solver
-  has it);
+- SGD with momentum 0.9, batch size 64, weight decay 5e-4 without biases, whose learning rate is twice that of
+  the weights;
+- learning rate 0.01, divided by 10 after 200,000 and 400,000 of 450,000 steps (22 epochs), according to a
+  copy of its solver file;
 - random 224-pixel crops, flips, the mean image subtracted from pixels that range over 256 values;
-- first weights and dropout: in the model.
+- initial weights and dropout: in the model.
 
-Departures: crops are of images whose shorter side is 256; the mean image is that of a sample, of central
-crops.
+Departures: crops are of images whose shorter side is 256 pixels; the mean image is that of central crops of a
+sample of the training images.
 Not run yet.
 """
 

@@ -2,8 +2,8 @@
 
 Paper: He et al. 2015, table 1; the schedule is ours.
 Command: python train.py --config=configs/resnet18_digits.py --workdir=runs/resnet18_digits
-Result: 2.0, 3.1 and 2.5 % test error with seeds 0, 1 and 2; 18 s for the first run and 9 and 10 s for the
-others, on two CPU cores, 2026-11-27 (results/digits/resnet18_digits.json).
+Result: 2.0, 3.1 and 2.5 % test error with seeds 0, 1 and 2, in 18, 10 and 9 s on two CPU cores, 2026-11-27
+(results/digits/resnet18_digits.json).
 """
 
 from configs import common

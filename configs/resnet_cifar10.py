@@ -5,27 +5,28 @@ Command: make data DATASET=cifar10
          python train.py --config=configs/resnet_cifar10.py --workdir=runs/resnet20_cifar10
          python train.py --config=configs/resnet_cifar10.py --config.model.depth=56 \
              --config.model.plain=True --workdir=runs/plain56_cifar10
-Depth 110 starts at a rate of 0.01, in the paper until the training error is below 80 %, about 400 steps:
+Depth 110 starts with a learning rate of 0.01; the paper keeps it until the training error is below 80 %,
+about 400 steps:
          python train.py --config=configs/resnet_cifar10.py --config.model.depth=110 \
              --config.schedule.warmup=constant --config.schedule.warmup_steps=400 \
              --config.schedule.warmup_factor=0.1 --workdir=runs/resnet110_cifar10
-Depth 1202 is trained as depth 110 is, and needs --config.model.scan_blocks=True to compile in seconds.
+Depth 1202 is trained like depth 110, and needs --config.model.scan_blocks=True to compile in seconds.
 
 The paper's recipe, item by item:
-- SGD with momentum 0.9, batch 128, weight decay 1e-4, 64,000 steps;
-- a rate of 0.1, divided by 10 after 32,000 and 48,000 steps;
+- SGD with momentum 0.9, batch size 128, weight decay 1e-4, 64,000 steps;
+- learning rate 0.1, divided by 10 after 32,000 and 48,000 steps;
 - He initialisation, batch normalisation, no dropout;
 - the mean image subtracted, then 4 pixels of padding and random 32-pixel crops, flips; one view in the test.
 
 Where the paper is silent: whether biases and batch normalisation decay (here they do, as in fb.resnet.torch,
 whose README counts that as a departure from the paper).
-Departures: the last 5,000 images are held out for validation, as many as when the paper chose its schedule;
-the nets of its tables were trained, as section 4.2 reads, on all 50,000, as
---config=configs/resnet_cifar10.py:full_train does. Batch statistics are those of the global batch; the paper
+Departures: the last 5,000 images are held out for validation, as many as when the paper chose its schedule.
+As section 4.2 reads, the nets of the paper's tables were trained on all 50,000, as with
+--config=configs/resnet_cifar10.py:full_train. Batch statistics are those of the global batch; the paper
 trained on two GPUs, each with its own.
-Result: 8.84 % test error with seed 0 (the paper's: 8.75 %), 0.22 % training error, with
---config.dtype=bfloat16, as a run of the study depth_cifar10, which has other depths and plain nets too; one
-H100, 2026-11-27 (results/depth_cifar10.json). Not run in float32 yet.
+Result: 8.84 % test error (the paper's: 8.75 %) and 0.22 % training error with seed 0 and
+--config.dtype=bfloat16, a run of the study depth_cifar10; one H100, 2026-11-27 (results/depth_cifar10.json).
+The study has other depths and plain nets too. Not run in float32 yet.
 """
 
 from configs import common

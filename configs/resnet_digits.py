@@ -1,11 +1,12 @@
 """Residual nets of depth 6n + 2, and their plain twins, on scikit-learn's digits of 8x8 pixels.
 
-Paper: He et al. 2015, section 4.2, with the maps of 32, 16 and 8 pixels become 8, 4 and 2; recipe shortened.
+Paper: He et al. 2015, section 4.2, with maps of 8, 4 and 2 pixels instead of 32, 16 and 8 and a shorter
+recipe.
 Command: python train.py --config=configs/resnet_digits.py --workdir=runs/resnet20
          python train.py --config=configs/resnet_digits.py --config.model.depth=56 --config.model.plain=True \
              --workdir=runs/plain56
-Result: 2.8, 2.3 and 2.0 % test error with seeds 0, 1 and 2; 6 s for the first run and 2 s for the others, on
-two CPU cores, 2026-11-27 (results/digits/resnet_digits.json).
+Result: 2.8, 2.3 and 2.0 % test error with seeds 0, 1 and 2, in 6, 2 and 2 s on two CPU cores, 2026-11-27
+(results/digits/resnet_digits.json).
 """
 
 from configs import common

@@ -1,14 +1,14 @@
-"""ResNet-18 on Imagenette, ten easy classes of ImageNet, in crops of 96 pixels that stream from the disk.
+"""ResNet-18 on Imagenette, ten easy ImageNet classes, streamed in crops of 96 pixels.
 
 Paper: He et al. 2015, table 1; the crops are those of Szegedy et al. 2014, section 6; the schedule is ours.
 Command: make data DATASET=imagenette/320px-v2
          python train.py --config=configs/resnet_imagenette.py --workdir=runs/resnet_imagenette
-Result: 45.8 % validation error with seed 0, on a subset of 2,000 images to train on, five epochs of it, and
-        600 for validation; 4 minutes on two shared CPU cores, 2026-11-24 (results/resnet_imagenette.json).
+Result: 45.8 % error on 600 validation images with seed 0, after five epochs of a subset of 2,000 training
+images; 4 minutes on two shared CPU cores, 2026-11-24 (results/resnet_imagenette.json).
 
-310 steps of 32 images are an epoch of the published set and 14 steps, for it has 9,469 images to train on
-and 3,925 for validation: long enough to see on a CPU that all works. For a figure that counts, take 20 epochs
-or more: --config.num_steps=6000.
+The published set has 9,469 training and 3,925 validation images, so 310 steps of 32 images are one epoch and
+14 steps: enough to see on a CPU that everything works. For a meaningful figure, train for 20 epochs or more:
+--config.num_steps=6000.
 """
 
 from configs import common

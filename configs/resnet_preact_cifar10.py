@@ -7,18 +7,18 @@ Command: make data DATASET=cifar10
              --config.model.scan_blocks=True --workdir=runs/preact1001_cifar10
 
 The paper's recipe, item by item:
-- SGD with momentum 0.9, batch 128, weight decay 1e-4;
-- a rate of 0.1, divided by 10 after 32,000 and 48,000 steps, after 400 steps at 0.01, which the paper says
-  this net does not need;
+- SGD with momentum 0.9, batch size 128, weight decay 1e-4;
+- learning rate 0.1, divided by 10 after 32,000 and 48,000 steps; the first 400 steps at 0.01, which the paper
+  says this net does not need;
 - He initialisation, batch normalisation, no dropout;
-- random crops from 4 pixels of padding, and flips;
+- random crops with 4 pixels of padding, and flips;
 - what the appendix leaves to He et al. 2015, as in `resnet_cifar10`: 64,000 steps, the mean image subtracted.
 
-Where both papers are silent: whether biases and batch normalisation decay (they do, as in fb.resnet.torch, on
-which the authors' released code builds).
+Where both papers are silent: whether biases and batch normalisation decay (here they do, as in
+fb.resnet.torch, on which the authors' released code builds).
 Departures, as in `resnet_cifar10`: the last 5,000 images are held out for validation, unless the config is
-given as resnet_preact_cifar10.py:full_train; batch statistics are those of the global batch, while the paper
-trained on two GPUs, each with its own.
+resnet_preact_cifar10.py:full_train; batch statistics are those of the global batch, whereas the paper trained
+on two GPUs, each with its own.
 Not run yet.
 """
 

@@ -1,9 +1,9 @@
 """A pre-activation net of 29 layers on scikit-learn's digits of 8x8 pixels.
 
-Paper: He et al. 2016; rate and length of the schedule are ours.
+Paper: He et al. 2016; the learning rate and the length of the schedule are ours.
 Command: python train.py --config=configs/resnet_preact_digits.py --workdir=runs/resnet_preact_digits
-Result: 2.5, 3.4 and 3.1 % test error with seeds 0, 1 and 2; 13 s for the first run and 2 and 4 s for the
-others, on two CPU cores, 2026-11-27 (results/digits/resnet_preact_digits.json).
+Result: 2.5, 3.4 and 3.1 % test error with seeds 0, 1 and 2, in 13, 4 and 2 s on two CPU cores, 2026-11-27
+(results/digits/resnet_preact_digits.json).
 """
 
 from configs import common

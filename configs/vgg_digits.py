@@ -1,10 +1,10 @@
-"""VGG-11 with batch normalisation and dense layers of 256, on scikit-learn's digits enlarged to 32x32 pixels.
+"""VGG-11 with batch normalisation and dense layers of 256 units, on scikit-learn's digits at 32x32 pixels.
 
-Paper: Simonyan and Zisserman 2014, net A. The recipe is ours: batch normalisation and Adam, for with the
-paper's momentum a net without normalisation stays for long where it starts.
+Paper: Simonyan and Zisserman 2014, net A. The recipe is ours: batch normalisation and Adam, because with the
+paper's momentum a net without normalisation makes no progress for a long time.
 Command: python train.py --config=configs/vgg_digits.py --workdir=runs/vgg_digits
-Result: 1.7, 2.5 and 2.0 % test error with seeds 0, 1 and 2; 20 s for the first run and 16 s for the others,
-on two CPU cores, 2026-11-27 (results/digits/vgg_digits.json).
+Result: 1.7, 2.5 and 2.0 % test error with seeds 0, 1 and 2, in 20, 16 and 16 s on two CPU cores, 2026-11-27
+(results/digits/vgg_digits.json).
 """
 
 from configs import common

@@ -3,9 +3,9 @@
 Paper: He et al. 2015, section 4.2 and figure 6, on 8x8 pixels and with a schedule of seconds.
 Command: python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_digits.py \
              --workdir=runs/depth_digits
-Result: mean test errors of 1.88, 2.54, 23.38, 72.11 and 82.72 % for the plain nets of 8, 20, 32, 44 and 56
-layers, and of 2.35, 2.25, 2.07, 1.88 and 1.69 % for the residual ones; with --jobs=2, 148 s on two CPU cores
-in a slow hour, 2026-11-29 (results/depth_digits.json, results/end_to_end_cpu.json).
+Result: mean test errors of 1.88, 2.54, 23.38, 72.11 and 82.72 % with plain nets of 8, 20, 32, 44 and 56
+layers, and of 2.35, 2.25, 2.07, 1.88 and 1.69 % with residual ones; with --jobs=2, 148 s on two CPU cores in
+a slow hour, 2026-11-29 (results/depth_digits.json, results/end_to_end_cpu.json).
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config():
     with config.base.unlocked():
         config.base.evaluation.every_steps = 25
         config.base.evaluation.batch_size = 120
-        # Of runs of seconds, fewer calls and one checkpoint alone save a tenth of the time.
+        # In runs of seconds, fewer calls and a single checkpoint save a tenth of the time.
         config.base.steps_per_call = 5
         config.base.checkpoint.every_steps = 0
         common.follow_test_error(config.base)

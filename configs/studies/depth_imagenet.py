@@ -1,12 +1,13 @@
-"""Plain-18 and plain-34 against ResNet-18 and ResNet-34 on ImageNet of 2012.
+"""Plain-18 and plain-34 against ResNet-18 and ResNet-34 on ImageNet 2012.
 
 Paper: He et al. 2015, section 4.1, table 2 and figure 4; the shortcuts have no parameters (option A).
 Command: make data DATASET=imagenet2012
          python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_imagenet.py \
              --workdir=runs/depth_imagenet
 
-The recipe is that of `resnet_imagenet2012`. The test is on the validation images, as in the paper, with the
-single centre crop on the way (figure 4) and ten crops at the end (table 2). Four runs of 90 epochs, one seed.
+The recipe is that of `resnet_imagenet2012`. As in the paper, the nets are tested on the validation images,
+with the single centre crop during training (figure 4) and ten crops at the end (table 2). Four runs of 90
+epochs, one seed.
 Not run yet.
 """
 

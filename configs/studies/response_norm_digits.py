@@ -5,9 +5,9 @@ Command: python -m cnn_cases.studies.sweep --config=configs/studies/response_nor
              --workdir=runs/response_norm_digits --jobs=2
 
 The recipe is that of `vgg_digits` without batch normalisation, which the paper's nets do not have.
-Result: mean test errors of 9.46 % without and of 15.61 % with response normalisation, of which the difference
-of 6.14 points has a 95 % interval of -1.68 to 13.96; with --jobs=2, 6 minutes on two CPU cores, beside other
-work, 2026-11-28 (results/response_norm_digits.json).
+Result: mean test errors of 9.46 % without and of 15.61 % with response normalisation. The difference of 6.14
+points has a 95 % interval of -1.68 to 13.96; with --jobs=2, 6 minutes on two CPU cores that ran other jobs
+too, 2026-11-28 (results/response_norm_digits.json).
 """
 
 from ml_collections import ConfigDict

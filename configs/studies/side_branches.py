@@ -6,12 +6,12 @@ Command: make data DATASET=imagenette/320px-v2
          python -m cnn_cases.studies.sweep --config=configs/studies/side_branches.py \
              --workdir=runs/side_branches --jobs=2
 
-The recipe is that of `googlenet_imagenette`, twice as long. With one seed both nets start from the same
-values, see the same crops and drop the same activations: what differs is the gradient that the side branches
-send into the trunk.
-Result: mean validation errors of 59.27 % without and of 60.23 % with side branches, of which the difference
-of 0.97 points has a 95 % interval of 0.20 to 1.73, on a subset of 2,000 images to train on, ten epochs of it,
-and 600 for validation; 8 to 10 minutes a run, two at a time, on two CPU cores, beside other work, 2026-11-28
+The recipe is that of `googlenet_imagenette`, twice as long. With the same seed both nets start from the same
+values, see the same crops and drop the same activations; only the gradient that the side branches send into
+the trunk differs.
+Result: mean validation errors of 59.27 % without and of 60.23 % with side branches, on 600 images, after ten
+epochs of a subset of 2,000 training images. The difference of 0.97 points has a 95 % interval of 0.20 to
+1.73; 8 to 10 minutes a run, two at a time, on two CPU cores that ran other jobs too, 2026-11-28
 (results/side_branches_imagenette.json).
 """
 

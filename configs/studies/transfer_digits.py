@@ -1,18 +1,17 @@
-"""Transfer learning: LeNet-5 on few of scikit-learn's digits, with and without what it learned on MNIST.
+"""Transfer learning: LeNet-5 on a few of scikit-learn's digits, from random values or from layers of MNIST.
 
-Source: the lecture's advice for small data sets, to take over a trained network but its softmax layer, and
-the smaller the set, to freeze the more of its layers. The recipe is that of `lenet5_digits`, with batches of
-50.
+Source: the lecture's advice for small data sets: take a trained network without its softmax layer, and freeze
+more of its layers the smaller the set is. The recipe is that of `lenet5_digits`, with batches of 50.
 Command: make data DATASET=mnist
          python train.py --config=configs/lenet5_mnist.py --workdir=runs/lenet5_mnist
          python -m cnn_cases.studies.sweep --config=configs/studies/transfer_digits.py \
              --workdir=runs/transfer_digits
 
-Every layer but `logits` starts from MNIST or is drawn; the convolutions, or all of these layers, are frozen,
-or none. What is drawn and frozen as well is a network of random features, for comparison.
-Result: with all layers trained, mean test errors of 25.07, 8.92 and 2.25 % on 50, 200 and 1,257 images where
-they are drawn, and of 21.69, 5.26 and 1.97 % where they start from MNIST; with --jobs=2, 50 s on two CPU
-cores after the training on MNIST, 2026-11-28 (results/transfer_digits.json; docs/training.md has the rest).
+All layers but `logits` start from MNIST or from random values. The study freezes none of them, the
+convolutions, or all of them. Layers that are both random and frozen give random features, for comparison.
+Result: with no layer frozen, mean test errors of 25.07, 8.92 and 2.25 % on 50, 200 and 1,257 images from
+random values, and of 21.69, 5.26 and 1.97 % from MNIST; with --jobs=2, 50 s on two CPU cores after the run on
+MNIST, 2026-11-28 (results/transfer_digits.json; docs/training.md has the rest).
 """
 
 from ml_collections import ConfigDict
