@@ -1,1 +1,4 @@
-"""Speed, each beside a peer in one run, and what a training survives. Nothing in cnn_cases needs this."""
+"""Measures speed, compared with a peer in the same run, and what a training run survives.
+
+Nothing in cnn_cases needs this package.
+"""

@@ -1,4 +1,4 @@
-"""Who is compared: processes that do the same work in turns, for `throughput`, `flags` and `scaling`."""
+"""Contenders: processes that do the same work in turns, for `throughput`, `flags` and `scaling`."""
 
 import concurrent.futures
 import ctypes
@@ -12,24 +12,24 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 SECONDS_A_TURN = 1.0
-ACCELERATORS_SHARE = 0.3  # of that: their steps are short, and their time is dear
+ACCELERATORS_SHARE = 0.3  # of that, on accelerators: their steps are short and their time is expensive
 _ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the others need room on the GPU, too
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other contenders need GPU memory too
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
 }
-_made = None  # by `make`, in a process of a Contender
+_made = None  # the Network, in a Contender's process
 
 
 class Network(NamedTuple):
-    """What a Contender's process has made: functions that start a step or a pass, and one that waits for it.
+    """A network in a Contender's process: functions that start a step or a pass, and one that waits for it.
 
     Attributes:
       train: () -> None, starts a training step.
       infer: () -> None, starts an inference pass.
-      wait: () -> None, returns when all that was started is done.
-      peak_bytes: () -> memory of the device at its fullest; None where it is not counted.
-      facts: a dict that JSON can hold: "first_step_seconds", with all that is compiled for it, and more.
+      wait: () -> None, returns when all started work is done.
+      peak_bytes: () -> peak memory of the device; None where it is not counted.
+      facts: a dict that JSON can hold: "first_step_seconds", including compilation, and more.
     """
 
     train: Any
@@ -39,7 +39,7 @@ class Network(NamedTuple):
     facts: dict
 
     def seconds(self, work, count):
-        """Of so many steps or passes, `work` being "train" or "infer"."""
+        """The seconds of `count` steps or passes; `work` is "train" or "infer"."""
         began = time.perf_counter()
         for _ in range(count):
             getattr(self, work)()
@@ -47,14 +47,14 @@ class Network(NamedTuple):
         return time.perf_counter() - began
 
     def peak(self):
-        """Bytes at the fullest: of the device, or where it does not count, of this process in some steps.
+        """Peak bytes of the device or, where it does not count them, of this process during some steps.
 
-        From the latter, less `facts["resident_bytes"]`, which was there before the network.
+        For the process, without `facts["resident_bytes"]`, which it had before the network.
         """
         bytes_of_device = self.peak_bytes()
         if bytes_of_device is not None:
             return bytes_of_device
-        # glibc and Linux: what compiling took is given back, and the largest resident size begins anew.
+        # glibc and Linux: returns what compiling took, and resets the peak resident size.
         ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         self.seconds("train", 3)
@@ -72,16 +72,16 @@ def _status(name):
 
 
 class Contender:
-    """A process of its own, in which `make(*arguments)` makes a Network; ends with the block that it heads.
+    """A separate process in which `make(*arguments)` makes a Network, and a context manager that ends it.
 
-    What is compiled is compiled anew. `made` is the future of the Network's facts; it fails with
-    BrokenProcessPool where the process died.
+    The process compiles everything anew. `made` is the future of the Network's facts; it fails with
+    BrokenProcessPool if the process died.
     """
 
     def __init__(self, make, *arguments, environment=None):
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
-        with mock.patch.dict(os.environ, _ENVIRONMENT | (environment or {})):  # as the process starts
+        with mock.patch.dict(os.environ, _ENVIRONMENT | (environment or {})):  # which the process inherits
             self.made = self._pool.submit(_make, make, arguments)
 
     def __enter__(self):
@@ -91,26 +91,26 @@ class Contender:
         self._pool.shutdown()
 
     def seconds(self, work, count):
-        """Of so many steps or passes, `work` being "train" or "infer": a future."""
+        """A future of the seconds of `count` steps or passes; `work` is "train" or "infer"."""
         return self._pool.submit(_call, "seconds", work, count)
 
     def peak(self):
-        """See `Network.peak`; a future."""
+        """A future of `Network.peak`."""
         return self._pool.submit(_call, "peak")
 
     def also(self, function, *arguments):
-        """What a function gives in that process; a future."""
+        """A future of what a function returns in that process."""
         return self._pool.submit(function, *arguments)
 
 
 def check_installed(parser, peers):
-    """Ends the command of an argparse parser where it is to measure PyTorch's and there is none."""
+    """Ends the command of an argparse parser if it is to measure PyTorch and PyTorch is not installed."""
     if peers and not importlib.util.find_spec("torch"):
         parser.error("--peers needs PyTorch (pip install torch); with nothing behind it, none is measured")
 
 
 def check_same_platform(platforms):
-    """Raises ValueError where the contenders of {name: "cpu" or "gpu"} do not all compute on the same one."""
+    """Raises ValueError unless the contenders of {name: "cpu" or "gpu"} all compute on the same platform."""
     first = next(iter(platforms))
     for name, platform in platforms.items():
         if platform != platforms[first]:
@@ -128,12 +128,12 @@ def _call(method, *arguments):
 
 
 def race(groups, work, turns, platform="cpu"):
-    """Seconds of a step or a pass, {name: [one for each turn]}.
+    """The seconds of a step or a pass, {name: [one for each turn]}.
 
     Args:
-      groups: {name: Contenders}. Those of a group work at the same time, and the last to be done counts.
+      groups: {name: Contenders}. The contenders of a group work at the same time; the slowest one counts.
       work: "train" or "infer".
-      turns: how many each group has, of SECONDS_A_TURN or one step; on an accelerator of a share of it.
+      turns: turns per group, each of SECONDS_A_TURN (a share of it on an accelerator) or at least one step.
       platform: "cpu", "gpu" or "tpu".
     """
 
@@ -143,7 +143,7 @@ def race(groups, work, turns, platform="cpu"):
     turn = SECONDS_A_TURN * (1 if platform == "cpu" else ACCELERATORS_SHARE)
     counts = {}
     for name, group in groups.items():
-        seconds(group, 2)  # what is slow the first time
+        seconds(group, 2)  # warms up
         counts[name] = max(1, round(2 * turn / seconds(group, 2)))
     found = {name: [] for name in groups}
     for _ in range(turns):
@@ -153,7 +153,7 @@ def race(groups, work, turns, platform="cpu"):
 
 
 def ratios(values, others):
-    """Summary of a turn's value by the other's of the same turn."""
+    """Summary of the ratios of `values` to `others`, turn by turn."""
     return summary([value / other for value, other in zip(values, others, strict=True)])
 
 

@@ -1,17 +1,17 @@
 """What damage a run survives: `python -m benchmarks.damage [--only=WORD] [--out=FILE.json]`.
 
-A real `train.py` process is killed when it has saved a few checkpoints. For each kind of damage, a copy of
-what it left is damaged and started again, by the same command. What may come of it:
+A real `train.py` process is killed after it has saved a few checkpoints. For each kind of damage, a copy of
+what it left is damaged and started again, by the same command. The possible outcomes:
 
-unharmed    it goes on from the newest checkpoint
-fell back   it says that the newest is damaged or gone, and goes on from the one before
+unharmed    it resumes from the newest checkpoint
+fell back   it reports that the newest checkpoint is damaged or gone, and resumes from the one before
 refused     exit code 2 and one line that says what is wrong; the checkpoints are byte for byte as they were
 
-Where it goes on, all that the run leaves at its end is compared with a run that nobody disturbed, as
-`benchmarks.faults` does it. A start from step 0 is none of the three, nor is anything else.
+If it resumes, all that the run leaves at its end is compared with an undisturbed run, as in
+`benchmarks.faults`. A start from step 0, or anything else, counts as wrong.
 
-Disks that are full or read-only are small file systems in memory, which only root may mount; others are told
-what was left out.
+Full and read-only disks are small file systems in memory, which only root may mount; the report lists what
+was left out for other users.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from cnn_cases.training import checkpoint
 
 ROOT = faults.ROOT
 CONFIG = "configs/lenet5_digits.py"
-# keep_last is one more than the default: what is damaged must not be all there is.
+# keep_last is one more than the default, so that undamaged checkpoints remain.
 OVERRIDES = {
     "data.image_size": 16,
     "batch_size": 32,
@@ -45,7 +45,7 @@ OVERRIDES = {
     "checkpoint.every_steps": 10,
     "checkpoint.keep_last": 3,
 }
-# Of each kind of file in a checkpoint one, by its pattern: whether a value comes from it.
+# {pattern of a kind of file in a checkpoint: whether values come from it}.
 KINDS = {
     "checksums.json": True,
     "extra/metadata": True,
@@ -67,19 +67,19 @@ def truncate(path):
 
 
 def flip(path):
-    """Turns over one bit in the middle of a file."""
+    """Flips one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def empty(path):
-    """Leaves nothing of a file but its name."""
+    """Empties a file."""
     path.write_bytes(b"")
 
 
 def junk(path):
-    """Puts in the place of a file as many bytes that are no text."""
+    """Replaces the contents of a file by about as many bytes that are not text."""
     path.write_bytes(b"\xff\x00\xfe" * (path.stat().st_size // 3))
 
 
@@ -89,7 +89,7 @@ def remove(path):
 
 
 def spoil_a_line(path):
-    """Makes a line in the middle of a file nonsense of the same length."""
+    """Replaces a line in the middle of a file by nonsense of the same length."""
     lines = path.read_bytes().splitlines(keepends=True)
     middle = len(lines) // 2
     lines[middle] = b"#" * (len(lines[middle]) - 1) + b"\n"
@@ -97,7 +97,7 @@ def spoil_a_line(path):
 
 
 def cut_the_last_line(path):
-    """Takes the end of the last line, as a kill does; what was there at the last save stays."""
+    """Appends an incomplete line, as a kill leaves it; the rows of the last save stay."""
     with path.open("ab") as file:
         file.write(b'{"step": 1000, "running/lo')
 
@@ -108,7 +108,7 @@ def steps_of(workdir):
 
 
 def noted(workdir):
-    """The step that the run has noted as that of its newest checkpoint; 0 where there is none."""
+    """The step that the run has noted as that of its newest checkpoint; 0 without a note."""
     note = workdir / checkpoint.NEWEST
     return int(note.read_text()) if note.exists() else 0
 
@@ -119,7 +119,7 @@ def newest(workdir):
 
 
 class Run:
-    """How one process ended: `code`, and the `lines` of its errors without those of ordinary progress."""
+    """How a process ended: its exit `code`, and the `lines` of its output without ordinary progress."""
 
     def __init__(self, code, text):
         self.code = code
@@ -130,29 +130,29 @@ class Run:
 
 
 class Workshop:
-    """Runs to damage, in a directory, and what came of it.
+    """Runs to damage, in a directory, and the outcomes.
 
-    `undisturbed` is a run to its end, `stopped` one that was killed by SIGKILL after a few checkpoints.
+    `undisturbed` is a run that ended normally, `stopped` one that SIGKILL ended after a few checkpoints.
     """
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
-        # Compiled once for all: what is tried here happens before and after the steps.
+        # Compiled once for all runs: what is tested happens before and after the steps.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled")}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.environment = os.environ | cache
         self.undisturbed, self.stopped = self.directory / "undisturbed", self.directory / "stopped"
         self.train(self.undisturbed)
-        while steps_of(self.stopped)[-1:] in ([], [OVERRIDES["num_steps"]]):  # where the kill came too late
+        while steps_of(self.stopped)[-1:] in ([], [OVERRIDES["num_steps"]]):  # the kill came too late
             shutil.rmtree(self.stopped, ignore_errors=True)
             process = self.start(self.stopped)
-            # A kill in the moment between a checkpoint's commit and its note would leave the note one behind.
+            # A kill between a checkpoint's commit and its note would leave the note one checkpoint behind.
             _until(lambda: noted(self.stopped) >= 30, process)
             process.kill()
             process.communicate()
 
     def start(self, workdir):
-        """A process that trains in `workdir`."""
+        """Starts a process that trains in `workdir`."""
         flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
         command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
         return subprocess.Popen(
@@ -160,11 +160,11 @@ class Workshop:
         )
 
     def train(self, workdir):
-        """The `Run` of a process that trains in `workdir` until it ends."""
+        """Trains in `workdir` until the process ends; returns its `Run`."""
         return self.wait(self.start(workdir))
 
     def wait(self, process):
-        """The `Run` of a process."""
+        """Waits for a process; returns its `Run`."""
         try:
             out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -174,13 +174,13 @@ class Workshop:
         return Run(process.returncode, out + errors)
 
     def judge(self, workdir, run, before, newest_step):
-        """What came of a damage.
+        """Judges the outcome of damage to a run.
 
         Args:
-          workdir: of the run.
+          workdir: the run's workdir.
           run: the `Run` after the damage.
-          before: `contents` of the checkpoints after the damage.
-          newest_step: the newest before the damage.
+          before: `contents` of the checkpoints after the damage, before that `Run`.
+          newest_step: step of the newest checkpoint before the damage.
 
         Returns:
           {"outcome", "exit_code", "went_on_from", "message"}.
@@ -215,7 +215,7 @@ class Workshop:
         }
 
     def damage(self, do, *, of="stopped"):
-        """Damages a copy of a run by `do(workdir)`, starts it again, and judges."""
+        """Damages a copy of a run by `do(workdir)`, starts it again, and judges the outcome."""
         workdir = self.directory / "copy"
         shutil.rmtree(workdir, ignore_errors=True)
         shutil.copytree(self.directory / of, workdir)
@@ -226,7 +226,7 @@ class Workshop:
 
 
 def contents(directory):
-    """{file below a directory: its bytes}, without what is not committed."""
+    """{file below a directory: its bytes}, without uncommitted checkpoints."""
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {
         str(path.relative_to(directory)): path.read_bytes()
@@ -252,7 +252,7 @@ def _without_places(line, directory):
 
 
 def of_files():
-    """Yields (name, what may come of it, do, of which run) for damage to files."""
+    """Yields (name, allowed outcome, do, of which run) for damage to files."""
     damages = {"truncated": truncate, "a bit flipped": flip, "emptied": empty, "removed": remove}
     for pattern, needed in KINDS.items():
         for word, damage in damages.items():
@@ -337,7 +337,7 @@ def workdir_is_a_file(shop):
 
 
 def deleted_meanwhile(shop, what):
-    """Deletes the workdir, or a part of it, of a run that trains."""
+    """Deletes the workdir, or a part of it, while its run trains."""
     workdir = shop.directory / "deleted"
     shutil.rmtree(workdir, ignore_errors=True)
     process = shop.start(workdir)
@@ -349,7 +349,7 @@ def deleted_meanwhile(shop, what):
 
 
 def two_at_once(shop):
-    """Starts a second process while a first one is there; then kills the first and starts a third."""
+    """Starts a second process while a first one has the workdir; then kills the first and starts a third."""
     workdir = shop.directory / "two"
     shutil.copytree(shop.stopped, workdir)
     step, before = steps_of(workdir)[-1], contents(workdir / "checkpoints")
@@ -369,7 +369,7 @@ def two_at_once(shop):
 
 @contextlib.contextmanager
 def small_disk(shop, size):
-    """A directory with a file system of `size` bytes of its own, in memory."""
+    """A directory with a separate in-memory file system of `size` bytes."""
     place = shop.directory / "disk"
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
@@ -380,12 +380,12 @@ def small_disk(shop, size):
 
 
 def remount(place, options):
-    """Changes a `small_disk`."""
+    """Changes the mount options of a `small_disk`."""
     subprocess.run(["mount", "-o", f"remount,{options}", place], check=True)
 
 
 def full_disk(shop, size):
-    """A run from its beginning on a disk of `size` bytes; then the disk is made larger, and it goes on."""
+    """Starts a run on a disk of `size` bytes; then enlarges the disk and resumes the run."""
     with small_disk(shop, size) as place:
         workdir = place / "run"
         run = shop.train(workdir)
@@ -399,7 +399,7 @@ def full_disk(shop, size):
 
 
 def full_at_a_restart(shop):
-    """A run that was stopped is started on a full disk; then room is made."""
+    """Starts a stopped run on a full disk; then makes room and starts it again."""
     with small_disk(shop, "4m") as place:
         workdir = place / "run"
         shutil.copytree(shop.stopped, workdir)
@@ -413,7 +413,7 @@ def full_at_a_restart(shop):
 
 
 def read_only(shop, is_new):
-    """A disk that cannot be written, with a run that was stopped on it or without; then it can."""
+    """Starts a new or a stopped run on a read-only disk; then makes the disk writable and starts it again."""
     with small_disk(shop, "16m") as place:
         workdir = place / "run"
         if not is_new:
@@ -427,7 +427,7 @@ def read_only(shop, is_new):
 
 
 def of_disks_and_processes():
-    """Yields (name, what may come of it, do, whether it mounts) for damage to more than files."""
+    """Yields (name, allowed outcome, do, whether it mounts) for damage to more than files."""
     yield "the workdir is a file", "refused", workdir_is_a_file, False
     yield (
         "the workdir deleted while it trains",
@@ -467,10 +467,10 @@ def can_mount():
 
 
 def inflict(shop, only=""):
-    """Does all damages whose name has `only` in it.
+    """Inflicts each kind of damage whose name contains `only`.
 
     Returns:
-      [{"damage", "allowed", "is_right", and what `Workshop.judge` says}], and the names of those left out.
+      [{"damage", "allowed", "is_right", and what `Workshop.judge` returns}], and the names of those left out.
     """
     tasks = [
         (name, allowed, functools.partial(shop.damage, do, of=of)) for name, allowed, do, of in of_files()
@@ -498,7 +498,7 @@ def inflict(shop, only=""):
 
 
 def main():
-    """Damages, prints, and writes what --out names."""
+    """Inflicts the damage, prints the outcomes, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.damage", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="only damages whose name has this in it")
     parser.add_argument(

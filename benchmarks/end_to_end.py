@@ -1,14 +1,14 @@
 """Whole processes, from start to trained: `python -m benchmarks.end_to_end [--cases CASE ...]`.
 
-Beside `train.py`, and beside the depth study on digits, a script in plain PyTorch does the same
+`train.py`, and the depth study on digits, are compared with a script in plain PyTorch that does the same work
 (`benchmarks.torch_training`): the same networks, learning rates, steps and evaluations, on the same images,
 which it reads from one .npz, in batches of the same size; their order and the initial values are PyTorch's.
 Imports and compilation count. Ours also writes checkpoints, metrics and reports, as it always does. "First
-start" begins with nothing compiled, "later start" finds what the one before it compiled. The study has two
-processes, `--jobs=2`, of half the threads each; "torch, two processes" shares its networks likewise.
+start" begins with nothing compiled, "later start" finds what the start before it compiled. The study uses two
+processes, `--jobs=2`, with half of the threads each; "torch, two processes" divides its networks likewise.
 
-The contenders take turns. Figures are medians over the turns, a ratio is the median of theirs by ours of a
-turn: above 1, ours is ahead. PyTorch is no requirement of this project: pip install torch. MNIST has to be
+The contenders take turns. Values are medians over the turns; a ratio is the median of their time by ours in a
+turn: above 1, ours is faster. This project does not require PyTorch: pip install torch. MNIST has to be
 prepared: make data DATASET=mnist
 """
 
@@ -37,7 +37,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Case(NamedTuple):
-    """A training of ours, or a study, and what the peer calls the network.
+    """A training run of ours, or a study, and the peer's network.
 
     Attributes:
       config: a module of `configs`.
@@ -72,7 +72,7 @@ PEERS = ("torch", TWO, "torch.compile, first start", "torch.compile, later start
 
 
 def settings_of(case, data):
-    """What `benchmarks.torch_training` is told, but for `compiled`; the images go to the file `data`."""
+    """The settings of `benchmarks.torch_training` except `compiled`; writes the images to the file `data`."""
     config = importlib.import_module(f"configs.{case.config}").get_config()
     configs = [run.config for run in plan.expand(config)] if "grid" in config else [config]
     config = configs[0]
@@ -101,7 +101,7 @@ def settings_of(case, data):
 
 
 class Outcome(NamedTuple):
-    """What a contender took and gave: test_error is the median of its networks', platform "cpu" or "gpu"."""
+    """A contender's cost and result: test_error is the median over its networks, platform "cpu" or "gpu"."""
 
     seconds: float
     cpu_seconds: float
@@ -125,7 +125,7 @@ def _run_ours(case, workdir, cache):
 
 
 def _run_theirs(settings, directory, cache, processes):
-    """The networks are dealt out to the processes."""
+    """Runs PyTorch, with the networks dealt out to the processes."""
     commands = []
     for index in range(processes):
         path = directory / f"settings_{index}.json"
@@ -141,7 +141,7 @@ def _run_theirs(settings, directory, cache, processes):
 
 
 def _timed(commands, environment):
-    """((seconds, CPU seconds of the processes and of those they started), what each printed)."""
+    """((seconds, CPU seconds of the processes and their children), what each process printed)."""
     before = os.times()
     began = time.perf_counter()
     running = [
@@ -159,7 +159,7 @@ def _timed(commands, environment):
         outputs = [process.communicate() for process in running]
     finally:
         for process in running:
-            process.kill()  # one that has ended takes no notice
+            process.kill()  # no effect on one that has ended
     seconds = time.perf_counter() - began
     for command, process, (_, errors) in zip(commands, running, outputs, strict=True):
         if process.returncode:
@@ -170,9 +170,9 @@ def _timed(commands, environment):
 
 
 def measure(name, turns, peers):
-    """One case: a dict that JSON can hold."""
+    """Measures one case; returns a dict that JSON can hold."""
     case = CASES[name]
-    # In the order of PEERS: a later start needs the first one, which compiles for it.
+    # In the order of PEERS: a later start needs the first start, which compiles for it.
     wanted = [one for one in PEERS if one in peers and (one != TWO or case.jobs > 1)]
     found = {one: [] for one in (*OURS, *wanted)}
     platforms = {}
@@ -219,7 +219,7 @@ def _seconds(outcomes):
 
 
 def cells(rows):
-    """The table of {case: row}: lists of cells, the head first."""
+    """The table of {case: row}: lists of cells, the header first."""
     lines = [["training", "process", "turns", "s", "CPU s", "beside first start", "beside later start"]]
     for name, row in rows.items():
         for one, found in row["contenders"].items():
@@ -232,7 +232,7 @@ def cells(rows):
 
 
 def main():
-    """Measures, prints, and writes what --out names."""
+    """Measures, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.end_to_end", description=__doc__.split("\n")[0]
     )
@@ -245,7 +245,7 @@ def main():
     first, later = PEERS[-2:]
     if later in options.peers and first not in options.peers:
         parser.error(f"--peers: {later!r} needs {first!r}, which compiles for it")
-    jobs.share_accelerators()  # this process asks JAX what there is, too
+    jobs.share_accelerators()  # this process uses JAX too
     rows = {}
     for name in options.cases:
         rows[name] = measure(name, options.turns, options.peers)

@@ -1,9 +1,9 @@
-"""Whether a long training's memory stays flat: `python -m benchmarks.endurance [--steps=10000] [--out=FILE]`.
+"""Whether a long run's memory stays flat: `python -m benchmarks.endurance [--steps=10000] [--out=FILE]`.
 
 A real `train.py` does many short steps of LeNet-5 on digits, with a row of metrics every 10 steps, an
-evaluation and a checkpoint every 50, once with each feed. Meanwhile its resident memory, its open files and
-its threads are sampled from outside, with those of its worker processes. The first steps, `WARM_UP` of all,
-are left out of the figures: there everything is compiled, and the allocators' pools fill. So is the end.
+evaluation and a checkpoint every 50, once with each feed. Meanwhile its resident memory, open files and
+threads are sampled from outside, together with those of its worker processes. The results leave out the first
+steps, a share `WARM_UP` of all, in which everything is compiled and the allocators' pools fill, and the end.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure(workdir, overrides):
     """Trains in `workdir`; returns samples [(step of the last row, *NAMES)] of the process and its children.
 
     Raises:
-      RuntimeError: the training failed.
+      RuntimeError: the run failed.
     """
     samples = []
     with (workdir.parent / f"{workdir.name}.log").open("w+") as errors:
@@ -62,16 +62,16 @@ def measure(workdir, overrides):
 
 
 def _sizes(processes):
-    """What processes have in all, in the order of NAMES."""
+    """The totals over the processes, in the order of NAMES."""
     sizes = [(one.memory_info().rss / 2**20, one.num_fds(), one.num_threads()) for one in processes]
     return tuple(sum(column) for column in zip(*sizes, strict=True))
 
 
 def summary(samples, num_steps):
-    """What samples of `measure` show after the warm-up.
+    """Summarises the samples of `measure` after the warm-up.
 
     Returns:
-      For each of NAMES {"first", "last", "largest", "per_1000_steps": the slope of a line through all}.
+      For each of NAMES {"first", "last", "largest", "per_1000_steps": the slope of a line fitted to all}.
 
     Raises:
       ValueError: there are too few samples for a line.
@@ -92,7 +92,7 @@ def summary(samples, num_steps):
 
 
 def main():
-    """Trains, prints, and writes what --out names."""
+    """Trains, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.endurance", description=__doc__.split("\n")[0]
     )

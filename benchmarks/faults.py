@@ -1,19 +1,18 @@
-"""What a training survives: `python -m benchmarks.faults [--kills=50] [--terms=10] [--out=FILE.json]`.
+"""What a training run survives: `python -m benchmarks.faults [--kills=50] [--terms=10] [--out=FILE.json]`.
 
-A real `train.py` process is killed again and again, and started again, until its run ends; then all that
-the run left is compared with a run that nobody disturbed: the parameters and the optimizer's state bit by
-bit, the rows of metrics.jsonl byte by byte, the curves of TensorBoard point by point, the final figures.
-Where a run ends before there were kills enough, another one is begun. The signal comes at these moments by
-turns:
+A real `train.py` process is killed and restarted again and again until its run ends; then all that the run
+left is compared with an undisturbed run: the parameters and the optimizer's state bit by bit, the rows of
+metrics.jsonl byte by byte, the curves of TensorBoard point by point, and the final metrics. If a run ends
+before all signals were sent, another run begins. The signals come at these moments, in turn:
 
 start        any time between the start of the process and its first rows, imports and compilation included
 step         any time within 0.2 s after a row of metrics
-row          as soon as a row of metrics has grown
+row          as soon as a row of metrics is written
 evaluation   within 0.02 s after a row, when an evaluation follows
 save         while a checkpoint is being written
 
-SIGKILL leaves a process no time for anything. After SIGTERM it has to save and to end with exit code 143,
-unless Python itself had not come to its feet; the time that takes is reported.
+SIGKILL leaves a process no time for anything. After SIGTERM it has to save, which is timed, and end with exit
+code 143, unless Python itself had not started up.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from cnn_cases.training import checkpoint, logbook, programs
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
 MOMENTS = ("start", "step", "row", "evaluation", "save")
-# A row, an evaluation and a checkpoint every few steps, so that little of the time is between them.
+# A row, an evaluation and a checkpoint every few steps, so that little time passes between them.
 OVERRIDES = {
     "model.depth": 8,
     "num_steps": 400,
@@ -53,26 +52,26 @@ POLL_SECONDS = 0.001
 
 
 def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):
-    """A process that trains in `workdir`; what it says goes to the open file `errors`."""
+    """Starts a process that trains in `workdir`; its output goes to the open file `errors`."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags, *more_flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=errors, stderr=errors)
 
 
 def disturb(workdir, overrides, signals, rng):
-    """Trains in `workdir` until the run ends, disturbed for as long as there are signals.
+    """Trains in `workdir` until the run ends, and disturbs it while there are signals.
 
     Args:
-      workdir: of the run.
+      workdir: the run's workdir.
       overrides: {key: value} of the config.
-      signals: a deque of (signal number, one of MOMENTS); those that were sent are taken from it.
+      signals: a deque of (signal number, one of MOMENTS), from which sent ones are removed.
       rng: a `random.Random`.
 
     Returns:
       [{"signal", "moment", "step" of the last row when it came, "exit_code", "seconds" until the end}].
 
     Raises:
-      RuntimeError: a process ended in another way than it should.
+      RuntimeError: a process did not end as it should.
     """
     blows, startup = [], 5.0
     while True:
@@ -108,7 +107,7 @@ def disturb(workdir, overrides, signals, rng):
 
 
 def _expected(number, moment):
-    """The exit codes that are right."""
+    """The exit codes that are allowed."""
     if number == signal.SIGKILL:
         return {-signal.SIGKILL}
     saved = 128 + signal.SIGTERM
@@ -116,17 +115,17 @@ def _expected(number, moment):
 
 
 def wait_for(process, workdir, moment, startup, rng):
-    """Waits for one of MOMENTS; False where the process ended before.
+    """Waits for one of MOMENTS; returns False if the process ended before.
 
     Args:
-      process: that trains.
-      workdir: of the run.
+      process: the training process.
+      workdir: the run's workdir.
       moment: one of MOMENTS.
-      startup: seconds, within which "start" falls.
+      startup: seconds within which "start" falls.
       rng: a `random.Random`.
     """
     rows, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
-    left_over = set(saves.glob(checkpoint.DRAFTS))  # by a process that was killed in a save
+    left_over = set(saves.glob(checkpoint.DRAFTS))  # by a process that was killed while saving
 
     def size():
         return rows.stat().st_size if rows.exists() else 0
@@ -141,7 +140,7 @@ def wait_for(process, workdir, moment, startup, rng):
             drafts = set(saves.glob(checkpoint.DRAFTS))
             if drafts - left_over:
                 return True
-            left_over &= drafts  # those that were cleaned up may come again
+            left_over &= drafts  # drafts that were cleaned up may appear again
         elif size() > before:
             before, events = size(), events - 1
             if events == 0:
@@ -154,7 +153,7 @@ def wait_for(process, workdir, moment, startup, rng):
 
 
 def differences(one, other):
-    """What two runs of one config left that is not the same, as lines of text."""
+    """The differences between what two runs of one config left, as lines of text."""
     found = []
     if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
         found.append("the rows of metrics.jsonl")
@@ -173,7 +172,7 @@ def differences(one, other):
 @functools.lru_cache(maxsize=1)
 def _end(config_text, workdir):
     """The last step of a run, and a state like that of its checkpoints."""
-    del config_text  # by which the last answer is known
+    del config_text  # only part of the cache key
     config = saved_runs.load_config(workdir)
     program = programs.make_program(config)
     return config.num_steps, program.shapes_of_state()
@@ -193,7 +192,7 @@ def curves(workdir):
 
 
 def _events(content):
-    """The events of a file: each has its length, a checksum of that, and a checksum behind it."""
+    """The events of a file: each comes after its length and a checksum of that, and before its checksum."""
     place = 0
     while place + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, place)
@@ -205,14 +204,14 @@ def _events(content):
 
 
 def torment(directory, planned, overrides, seed=0, disturb=disturb):
-    """Disturbs runs until all signals are spent, and compares each with an undisturbed one.
+    """Disturbs runs until all signals are sent, and compares each run with an undisturbed one.
 
     Args:
-      directory: where the runs lie.
-      planned: [(signal number, one of MOMENTS)], in order, or what else `disturb` takes.
+      directory: the parent directory of the runs.
+      planned: [(signal number, one of MOMENTS)], in order, or what `disturb` takes instead.
       overrides: {key: value} of the config.
-      seed: of the moments.
-      disturb: as the function of that name.
+      seed: seed of the moments.
+      disturb: a function like `disturb` of this module.
 
     Returns:
       {"runs": how many were disturbed, "blows": see `disturb`, "differences": see `differences`}.
@@ -234,7 +233,7 @@ def torment(directory, planned, overrides, seed=0, disturb=disturb):
 
 
 def main():
-    """Disturbs, prints, and writes what --out names."""
+    """Disturbs the runs, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs")
     parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")

@@ -1,11 +1,11 @@
 """XLA's flags: `python -m benchmarks.flags [--device=gpu] [--cases CASE ...] [--out=FILE.json]`.
 
-Milliseconds of a training step, under XLA's defaults, under what `devices.choose_cpu_flags` or, on a GPU,
-`devices.make_deterministic` sets, and under what else might help; on a CPU also with Flax's own convolutions
-and poolings in place of those of `cnn_cases.models.fast`. Each has a process of its own, which compiles
-once, on a GPU beside the others; then the processes take turns. Figures are medians over the turns with the
-lowest and the highest, a ratio the median of the ratios of a turn to that of the defaults. Flags that this
-version of XLA does not know end their process and are told.
+Milliseconds of a training step with XLA's defaults, with the flags that `devices.choose_cpu_flags` or, on a
+GPU, `devices.make_deterministic` sets, and with other flags that might help; on a CPU also with Flax's own
+convolutions and pooling in place of those of `cnn_cases.models.fast`. Each set of flags has a separate
+process that compiles once, on a GPU at the same time as the other sets; then the processes take turns. Values
+are medians over the turns with the lowest and the highest; a ratio is the median over the turns of the ratio
+to the defaults. Flags that this version of XLA does not know end their process and are reported.
 """
 
 import argparse
@@ -41,7 +41,7 @@ FLAGS = {
         "kernels chosen without timing": "--xla_gpu_autotune_level=0",
     },
 }
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # as JAX_PLATFORMS has them
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # the values of JAX_PLATFORMS
 DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 
 
@@ -57,14 +57,14 @@ DEFAULT_CASES = {
 
 
 def ours(case, dtype, layers_of_flax):
-    """`throughput.ours`, with Flax's own layers where wanted."""
+    """`throughput.ours`, with Flax's own layers if `layers_of_flax`."""
     for_cpu = fast.is_for_cpu() and not layers_of_flax
     with mock.patch.object(fast, "is_for_cpu", return_value=for_cpu):
         return throughput.ours(case, dtype)
 
 
 def measure(name, turns, device):
-    """One case: {"batch_size": ..., "flags": {set of flags: dict, or what became of its process}}."""
+    """Measures a case: {"batch_size": ..., "flags": {set of flags: dict, or why its process died}}."""
     facts, groups, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
         made = {}
@@ -73,7 +73,7 @@ def measure(name, turns, device):
             arguments = CASES[name], DTYPES[device], one == FLAX
             process = contenders.Contender(ours, *arguments, environment=environment)
             made[one] = stack.enter_context(process)
-            if device == "cpu":  # whose cores the compilations would share
+            if device == "cpu":  # the compilations would share its cores
                 concurrent.futures.wait([process.made])
         for one, process in made.items():
             try:
@@ -93,7 +93,7 @@ def measure(name, turns, device):
 
 
 def cells(rows):
-    """The table of {case: row}: lists of cells, the head first; ms, and the ratio to the defaults."""
+    """The table of {case: row}: lists of cells, the header first; ms, and the ratio to the defaults."""
     sets = list(dict.fromkeys(one for row in rows.values() for one in row["flags"]))
     lines = [["network", "batch", *sets]]
     for name, row in rows.items():
@@ -109,7 +109,7 @@ def cells(rows):
 
 
 def main():
-    """Measures, prints, and writes what --out names."""
+    """Measures, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flags", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=FLAGS, default="cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE")

@@ -1,23 +1,23 @@
-"""What becomes of wrong configs: `python -m benchmarks.fuzz [--inputs=2000] [--minutes=60] [--out=FILE]`.
+"""How wrong configs are handled: `python -m benchmarks.fuzz [--inputs=2000] [--minutes=60] [--out=FILE]`.
 
-The configs of `configs/`, shortened, are built by hand with one or two mistakes in each, of these KINDS:
+Shortened configs of `configs/` get one or two mistakes each, of these KINDS:
 
 missing    a key is left out
 misnamed   a key has another name
-mistyped   a value is of another type, or of none
+mistyped   a value has another type, or none
 negative   a number is below zero
-zero       a number is zero, a text or a tuple is empty
-huge       a number is larger than anything holds, or infinite, or not a number
+zero       a number is zero, or a text or tuple is empty
+huge       a number is too large for anything, infinite, or NaN
 tiny       a number is almost zero
-unit       a value is in another unit or form: percent, thousands, text, pairs
-other      a value is of the right type and means nothing in its place
+unit       a value has another unit or form: percent, thousands, text, pairs
+other      a value has the right type but makes no sense in its place
 
-Two outcomes are right: the config trains, or it is refused before the first step by a ValueError that names a
-key that is wrong. The small networks on digits train two steps and are evaluated and saved, by the loop
-itself; the others, whose compilation takes minutes, are traced with shapes in the place of arrays. Blank
-images stand for the sets that are not digits.
+Two outcomes are right: the config trains, or a ValueError that names a wrong key refuses it before the first
+step. The small networks on digits train two steps and are evaluated and saved by the training loop itself;
+other networks, whose compilation takes minutes, are traced with shapes instead of arrays. Blank images
+replace all data sets except digits.
 
-Studies of `configs/studies/` get mistakes of their own and have to expand, or to be refused likewise.
+Studies get their own kinds of mistakes, and have to expand or to be refused in the same way.
 """
 
 import argparse
@@ -51,11 +51,11 @@ ROOT = pathlib.Path(__file__).parent.parent / "configs"
 TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "common"))
 REAL = ("lenet5_digits", "lenet5_1998_digits", "resnet_digits", "resnet_preact_digits")  # train two steps
 SMALLEST_DEPTHS = {"resnet": 18, "resnet_cifar": 8, "resnet_preact_cifar": 11}
-SECONDS = 180  # in which an input has to come to its end
+SECONDS = 180  # time limit for each input
 
 
 class Images:
-    """A data set of a few blank images: a config builds without its own."""
+    """A data set of a few blank images, so that a config builds without its own data set."""
 
     def __init__(self, name, count=2):
         self.shape, self.num_classes = costs.DATA_SETS[name.partition("/")[0]]
@@ -81,7 +81,7 @@ class Images:
 
     @contextlib.contextmanager
     def in_place(self):
-        """Has every feed take these images in the place of its own."""
+        """Makes every feed use these images instead of its own."""
         blanks = {
             "load_split": self.load_split,
             "open_split": self.open_split,
@@ -93,7 +93,7 @@ class Images:
             return compute()
 
         def whitening(images):
-            size = images[0].size  # for 32x32x3 it takes half a minute; tests/data/test_pixels.py has smaller
+            size = images[0].size  # half a minute for 32x32x3; tests/data/test_pixels.py has smaller images
             return {"zca_mean": np.zeros(images.shape[1:], np.float32), "zca_matrix": np.zeros((size, size))}
 
         with (
@@ -105,12 +105,12 @@ class Images:
 
 
 def load(name):
-    """A config of `configs/`."""
+    """Loads a config of `configs/`."""
     return importlib.import_module(f"configs.{name}").get_config()
 
 
 def shortened(name):
-    """The nested dict of a config: two steps on batches of four, with the shallowest of its nets."""
+    """The nested dict of a config with two steps, batches of four and the shallowest of its nets."""
     config = load(name).unlock().to_dict()
     config |= {"num_steps": 2, "batch_size": 4, "log_every_steps": 1, "num_microbatches": 1}
     config["evaluation"] |= {"every_steps": 1, "batch_size": 400}
@@ -123,7 +123,7 @@ def shortened(name):
 
 
 class Object:
-    """Something that no config is made of."""
+    """An object that no config can contain."""
 
     def __repr__(self):
         return "Object()"
@@ -157,7 +157,7 @@ KINDS = ("missing", "misnamed", "mistyped", *NUMBERS, "unit")
 
 
 def in_another_unit(value):
-    """What people write for a value who have another unit or form in mind."""
+    """What users might write for a value if they have another unit or form in mind."""
     if isinstance(value, bool):
         return (int(value), str(value), "yes")
     if isinstance(value, int):
@@ -170,9 +170,9 @@ def in_another_unit(value):
 
 
 def paths_of(config, before=()):
-    """The paths of all keys of a nested dict, sections and what is in them."""
+    """Yields the paths of all keys of a nested dict, sections included."""
     for key, value in config.items():
-        if isinstance(key, str):  # and not what an earlier mistake put there
+        if isinstance(key, str):  # not one that an earlier mistake put there
             yield (*before, key)
         if isinstance(value, dict):
             yield from paths_of(value, (*before, key))
@@ -185,11 +185,11 @@ def mutate(config, kind, rng, but=()):
       config: a nested dict.
       kind: one of KINDS.
       rng: a `random.Random`.
-      but: keys that are wrong already, which are left as they are.
+      but: keys that are wrong already, which stay as they are.
 
     Returns:
-      The names, with dots, of the key where it is, by any of which a message may call it: a misnamed one has
-      two. [] where the config has no key for such a mistake.
+      The dotted names of the wrong key, any of which a message may use: a misnamed key has two. [] if the
+      config has no key for such a mistake.
     """
 
     def section_of(path):
@@ -205,7 +205,7 @@ def mutate(config, kind, rng, but=()):
             return ()
         return in_another_unit(old) if kind == "unit" else NUMBERS[kind].get(type(old), ())
 
-    # What these name is looked for on the disk and in the network.
+    # A wrong data_dir would be searched for on the disk and in the network.
     paths = [
         path
         for path in paths_of(config)
@@ -230,22 +230,22 @@ def mutate(config, kind, rng, but=()):
 
 
 class Outcome(SimpleNamespace):
-    """`kinds` and `keys` of the mistakes, the config's `name`, `what` became of it, and the `message`."""
+    """The `kinds` and `keys` of the mistakes, the config's `name`, the outcome (`what`) and the `message`."""
 
 
 RIGHT = ("trained", "refused")
 
 
 def try_config(rng, directory, names=TRAINING):
-    """Makes a config with mistakes, and trains it if it can be.
+    """Makes a config with mistakes, and trains it if possible.
 
     Args:
       rng: a `random.Random`.
-      directory: for the run; nothing is there yet.
-      names: of the configs to choose from.
+      directory: a directory for the run, which does not exist yet.
+      names: names of the configs to choose from.
 
     Returns:
-      An Outcome. "trained" and "refused" are right; anything else that came is the name of its type.
+      An Outcome. "trained" and "refused" are right; an unexpected error gives the name of its type.
     """
     name = rng.choice(names)
     values = shortened(name)
@@ -264,7 +264,7 @@ def try_config(rng, directory, names=TRAINING):
 
 
 def judge(action, keys):
-    """What `action()` returns, or "refused" where it names one of the keys, or another error; the message."""
+    """What `action()` returns, "refused" if an error names one of the keys, or another error; the message."""
     try:
         with time_limit(SECONDS):
             return action(), ""
@@ -277,14 +277,14 @@ def judge(action, keys):
 
 
 def is_named(key, message):
-    """Whether a message names a key with its dots, or its section and it apart."""
+    """Whether a message names a key with its dots, or the section and the key separately."""
     section, _, last = key.rpartition(".")
     return section in message and last in message
 
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raises TimeoutError after so many seconds."""
+    """Raises TimeoutError in the block after `seconds`."""
 
     def stop(*_):
         raise TimeoutError(f"not done after {seconds} s")
@@ -303,7 +303,7 @@ class TwoStepsError(Exception):
 
 
 def train(config, directory, in_earnest):
-    """Trains two steps, or traces a step; "trained" where that went well.
+    """Trains two steps, or traces a step; returns "trained" on success.
 
     Raises:
       ValueError: the config was refused, before the first step.
@@ -369,7 +369,7 @@ VALUES = (*JUNK, -1, 10**12, float("nan"), 2**31, "a/b")
 
 
 def try_study(rng):
-    """Makes a study with a mistake, and expands it if it can be; an Outcome."""
+    """Makes a study with a mistake, and expands it if possible; returns an Outcome."""
     values = {
         "base": shortened("resnet_digits"),
         "grid": rng.choice(GRIDS),
@@ -392,7 +392,7 @@ def try_study(rng):
         keys = ["base", *mutate(values["base"], rng.choice(KINDS), rng)]
     else:
         other = rng.choice(VALUES)
-        # What is wrong in it, and so may be named instead of the part.
+        # (key that an error may name instead of the part, wrong value).
         inside = {
             "grid": (
                 ("grid", value),
@@ -412,7 +412,7 @@ def try_study(rng):
         key, inner = rng.choice(inside[part])
         keys, values[part] = [part, key], (inner,)
     if part == "grid":
-        values.pop("compare", None)  # which may be none of its keys now, and be named instead
+        values.pop("compare", None)  # it may no longer be a key of the grid, and be named instead
 
     def expand():
         for run in plan.expand(ConfigDict(values)):
@@ -424,7 +424,7 @@ def try_study(rng):
 
 
 def main():
-    """Tries, prints, and writes what --out names."""
+    """Tries the configs and studies, prints the outcomes, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--inputs", type=parsing.positive_number, default=2000, help="configs; and a tenth as many studies"
@@ -438,7 +438,7 @@ def main():
     rng, end = random.Random(options.seed), time.monotonic() + 60 * options.minutes
     counts, kinds, wrong, tried = collections.Counter(), collections.defaultdict(collections.Counter), [], 0
     with tempfile.TemporaryDirectory() as directory:
-        # Most mistakes leave the compiled step as it is.
+        # Most mistakes do not change the compiled step.
         jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         while tried < options.inputs and time.monotonic() < end:

@@ -1,10 +1,10 @@
-"""The networks of this project in plain PyTorch, layer for layer: what the benchmarks compare with.
+"""The networks of this project in plain PyTorch, layer for layer, for the benchmarks to compare with.
 
-They take and give what PyTorch's own do: image [B, C, H, W] -> logits [B, num_classes], in training mode a
-tuple with the side branches' logits behind it where the net has any. Weights start as PyTorch starts them.
-`benchmarks.throughput` checks that parameters and multiply-adds are as many as ours, and tests/test_peers.py
-that logits and gradients are ours. What a function needs of our tables it imports itself, so that a process
-that only trains a peer imports no JAX.
+Inputs and outputs are as in PyTorch's own networks: image [B, C, H, W] -> logits [B, num_classes]. A net with
+side branches (auxiliary classifiers) returns a tuple (logits, *side_logits) in training mode. PyTorch draws
+the initial values. `benchmarks.throughput` checks that the numbers of parameters and multiply-adds equal
+ours, and tests/test_peers.py that logits and gradients do. Functions import our tables only when they need
+them, so that a process that only trains a peer imports no JAX.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class Mean(nn.Module):
-    """The mean of each map."""
+    """The mean of each feature map."""
 
     def forward(self, x):
         """[B, C, H, W] -> [B, C]."""
@@ -50,7 +50,7 @@ def lenet5(channels, image_size):
 
 
 def alexnet_two_groups(num_classes=1000):
-    """`alexnet.AlexNet`, the paper's, for 227x227 pixels; PyTorch's alpha is five times the paper's."""
+    """`alexnet.AlexNet` as in the paper, for 227x227 pixels; PyTorch's alpha is five times the paper's."""
     from cnn_cases.models import alexnet
 
     variant = alexnet.VARIANTS["two_groups"]
@@ -131,7 +131,7 @@ class Subsample(nn.Module):
     """`resnet.identity_shortcut`."""
 
     def __init__(self, filters, stride):
-        """As many channels as `filters` come out, the new ones zero."""
+        """The output has `filters` channels; the added ones are zero."""
         super().__init__()
         self.filters, self.stride = filters, stride
 
@@ -148,7 +148,7 @@ def conv_norm(channels, filters, size, stride=1):
 
 
 def residual_block(channels, filters, stride, *, bottleneck, shortcut, plain):
-    """A block with `filters` channels inside, and what comes out: (block, channels)."""
+    """A block with `filters` channels inside, and its number of output channels: (block, channels)."""
     wide = 4 * filters if bottleneck else filters
     if bottleneck:
         branch = [*conv_norm(channels, filters, 1), nn.ReLU(inplace=True)]
@@ -201,10 +201,10 @@ def cifar_resnet(depth, *, channels=3, plain=False, num_classes=10):
 
 
 class Branches(nn.Module):
-    """Layers side by side on one input; their maps are put together."""
+    """Layers side by side on one input; their outputs are concatenated."""
 
     def __init__(self, *branches):
-        """Each is a layer or a list of layers, one after another."""
+        """Each branch is a list of layers, applied one after another."""
         super().__init__()
         self.branches = nn.ModuleList(nn.Sequential(*branch) for branch in branches)
 
@@ -214,7 +214,7 @@ class Branches(nn.Module):
 
 
 class SideBranched(nn.Module):
-    """A trunk in parts; in training a side branch gives logits after each part but the last."""
+    """A trunk in parts; in training, each part except the last is followed by a side branch with logits."""
 
     def __init__(self, parts, sides):
         """One side branch fewer than parts."""

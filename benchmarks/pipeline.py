@@ -1,21 +1,21 @@
 """What feeds and the loop cost: `python -m benchmarks.pipeline [--data_dir=DIR] [--out=FILE.json]`.
 
-resident   A training step of ResNet-20 with the resident feed, beside the same step on one batch that is
-           prepared already and stays on the device. CIFAR-10 where it is prepared, else the digits.
-training   A step of a whole training, which prepares batches, logs its metrics and saves checkpoints,
-           beside such a step on one batch: what a training of twice the steps takes longer, so that its
-           start and its end do not count. CIFAR-10 on a GPU or TPU where it is prepared, else the digits.
-stream     Images a second that one core reads, decodes, crops (area 8 to 100 %, aspect 3:4 to 4:3, to 224
-           pixels), mirrors and puts into batches: the streaming feed beside tf.data, which reads the same
-           files from TFRecord, and beside PyTorch's DataLoader, whose images PIL decodes. For pictures of
-           ImageNet's usual size that are made here, and for Imagenette where it is prepared. Our feed leaves
-           the mirroring to the device; here OpenCV does it, and the others are handed boxes of our own draw,
-           so that all crop alike; PIL resizes with antialiasing, the others mostly without. Neither peer is
-           part of our requirements: pip install tensorflow-cpu torch. The output says which is missing.
+resident   A training step of ResNet-20 with the resident feed, compared with the same step on one prepared
+           batch that stays on the device. CIFAR-10 if it is prepared, else the digits.
+training   A step of a whole training run, which prepares batches, logs its metrics and saves checkpoints,
+           compared with the step on one prepared batch: the extra time of a run with twice the steps, so
+           that start and end do not count. CIFAR-10 on a GPU or TPU if it is prepared, else the digits.
+stream     Images per second that one core reads, decodes, crops (area 8 to 100 %, aspect 3:4 to 4:3, to 224
+           pixels), mirrors and batches: the streaming feed, compared with tf.data, which reads the same files
+           from TFRecord, and with PyTorch's DataLoader, whose images PIL decodes. For generated pictures of
+           ImageNet's usual size, and for Imagenette if it is prepared. Our feed leaves mirroring to the
+           device; in this benchmark OpenCV does it. The peers get boxes drawn by our code, so that all crop
+           alike. PIL resizes with antialiasing, the feed and tf.data mostly without. Neither peer is part of
+           our requirements: pip install tensorflow-cpu torch. The output says which is missing.
 
-Those that are compared take turns. Figures are medians over the turns, with the lowest and the highest.
-Where the CPU computes, time is CPU time of the whole process, so that others on the machine count less; a
-stream is held to one core besides.
+The contenders take turns. Values are medians over the turns, with the lowest and the highest. Where the CPU
+computes, time is the CPU time of the whole process, so that other load on the machine counts less; a stream
+is also pinned to one core.
 """
 
 import argparse
@@ -54,7 +54,7 @@ STEPS_A_TURN = {
 
 
 class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
-    """512 made pictures of 500x375 pixels, of 100 kB each: what ImageNet's are on average, about."""
+    """512 generated pictures of 500x375 pixels and 100 kB each, about the average of ImageNet's."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -82,7 +82,7 @@ class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
 
 
 def resident_feed(data_dir, turns, steps_a_turn, dtype):
-    """Seconds a step, of the feed and of a fixed batch, and the overhead in percent, each over the turns."""
+    """Seconds per step with the feed and with a fixed batch, and the overhead in percent, over the turns."""
     config = _cifar10_or_digits(data_dir)
     config.dtype = dtype
     program = programs.make_program(config, jax.local_devices()[:1])
@@ -92,7 +92,7 @@ def resident_feed(data_dir, turns, steps_a_turn, dtype):
 
 
 def whole_training(data_dir, turns, steps_a_turn, dtype):
-    """Like `resident_feed`, for the loop around the feed as well."""
+    """Like `resident_feed`, but includes the training loop around the feed."""
     on_cpu = jax.default_backend() == "cpu"
     config = resnet_digits.get_config() if on_cpu else _cifar10_or_digits(data_dir)
     config.dtype, config.num_steps = dtype, 2 * steps_a_turn
@@ -127,14 +127,14 @@ def _clock(program):
 
 
 def _calls(program, batches):
-    """Batches as a call of `program.train` takes them: several steps, on one device."""
+    """Yields batches as a call of `program.train` takes them: several steps, on one device."""
     while True:
         of_call = itertools.islice(batches, program.steps_per_call)
         yield devices_lib.shard(jax.tree.map(lambda *arrays: np.stack(arrays), *of_call), 1, axis=1)
 
 
 def _runner(program, train, arrays, calls, num_steps):
-    """A function that does so many steps and tells seconds a step."""
+    """Makes a function that does `num_steps` steps and returns the seconds per step."""
     clock = _clock(program)
     state = devices_lib.replicate(program.init_state(0), program.devices)
 
@@ -151,7 +151,7 @@ def _runner(program, train, arrays, calls, num_steps):
 
 
 def _bare(program, num_steps):
-    """A `_runner` of the same steps, all of them on one batch that is prepared already."""
+    """A `_runner` of the same steps, all on one prepared batch."""
     feed = program.feed
     prepare = jax.jit(feed.prepare)
     image, label = prepare(feed.arrays, next(feed.train_batches(0, 0)), jax.random.key(0))
@@ -185,9 +185,9 @@ def _beside_bare(run, config, program, turns, num_steps):
 
 
 def streams(name, data_dir, turns, batches_a_turn):
-    """Images a second of one core, of our feed and of its peers, each over the turns."""
+    """Images per second on one core, for our feed and for its peers, over the turns."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})  # of this thread and those that it starts
+    os.sched_setaffinity(0, {max(before)})  # this thread and those that it starts
     try:
         with tempfile.TemporaryDirectory() as directory:
             runs = {"stream": _timed(lambda: _our_batches(name, data_dir), batches_a_turn)}
@@ -206,17 +206,17 @@ def streams(name, data_dir, turns, batches_a_turn):
 
 
 def _timed(make_iterator, count):
-    """A function that takes so many batches from a new iterator and tells images a second of CPU time."""
+    """Makes a function that takes `count` batches from a new iterator; returns images per CPU second."""
 
     def run():
         iterator = make_iterator()
-        next(iterator)  # a batch may be made in advance; from one handing over to another, it evens out
+        next(iterator)  # a batch may be made in advance; from one batch to another this evens out
         started = time.process_time()
         for _ in range(count):
             next(iterator)
         seconds = time.process_time() - started
         del iterator
-        time.sleep(0.5)  # let what it still does come to an end
+        time.sleep(0.5)  # let its remaining work end
         return count * BATCH_SIZE / seconds
 
     run()
@@ -243,7 +243,7 @@ def _our_feed(name, data_dir):
 
 
 def _tf_dataset(name, data_dir, path):
-    """The same work by tf.data, in one thread; the records are copied to its own format first."""
+    """The same work by tf.data, in one thread; copies the records to TFRecord first."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -282,7 +282,7 @@ def _torch_loader(name, data_dir):
 
     class Photos(torch.utils.data.Dataset):
         def __len__(self):
-            return len(records) * 100  # no epoch ends while it is timed
+            return len(records) * 100  # no epoch ends during the measurement
 
         def __getitem__(self, index):
             record, (top, left, height, width) = records[index % len(records)], boxes[index % len(records)]
@@ -305,7 +305,7 @@ def _boxes(records):
 
 
 def _take_turns(runs, turns):
-    """The figures of every run, one list each; who goes first changes from turn to turn."""
+    """The values of every run, one list each; the order alternates from turn to turn."""
     figures = [[] for _ in runs]
     for turn in range(turns):
         for number in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
@@ -314,7 +314,7 @@ def _take_turns(runs, turns):
 
 
 def _version(package):
-    """None where it is not installed."""
+    """The version of a package, None if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
 
@@ -327,7 +327,7 @@ def _line(title, figures, unit):
 
 
 def main():
-    """Measures, prints, and writes what --out names."""
+    """Measures, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     parser.add_argument("--out", type=output, help="a JSON file")

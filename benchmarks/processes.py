@@ -1,17 +1,16 @@
-"""What a training of several processes survives: `python -m benchmarks.processes [--out=FILE.json]`.
+"""What a run of several processes survives: `python -m benchmarks.processes [--out=FILE.json]`.
 
-Four real `train.py` processes with one CPU device each do one training. One of them is killed (SIGKILL), or
-falls silent as a machine does that hangs (SIGSTOP), at these moments:
+Four real `train.py` processes with one CPU device each share one training run. One of them is killed
+(SIGKILL), or stops responding like a machine that hangs (SIGSTOP), at these moments:
 
-import       before it has met the others
-start        any time within 3 s after all have met: compilation and the first steps
+import       before it has connected to the other processes
+start        any time within 3 s after all have connected: compilation and the first steps
 step         any time within 0.2 s after a row of metrics
 save         while process 0 writes a checkpoint
 
-Measured is how long it takes until all others have ended, and with which exit code and message. Then all four
-are started again, until the run ends; what it left is compared, as `benchmarks.faults` does, with a run of
-four processes that nobody disturbed. Besides, a process of another config and one of another package version
-are refused.
+The benchmark records how long the three other processes take to end, and their exit codes and messages.
+Then all four are restarted until the run ends; what it left is compared, as in `benchmarks.faults`, with an
+undisturbed run of four processes. A process with another config or package version has to be refused.
 """
 
 import argparse
@@ -43,8 +42,8 @@ OVERRIDES = {
     "checkpoint.every_steps": 15,
 }
 HEARTBEAT_SECONDS, MEETING_SECONDS = 10, 20
-# Within so many seconds of the signal, before or after they have met, all others must have ended: the time
-# that one is given who does not come or is silent, and what it takes to end, process 0 last.
+# Seconds after the signal, before or after all have connected, within which the other processes must have
+# ended: the timeout for a process that is missing or silent, plus the time to end, process 0 last.
 BOUNDS = {"before": MEETING_SECONDS + 10, "after": HEARTBEAT_SECONDS + 10}
 ABORT = -signal.SIGABRT
 PLANNED = [
@@ -55,18 +54,18 @@ PLANNED = [
 
 
 def start_all(workdir, overrides, own_flags=None, own_environment=None):
-    """Starts the processes of a job; what process i says goes to `<workdir>.<i>.log`, from the start.
+    """Starts the processes of a job; the output of process i goes to a new `<workdir>.<i>.log`.
 
     Args:
-      workdir: of the run.
+      workdir: the run's workdir.
       overrides: {key: value} of the config.
-      own_flags: {process: [flags of its own]}.
-      own_environment: {process: {variables of its own}}.
+      own_flags: {process: [its additional flags]}.
+      own_environment: {process: {its additional environment variables}}.
     """
     with socket.socket() as one:
         one.bind(("localhost", 0))
         port = one.getsockname()[1]
-    # The quicker it is compiled, the more of the time goes into what is tried here.
+    # Quick compilation leaves more of the time to what is tested.
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PJRT_NPROC": "16",
@@ -89,20 +88,20 @@ def start_all(workdir, overrides, own_flags=None, own_environment=None):
 
 
 def disturb(workdir, overrides, blows, rng):
-    """Trains in `workdir` until the run ends, disturbed for as long as there are blows.
+    """Trains in `workdir` until the run ends, and disturbs it while there are blows.
 
     Args:
-      workdir: of the run.
+      workdir: the run's workdir.
       overrides: {key: value} of the config.
-      blows: a deque of (signal number, moment, process); those that were struck are taken from it.
+      blows: a deque of (signal number, moment, process), from which struck ones are removed.
       rng: a `random.Random`.
 
     Returns:
-      [{"signal", "moment", "process", "step" of the last row when it came, "seconds" until the others had
-      ended, "exit_codes" and "messages" of the others}].
+      [{"signal", "moment", "process", "step" of the last row when it came, "seconds" until the other
+      processes had ended, "exit_codes" and "messages" of the other processes}].
 
     Raises:
-      RuntimeError: a process did not end within its bound, or in another way than it should.
+      RuntimeError: a process did not end within its bound, or not as it should.
     """
     done = []
     while True:
@@ -129,11 +128,11 @@ def _started(*arguments):
 
 
 def _wait_for(process, workdir, moment, rng):
-    """Waits for the moment; False where the process ended before."""
+    """Waits for the moment; returns False if the process ended before."""
     if moment == "import":
         time.sleep(rng.uniform(0, 0.5))
         return True
-    # Process 0 writes there when all have met, and then they compile.
+    # Process 0 writes this file when all have connected; then they compile.
     starts, before = workdir / "environment.json", time.time()
     while not (starts.exists() and starts.stat().st_mtime > before):
         if process.poll() is not None:
@@ -143,7 +142,7 @@ def _wait_for(process, workdir, moment, rng):
 
 
 def _strike(processes, workdir, number, moment, struck):
-    """Sends the signal, waits for the others to end, and tells of it."""
+    """Sends the signal, waits for the other processes to end, and returns what happened."""
     name = signal.Signals(number).name
     bound = BOUNDS["before" if moment == "import" else "after"]
     others = [index for index in range(COUNT) if index != struck]
@@ -162,7 +161,7 @@ def _strike(processes, workdir, number, moment, struck):
         "messages": _said(workdir, others),
     }
     print(blow, flush=True)
-    # JAX aborts all at once when process 0, on which they count, is gone; Gloo, at times, when any is.
+    # JAX aborts all processes when process 0, which they depend on, is gone; Gloo at times when any is.
     clear = all(re.match("error: |Terminating process|terminate called", said) for said in blow["messages"])
     if not (clear and {LOST, ABORT}.issuperset(blow["exit_codes"])):
         raise RuntimeError(f"not as it should be: {blow}")
@@ -170,7 +169,7 @@ def _strike(processes, workdir, number, moment, struck):
 
 
 def _said(workdir, indices):
-    """What processes said in the end, each once: the line of the error, without the day's numbers."""
+    """The distinct last messages of processes: the line of the error, without times, ids and ports."""
     lines = set()
     for index in indices:
         text = _log_of(workdir, index).read_text().strip().splitlines()
@@ -182,15 +181,15 @@ def _said(workdir, indices):
 
 
 def refused(directory):
-    """What is said where one process differs: {what differs: {"exit_codes", "seconds", "message"}}.
+    """Starts jobs in which one process differs: {what differs: {"exit_codes", "seconds", "message"}}.
 
     Args:
-      directory: where the runs would lie.
+      directory: the parent directory of the runs.
 
     Raises:
-      RuntimeError: they were not refused, or the workdir was touched.
+      RuntimeError: a job was not refused, or its workdir was touched.
     """
-    # Another version of a package, as far as the metadata of the installation tell.
+    # Another version of a package, according to the metadata of the installation.
     (directory / "optax-0.0.1.dist-info").mkdir()
     (directory / "optax-0.0.1.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n"
@@ -224,7 +223,7 @@ def _log_of(workdir, index):
 
 
 def main():
-    """Disturbs, prints, and writes what --out names."""
+    """Disturbs the runs, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.processes", description=__doc__.split("\n")[0]
     )

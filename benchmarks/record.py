@@ -1,4 +1,4 @@
-"""Records of results/ with a section for each command that adds to them."""
+"""Records in results/ with a section for each result that a command adds."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from cnn_cases.training import disk, provenance
 
 
 def output(text):
-    """The value of an option --out, for argparse: a JSON file of sections, or one that is not there yet."""
+    """The value of an --out option, for argparse: a JSON file of sections, or one that does not exist yet."""
     path = parsing.path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} must lie in a directory that is there")
@@ -20,16 +20,16 @@ def output(text):
 
 
 def write_section(path, name, command, figures):
-    """Puts what a command found in the place of what it found before; the file's other sections stay.
+    """Writes a command's results in place of its earlier results; the file's other sections stay.
 
     Args:
-      path: of a JSON file, which need not be there yet; see `output`.
-      name: of the section.
-      command: that gives the figures again.
-      figures: a dict that JSON can hold.
+      path: a JSON file, which need not exist yet; see `output`.
+      name: the name of the section.
+      command: the command that reproduces the results.
+      figures: the results, a dict that JSON can hold.
 
     Raises:
-      ValueError: the file holds something else, or has a section of the name by another benchmark.
+      ValueError: the file holds something else, or has a section of this name from another benchmark.
     """
     sections = _sections(path)
     if name in sections and _benchmark(sections[name]["command"]) != _benchmark(command):

@@ -1,6 +1,6 @@
-"""Puts the tables of the records into docs/speed.md: `python -m benchmarks.report`.
+"""Writes the tables of the records into docs/speed.md: `python -m benchmarks.report`.
 
-A table stands between two lines, `<!-- NAME, written by python -m benchmarks.report -->` and `<!-- End. -->`.
+Each table is between two lines, `<!-- NAME, written by python -m benchmarks.report -->` and `<!-- End. -->`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def _depths(rows):
     return scaling.depth_cells(depths)
 
 
-# Name of the table: (record, what makes cells of it, columns of words).
+# {name of the table: (record, function that makes its cells, columns of words)}.
 TABLES = {
     "Images a second": ("throughput_cpu", throughput.cells, (0,)),
     "Costs": ("throughput_cpu", throughput.cost_cells, (0,)),
@@ -38,7 +38,7 @@ TABLES = {
 
 
 def fill(text):
-    """A document with each of TABLES between its lines, in place of what is there.
+    """The text of a document, with each of TABLES written between its two lines.
 
     Raises:
       ValueError: a table has no place, or several.

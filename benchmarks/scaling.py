@@ -1,16 +1,16 @@
-"""What it costs to share the work, and to go deeper: `python -m benchmarks.scaling [--only=sharing|depth]`.
+"""The costs of sharing the work and of depth: `python -m benchmarks.scaling [--only=sharing|depth]`.
 
-sharing   Milliseconds of a training step of one batch, which is split over 1, 2 and 4 virtual CPU devices of
-          one process, and over 2 and 4 processes with a CPU device each; beside the step by plain `jax.jit`
-          on one device. They share the cores, so that nothing becomes faster, and what a step takes more is
-          what sharing costs: each device waits for the others at every batch normalisation, whose statistics
+sharing   Milliseconds of a training step on one batch that is split over 1, 2 and 4 virtual CPU devices of
+          one process, and over 2 and 4 processes with a CPU device each; compared with the step by plain
+          `jax.jit` on one device. All share the same cores, so nothing becomes faster, and the extra time is
+          the cost of sharing: the devices wait for each other at every batch normalisation, whose statistics
           are those of the whole batch, and for the mean of the gradients.
 depth     Seconds until the first training step of CIFAR-10's ResNets is done, with tracing and compilation,
-          and milliseconds of the steps after it; beside PyTorch's, eager and by torch.compile, where it is
-          installed (pip install torch).
+          and milliseconds of the steps after it; compared with PyTorch, eager and with torch.compile, if it
+          is installed (pip install torch).
 
-Every contender has a process of its own, and they take turns. Figures are medians over the turns with the
-lowest and the highest, a ratio the median of the ratios of a turn.
+Every contender has separate processes, and the contenders take turns. Values are medians over the turns with
+the lowest and the highest; a ratio is the median of the ratios of the turns.
 """
 
 import argparse
@@ -34,13 +34,13 @@ DTYPE = "float32"
 
 
 def teams():
-    """{who: [(what makes a `contenders.Network` of a case, environment) of each process]}."""
+    """{who: [(function that makes a `contenders.Network` of a case, environment) for each process]}."""
     found = {
         JIT: [(functools.partial(_make, over_devices=_jit_train), _on_cpu(1))],
         ONE: [(_make, _on_cpu(1))],
     }
     for count in DEVICES:
-        # They wait for each other, each in a thread: without enough of those it would be for ever (JAX 0.10).
+        # Devices wait for each other, each in a thread; with too few threads they wait forever (JAX 0.10).
         environment = _on_cpu(count) | {"PJRT_NPROC": "16"}
         found[f"{count} devices"] = [(functools.partial(_make, num_devices=count), environment)]
     for count in PROCESSES:
@@ -65,19 +65,19 @@ def _make(case, num_devices=1, over_devices=devices_lib.pmap_train, job=None):
 
 
 def _jit_train(train_steps, _):
-    """As `devices.pmap_train`, for one device and without pmap."""
+    """Like `devices.pmap_train`, for one device and without pmap."""
     train_steps = jax.vmap(train_steps, in_axes=(None, None, 0), out_axes=None, axis_name=devices_lib.AXIS)
     return jax.jit(train_steps, donate_argnums=0)
 
 
 def _leave(group):
-    """Ends the processes of a job; all at once, since they wait for each other."""
+    """Ends the processes of a job, all at once since they wait for each other."""
     for left in [one.also(processes.end_together, 0, 30) for one in group]:
         left.exception()  # BrokenProcessPool, as the process is gone
 
 
 def sharing(case, turns):
-    """One case: {"batch_size": ..., "teams": {who: {"step_seconds", "ratio" to one device's, ...}}}."""
+    """Measures a case: {"batch_size": ..., "teams": {who: {"step_seconds", "ratio" to one device, ...}}}."""
     groups, facts, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for who, processes in teams().items():
@@ -99,7 +99,7 @@ def sharing(case, turns):
 
 
 def depth_costs(depth, turns, kinds):
-    """One depth: {"batch_size": ..., "contenders": {kind: {"first_step_seconds", "step_seconds"}}}."""
+    """Measures a depth: {"batch_size": ..., "contenders": {kind: {"first_step_seconds", "step_seconds"}}}."""
     with contextlib.ExitStack() as stack:
         groups, facts = {}, {}
         for kind in kinds:
@@ -119,7 +119,7 @@ def depth_costs(depth, turns, kinds):
 
 
 def sharing_cells(rows):
-    """The table of {case: row of `sharing`}: lists of cells, the head first; ms, ratio to one device."""
+    """The table of {case: row of `sharing`}: lists of cells, the header first; ms, ratio to one device."""
     lines = [["network", "batch", *next(iter(rows.values()))["teams"]]]
     for name, row in rows.items():
         line = [name, str(row["batch_size"])]
@@ -130,7 +130,7 @@ def sharing_cells(rows):
 
 
 def depth_cells(rows):
-    """The table of {depth: row of `depth_costs`}: lists of cells, the head first."""
+    """The table of {depth: row of `depth_costs`}: lists of cells, the header first."""
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["contenders"]))
     head = ["depth", *(f"{kind}, first step, s" for kind in kinds), *(f"{kind}, later, ms" for kind in kinds)]
     lines = [head]
@@ -144,7 +144,7 @@ def depth_cells(rows):
 
 
 def main():
-    """Measures, prints, and writes what --out names."""
+    """Measures, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("sharing", "depth"), help="one of the two")
     parser.add_argument("--cases", nargs="+", choices=flags.CASES, metavar="CASE", default=DEFAULT_CASES)

@@ -1,19 +1,19 @@
-"""Images a second, beside PyTorch: `python -m benchmarks.throughput [--quick] [--out=FILE.json]`.
+"""Images per second, compared with PyTorch: `python -m benchmarks.throughput [--quick] [--out=FILE.json]`.
 
 Every architecture, in training (a whole step: forward, backward, SGD with momentum and weight decay) and in
-inference, on data that lies on the device. The peer is the same network in PyTorch, eager and through
-torch.compile, channels last, under autocast where the type is bfloat16: torchvision's where it is installed
-and has the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be as
-many. PyTorch is no requirement of this project: pip install torch.
+inference, on data that is on the device already. The peer is the same network in PyTorch, eager and with
+torch.compile, channels last, under autocast if the type is bfloat16: torchvision's if it is installed and has
+the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be equal in
+number. This project does not require PyTorch: pip install torch.
 
-Each contender has a process of its own; when all are made, of one case or of several, they take turns. What
-is made at once shares the device also while XLA and cuDNN choose kernels by timing them, and may choose
-worse. Figures are medians over the turns, with the lowest and the highest; a ratio is the median of the
-ratios of a turn. `share_of_ceiling` is that of the device's ceiling, a large matrix product of the same type
-measured in the same run; on a CPU, `bound` is the number of images a second at which either the arithmetic or
-the memory traffic that XLA counts for its program would take all of what was measured of the device (on a GPU
-XLA counts neither in what cuDNN and cuBLAS do). `peak_bytes` is the memory of training at its fullest,
-parameters included: on a GPU as the framework counts it, on a CPU by what the process has grown.
+Each contender has a separate process; when all are made, of one case or of several, they take turns.
+Contenders that are made at the same time share the device while XLA and cuDNN choose kernels by timing them,
+and may choose worse ones. Values are medians over the turns, with the lowest and the highest; a ratio is the
+median of the ratios of the turns. `share_of_ceiling` is the share of the device's ceiling, a large matrix
+product of the same type measured in the same run. On a CPU, `bound` is the number of images per second at
+which the arithmetic or the memory traffic that XLA counts for its program would use all that was measured of
+the device (on a GPU XLA counts neither for cuDNN and cuBLAS). `peak_bytes` is the peak memory of training,
+parameters included: on a GPU as the framework counts it, on a CPU as the growth of the process.
 """
 
 import argparse
@@ -44,11 +44,11 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
 
 
 class Case(NamedTuple):
-    """A network, and how many images it is given at once on a GPU and on a CPU."""
+    """A network, and its batch sizes on a GPU and on a CPU."""
 
     model: dict  # arguments of `make_model`
     peer: tuple  # the name in `benchmarks.peers`, and its arguments
-    public: str  # the name in torchvision.models, "" where it has none that is the same
+    public: str  # the name in torchvision.models, "" if it does not have the same network
     image_shape: tuple
     num_classes: int
     gpu_batch: int
@@ -109,11 +109,11 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     Args:
       case: a Case.
       dtype: "float32" or "bfloat16".
-      num_devices: how many of this process's devices share the work, with those of other processes.
+      num_devices: how many devices of this process share the work, with those of other processes.
       over_devices: (train_steps, devices) -> the jitted function.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: this process has fewer devices.
     """
     devices = jax.local_devices()[:num_devices]
     if len(devices) < num_devices:
@@ -150,10 +150,10 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     share = batch_size // devices_of_all
     arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
     state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)
-    nothing = np.zeros((len(devices), 1, 1), np.int32)  # of each device, one step: its images are in `arrays`
+    nothing = np.zeros((len(devices), 1, 1), np.int32)  # one step per device; its images are in `arrays`
     began = time.perf_counter()
     train = over_devices(train_steps, devices)
-    # With other processes, pmap can only be compiled by a call (JAX 0.10).
+    # With several processes, pmap can only be compiled by a call (JAX 0.10).
     if facts["platform"] == "cpu" and not processes.is_one_of_several():
         counted = train.lower(state, arrays, nothing).compile().cost_analysis()  # not compiled again below
         counted = counted[0] if isinstance(counted, list) else counted
@@ -183,7 +183,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
 
 
 def theirs(case, dtype, *, compiled):
-    """PyTorch's, by torch.compile or eager: a `contenders.Network`."""
+    """PyTorch's training step and inference, eager or with torch.compile: a `contenders.Network`."""
     import torch
     from torch.nn import functional
 
@@ -199,7 +199,7 @@ def theirs(case, dtype, *, compiled):
     label = torch.tensor(batch["label"], dtype=torch.long, device=device)
     torch.backends.cudnn.benchmark = True  # PyTorch's own choice of kernels
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in JAX and in its own convolutions
-    # Fused: PyTorch's fastest, several times as fast on a CPU as what it does unasked.
+    # Fused is PyTorch's fastest, on a CPU several times as fast as its default.
     sgd = torch.optim.SGD(
         network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -250,10 +250,10 @@ def theirs(case, dtype, *, compiled):
 
 
 def peer(case):
-    """What makes the network in PyTorch, and where it is from, "torchvision" or "benchmarks.peers".
+    """A function that makes the network in PyTorch, and its source, "torchvision" or "benchmarks.peers".
 
     Raises:
-      ValueError: it is not the same network as ours.
+      ValueError: the network is not the same as ours.
     """
     import torch
 
@@ -262,7 +262,7 @@ def peer(case):
     name, arguments = case.peer
     candidates = {"benchmarks.peers": functools.partial(getattr(peers, name), **arguments)}
     if case.public and importlib.util.find_spec("torchvision"):
-        # Inception-v3 starts its weights by scipy, which takes a minute.
+        # Inception-v3 draws its initial values with scipy, which takes a minute.
         inception = dict(aux_logits=True, init_weights=False, dropout=0.2)
         options = inception if case.public == "inception_v3" else {}
         public = getattr(importlib.import_module("torchvision.models"), case.public)
@@ -278,7 +278,7 @@ def peer(case):
 
 
 def counts(case):
-    """Parameters, and multiply-adds of a training pass forward for one image, side branches included."""
+    """Parameters, and multiply-adds of a forward pass in training per image, side branches included."""
     model = make_model(**case.model, num_classes=case.num_classes, dtype="float32")
     layers = costs.count(model, case.image_shape)
     trunk, side = costs.total(layers), costs.total(layers, side=True)
@@ -301,7 +301,7 @@ def _multiply_adds(network, case):
         image = torch.zeros(2, channels, height, width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.train()(image)
-    return counter.get_total_flops() // 4  # of two images, each product and each sum counted
+    return counter.get_total_flops() // 4  # two images; products and sums are both counted
 
 
 def _batch_size(case, platform):
@@ -315,7 +315,7 @@ def _batch(case, batch_size):
 
 
 def make(case, dtype, kind):
-    """OURS or one of PEERS, a `contenders.Network`."""
+    """Makes the `contenders.Network` of OURS or of one of PEERS."""
     if kind == OURS:
         devices_lib.choose_cpu_flags()
         return ours(case, dtype)
@@ -323,11 +323,11 @@ def make(case, dtype, kind):
 
 
 def measure(names, dtype, turns, peers_wanted):
-    """Cases whose contenders are all made before the first of them is measured.
+    """Measures cases, after the contenders of all of them are made.
 
     Yields:
-      (name, a dict that JSON can hold) of one case after another; in place of the dict the error of a case
-      whose contenders failed, as where the device's memory is full.
+      (name, a dict that JSON can hold) for one case after another; in place of the dict the error of a case
+      whose contenders failed, for example because the device's memory was full.
     """
     with contextlib.ExitStack() as all_cases:
         of_case = {name: all_cases.enter_context(contextlib.ExitStack()) for name in names}
@@ -336,7 +336,7 @@ def measure(names, dtype, turns, peers_wanted):
             for kind in (OURS, *peers_wanted):
                 one = contenders.Contender(make, CASES[name], dtype, kind)
                 processes[kind] = of_case[name].enter_context(one)
-                if len(names) == 1:  # this one before the next one starts to compile
+                if len(names) == 1:  # finish this contender before the next one starts to compile
                     if one.made.exception():
                         break
                     _check_same_platform(processes)
@@ -345,11 +345,11 @@ def measure(names, dtype, turns, peers_wanted):
             try:
                 _check_same_platform(processes)
                 row = _measure_made(CASES[name], dtype, turns, processes)
-            except Exception as error:  # whatever ended a contender; the other cases have theirs
+            except Exception as error:  # any failure of a contender; the other cases go on
                 row = error
             else:
                 row |= {"cases_compiled_at_once": len(names)} if len(names) > 1 else {}
-            of_case[name].close()  # so that the next one has the memory
+            of_case[name].close()  # frees the memory for the next case
             yield name, row
 
 
@@ -359,7 +359,7 @@ def _check_same_platform(processes):
 
 
 def _measure_made(case, dtype, turns, processes):
-    """One case, with {kind: Contender}: a dict that JSON can hold."""
+    """Measures a case with {kind: Contender}; returns a dict that JSON can hold."""
     facts = {kind: one.made.result() for kind, one in processes.items()}
     row = {"image_shape": case.image_shape, "dtype": dtype}
     peaks = {kind: one.peak().result() for kind, one in processes.items()}
@@ -376,7 +376,7 @@ def _measure_made(case, dtype, turns, processes):
     row["peak_bytes"] = peaks
     row["ceilings"] = {"flops_a_second": matrix, "bytes_a_second": copy}
     rate = row["train"][OURS]["images_a_second"]["median"]
-    # The backward pass does each product of the forward pass twice: for the input and for the weights.
+    # The backward pass has two products for each of the forward pass: for the input and for the weights.
     achieved = 3 * 2 * row["multiply_adds"] * rate
     row["flops_a_second"] = achieved
     row["share_of_ceiling"] = achieved / matrix
@@ -388,7 +388,7 @@ def _measure_made(case, dtype, turns, processes):
 
 
 def _rates(seconds, batch_size):
-    """{contender: {"images_a_second": median, lowest, highest, "ratio": ours / its}}."""
+    """{contender: {"images_a_second": median, lowest, highest, "ratio": ours / the contender's}}."""
     return {
         name: {
             "images_a_second": contenders.summary([batch_size / value for value in values]),
@@ -399,12 +399,12 @@ def _rates(seconds, batch_size):
 
 
 def ceilings(dtype):
-    """Floating-point operations and bytes a second of a large matrix product and a large copy."""
+    """Floating-point operations and bytes per second of a large matrix product and a large copy."""
     on_gpu = jax.local_devices()[0].platform == "gpu"
     side, size = (8192, 2**29) if on_gpu else (2048, 2**26)
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
-    # In place: fresh memory would have to be got from the system, which takes longer than to fill it.
+    # In place: to get new memory from the system takes longer than to fill it.
     arrays = [jnp.ones(size // 4, jnp.float32)]
     change = jax.jit(lambda a: a + 1, donate_argnums=0)
 
@@ -426,7 +426,7 @@ def _best(function, repeats=10):
 
 
 def cells(rows):
-    """The table of {case: row}: lists of cells, the head first. Ratios are ours by theirs."""
+    """The table of {case: row}: lists of cells, the header first. Ratios are ours divided by theirs."""
     peers_seen = _peers_of(rows)
     head = ["network", "batch", "pixels"]
     for work in ("training", "inference"):
@@ -444,7 +444,7 @@ def cells(rows):
 
 
 def cost_cells(rows):
-    """What else is known of {case: row}: lists of cells, the head first; bounds only if a row has one."""
+    """The table of the other costs in {case: row}, the header first; with bounds only if a row has one."""
     seen = [OURS, *_peers_of(rows)]
     head = ["network", *(f"first step, s: {one}" for one in seen), *(f"memory, MB: {one}" for one in seen)]
     bounds = ["share of bound"] if any("share_of_bound" in row for row in rows.values()) else []
@@ -469,7 +469,7 @@ def _peers_of(rows):
 
 
 def main():
-    """Measures, prints, and writes what --out names."""
+    """Measures, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput", description=__doc__.split("\n")[0]
     )

@@ -1,13 +1,13 @@
-"""Trainings in plain PyTorch, as its users write them; `benchmarks.end_to_end` starts this and waits for it.
+"""Training runs in plain PyTorch, written as its users would; started by `benchmarks.end_to_end`.
 
 python -m benchmarks.torch_training SETTINGS.json, a dict:
 
   data: an .npz of train_image, uint8 [N, H, W, C], and train_label, int [N], and of the same for each split.
-  batch_size, rates: examples and learning rate of each step.
+  batch_size, rates: number of examples, and learning rate of each step.
   momentum, weight_decay: of SGD.
-  splits, every_steps: which splits to evaluate on the way, and how often.
-  final_splits, eval_batch_size: which at the end; examples at once.
-  networks: [the name of a function of `benchmarks.peers`, its arguments, seed], one training each.
+  splits, every_steps: the splits to evaluate during training, and how often.
+  final_splits, eval_batch_size: the splits to evaluate at the end; the batch size of evaluations.
+  networks: [the name of a function of `benchmarks.peers`, its arguments, seed], one training run each.
   compiled: whether the step goes through torch.compile.
 
 Prints {"platform": "cpu" or "gpu", split: [error of each network]} as JSON.
@@ -56,14 +56,14 @@ def main(path):
 
 
 def train(network, tensors, settings):
-    """All steps of one network."""
+    """Trains one network."""
     image, label = tensors["train"]
     sgd = torch.optim.SGD(
         network.parameters(),
         lr=settings["rates"][0],
         momentum=settings["momentum"],
         weight_decay=settings["weight_decay"],
-        fused=True,  # PyTorch's fastest
+        fused=True,  # PyTorch's fastest implementation
     )
 
     def loss_of(image, label):
@@ -90,7 +90,7 @@ def train(network, tensors, settings):
 
 @torch.inference_mode()
 def evaluate(network, image, label, batch_size):
-    """The share of the images that the network gets wrong."""
+    """The fraction of the images that the network classifies wrongly."""
     network.eval()
     parts = zip(image.split(batch_size), label.split(batch_size), strict=True)
     wrong = sum((network(some).argmax(1) != theirs).sum().item() for some, theirs in parts)

@@ -220,7 +220,7 @@ def _explained(error, arguments):
 
 
 def _unknown_key(given):
-    """The first flag --config.<key> of a key that the config does not have, as a line; None without one."""
+    """Describes the first flag --config.<key> whose key the config lacks, in one line; None if all exist."""
     file = next((one.removeprefix("--config=") for one in given if one.startswith("--config=")), None)
     config = flags.FLAGS["config"].parser.parse(file) if file else None
     for argument in given if config else ():

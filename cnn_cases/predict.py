@@ -127,7 +127,7 @@ def read_image(path, channels):
     """Reads the pixels of an image file, uint8 [h, w, channels]; see `decode.decode`.
 
     Raises:
-      ValueError: there is no such file, it is no image that can be read, or it cannot have such channels.
+      ValueError: there is no such file, it is not a readable image, or `channels` is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise ValueError(

@@ -82,7 +82,7 @@ def completed(saved):
     if not {"model", "data"} <= saved.keys():
         return saved
     defaults = common.get_config().to_dict()
-    # What these two lack they do not have.
+    # A saved config has all settings of its model, and "" for a split that it lacks.
     defaults["model"], defaults["data"]["splits"] = {}, dict.fromkeys(defaults["data"]["splits"], "")
     return _updated(json.loads(json.dumps(defaults)), saved)
 

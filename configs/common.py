@@ -208,7 +208,7 @@ def imagenet2012(config, *, image_size, batch_size, num_epochs):
     config.num_steps = round(num_epochs * steps_per_epoch)
     config.data.name = "imagenet2012"
     config.data.feed = "stream"
-    config.data.stream.workers = 8  # some hundred images a second each (results/pipeline.json)
+    config.data.stream.workers = 8  # each makes several hundred images a second (results/pipeline.json)
     config.data.splits.test = ""
     config.data.image_size = image_size
     config.data.augment.flip = True

@@ -67,7 +67,7 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
             raise ValueError(
                 f"model.{knob} = {value!r}: {name} has no such setting; it has: {', '.join(own) or 'none'}"
             )
-        # A float where an int is meant, or a word where a number is, would fail far from here.
+        # Without this check, a value of the wrong type would fail far from its cause.
         expected = types[knob]
         if expected in (int, bool, str) and type(value) is not expected:
             raise ValueError(f"model.{knob} = {value!r} must be of type {expected.__name__}")

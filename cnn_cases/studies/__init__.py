@@ -1,1 +1,1 @@
-"""Many runs, and what they show."""
+"""Studies of many runs: plans, jobs, records, tables and figures."""

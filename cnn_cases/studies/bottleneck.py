@@ -1,4 +1,4 @@
-"""What a 1x1 convolution before a wide window saves: multiply-adds, and time and memory on this device.
+"""Measures what a 1x1 convolution before a larger one saves: multiply-adds, time and memory on this device.
 
     python -m cnn_cases.studies.bottleneck --workdir=runs/bottleneck
 
@@ -6,14 +6,15 @@ The lecture's two comparisons, on its input of 28x28x192:
 
     5x5 convolution     192 -> 32 channels, against a 1x1 convolution to 16 channels and then the 5x5 to 32
     Inception module    3a of GoogLeNet (Szegedy et al. 2014, table 1) without its 1x1 reductions (figure 2a),
-                        against the whole of it (figure 2b)
+                        against the full module (figure 2b)
 
-The naive module hands the pooled input on as it is, so that it has more output channels too: 416 to 256.
+The naive module passes the pooled input on unchanged, so it also has more output channels: 416 against 256.
 
-Multiply-adds are counted (`cnn_cases.analysis.costs`). Time and memory are those of the forward pass as it is
-compiled for this device, in float32. Time: the median of calls that take turns, so that a busy machine slows
-all alike. Memory: what the compiler reserves for the output and for values in between, without parameters and
-input; scratch space that a library takes for a convolution while it runs may not be in it.
+Multiply-adds are counted (`cnn_cases.analysis.costs`). Time and memory are those of the forward pass,
+compiled for this device, in float32. Time is the median over calls; the networks take turns, so a busy
+machine slows all of them alike. Memory is what the compiler reserves for the output and for intermediate
+values, without parameters and input; scratch space that a library allocates during a convolution may not be
+included.
 """
 
 import argparse
@@ -39,14 +40,14 @@ from cnn_cases.training import devices, disk, provenance
 IMAGE_SHAPE = (28, 28, 192)
 REPEATS = 15
 
-COLOURS = {"naive": "#D55E00", "reduced": "#0072B2"}  # far apart for the colour-blind too
+COLOURS = {"naive": "#D55E00", "reduced": "#0072B2"}  # distinguishable with colour blindness
 
 
 class Network(nn.Module):
-    """One module or several in a row, called as every network here is.
+    """One or several modules in sequence, with the call signature of the project's networks.
 
     Attributes:
-      modules: what is applied, one after another.
+      modules: the modules, in the order in which they are applied.
     """
 
     modules: tuple[Any, ...]
@@ -77,21 +78,21 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
     """Counts and measures the four networks.
 
     Args:
-      batch_size: images of a call.
+      batch_size: images per call.
       repeats: calls of each network, at least two.
       image_shape: height, width and channels.
 
     Returns:
-      What JSON can hold: {"date", "environment", "image_shape", "batch_size", "networks": [{"comparison",
-      "kind", "output" (shape), "parameters", "multiply_adds" (of one image), "seconds" (of each call, of the
-      whole batch), "temporary_bytes", "output_bytes"}]}.
+      A dict that JSON can hold: {"date", "environment", "image_shape", "batch_size", "networks":
+      [{"comparison", "kind", "output" (shape), "parameters", "multiply_adds" (per image), "seconds" (for each
+      call, for the whole batch), "temporary_bytes", "output_bytes"}]}.
     """
     image = jax.random.normal(jax.random.key(0), (batch_size, *image_shape), jnp.float32)
     rows, calls = [], []
     for (comparison, kind), network in make_networks().items():
         variables = jax.jit(functools.partial(network.init, train=False))(jax.random.key(1), image)
         compiled = jax.jit(functools.partial(network.apply, train=False)).lower(variables, image).compile()
-        output = compiled(variables, image)  # and with it, warm up
+        output = compiled(variables, image)  # also warms up
         sums = costs.total(costs.count(network, image_shape))
         memory = compiled.memory_analysis()
         rows.append(
@@ -120,8 +121,7 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
     }
 
 
-# What the table and the figure show of a network: a title and a value in millions of operations, in
-# milliseconds and in MiB.
+# What the table and the figure show of a network: {title: value}, in millions of operations, ms and MiB.
 MEASURES = {
     "multiply-adds\nof one image (M)": lambda row: row["multiply_adds"] / 1e6,
     "time of a batch,\nmedian of calls (ms)": lambda row: 1e3 * statistics.median(row["seconds"]),
@@ -132,10 +132,10 @@ MEASURES = {
 
 
 def table(record):
-    """The table as text, each reduced network with the ratio of what the naive one needs to what it needs.
+    """The table as text; reduced networks have the ratios of the naive network's costs to theirs.
 
     Args:
-      record: of `measure`.
+      record: from `measure`.
     """
     head = [
         "",
@@ -166,18 +166,18 @@ def table(record):
 
 
 def _pairs(record):
-    """[(naive, reduced)] rows of the record, a pair for each comparison."""
+    """[(naive, reduced)] rows of the record, one pair per comparison."""
     rows = record["networks"]
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
 def draw(record):
-    """The figure: a panel a measure, in it a pair of bars a comparison.
+    """Draws the figure: one panel per measure, with a pair of bars for each comparison.
 
-    The thin lines reach over the middle half of the times.
+    Thin lines span the middle half of the times.
 
     Args:
-      record: of `measure`.
+      record: from `measure`.
     """
     pairs = _pairs(record)
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -225,7 +225,7 @@ def write_report(record, workdir):
 
 
 def main(arguments=None):
-    """Runs the study; ends with one message and exit code 2 where that fails."""
+    """Runs the study; on failure ends with one message and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.studies.bottleneck", description=__doc__.partition("\n")[0]
     )
@@ -236,7 +236,7 @@ def main(arguments=None):
         "--batch_size", type=parsing.positive_number, default=32, help="images; default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    devices.choose_cpu_flags()  # as a training does
+    devices.choose_cpu_flags()  # as a training run does
     with parsing.one_message():
         record = measure(options.batch_size)
         write_report(record, options.workdir)

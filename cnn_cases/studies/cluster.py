@@ -1,13 +1,13 @@
-"""The runs of a study as jobs of a cluster, through submitit: each run that is not finished is one job.
+"""Runs a study as jobs of a cluster, through submitit: each unfinished run is one job.
 
-One run a job, not one group that shares a compilation: all runs can train at once, `--time` and the GPUs are
-those of one run, and a job that is preempted has one checkpoint to go on from. It costs a compilation a run.
+A job is one run, not a group of runs that share a compilation. So all runs can train at once, `--time` and
+the GPUs apply to one run, and a preempted job resumes from one checkpoint. It costs a compilation per run.
 
-    runs/<run>/           as ever; result.json says that the run has ended
-    jobs/<run>/<id>_...   what submitit keeps of each job: its script, its pickle, its logs
+    runs/<run>/           as without a cluster; result.json means that the run has ended
+    jobs/<run>/<id>_...   submitit's files for each job: script, pickle and logs
 
-A job is told the run's directory and reads config.json there; no config is pickled. Its end is seen by its
-files, its death by its absence from the queue: sacct, which submitit would ask, is not on every cluster.
+A job gets the run's directory and reads config.json from it; no config is pickled. Its files show whether it
+has ended, and the queue whether it has died: sacct, which submitit would ask, is not on every cluster.
 """
 
 import math
@@ -30,18 +30,18 @@ from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop, processes, stopping
 
 COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
-MAX_TIMEOUTS = 100  # of one run, each of which goes on from a checkpoint
+MAX_TIMEOUTS = 100  # per run, which resumes from a checkpoint after each
 LEAST_MINUTES = 3  # Slurm warns 90 seconds before the end
 
-_POLL_SECONDS = 1  # between two looks at the files
-_QUEUE_SECONDS = {"slurm": 15, "local": 1}  # between two looks at the queue, which all users share
+_POLL_SECONDS = 1  # between two checks of the files
+_QUEUE_SECONDS = {"slurm": 15, "local": 1}  # between two queries of the queue, which all users share
 
-# submitit's jobs hold the processes of the local ones, which Python wants held as long as they run.
+# A local job of submitit holds its process, which Python needs to be referenced as long as it runs.
 _submitted = []
 
 
 class Cluster(NamedTuple):
-    """Where runs are submitted to, and what each of them gets. None leaves it to the cluster.
+    """Where runs are submitted, and the resources of each run. None leaves the choice to the cluster.
 
     `time` is a limit in minutes, or as hh:mm; a run that reaches it is saved and queued again.
     """
@@ -54,7 +54,7 @@ class Cluster(NamedTuple):
 
 
 def check(cluster, workdir):
-    """Raises ValueError unless runs below a directory can be submitted from here; creates nothing."""
+    """Raises ValueError unless runs below a directory can be submitted from this machine; creates nothing."""
     if "%" in str(pathlib.Path(workdir).absolute()):
         raise ValueError(f"workdir = {workdir}: a cluster takes the % for a place where something is put in")
     checks.one_of("cluster", cluster.name, COMMANDS)
@@ -74,7 +74,7 @@ def check(cluster, workdir):
 
 
 def _minutes(text):
-    """Minutes of "90" or "1:30"; raises ValueError for others, and for less than a run needs."""
+    """Minutes of "90" or "1:30"; raises ValueError for other texts and for less time than a run needs."""
     match = re.fullmatch(r"(?:(\d+):(?=[0-5]\d$))?(\d+)", text)
     minutes = 60 * int(match[1] or 0) + int(match[2]) if match else 0
     if minutes < LEAST_MINUTES:
@@ -86,19 +86,19 @@ def _minutes(text):
 
 
 def run_on_cluster(runs, workdir, cluster):
-    """Submits the runs that are neither finished nor under way, waits for all; see `jobs.run_here`.
+    """Submits the runs that are neither finished nor under way, then waits for all; see `jobs.run_here`.
 
-    A signal ends the waiting and not the jobs; the next call waits for them again. A run whose job failed is
-    told like the others, and submitted anew by the next call.
+    A signal ends the waiting but not the jobs; the next call waits for them again. A run whose job failed is
+    reported like any other run, and the next call submits it again.
 
     Args:
-      runs: of `plan.expand`.
+      runs: from `plan.expand`.
       workdir: the study's directory, which all machines of the cluster must see.
-      cluster: a `Cluster` that `check` has passed.
+      cluster: a `Cluster` that has passed `check`.
 
     Raises:
-      ChildProcessError: jobs failed; raised after all the others have ended.
-      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came.
+      ChildProcessError: jobs failed; raised after all other jobs have ended.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 arrived.
     """
     workdir = pathlib.Path(workdir).absolute()
     run_dirs = {run.name: workdir / "runs" / run.name for run in runs}
@@ -107,7 +107,7 @@ def run_on_cluster(runs, workdir, cluster):
         waiting, failed = {}, []
         before = {name: _newest_job(folder) for name, folder in folders.items()}
         alive = _alive(cluster.name, [paths for paths in before.values() if paths])
-        # Before anything is submitted, for a result may be damaged; and after the jobs, which may just end.
+        # Read before submitting, since a result may be damaged, and after listing, since a job may just end.
         results = {name: logbook.read_result(run_dir) for name, run_dir in run_dirs.items()}
         for run in runs:
             if stop.number:
@@ -123,7 +123,7 @@ def run_on_cluster(runs, workdir, cluster):
                 except ValueError as error:
                     if not waiting:
                         raise
-                    failed.append(run.name)  # as a cluster takes so many jobs at a time
+                    failed.append(run.name)  # for example, the cluster limits the number of jobs
                     yield run.name, f"failed: {error}"
         told = {name: paths.job_id for name, paths in waiting.items()}
         if told:
@@ -167,10 +167,10 @@ def _submit(run_dir, folder, cluster):
         cpus_per_task=cpus,
         slurm_partition=cluster.partition,
         slurm_additional_parameters={"requeue": True},
-        # srun does not take this over from the job that it runs in.
+        # srun does not inherit this from its job.
         slurm_srun_args=[f"--cpus-per-task={cpus}"] if cpus else None,
     )
-    # A local job inherits the mask, and so outlives the terminal and its Ctrl-C as one of Slurm does.
+    # A local job inherits the mask, so like a Slurm job it survives Ctrl-C and the end of the terminal.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         job = executor.submit(Training(), str(run_dir))
@@ -183,40 +183,40 @@ def _submit(run_dir, folder, cluster):
 
 
 class Training(Checkpointable):
-    """What a job does: it trains one run, or goes on with it.
+    """The work of a job: trains one run, or resumes it.
 
     SIGUSR2 comes when the time is nearly over and, on some clusters, when a job is preempted; submitit would
-    queue the job again at once. During the training the loop gets the signal, and submitit when all is saved.
-    SIGTERM comes when a job is cancelled, which ends it, but also when it is preempted with a time of grace.
+    queue the job again at once. During training the loop gets the signal, and submitit once all is saved.
+    SIGTERM comes when a job is cancelled, which ends it, but also when it is preempted with a grace period.
     """
 
     def __call__(self, run_dir):
         """Trains the run of a directory with a config.json."""
-        queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's; it does not return
+        queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's handler, which does not return
 
         def end(number, _=None):
-            # Slurm's answer to being asked to queue the job again is one more.
+            # Slurm sends another SIGTERM when it is asked to queue the job again.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if number == signal.SIGUSR2 or _is_preempted():
                 queue_again(signal.SIGUSR2, None)
             sys.exit(128 + number)
 
-        signal.signal(signal.SIGTERM, end)  # before and after the training; submitit would ignore it
+        signal.signal(signal.SIGTERM, end)  # before and after training; submitit would ignore it
         command.separate_compilation_cache()
         try:
             loop.train_and_evaluate(saved_runs.load_config(run_dir), run_dir)
         except loop.DivergedError as error:
-            processes.tell(error)  # result.json says so, too: no failure of the job
+            processes.tell(error)  # result.json says so too; the job has not failed
         except stopping.InterruptedRun as interruption:
             processes.tell(interruption)
             end(interruption.signal_number)
 
 
 def _is_preempted():
-    """Whether Slurm takes this job, which got SIGTERM, for running.
+    """Whether Slurm still lists this job, which got SIGTERM, as running.
 
-    It does in the time of grace before a preemption, and a job that ends by itself then is not queued again.
-    One that is cancelled, or that Slurm queues again, has another state by now.
+    It does in the grace period before a preemption; a job that ends by itself in that period is not queued
+    again. A job that is cancelled, or that Slurm queues again, already has another state.
     """
     if os.environ["SUBMITIT_EXECUTOR"] != "slurm":
         return False
@@ -225,8 +225,8 @@ def _is_preempted():
 
 
 def _newest_job(folder):
-    """The paths of the last job that was submitted for a run; None where there was none."""
-    # While a job is queued again, its pickle has a longer name for a moment.
+    """The paths of the last job submitted for a run, or None."""
+    # While a job is being queued again, its pickle briefly has a longer name.
     pickles = sorted(folder.glob("*_submitted.pkl*"), key=_time_of)
     return submitit_utils.JobPaths(folder, pickles[-1].name.split("_")[0]) if pickles else None
 
@@ -234,30 +234,30 @@ def _newest_job(folder):
 def _time_of(path):
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # it has its other name by now
+    except FileNotFoundError:  # just renamed
         return math.inf
 
 
 def _alive(name, all_paths):
-    """The ids of the jobs that wait or run."""
+    """The ids of the jobs that are queued or running."""
     ids = {paths.job_id for paths in all_paths}
     if not ids:
         return ids
     if name == "slurm":
         squeue = ["squeue", "--me", "--noheader", "--format=%A"]
         queue = subprocess.run(squeue, capture_output=True, text=True)
-        # Where the queue cannot be asked right now, the jobs are taken to be there.
+        # If the queue cannot be queried right now, the jobs are assumed to be in it.
         return ids if queue.returncode else ids & set(queue.stdout.split())
     ps = ["ps", "-ww", "-o", "pid=,args=", "-p", ",".join(sorted(ids))]
-    letters = os.environ | {"LC_ALL": "C.UTF-8"}  # in another locale it leaves some of a path out
+    letters = os.environ | {"LC_ALL": "C.UTF-8"}  # in other locales ps omits parts of a path
     listing = subprocess.run(ps, capture_output=True, text=True, env=letters).stdout
     commands = dict(line.split(maxsplit=1) for line in listing.splitlines())
-    # By now the number may be that of some other process.
+    # By now the id may belong to another process.
     return {paths.job_id for paths in all_paths if commands.get(paths.job_id, "").endswith(str(paths.folder))}
 
 
 def _ended(waiting, cluster_name, stop):
-    """Yields the names of the runs whose jobs end, until none is left or a signal has come."""
+    """Yields the names of runs as their jobs end, until none is left or a signal has arrived."""
     left, missed, asked = dict(waiting), set(), time.monotonic()
     while left and not stop.number:
         time.sleep(_POLL_SECONDS)
@@ -265,7 +265,7 @@ def _ended(waiting, cluster_name, stop):
         if time.monotonic() - asked >= _QUEUE_SECONDS[cluster_name]:
             alive = _alive(cluster_name, left.values())
             gone = {name for name, paths in left.items() if paths.job_id not in alive}
-            ended |= gone & missed  # the second time: files may come late over the network
+            ended |= gone & missed  # missing twice: files may arrive late over the network
             missed, asked = gone, time.monotonic()
         for name in sorted(ended):
             del left[name]
@@ -273,7 +273,7 @@ def _ended(waiting, cluster_name, stop):
 
 
 def _last_words(paths):
-    """The last line that a failed job left: of its exception, or else of its log."""
+    """The last line of a failed job's exception, or else of its log."""
     lines = []
     if paths.result_pickle.exists():
         outcome, trace = submitit_utils.pickle_load(paths.result_pickle)
@@ -281,5 +281,5 @@ def _last_words(paths):
     elif paths.stderr.exists():
         lines = paths.stderr.read_text(errors="replace").splitlines()
     said = [line.strip() for line in lines if line.strip()]
-    # srun comes last and only repeats that the job has failed.
+    # srun writes last and only repeats that the job has failed.
     return ([line for line in said if not line.startswith("srun: ")] or said or ["without a word"])[-1]

@@ -1,11 +1,11 @@
-"""Two kinds of runs compared in pairs: the same point of the grid and the same seed, except for one key.
+"""Compares two kinds of runs in pairs with the same seed and the same point of the grid, except for one key.
 
-What a seed does to both partners is not in their difference: they see the same batches, unless the key or
-what `adjust` of the study changes with it is of the data, and start from the same values where their
-parameters are the same. A mean difference has a 95 % confidence interval of Student's t, which takes the
-differences for independent draws of one normal distribution; with three seeds it is wide, and of one pair
-there is none. Each stands for itself, uncorrected: of twenty, one is expected to miss. Where a partner
-diverged, or is of another code, there is no difference: such pairs are left out and counted.
+What a seed does to both partners is not in their difference. They see the same batches, unless the key, or
+what the study's `adjust` changes with it, belongs to the data. They start from the same initial values where
+their parameters are the same. A mean difference has a 95 % confidence interval of Student's t, which assumes
+that the differences are independent draws from one normal distribution; with three seeds it is wide, and with
+one pair there is none. Intervals are not corrected for multiple comparisons: of twenty, one is expected to
+miss. A pair of which one partner diverged or ran with other code is left out and counted.
 """
 
 import math
@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 
 
 def interval(values):
-    """The ends of the confidence interval of the mean of the values.
+    """The ends of the confidence interval of the mean.
 
     None for fewer than two values, and for values that are all equal, which do not show how they vary.
     """
@@ -34,14 +34,14 @@ def interval(values):
 
 
 def compare(record, key, first, second, names):
-    """Differences between the runs with `key` = first and their partners with `key` = second.
+    """The differences between the runs with `key` = first and their partners with `key` = second.
 
     Args:
       record: see `records`.
-      key: of the grid.
+      key: a key of the grid.
       first: a value of the key.
-      second: another.
-      names: of final metrics, such as "test/error".
+      second: another value of the key.
+      names: final metrics, such as "test/error".
 
     Returns:
       A dict for each code and each point of the other keys at which it has runs of either kind: {"code",
@@ -59,7 +59,7 @@ def compare(record, key, first, second, names):
         for point, seeds in partners.items():
             pairs = [(one.get(first), one.get(second)) for one in seeds.values()]
             pairs = [pair for pair in pairs if any(pair)]
-            if not pairs:  # the key has further values
+            if not pairs:  # only runs with other values of the key
                 continue
             good = [pair for pair in pairs if all(run and run["status"] == "finished" for run in pair)]
             row = {"code": code, **dict(zip(others, point, strict=True))}
@@ -79,9 +79,9 @@ def table(rows, titles, form):
     """The rows of `compare` as text.
 
     Args:
-      rows: of `compare`, for metrics that are errors.
+      rows: from `compare`, for metrics that are errors.
       titles: {key or metric: title of its columns}, in the order of the columns.
-      form: "text", "markdown" or "csv"; CSV has fractions, the others percentage points.
+      form: "text", "markdown" or "csv"; CSV has fractions, the other forms percentage points.
     """
     codes = any(row["code"] for row in rows)
     lines = [["code"] if codes else []]
@@ -113,8 +113,8 @@ def draw(rows, labels, titles):
     """A figure of the rows of `compare`, one below the other, with a panel for each metric.
 
     Args:
-      rows: of `compare`, for metrics that are errors.
-      labels: what stands beside each row.
+      rows: from `compare`, for metrics that are errors.
+      labels: the label of each row.
       titles: {metric: title of its panel}.
     """
     figure = Figure(figsize=(4 + 3.2 * len(titles), 1.6 + 0.55 * len(rows)), layout="constrained")
@@ -133,11 +133,11 @@ def draw(rows, labels, titles):
 
 
 def give_room(axes, labelled, along, **ticks):
-    """Stretches small differences where some are large, beside which they would all lie on zero.
+    """Stretches small differences if others are so large that the small ones would all lie on zero.
 
     Args:
-      axes: of matplotlib, which share their scale and have their marks.
-      labelled: those of them with a label.
+      axes: Matplotlib axes that share their scale, with the marks already drawn.
+      labelled: those of the axes that have a label.
       along, ticks: see `figures.stretch_small`.
     """
     limits = [getattr(axis.dataLim, f"interval{along}") for axis in axes]
@@ -149,19 +149,19 @@ def give_room(axes, labelled, along, **ticks):
 
 
 def describe_marks(rows, names):
-    """What the marks of a figure are; of the rows of `compare`, with these metrics."""
+    """Explains the marks in a figure of the rows of `compare`, for these metrics."""
     bar = any(row[name]["interval"] for row in rows for name in names)
     return "circle: pair of runs with one seed, diamond: mean" + ", bar: 95 % interval" * bar
 
 
 def draw_marks(axis, place, result, upright):
-    """Draws one mean difference (diamond) with its interval (bar), and beside them each pair's (circles).
+    """Draws a mean difference (diamond) and its interval (bar), next to the differences of pairs (circles).
 
     Args:
-      axis: of matplotlib, for differences in percentage points.
-      place: on the axis that has no differences.
-      result: what a row of `compare` has of a metric.
-      upright: whether differences go upward; else to the right.
+      axis: Matplotlib axes for differences in percentage points.
+      place: the position along the other axis.
+      result: the entry for a metric in a row of `compare`.
+      upright: whether differences point upward, rather than to the right.
     """
 
     def draw_at(values, *style, **styles):
@@ -169,11 +169,11 @@ def draw_marks(axis, place, result, upright):
         places = [place] * len(values)
         points = (places, values) if upright else (values, places)
         axis.plot(*points, *style, **styles)
-        # Matplotlib makes no room for what is shifted.
+        # Matplotlib makes no room for shifted marks.
         axis.update_datalim(list(zip(*points, strict=True)))
         axis.autoscale_view()
 
-    shift = {"x": 8} if upright else {"y": -8}  # or the mean would hide them
+    shift = {"x": 8} if upright else {"y": -8}  # otherwise the mean would hide them
     beside = offset_copy(axis.transData, axis.figure, units="points", **shift)
     circles = {"color": "#666666", "markersize": 4, "markerfacecolor": "white", "transform": beside}
     draw_at(result["differences"], "o", **circles)
@@ -185,11 +185,11 @@ def draw_marks(axis, place, result, upright):
 
 
 def compare_study(record):
-    """The comparison that a study asks for, in all final errors; see `plan.compared`.
+    """The comparison that a study defines, in all final errors; see `plan.compared`.
 
     Returns:
-      Rows of `compare`, each with "value", one of the compared key, which itself is "<value> minus <first>".
-      No rows where the study asks for no comparison.
+      Rows of `compare`, each with "value", a value of the compared key; the key's own entry is "<value> minus
+      <first>". No rows if the study defines no comparison.
     """
     asked = plan.compared(record["config"])
     if not asked:
@@ -203,7 +203,7 @@ def compare_study(record):
 
 
 def final_errors(record):
-    """The names of the errors that all runs which finished have at their end."""
+    """The names of the final errors that all finished runs have."""
     finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
     names = dict.fromkeys(name for metrics in finished for name in metrics if name.endswith("error"))
     return [name for name in names if all(name in metrics for metrics in finished)]

@@ -1,8 +1,8 @@
-"""Plain against residual nets as depth grows: the runs, a table, and the figures after He et al. figure 6.
+"""Plain against residual nets as depth grows: runs, tables, and figures after He et al. 2015, figure 6.
 
     python -m cnn_cases.studies.depth_curves --config=configs/studies/depth_digits.py --workdir=runs/depth
 
-Started again, it skips the runs that are finished and resumes the one that is not.
+When started again, it skips finished runs and resumes unfinished ones.
 """
 
 import collections
@@ -16,11 +16,11 @@ from cnn_cases import command, tables
 from cnn_cases.studies import comparison, figures, plan, records, report, sweep
 
 KINDS = {True: "plain", False: "residual"}
-COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # far apart for the colour-blind too
+COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # distinguishable with colour blindness
 
 
 def _final_errors(record):
-    """{name of a final error: its title}; on the test set by the views of `evaluation.protocol`."""
+    """{name of a final error: its title}; the test error uses the views of `evaluation.protocol`."""
     protocol = plan.lookup(record["config"]["base"], "evaluation.protocol") or "single"
     if protocol == "single":
         return {"train/error": "training error", "test/error": "test error"}
@@ -28,15 +28,15 @@ def _final_errors(record):
 
 
 def _room_for_errors(record, factor):
-    """Where an axis of errors ends, in percent: at so many times the greatest final one, at most at 100.
+    """The upper end of an error axis in percent: `factor` times the largest final error, at most 100.
 
-    All the way up where a run diverged, whose curve and cross may be anywhere.
+    It is 100 if a run diverged, since its curve and cross may be anywhere.
     """
     if any(run["status"] == "diverged" for run in record["runs"]):
         return 100
     finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
     errors = [metrics[name] for metrics in finished for name in _final_errors(record)]
-    # Below 1 % there would be no whole numbers on it.
+    # Below 1 % the axis would have no whole numbers.
     return min(100, max(1, factor * 100 * max(errors, default=1)))
 
 
@@ -45,7 +45,7 @@ def _final_figures(record):
 
 
 def suits(record):
-    """Whether a record is that of a depth study, with all final figures of each run that finished."""
+    """Whether a record is that of a depth study, with all final metrics of each finished run."""
     finished = [run["metrics"].keys() for run in record["runs"] if run["status"] == "finished"]
     config = record["config"]
     return (
@@ -61,13 +61,13 @@ def _is_of_twins(grid):
 
 
 def summarise(record):
-    """The table's rows, one for each depth, and for each code where there are several.
+    """The table's rows: one for each depth, and for each code if there are several.
 
     Args:
       record: see `records`; of a study over model.depth and model.plain.
 
     Returns:
-      [{"depth", "code", "plain train/loss": [one value a seed], ..., "plain diverged": number of seeds}].
+      [{"depth", "code", "plain train/loss": [one value per seed], ..., "plain diverged": number of seeds}].
     """
     rows = {}
     for code, part in records.split_by_code(record).items():
@@ -82,7 +82,7 @@ def summarise(record):
 
 
 def _cell(row, kind, name):
-    """Mean and sample deviation over the seeds that finished; losses as they are, errors in percent."""
+    """Mean and sample standard deviation over the finished seeds; losses as they are, errors in percent."""
     values = [value * (100 if name.endswith("error") else 1) for value in row[f"{kind} {name}"]]
     diverged = row[f"{kind} diverged"]
     text = tables.mean_and_deviation(values, digits=2 if name.endswith("error") else 3)
@@ -94,7 +94,7 @@ def table(record, form):
 
     Args:
       record: see `summarise`.
-      form: "text", "markdown" or "csv"; CSV has the mean and the deviation of fractions, the others percent.
+      form: "text", "markdown" or "csv"; in CSV errors are fractions, in the other forms percent.
     """
     rows = summarise(record)
     kinds = [kind for kind in KINDS.values() if any(f"{kind} diverged" in row for row in rows)]
@@ -117,27 +117,27 @@ def table(record, form):
 
 
 def _panels(record):
-    """What `figures.draw_panels` is to draw: plain nets left and residual ones right, by depth."""
+    """Key, titles and names for `figures.draw_panels`: plain nets left, residual nets right, by depth."""
     titles = {plain: f"{kind} nets" for plain, kind in KINDS.items()}
     depths = sorted({run["model.depth"] for run in record["runs"]})
     return "model.plain", titles, {(depth,): f"{depth} layers" for depth in depths}
 
 
 def draw_curves(record):
-    """Error over steps, plain left and residual right; training thin, test bold (He et al., figure 6).
+    """Draws error over steps, plain left and residual right; training thin, test bold (He et al., figure 6).
 
-    As there, the first steps may lie above the edge, where the last ones would have no room else.
+    As in that figure, the first steps may lie above the upper edge, to leave room for the last ones.
     """
     return figures.draw_errors_by(record, *_panels(record), top=_room_for_errors(record, 2))
 
 
 def draw_loss(record):
-    """Training loss over steps on a logarithmic axis, plain left and residual right."""
+    """Draws training loss over steps on a logarithmic axis, plain left and residual right."""
     return figures.draw_loss_by(record, *_panels(record))
 
 
 def _draw_by_depth(record, draw_panel, **labels):
-    """A figure of training error left and test error right, against depth, a row for each code."""
+    """A figure of training error (left) and test error (right) against depth, with a row for each code."""
     rows = summarise(record)
     codes = list(dict.fromkeys(row["code"] for row in rows))
     figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
@@ -155,10 +155,10 @@ def _draw_by_depth(record, draw_panel, **labels):
 
 
 def draw_depth(record):
-    """Final training and test error against depth, plain against residual.
+    """Draws final training and test error against depth, for plain and residual nets.
 
-    Lines go through the means, bands from the least to the greatest, every seed is a dot, and a cross at the
-    upper edge stands for runs that diverged, of which it tells the number.
+    Lines connect the means, bands span minimum to maximum, and every seed is a dot. A cross at the upper edge
+    stands for diverged runs and gives their number.
     """
 
     all_rows = summarise(record)
@@ -199,7 +199,7 @@ def draw_depth(record):
     figure, grid = _draw_by_depth(record, draw_panel, ylabel="error after the last step (%)")
     top = _room_for_errors(record, 1.2)
     for axis in grid.flat:
-        axis.set_ylim(-0.02 * top, top)  # dots at zero stay whole
+        axis.set_ylim(-0.02 * top, top)  # so that dots at zero are not cut
         axis.legend(frameon=False)
     seeds = figures.describe_seeds(record)
     if len(record["config"]["seeds"]) > 1:
@@ -209,7 +209,7 @@ def draw_depth(record):
 
 
 def draw_difference(record):
-    """How much greater the plain nets' final error is than the residual ones', in pairs of one seed."""
+    """Draws the final error of plain nets minus that of residual nets, in pairs with the same seed."""
     rows = compare(record)
 
     def draw_panel(axis, code, name):
@@ -244,11 +244,11 @@ def comparison_table(record, form):
 
 
 def write_report(record, workdir):
-    """Writes all that a record gives into a directory.
+    """Writes the report of a record into a directory.
 
     Files:
       record.json; table.csv, table.md; comparison.csv, comparison.md (plain against residual in pairs);
-      curves.csv, curves.html (the page); as PNG and SVG curves (after figure 6), loss (where the record has
+      curves.csv, curves.html (the page); as PNG and SVG: curves (after figure 6), loss (if the record has
       losses), depth and difference.
     """
     texts = {"table": table, "comparison": comparison_table}
@@ -267,7 +267,7 @@ def write_report(record, workdir):
 
 
 def check(study):
-    """Raises ValueError unless a study, as `plan.expand` takes it, is one that can be drawn here."""
+    """Raises ValueError unless `study` is valid for `plan.expand` and is a depth study."""
     plan.expand(study)
     if not _is_of_twins(study.grid):
         raise ValueError(

@@ -2,7 +2,7 @@
 
     python -m cnn_cases.studies.draw results/depth_digits.json --out=runs/depth_digits_again
 
-Records of runs have the report of `depth_curves` or of `sweep`, those of `layer_signals` and of `bottleneck`
+A record of runs gets the report of `depth_curves` or `sweep`; records of `layer_signals` and `bottleneck` get
 their own.
 """
 
@@ -14,7 +14,7 @@ from cnn_cases.studies import bottleneck, depth_curves, layer_signals, records, 
 
 
 def main(arguments=None):
-    """Reads the record, writes the report; ends with one message and exit code 2 where that fails."""
+    """Reads the record and writes the report; on failure ends with one message and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.studies.draw", description=__doc__.partition("\n")[0]
     )
@@ -34,10 +34,10 @@ def main(arguments=None):
 
 
 def _read(path):
-    """The record in a file, and the module that reports on such ones.
+    """The record in a file, and the module that writes its report.
 
     Raises:
-      ValueError: the file holds something else.
+      ValueError: the file does not hold a record of a study.
     """
     record = records.read(path)
     if record is not None:
@@ -50,7 +50,7 @@ def _read(path):
 
 
 def _check_free(out, record):
-    """Raises ValueError where the report would take the place of another record's."""
+    """Raises ValueError if the report would replace that of another record."""
     there = out / "record.json"
     if there.exists() and _read(there)[0] != record:
         raise ValueError(f"out = {out} has the report of another record; name another directory")

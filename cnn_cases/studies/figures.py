@@ -1,8 +1,8 @@
 """Training curves of a study's runs: loss and error over steps, one colour for each point of the grid.
 
-Of several seeds a curve is the mean, and the band around it goes from the least to the greatest value. A run
-that diverged is in no mean: it has a dotted curve of its own, which ends with a cross. Colours run from light
-to dark and points differ in their markers too, so that the figures can be read in grey.
+With several seeds a curve is their mean, and the band around it spans minimum to maximum. A diverged run is
+in no mean: it has a separate dotted curve that ends with a cross. Colours run from light to dark, and points
+also differ in their markers, so that the figures can be read in greyscale.
 """
 
 import collections
@@ -24,13 +24,13 @@ LINES = ("-", "--", ":", "-.")
 MAX_MARKERS = 8  # on one curve
 MAX_PANELS = 4  # side by side
 LONGEST = 36  # characters of a value
-WIDEST = 34  # characters of a line over a panel
+WIDEST = 34  # characters in a line of a panel's title
 
 _TRAINING = ("running", "train")
 
 
 def shades(number, colours="viridis_r"):
-    """Colours from light to dark, one for each of `number` points; `colours`: a colormap of matplotlib."""
+    """Colours from light to dark, one for each of `number` points; `colours` is a Matplotlib colormap."""
     if number == 1:
         return matplotlib.colormaps[colours]([0.7])
     lightest = 0.12 if number > 3 else 0.35
@@ -39,7 +39,7 @@ def shades(number, colours="viridis_r"):
 
 
 def mean_curve(runs, name):
-    """Steps, and the mean, least and greatest value over the runs at each of them; errors in percent."""
+    """Steps, and the mean, minimum and maximum over the runs at each step; errors in percent."""
     values = collections.defaultdict(list)
     for run in runs:
         for step, value in run["curves"].get(name, []):
@@ -61,18 +61,18 @@ def draw_runs(
     first=0,
     band=True,
 ):
-    """Draws the curve of the runs of one point; see the head of this file.
+    """Draws the curve of the runs of one point; see the module docstring.
 
     Args:
-      axis: of matplotlib.
-      runs: of a record, those that diverged among them.
-      name: of the curve, such as "test/error".
-      color: of all that is drawn.
+      axis: Matplotlib axes.
+      runs: runs of a record, including diverged ones.
+      name: the curve, such as "test/error".
+      color: of everything drawn.
       linestyle: of the mean.
       linewidth: of the mean.
       marker: of the mean, if any.
       hollow: whether the markers are white inside.
-      first: the number of the first step with a marker, so that the markers of several curves lie apart.
+      first: index of the first step with a marker, so that the markers of several curves lie apart.
       band: whether to draw the band.
     """
     steps, mean, low, high = mean_curve([run for run in runs if run["status"] == "finished"], name)
@@ -96,7 +96,7 @@ def draw_runs(
             steps, values, _, _ = mean_curve([run], name)
             axis.plot(steps, values, color=color, linestyle=":", linewidth=linewidth)
             if name.startswith("running/"):
-                # One that never came to a row has its cross at the upper edge, at the step of its end.
+                # A run that diverged before its first row has its cross at the upper edge, at its last step.
                 place, transform = ((run["step"], 0.97), axis.get_xaxis_transform())
                 if steps:
                     place, transform = (steps[-1], values[-1]), axis.transData
@@ -104,9 +104,10 @@ def draw_runs(
 
 
 def shortened(values):
-    """{value: its text, with room beside others}.
+    """{value: its text, shortened so that several fit}.
 
-    The middle of a long one, as of a path, is left out; where that leaves two alike, what they begin with.
+    The middle of a long text, such as a path, is left out. If that makes texts equal, their common beginning
+    is left out first.
     """
     whole = {value: plan.text_of(value) for value in values}
     short, alike = {}, collections.defaultdict(list)
@@ -126,13 +127,13 @@ def _without_middle(text):
 
 
 def label_of(text, runs):
-    """What a legend says of the runs of a point: its name, and how many of them diverged."""
+    """The legend entry for the runs of a point: its name, and how many of them diverged."""
     diverged = sum(run["status"] == "diverged" for run in runs)
     return f"{text} ({diverged} of {len(runs)} diverged)" if diverged else text
 
 
 def cross():
-    """What stands for a run that diverged in a legend."""
+    """The legend entry for a diverged run."""
     return Line2D(
         [], [], color="black", linestyle=":", marker="x", markeredgewidth=2, label="diverged, up to its end"
     )
@@ -144,7 +145,7 @@ def has_curve(record, name):
 
 
 def splits(record):
-    """The splits whose curves are drawn: all but that of training, whose curve is the running one."""
+    """The splits whose curves are drawn: all but training, which is drawn from its running metrics."""
     names = [name for run in record["runs"] for name in run["curves"] if name.count("/") == 1]
     return [
         split for split in dict.fromkeys(name.partition("/")[0] for name in names) if split not in _TRAINING
@@ -152,7 +153,7 @@ def splits(record):
 
 
 def describe_seeds(record):
-    """What lines and bands are: over all seeds of the study, or fewer where runs diverged or codes differ."""
+    """Says what lines and bands show: all seeds, or fewer where runs diverged or codes differ."""
     seeds, counts = len(record["config"]["seeds"]), set()
     if seeds == 1:
         return "one seed"
@@ -164,30 +165,30 @@ def describe_seeds(record):
 
 
 def describe_key(record, key):
-    """The value of a key of a study's configs, or all of them where it is of the grid."""
+    """The value of a key in a study's configs, or all of its values if they differ."""
     return "/".join(map(plan.text_of, plan.values_of(record["config"], key)))
 
 
 def describe_data(record):
-    """On what the networks of a study were trained."""
+    """The data set and the batch size with which the networks of a study were trained."""
     return f"{describe_key(record, 'data.name')}, batches of {describe_key(record, 'batch_size')}"
 
 
 def loss_label(record):
-    """The title of an axis of losses, with its unit."""
+    """The label of a loss axis, with its unit."""
     names = plan.values_of(record["config"], "loss.name")
     units = ("cross-entropy, nats" if name == "cross_entropy" else f"{name}, no unit" for name in names)
     return f"loss ({'; '.join(units)})"
 
 
 def set_loss_axis(axis, record):
-    """A logarithmic axis of the training loss, with its unit."""
+    """Makes the y axis logarithmic and labels it as training loss, with its unit."""
     axis.set_ylabel(f"training {loss_label(record)}")
     set_log_scale(axis)
 
 
 def set_log_scale(axis):
-    """A logarithmic axis upward, with plain numbers on it."""
+    """Makes the y axis logarithmic, with plain numbers at its ticks."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -195,10 +196,10 @@ def set_log_scale(axis):
 
 
 def draw_curves(record):
-    """The training loss and the errors of a study, for any grid; a row of panels for each code.
+    """Draws the training loss and the errors of a study, for any grid; a row of panels for each code.
 
     Args:
-      record: see `records`. Where it has no losses, as older ones, the errors are alone.
+      record: see `records`. If it has no losses, as in older records, only the errors are drawn.
     """
     parts = records.split_by_code(record)
     points = list(records.group_by_point(record))
@@ -253,11 +254,11 @@ def draw_curves(record):
 
 
 def _scale_errors(axes):
-    """An axis of errors that all of these share, from 0 to the greatest.
+    """Scales the error axis that these axes share, from 0 to the largest error.
 
-    Where some are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room.
+    If some errors are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room.
     """
-    # Without the crosses at the edge.
+    # Without the crosses at the upper edge.
     lines = [line for axis in axes for line in axis.lines if line.get_transform() == axis.transData]
     values = [value for line in lines for value in line.get_ydata()]
     if values and min(values) < 5:
@@ -266,12 +267,12 @@ def _scale_errors(axes):
 
 
 def stretch_small(axis, along="y", ticks=(0.5, 1, 2, 5, 10, 20, 50, 100)):
-    """Gives small and large numbers of percent room on one axis: it is linear up to 1, then logarithmic.
+    """Makes room for small and large percentages on one axis: linear up to 1, then logarithmic.
 
     Args:
-      axis: of matplotlib, where the label is set already.
+      axis: Matplotlib axes whose label is already set.
       along: "x" or "y".
-      ticks: numbers above 0 to tell, and those below likewise.
+      ticks: the ticks above 0; those below 0 mirror them.
     """
     set_scale, one = {"x": (axis.set_xscale, axis.xaxis), "y": (axis.set_yscale, axis.yaxis)}[along]
     set_scale("symlog", linthresh=1)
@@ -281,18 +282,18 @@ def stretch_small(axis, along="y", ticks=(0.5, 1, 2, 5, 10, 20, 50, 100)):
 
 
 def draw_panels(record, curves, key, titles=None, names=None):
-    """Curves over steps, a column of panels for each value of a key of the grid, a row for each code.
+    """Draws curves over steps: a column of panels for each value of a grid key, a row for each code.
 
     Args:
       record: see `records`.
       curves: {name of a curve: width of its line}, all of errors or all of losses.
-      key: of the grid, which has others, too.
+      key: a key of the grid, which must have other keys too.
       titles: {value of the key: title of its column}; None for those of `panels`.
-      names: {point of the other keys, as a tuple of values: what the legend calls it}, from light to dark;
-        None for all points, by the names of their keys.
+      names: {point of the other keys, as a tuple of values: its name in the legend}, from light to dark;
+        None for all points, named after their keys.
 
     Returns:
-      The figure, and its rows of axes, which share theirs.
+      The figure, and its rows of axes, which share their scales.
     """
     titles, names = titles or panels(record, key), names or _names_without(record, key)
     parts = records.split_by_code(record)
@@ -321,7 +322,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
                     )
             axis.set(title=textwrap.fill(f"{title}, code {code}" if code else title, WIDEST))
             axis.grid(alpha=0.3)
-    rows[0][0].set_xlim(0, None)  # of all, and now, for it ends where the longest of these curves do
+    rows[0][0].set_xlim(0, None)  # for all panels; set last, since it ends at the longest curve
     for axis in rows[-1]:
         axis.set_xlabel("training step")
     handles = []
@@ -331,7 +332,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
         told = [label_of(title, of_panel) for title, of_panel in panel.items()]
         title = "\n".join([names[point], *(text for text in told if text not in panel)])
         handles.append(Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=title))
-    handles.reverse()  # the darkest on top, as curves of plain nets lie
+    handles.reverse()  # the darkest on top, like the curves of plain nets
     if any(run["status"] == "diverged" for run in record["runs"]):
         handles.append(cross())
     figure.legend(handles=handles, loc="outside right center", frameon=False)
@@ -339,7 +340,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
 
 
 def key_of_panels(record):
-    """The key that a study compares, if its values are few and its grid has other keys, too; else None."""
+    """The key that a study compares, if it has few values and the grid has other keys too; else None."""
     asked = plan.compared(record["config"])
     if not asked or len(record["config"]["grid"]) == 1:
         return None
@@ -356,12 +357,12 @@ def panels(record, key):
 
 
 def draw_errors_by(record, key, titles=None, names=None, top=None):
-    """Errors over steps with panels for each value of a key.
+    """Draws errors over steps, with panels for each value of a key.
 
     Args:
       record, key, titles, names: see `draw_panels`.
-      top: where the axis ends, in percent, and begins at 0; the first steps may lie above. None: where all
-        is seen.
+      top: upper end of the axis in percent, which then begins at 0; the first steps may lie above it. None
+        shows everything.
     """
     evaluated = splits(record)[:1]
     curves = {"running/error": THIN, **{f"{split}/error": BOLD for split in evaluated}}
@@ -378,7 +379,7 @@ def draw_errors_by(record, key, titles=None, names=None, top=None):
 
 
 def draw_loss_by(record, key, titles=None, names=None):
-    """Training loss over steps on a logarithmic axis, likewise."""
+    """Draws training loss over steps on a logarithmic axis, with panels for each value of a key."""
     figure, rows = draw_panels(record, {"running/loss": 1.5}, key, titles, names)
     for axes in rows:
         set_loss_axis(axes[0], record)
@@ -415,8 +416,8 @@ def _add_legend_of_lines(figure, record):
 
 
 def save(figure, path):
-    """Writes `<path>.png` and `<path>.svg`; of equal figures they are equal, to the byte."""
+    """Writes `<path>.png` and `<path>.svg`; equal figures give files that are equal byte for byte."""
     path = pathlib.Path(path)
     figure.savefig(path.with_suffix(".png"), dpi=150)
-    with matplotlib.rc_context({"svg.hashsalt": "cnn_cases"}):  # or its ids would be drawn anew
+    with matplotlib.rc_context({"svg.hashsalt": "cnn_cases"}):  # otherwise its ids would be random
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

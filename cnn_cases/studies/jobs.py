@@ -1,8 +1,8 @@
-"""The runs of a sweep, in groups: one after another here, or several groups side by side in processes.
+"""Runs the groups of a sweep: one after another in this process, or several side by side in processes.
 
-Both ways yield (name of the run, what it gave in words) as runs end. Processes share the cores of a CPU, each
-with threads for its part of them, and XLA rounds its sums as its threads split them: a run gives the same
-bits either way only with as many threads. Several GPUs are divided among them; a single one they all use.
+Both ways yield (name of the run, its outcome in words) as runs end. Processes share the cores of a CPU, each
+with threads for its share. XLA's rounding of sums depends on how its threads split them, so a run gives the
+same bits both ways only with equally many threads. Processes divide several GPUs, and share a single one.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ def run_here(groups, workdir, local=None):
     """Runs the groups one after another in this process.
 
     Args:
-      groups: lists of runs (`plan.Run`) that differ in the seed alone, and so share a compilation.
-      workdir: the directory in which each run has one of its name.
-      local: the devices to use; None for all of this machine.
+      groups: lists of runs (`plan.Run`) that differ only in the seed, and so share a compilation.
+      workdir: the directory that holds a directory for each run, named after it.
+      local: the devices to use; None for all devices of this machine.
 
     Raises:
-      ValueError: a run is not possible, or its directory belongs to another config.
-      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came and the run at hand was saved.
+      ValueError: a run is invalid, or its directory belongs to another config.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 arrived and the current run was saved.
     """
     for runs in groups:
         program = None
@@ -47,11 +47,11 @@ def run_here(groups, workdir, local=None):
             yield run.name, format_outcome(result, finished_before=done)
         if program is not None:
             program = None
-            jax.clear_caches()  # or JAX would keep what was compiled, and with it the data set
+            jax.clear_caches()  # otherwise JAX would keep compiled code and, with it, the data set
 
 
 def format_outcome(result, *, finished_before=False):
-    """What a run gave, of its result.json, in words."""
+    """The outcome of a run, from its result.json, in words."""
     if result["status"] == "diverged":
         return f"diverged at step {result['step']}"
     metrics = loop.format_metrics(result["metrics"])
@@ -59,12 +59,12 @@ def format_outcome(result, *, finished_before=False):
 
 
 def share_accelerators():
-    """Has processes that share an accelerator not each reserve most of its memory.
+    """Keeps processes that share an accelerator from each reserving most of its memory.
 
-    To be called before JAX is used, for this process has a part of the memory too.
+    Call this before JAX is used, since this process takes a part of the memory too.
 
     Raises:
-      ValueError: it is a TPU, which has room for one process, and that is this one.
+      ValueError: the accelerator is a TPU, which has room for one process only: this one.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if jax.default_backend() == "tpu":
@@ -75,32 +75,32 @@ def run_side_by_side(groups, workdir, num_jobs):
     """Runs `num_jobs` groups at a time, each in a process; see `run_here`.
 
     Raises:
-      ChildProcessError: a process died, or was ended by a signal of its own.
-      RuntimeError: a process failed by an error that is no user's, and has told it.
+      ChildProcessError: a process died, or ended after a signal that was sent to it alone.
+      RuntimeError: a process failed with an error that is not the user's, and has printed it.
     """
-    context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX runs can hang
+    context = multiprocessing.get_context("spawn")  # a forked process can hang if JAX runs in its parent
     todo = context.Queue()
     for runs in (*groups, *[None] * num_jobs):
         todo.put(runs)
     arguments = (workdir, _threads_each(num_jobs), num_jobs)
-    workers = {}  # by what they tell, a pipe each: one that is ended while it tells holds up no other
+    workers = {}  # by pipe, one each: a worker that is killed while sending does not block the rest
     for index in range(num_jobs):
         news, telling = context.Pipe(duplex=False)
         workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
         workers[news].start()
-        telling.close()  # here, so that the pipe ends with the process
+        telling.close()  # in this process, so that the pipe closes when the worker ends
     with stopping.stop_signals() as stop:
         try:
             yield from _collect(workers, stop)
         finally:
             for worker in workers.values():
-                worker.terminate()  # a training that gets SIGTERM saves and ends
+                worker.terminate()  # a run that gets SIGTERM saves and ends
             for worker in workers.values():
                 worker.join()
-            todo.cancel_join_thread()  # or this process would wait for somebody to take what is left of it
+            todo.cancel_join_thread()  # otherwise this process would wait until the queue is emptied
     if stop.number:
         for news in workers:
-            while _take(news):  # what was still to be told, as that the disk is full
+            while _take(news):  # reports still in the pipe, for example that the disk is full
                 pass
         name = signal.Signals(stop.number).name
         raise stopping.InterruptedRun(
@@ -109,10 +109,10 @@ def run_side_by_side(groups, workdir, num_jobs):
 
 
 def _threads_each(num_jobs):
-    """XLA's threads of each of so many processes: their share, for threads beyond it make all of them slower.
+    """The number of XLA's threads per process: an equal share, since more threads slow all processes down.
 
-    None leaves their number to the user, who has set it, or to XLA, where virtual devices need more, or where
-    threads do not compute, but compile for an accelerator.
+    None leaves the number to the user, if they have set it, or to XLA, if virtual devices need more threads
+    or if threads only compile for an accelerator.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -122,9 +122,9 @@ def _threads_each(num_jobs):
 
 
 def own_devices(index, num_jobs):
-    """The local devices for one of several processes; None, for all, where they are a CPU's.
+    """The local devices for one of several processes; on a CPU None, for all of them.
 
-    Those are virtual: processes share its cores, whichever they take.
+    CPU devices are virtual: processes share the cores whichever devices they use.
     """
     return (
         None
@@ -134,7 +134,7 @@ def own_devices(index, num_jobs):
 
 
 def _collect(workers, stop):
-    """Yields what the workers tell until all have ended or a signal has come."""
+    """Yields what the workers report until all have ended or a signal has arrived."""
     running = set(workers)
     while running and not stop.number:
         for news in multiprocessing.connection.wait(running, timeout=_POLL_SECONDS):
@@ -154,10 +154,10 @@ def _collect(workers, stop):
 
 
 def _take(news):
-    """What a worker tells next, None where it tells no more; raises ValueError where that is a refusal."""
+    """The next report of a worker, None if there are no more; raises ValueError if it is a refusal."""
     try:
         kind, *words = news.recv()
-    except (EOFError, OSError):  # between two messages, or within one
+    except (EOFError, OSError):  # the worker ended between two messages, or within one
         return None
     if kind == "refused":
         raise ValueError(*words)
@@ -165,11 +165,11 @@ def _take(news):
 
 
 def _work(todo, telling, index, workdir, num_threads, num_jobs):
-    """Runs groups until there are no more: the life of a process of `run_side_by_side`."""
-    os.setpgrp()  # Ctrl-C on a terminal goes to the parent alone, which then asks for an end by SIGTERM
+    """Runs groups until none are left; the main function of a process of `run_side_by_side`."""
+    os.setpgrp()  # Ctrl-C in a terminal reaches only the parent, which then sends SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if num_threads:
-        os.environ["PJRT_NPROC"] = str(num_threads)  # what XLA, which starts later, looks at
+        os.environ["PJRT_NPROC"] = str(num_threads)  # XLA reads it when it starts, later
     command.collect_garbage_rarely()
     command.separate_compilation_cache()
     try:
@@ -180,7 +180,7 @@ def _work(todo, telling, index, workdir, num_threads, num_jobs):
         refusal = devices.message_for_user(error)
         if refusal is None:
             raise
-        with contextlib.suppress(BrokenPipeError):  # of a parent that was killed
+        with contextlib.suppress(BrokenPipeError):  # the parent was killed
             telling.send(("refused", refusal))
     except stopping.InterruptedRun as interruption:
         processes.tell(interruption)
@@ -188,6 +188,6 @@ def _work(todo, telling, index, workdir, num_threads, num_jobs):
 
 
 def _end_with_parent():
-    """Asks for an end in place of a parent that was killed; else the runs would go on, and stay locked."""
+    """Sends SIGTERM in place of a parent that was killed; otherwise the runs would go on and stay locked."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)

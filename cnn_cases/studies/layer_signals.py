@@ -1,21 +1,22 @@
-"""What reaches each layer of a plain net and of its residual twin: gradients backward, responses forward.
+"""Measures the gradients and responses at each layer of plain nets and of their residual twins.
 
     python -m cnn_cases.studies.layer_signals --workdir=runs/depth_digits
 
-looks into the runs of a depth study (`cnn_cases.studies.depth_curves`), at their initial values and at every
-checkpoint that was kept, and trains nothing. The study keeps more of them if started with, say,
-`--config.base.checkpoint.every_steps=50 --config.base.checkpoint.keep_last=4`. For each convolution but the
-projections, from the input on:
+examines the runs of a depth study (`cnn_cases.studies.depth_curves`) at their initial values and at every
+checkpoint that was kept; it trains nothing. To keep more checkpoints, start the study with, say,
+`--config.base.checkpoint.every_steps=50 --config.base.checkpoint.keep_last=4`. For each convolution except
+the projections, from the input on:
 
-    gradient     norm of the loss's gradient by its kernel, as it is and without the weight decay: that of
-                 the training step, on the batch that the run took next, batch statistics, augmentation and
-                 all; the mean of `--num_batches` such batches. Of a frozen layer, that which it would have
-    kernel       norm of the kernel. Batch normalisation undoes the kernel's scale, so the gradient by a
-                 kernel twice as large is half as large, and turns it a quarter as far
-    response     standard deviation of what its batch normalisation gives, "after BN and before other
+    gradient     norm of the gradient of the loss with respect to the kernel, unscaled and without the weight
+                 decay, as in the training step: on the batch that the run took next, with batch statistics
+                 and augmentation; the mean over `--num_batches` such batches. For a frozen layer, the
+                 gradient that it would have
+    kernel       norm of the kernel. Batch normalisation cancels the kernel's scale, so the gradient of a
+                 kernel that is twice as large is half as large, and turns it a quarter as far
+    response     standard deviation of the output of its batch normalisation, "after BN and before other
                  nonlinearity (ReLU/addition)" (He et al. 2015, section 4.2 and figure 7), over images,
-                 places and channels at once: training images in evaluation mode. The initial state has none,
-                 since its running statistics have not seen an image
+                 positions and channels together: training images in evaluation mode. The initial state has
+                 none, since its running statistics have not seen an image
 
 Files in <workdir>/layers/: record.json, table.md, and the figures gradients and responses, PNG and SVG.
 """
@@ -47,7 +48,7 @@ NORM = re.compile(r"(stage\d+_block\d+/)?norm\d+/__call__")
 
 
 def in_forward_order(tree, pattern):
-    """The leaves of a tree of modules whose path fits `pattern`, as a list from the input on."""
+    """The leaves of a tree of modules whose paths match `pattern`, as a list from the input on."""
     flat = traverse_util.flatten_dict(tree, sep="/")
     # conv1 is (1,), stage2_block3/conv1 is (2, 3, 1): the stem comes before the stages.
     paths = sorted(filter(pattern.fullmatch, flat), key=lambda path: [*map(int, re.findall(r"\d+", path))])
@@ -55,16 +56,16 @@ def in_forward_order(tree, pattern):
 
 
 def make_gradient_norms(apply, prepare, loss):
-    """A function that measures the kernels' gradients on one batch.
+    """Makes a function that measures the kernels' gradients on one batch.
 
     Args:
       apply: `model.apply`.
-      prepare: (arrays, batch, key) -> image, label; the feed's.
+      prepare: the feed's (arrays, batch, key) -> image, label.
       loss: logits [B, K], label -> [B].
 
     Returns:
-      (state, arrays, batch) -> norms float32 [layers], of the gradient that the training step of
-      `state.step` takes on this batch.
+      (state, arrays, batch) -> norms float32 [layers] of the gradient that the training step of
+      `state.step` computes on this batch.
     """
 
     def gradient_norms(state, arrays, batch):
@@ -87,11 +88,11 @@ def kernel_norms(params):
 
 
 def make_response_sums(apply, prepare):
-    """A function that sums up the responses of one evaluation batch.
+    """Makes a function that sums the responses of one evaluation batch.
 
     Returns:
-      (state, arrays, batch) -> float32 [3, layers]: of the values of each layer's response, over the images
-      whose "mask" is 1, their number, their sum and the sum of their squares.
+      (state, arrays, batch) -> float32 [3, layers]: the number, the sum and the sum of squares of the values
+      of each layer's response, over the images whose "mask" is 1.
     """
 
     def response_sums(state, arrays, batch):
@@ -113,7 +114,7 @@ def make_response_sums(apply, prepare):
 
 
 def deviations(sums):
-    """Standard deviations float64 [layers] from what `make_response_sums` gives, added up over batches."""
+    """Standard deviations float64 [layers] from the sums of `make_response_sums`, added up over batches."""
     count, total, squares = np.asarray(sums, np.float64)
     return np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
 
@@ -122,18 +123,18 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     """Measures the layers of all runs of a depth study.
 
     Args:
-      workdir: the study's, with its runs in `runs/`.
-      num_batches: of training for the gradients, and of evaluation for the responses.
-      data_dir: where TFDS keeps its sets; "" for the config's.
+      workdir: the study's directory, with its runs in `runs/`.
+      num_batches: number of training batches for the gradients, and of evaluation batches for the responses.
+      data_dir: where TFDS keeps its data sets; "" for the config's.
 
     Returns:
-      What JSON can hold: {"date", "environment", "data" (name of the set), "num_batches",
+      A dict that JSON can hold: {"date", "environment", "data" (name of the set), "num_batches",
       "gradient_batch_size", "response_images", "states": [{"depth", "plain", "seed", "step",
       "gradient_norms", "kernel_norms" and "response_stds", each [layers], the last None at step 0}]}.
 
     Raises:
-      ValueError: there are no such runs, they are of nets without a plain twin, a checkpoint is damaged, or
-        the training images are not those of the runs.
+      ValueError: there are no such runs, their nets have no plain twin, a checkpoint is damaged, or the
+        training images are not those of the runs.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches = {num_batches} must be 1 or more")
@@ -171,7 +172,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])
-        measure_state = make_measurement(program, num_batches)  # the seeds share what is compiled
+        measure_state = make_measurement(program, num_batches)  # the seeds share a compilation
         for run_dir, config in runs:
             saved_runs.check_data(run_dir, saved_runs.read_starts(run_dir), program.feed)
             for step, state in saved_states(program, config, run_dir / "checkpoints"):
@@ -198,15 +199,15 @@ def saved_states(program, config, directory):
 
 
 def make_measurement(program, num_batches):
-    """A function state -> {"gradient_norms", "kernel_norms", "response_stds"}; see `measure`.
+    """Makes a function state -> {"gradient_norms", "kernel_norms", "response_stds"}; see `measure`.
 
     Args:
-      program: of one device.
+      program: a program for one device.
       num_batches: see `measure`.
     """
     feed, apply = program.feed, program.model.apply
     gradients = make_gradient_norms(apply, feed.prepare, program.loss)  # these nets have no side branches
-    # Both take a state and a batch as an evaluation does, and leave the state alone.
+    # Like an evaluation, both take a state and a batch and leave the state unchanged.
     gradients = devices.pmap_eval(gradients, program.devices)
     responses = devices.pmap_eval(make_response_sums(apply, feed.prepare), program.devices)
 
@@ -229,7 +230,7 @@ def make_measurement(program, num_batches):
 
 
 def pick(record, depth, plain, step, what):
-    """[seeds, layers] of `what`, "gradient_norms" and so on; no row of a run without such a checkpoint."""
+    """[seeds, layers] of `what`, such as "gradient_norms"; a run without this checkpoint has no row."""
     point = {"depth": depth, "plain": plain, "step": step}
     return np.array([state[what] for state in record["states"] if point.items() <= state.items()])
 
@@ -240,15 +241,15 @@ def values_of(record, key):
 
 
 def last_step(record, depth, plain):
-    """The last step that was saved of a net, 0 where none was."""
+    """The last saved step of a net, 0 if none was saved."""
     point = {"depth": depth, "plain": plain}
     return max((s["step"] for s in record["states"] if point.items() <= s.items()), default=0)
 
 
 def table(record, form):
-    """A row for each net and step, as "text" or "markdown"; figures are means over the seeds.
+    """A row for each net and step, as "text" or "markdown"; values are means over the seeds.
 
-    Gradients and kernels are those of the first and of the last convolution and, between them, the largest.
+    Gradients and kernels have a column each for the first convolution, the largest value, and the last one.
     """
     rows = [
         [
@@ -279,7 +280,7 @@ def table(record, form):
 
 
 def _draw_layers(axis, seeds, **line):
-    """The mean over the seeds by layer, and from the least to the greatest a band. seeds: [seeds, layers]."""
+    """Draws the mean over the seeds by layer, with a band from minimum to maximum. seeds: [seeds, layers]."""
     layers = np.arange(1, seeds.shape[1] + 1)
     (drawn,) = axis.plot(layers, seeds.mean(axis=0), **line)
     axis.fill_between(
@@ -287,13 +288,16 @@ def _draw_layers(axis, seeds, **line):
     )
 
 
-# Lines that cross or lie upon each other can be told apart by more than their colour.
+# Lines that cross or coincide differ in more than their colour.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (2, 2)))
 
 
 def draw_gradients(record):
-    """Plain left, residual right. By layer: the gradient at the start, of every depth; then of the deepest
-    net, at every step that was saved, the gradient and the kernel."""
+    """Draws gradient and kernel norms by layer, plain left and residual right.
+
+    First the gradient at the start, for every depth; then, for the deepest net at every saved step, the
+    gradient and the kernel.
+    """
     depths, all_steps = values_of(record, "depth"), values_of(record, "step")
     deepest = depths[-1]
     of_depths, of_steps = [(depth, 0) for depth in depths], [(deepest, step) for step in all_steps]
@@ -306,7 +310,7 @@ def draw_gradients(record):
     axes = figure.subplots(3, 2, sharey="row")
     for row, (title, what, lines) in zip(axes, rows, strict=True):
         at_start = lines is of_depths
-        # Depths and steps have colours of their own.
+        # Depths and steps have different colours.
         shades = figures.shades(len(lines), "viridis_r" if at_start else "magma_r")
         for axis, (plain, kind) in zip(row, KINDS.items(), strict=True):
             for number, (depth, step) in enumerate(lines):
@@ -334,7 +338,7 @@ def draw_gradients(record):
 
 
 def draw_responses(record):
-    """Standard deviations of the last responses: by layer left, sorted right (He et al. 2015, figure 7)."""
+    """Draws the responses at the last saved step: by layer left, sorted right (He et al. 2015, figure 7)."""
     depths = values_of(record, "depth")
     figure = Figure(figsize=(9.5, 4), layout="constrained")
     original, ranked = figure.subplots(1, 2, sharey=True)

@@ -1,17 +1,17 @@
-"""All recorded studies in one table, beside what the papers published.
+"""All recorded studies in one table, next to the published results.
 
-    python -m cnn_cases.studies.ledger              prints it, in Markdown
-    python -m cnn_cases.studies.ledger --write      puts it into docs/results.md, and into README.md the rows
-                                                    that have a published figure, between their markers
+    python -m cnn_cases.studies.ledger              prints the table in Markdown
+    python -m cnn_cases.studies.ledger --write      writes it into docs/results.md, and its rows with a
+                                                    published figure into README.md, between the markers
 
-A row is made of runs that differ in nothing but the seed: the recipe (the config without the seed, without
-the place of the data and without what is kept and logged) and the code (`records.code_of`: the checksum of
-what a training runs, packages, kinds of devices) are equal. Runs of other codes or recipes are other rows,
-and are averaged with none. Where numbers of devices or threads differ, the row says "several".
+A row consists of runs that differ only in the seed: they have the same recipe (the config without the seed,
+the location of the data, and what is saved and logged) and the same code (`records.code_of`: the checksum of
+the training code, packages, kinds of devices). Runs with other codes or recipes are in other rows and are
+never averaged together. Where numbers of devices or threads differ, the row says "several".
 
-A published figure stands only beside a run of the paper's length: one that was trained on fewer images or on
-more, all repetitions counted, says so in its steps and is set beside nothing. What else departs from the
-paper is told by the head of the run's config.
+A published figure is shown only for runs of the paper's length. A run that was trained on fewer or more
+images, counting repetitions, says so in its steps and has no published figure. The docstring of the run's
+config lists the other departures from the paper.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from cnn_cases.training import disk, logbook
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = ROOT / "README.md", ROOT / "docs/results.md"
-# The line of a document behind which the table begins, and whether that is the short one.
+# {the line of a document after which the table begins: whether it is the short table}.
 BEGINNINGS = {
     "<!-- The results beside the papers: written by `python -m cnn_cases.studies.ledger --write`. -->": True,
     "<!-- All results: written by `python -m cnn_cases.studies.ledger --write`. -->": False,
 }
 END = "<!-- End of the results. -->"
 
-# Of a config, what no result depends on: groups, and keys with their place.
+# The parts of a config that no result depends on: groups, and keys with their groups.
 ASIDE = (
     "seed",
     "checkpoint",
@@ -48,15 +48,15 @@ ASIDE = (
 
 
 class Published(NamedTuple):
-    """A figure of a paper, and of which runs it is the counterpart.
+    """A published figure, and the runs to compare it with.
 
     Attributes:
-      where: {key of a config: value}. A key that a record does not have counts as 0 or empty: it came later.
-      error: percent.
-      examples: images of the paper's training, all repetitions counted.
+      where: {key of a config: value}. A key that a record lacks is newer than it, and counts as 0 or empty.
+      error: in percent.
+      examples: training images in the paper, counting repetitions.
       source: paper and table.
-      metric: which of a run's metrics it is.
-      recalled: the figure is from memory and was not checked against the paper.
+      metric: the metric of a run to compare.
+      recalled: whether the figure is from memory and was not checked against the paper.
     """
 
     where: dict[str, Any]
@@ -75,20 +75,20 @@ PREACT = CROPS | {"model.name": "resnet_preact_cifar"}
 NIN = {"data.name": "cifar10", "model.name": "nin", "model.variant": "cifar"}
 IMAGENET = {"data.name": "imagenet2012"}
 IMAGENET_RESNET = IMAGENET | {"model.name": "resnet", "model.plain": False}
-EPOCH = 1_281_167  # images of ImageNet of 2012
-LONGER = 1.05  # times a paper's examples; so much comes of rounding to whole epochs and batches
+EPOCH = 1_281_167  # training images of ImageNet 2012
+LONGER = 1.05  # times a paper's examples, which allows for rounding to whole epochs and batches
 
 PUBLISHED = (
     Published(LENET | UNDISTORTED, 0.95, 20 * 60_000, "LeCun et al. 1998, section III"),
     Published(
         LENET | {"data.augment.shift": 2}, 0.8, 20 * 60_000, "LeCun et al. 1998, section III", recalled=True
     ),
-    # With 110 layers the mean of five runs, of which the best had 6.43.
+    # The figure for 110 layers is the mean of five runs, of which the best had 6.43.
     *(
         Published(RESNET | {"model.depth": depth}, error, 64_000 * 128, "He et al. 2015, table 6")
         for depth, error in ((20, 8.75), (32, 7.51), (44, 7.17), (56, 6.97), (110, 6.61), (1202, 7.93))
     ),
-    # Medians of five runs. For how long with batches of 64, the authors' code tells (resnet-1k-layers).
+    # Medians of five runs. The length with batches of 64 is from the authors' code (resnet-1k-layers).
     *(
         Published(
             PREACT | {"model.depth": depth, "batch_size": batch_size},
@@ -103,7 +103,7 @@ PUBLISHED = (
             (1001, 64, 4.62, 200 * 50_000),
         )
     ),
-    # The paper does not say for how long; these are the steps of `nin_cifar10`.
+    # The paper does not give the length; these are the steps of `nin_cifar10`.
     Published(
         NIN | {"data.augment.flip": False}, 10.41, 80_000 * 128, "Lin et al. 2013, table 1", recalled=True
     ),
@@ -164,14 +164,14 @@ PUBLISHED = (
 
 
 class Row(NamedTuple):
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Attributes:
-      names: of the records they come from.
+      names: the names of their records.
       point: {key of the grid: value}.
-      config: the whole config of the point.
-      environments: those of the runs.
-      runs: as the record has them.
+      config: the full config of the point.
+      environments: of the runs.
+      runs: as in the record.
     """
 
     names: list
@@ -182,13 +182,13 @@ class Row(NamedTuple):
 
 
 def read_records(directory):
-    """The JSON files of a directory, apart in studies and others.
+    """Reads the JSON files of a directory, and separates studies from other files.
 
     Returns:
       {name: record} of the studies, and the names of the files that hold something else.
 
     Raises:
-      ValueError: the directory is missing or has no such file, or a file is damaged.
+      ValueError: the directory is missing or has no JSON file, or a file is damaged.
     """
     paths = sorted(pathlib.Path(directory).glob("*.json"))
     if not paths:
@@ -210,14 +210,14 @@ def collect(studies):
     """The rows of all records, in the order of the records and of their grids.
 
     Args:
-      studies: of `read_records`.
+      studies: from `read_records`.
 
     Raises:
       ValueError: two records hold the same run.
     """
     rows, records_of = {}, {}
     for name, record in studies.items():
-        study = settings.completed(record["config"])  # an older record lacks the keys that are younger
+        study = settings.completed(record["config"])  # an older record lacks newer keys
         keys = [key for key, _ in study["grid"]]
         for run in record["runs"]:
             point = {key: run[key] for key in keys}
@@ -240,7 +240,7 @@ def collect(studies):
 
 
 def recipe(config):
-    """A config without what no result depends on, as {key with its place: value}."""
+    """A config without the parts that no result depends on, as {dotted key: value}."""
     flat = traverse_util.flatten_dict(config, sep=".")
     groups = tuple(f"{key}." for key in ASIDE)
     if not plan.lookup(config, "start.workdir"):
@@ -249,9 +249,9 @@ def recipe(config):
 
 
 def counterpart(config, metric):
-    """The published figure of a config's network, data and metric; None where there is none.
+    """The published figure for a config's network, data and metric, or None.
 
-    The papers' networks were trained from the beginning, and all of their layers.
+    The papers trained all layers of their networks, from scratch.
     """
     if plan.lookup(config, "start.workdir") or plan.lookup(config, "optimizer.frozen"):
         return None
@@ -267,7 +267,7 @@ def counterpart(config, metric):
 
 
 def metric_of(row):
-    """The error to show: of the test set if there is one, as its paper tests if that was done."""
+    """The error to show: on the test set if there is one, by the config's protocol if that was measured."""
     measured = [run["metrics"] for run in row.runs if run["status"] == "finished"]
     names = measured[0] if measured else ("test/error",)
     protocol = plan.lookup(row.config, "evaluation.protocol")
@@ -278,7 +278,7 @@ def metric_of(row):
 def network(config):
     """`resnet_cifar, depth 20, plain`: the model's name and its settings, without those that are off.
 
-    And which layers started from those of another run, and which are frozen, if any.
+    It also names the layers that started from another run, and the frozen ones, if any.
     """
     words = [config["model"]["name"]]
     for key, value in config["model"].items():
@@ -305,7 +305,7 @@ def hardware(environments):
 
 
 def dates(runs):
-    """`2026-11-26`, the day on which the runs ended, or the first and the last; empty where none is told."""
+    """`2026-11-26`, the day on which the runs ended, or the first and the last; empty if none is recorded."""
     days = sorted({run["date"] for run in runs if "date" in run})
     return " to ".join(dict.fromkeys(days[:1] + days[-1:]))
 
@@ -325,18 +325,18 @@ TITLES = (
 )
 
 
-# Keys that another cell shows.
+# Keys shown in another column.
 _SHOWN_ELSEWHERE = ("model.", "num_steps", "start.", "optimizer.frozen", "data.name", "data.splits.train")
 SHORT = tuple(title for title in TITLES if title not in ("steps", "devices", "date"))
 
 
 def table(rows, place="results", short=False):
-    """Lists of cells, the head first. A difference is in points, ours minus the published.
+    """Lists of cells, the header first. Differences are in percentage points, ours minus the published.
 
     Args:
-      rows: of `collect`.
-      place: of the records, for links to them.
-      short: only the columns of SHORT, and the rows that have a published figure beside them.
+      rows: from `collect`.
+      place: where the records are, for links to them.
+      short: whether to keep only the columns of SHORT and the rows with a published figure.
     """
     lines = [list(TITLES)]
     for row in rows:
@@ -377,12 +377,12 @@ def table(rows, place="results", short=False):
     return [[line[number] for number in shown] for line in lines]
 
 
-# Settings of augmentations, which do nothing by themselves.
+# Settings of augmentations that do nothing by themselves.
 _SETTINGS = ("lighting_basis", "elastic_sigma")
 
 
 def _data(data):
-    """`cifar10 (train[:45000]), flip, pad`: the set, the part that is trained on, the augmentations."""
+    """`cifar10 (train[:45000]), flip, pad`: the data set, its training part, the augmentations."""
     words = data["name"]
     if data["splits"]["train"] != "train":
         words += f" ({data['splits']['train']})"
@@ -399,22 +399,22 @@ def _published_cell(published):
 
 
 def markdown(rows, place="results", short=False):
-    """The table in Markdown, columns of words to the left."""
+    """The table in Markdown, with columns of words aligned to the left."""
     lines = table(rows, place, short)
     words = [number for number, title in enumerate(lines[0]) if title not in ("steps", "%", "difference")]
     return tables.markdown(lines, words=words)
 
 
 def fill(document, rows, results):
-    """The text of a document with the table between its two markers in place of what is there.
+    """The text of a document, with the part between its two markers replaced by the table.
 
     Args:
       document: a pathlib.Path.
-      rows: of `collect`.
+      rows: from `collect`.
       results: the directory of the records.
 
     Raises:
-      ValueError: the document has not one of BEGINNINGS, once, and END behind it.
+      ValueError: the document does not have exactly one of BEGINNINGS, once, with END after it.
     """
     text = document.read_text()
     beginnings = [marker for marker in BEGINNINGS if marker in text]
@@ -430,7 +430,7 @@ def fill(document, rows, results):
 
 
 def main(arguments=None):
-    """Prints the ledger or writes it; ends with one message and exit code 2 where that fails."""
+    """Prints the ledger or writes it; on failure ends with one message and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.studies.ledger", description=__doc__.partition("\n")[0]
     )

@@ -1,6 +1,6 @@
-"""The curves of a study's runs as a page that shows values under the pointer and hides what is not wanted.
+"""The curves of a study's runs as an HTML page that shows values under the pointer and can hide curves.
 
-One file with all that it needs, its library too, so that it opens from the disk without a network.
+The page is one file that includes its library, so it opens from disk without a network.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ from matplotlib.colors import to_hex, to_rgb
 from cnn_cases.studies import figures, plan, records
 from cnn_cases.training import disk
 
-_DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # of training, and of the splits
+_DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # training, then the splits
 
-# A line is seen while the button of each of its choices is down.
+# A line is visible while all of its buttons are pressed.
 _TOGGLE = """
 for (const line of lines) {
   line.visible = groups.every((group, n) => group.active.includes(line.tags[n]));
@@ -54,7 +54,7 @@ _BUTTONS = """
 
 
 class _Choices(NamedTuple):
-    """Titles of the buttons. A line's tags are the numbers of its four."""
+    """Titles of the buttons. A line's tags are the indices of its four buttons."""
 
     points: list
     panels: list
@@ -67,8 +67,8 @@ def write(record, path, panel_key=None, panels=None):
 
     Args:
       record: see `records`.
-      path: of the HTML file.
-      panel_key: a key of the grid whose values have a column of panels each; None for one column.
+      path: the HTML file.
+      panel_key: a key of the grid, with a column of panels for each value; None for one column.
       panels: {value of that key: title of its column}.
     """
     disk.write_text(path, to_html(record, panel_key, panels))
@@ -133,12 +133,12 @@ def _summary(record):
 
 
 def _kinds(record):
-    """{"training": "running", "test": "test"}: what curves are called, and the first part of their names."""
+    """{"training": "running", "test": "test"}: titles of curves, and the first part of their names."""
     return {"training": "running", **{split: split for split in figures.splits(record)}}
 
 
 def _plots(record, panels):
-    """{("error" or "loss", panel): plot}, those of one quantity with common axes."""
+    """{("error" or "loss", panel): plot}; plots of one quantity share their axes."""
     quantities = ["error", "loss"] if figures.has_curve(record, "running/loss") else ["error"]
     unit = figures.loss_label(record)
     plots, steps = {}, {}
@@ -172,7 +172,7 @@ def _plots(record, panels):
 
 
 def _draw(plot, run, name, style, dash):
-    """The line of one curve; a dot where it has one value alone, a cross where a run that diverged ends."""
+    """Draws the line of a curve, a dot if it has only one value, and a cross where a diverged run ends."""
     steps, values, _, _ = figures.mean_curve([run], name)
     width = 1 if name.startswith("running/") else 2.4
     drawn = [plot.line(steps, values, line_width=width, line_dash=dash, **style)]
@@ -184,7 +184,7 @@ def _draw(plot, run, name, style, dash):
 
 
 def _buttons(choices, colors, lines):
-    """A row of buttons for each kind of choice that there is."""
+    """A row of buttons for each kind of choice, visible if there is more than one button."""
     groups = []
     for titles in choices:
         look = _BUTTONS

@@ -1,14 +1,14 @@
-"""A study's config: what it may say, the runs that it asks for, and what else is asked of it.
+"""The config of a study: its checks, the runs that it defines, and lookups in it.
 
-A study is the ConfigDict of a file of configs/studies, of which `expand` makes its runs, or the dict that its
-record has of it, which `config_of`, `values_of` and `lookup` take:
+A study is the ConfigDict of a file in configs/studies, which `expand` turns into runs, or the dict that the
+study's record holds, which `config_of`, `values_of` and `lookup` take:
 
     base      a training config
-    grid      pairs of a key of `base` and the values that it takes: every point of it is run
-    seeds     with each of these
-    adjust    optional: what some points need besides, as pairs of (key of the grid, value) and of pairs of a
-              key and its value there. The key is one of `base`, or a setting that the network of the point
-              has and that of `base` has not
+    grid      pairs of a key of `base` and its values; every point of the grid is run
+    seeds     the seeds with which each point is run
+    adjust    optional: further settings that some points need, as pairs of (key of the grid, value) and
+              ((key, value), ...). Each further key is one of `base`, or a setting that the point's network
+              has and the network of `base` does not
     compare   optional: the key of the grid whose values are compared in pairs of runs (see `comparison`)
 
 Points are dicts {key of the grid: value}.
@@ -35,14 +35,14 @@ class Run(NamedTuple):
 
 
 def expand(study):
-    """The runs of a study, those that differ in the seed alone one after another.
+    """The runs of a study; runs that differ only in the seed are next to each other.
 
     Args:
       study: a ConfigDict.
 
     Raises:
-      ValueError: the base is no training config, the grid names an unknown key or a value of the wrong type,
-        or there is nothing to run.
+      ValueError: the base is not a training config, the grid has an unknown key or a value of the wrong
+        type, or there is nothing to run.
     """
     if not isinstance(study, ConfigDict):
         raise ValueError(f"a study must be a ConfigDict, not {study!r}")
@@ -62,7 +62,7 @@ def expand(study):
                 group, _, setting = key.rpartition(".")
                 if group == "model" and setting not in config.model:
                     with config.unlocked():
-                        config.model[setting] = value  # whether the network has it, `make_model` finds out
+                        config.model[setting] = value  # `make_model` checks whether the network has it
                 else:
                     _override(config, "adjust", key, value)
             name = "_".join(f"{short[key]}-{value}" for key, value in own.items())
@@ -81,7 +81,7 @@ def _override(config, where, key, value):
 
 
 def check(study):
-    """Raises ValueError unless a study has what `expand` takes; its base is not looked into."""
+    """Raises ValueError unless a study has what `expand` takes; does not check its base."""
     missing = {"base", "grid", "seeds"} - set(study)
     if missing:
         raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
@@ -123,7 +123,7 @@ def _check_adjust(adjust, keys):
         if key not in keys:
             raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(keys)}")
         for changed, value in pairs:
-            if changed in (*keys, "seed"):  # a run would be another than its name says
+            if changed in (*keys, "seed"):  # otherwise a run would not match its name
                 raise ValueError(f"adjust: {changed} = {value!r} is what the grid and the seeds are for")
 
 
@@ -149,20 +149,20 @@ def _is_adjustment(pair):
 
 
 def adjustments(study, point):
-    """Yields the pairs of a key and its value that `adjust` of a study has for a point of its grid."""
+    """Yields the (key, value) pairs of a study's `adjust` that apply to a point of its grid."""
     for (key, value), pairs in study.get("adjust", ()):
-        if point[key] == value:  # a part of the grid may be run, without it
+        if point[key] == value:  # never, if the part of the grid that is run lacks the value
             yield from pairs
 
 
 def config_of(study, point):
-    """The config of a point of a study, as `expand` makes it: the base, the point, its adjustments."""
+    """The config of a point of a study, as `expand` makes it: base, point and adjustments."""
     flat = traverse_util.flatten_dict(study["base"], sep=".")
     return traverse_util.unflatten_dict(flat | point | dict(adjustments(study, point)), sep=".")
 
 
 def values_of(study, key):
-    """The values of a key in the points of a study's grid, each once, in order."""
+    """The distinct values of a key over the points of a study's grid, in order."""
     keys = [key for key, _ in study["grid"]]
     points = itertools.product(*(values for _, values in study["grid"]))
     configs = (config_of(study, dict(zip(keys, point, strict=True))) for point in points)
@@ -170,7 +170,7 @@ def values_of(study, key):
 
 
 def lookup(config, key):
-    """The value of a key such as "data.augment.flip"; None where a config does not have it."""
+    """The value of a key such as "data.augment.flip"; None if a config does not have it."""
     value = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -178,13 +178,13 @@ def lookup(config, key):
 
 
 def compared(study):
-    """What a study compares in pairs: a key of its grid, the first value of it, and the others, each with it.
+    """What a study compares in pairs: each further value of a key of its grid with the first value.
 
     Returns:
-      (key, first value, tuple of the others); None where it has no `compare`, or one value alone.
+      (key, first value, tuple of the further values); None without `compare`, or if the key has one value.
 
     Raises:
-      ValueError: `compare` is no key of the grid.
+      ValueError: `compare` is not a key of the grid.
     """
     if "compare" not in study:
         return None
@@ -198,7 +198,7 @@ def compared(study):
 
 
 def short_names(keys):
-    """{key: its last parts, as many as tell it from the others}: of model.depth mostly `depth`."""
+    """{key: its last parts, as many as make it unique}: for model.depth usually `depth`."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -209,15 +209,15 @@ def short_names(keys):
     return names
 
 
-_VAGUE = ("start.", "data.splits.")  # without them a key tells too little, as `workdir` or `train` does
+_VAGUE = ("start.", "data.splits.")  # without them a key such as `workdir` or `train` says too little
 
 
 def titles_of(keys):
-    """{key: what a table or a legend calls it}."""
+    """{key: its name in a table or a legend}."""
     short = short_names(keys)
     return {key: key.removeprefix("data.") if key.startswith(_VAGUE) else short[key] for key in keys}
 
 
 def text_of(value):
-    """The value of a key in a table or a legend: `20`, `conv* and dense*`; `none` where it is empty."""
+    """The value of a key in a table or a legend: `20`, `conv* and dense*`; `none` if it is empty."""
     return (" and ".join(map(text_of, value)) if isinstance(value, tuple) else str(value)) or "none"

@@ -1,13 +1,13 @@
-"""What a study leaves for later readers: its record, and how its runs are told apart and put together.
+"""The record of a study: how it is read and checked, and how its runs are told apart and grouped.
 
 A record is a dict that JSON can hold, made by `sweep.make_record`:
 
-    config          of the study (see `plan`)
-    environments    commit, code, versions, devices and data of the starts of its runs, each once
-    runs            one dict a run: its point of the grid {key: value}, seed, status ("finished", "diverged"),
-                    step (the last), metrics (of a finished one), seconds, date (of its end), environments
-                    (the numbers of those in which it was started and resumed), curves {"running/error",
-                    "running/loss", "<split>/error", "<split>/loss": [[step, value]]}
+    config          the config of the study (see `plan`)
+    environments    the distinct environments in which its runs started: commit, code, versions, devices, data
+    runs            one dict per run: its point of the grid {key: value}, seed, status ("finished",
+                    "diverged"), step (the last), metrics (if finished), seconds, date (of its end),
+                    environments (indices of those in which it was started and resumed), curves
+                    {"running/error", "running/loss", "<split>/error", "<split>/loss": [[step, value]]}
 
 Errors are fractions. Runs that began before 2026-11-25 lack the losses.
 """
@@ -24,10 +24,10 @@ from cnn_cases.studies import plan
 
 
 def read(path):
-    """The record in a JSON file; None where the file holds something else.
+    """The record in a JSON file; None if the file holds something else.
 
     Raises:
-      ValueError: the file is no JSON, or a record of which something is missing or cannot be.
+      ValueError: the file is not JSON, or is a record with a missing or impossible part.
     """
     try:
         record = json.loads(pathlib.Path(path).read_text())
@@ -38,7 +38,7 @@ def read(path):
     if not (isinstance(record["config"], dict) and settings.is_study(record["config"])):
         return None
     try:
-        # The values of a grid can be tuples, of which JSON made lists, and points are looked up by them.
+        # JSON turns tuples among the grid's values into lists, but points are looked up by these values.
         study = settings.from_json(record["config"])
         plan.check(study)
         _check_parts(record, study)
@@ -53,7 +53,7 @@ def read(path):
 
 
 def _check_parts(record, study):
-    """Raises ValueError unless the parts of a record, and of its study's base, are there."""
+    """Raises ValueError unless the parts of a record, and of its study's base, are present."""
     keys = {"seed", "status", "step", "curves", "environments", *(key for key, _ in study["grid"])}
     parts = {"environments": {"commit", "versions", "devices", "cpus"}, "runs": keys}
     for part, needed in parts.items():
@@ -76,7 +76,7 @@ def _check_parts(record, study):
 
 
 def _check_runs(record):
-    """Raises ValueError where a run has what no run can have, or stands there twice."""
+    """Raises ValueError if a run has an impossible value or is recorded twice."""
     seen = set()
     for number, run in enumerate(record["runs"]):
         for key, value, allowed in _wrong(record, run):
@@ -92,7 +92,7 @@ def _check_runs(record):
 
 
 def _wrong(record, run):
-    """Yields what is wrong with a run: a key, its value, and what would be allowed."""
+    """Yields the errors of a run: a key, its value, and what would be allowed."""
     study, numbers = record["config"], range(len(record["environments"]))
     if run["status"] not in ("finished", "diverged"):
         yield "status", run["status"], "'finished' or 'diverged'"
@@ -126,7 +126,7 @@ def _is_curve(value):
 def _is_number(value):
     try:
         return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number that is too large for a float
+    except OverflowError:  # an integer that is too large for a float
         return False
 
 
@@ -138,7 +138,7 @@ _OF_AN_ENVIRONMENT = (
     ("commit", lambda value: value is None or isinstance(value, str), "a text or null"),
     (
         "versions",
-        # Of a package that another one stands in for there is none.
+        # A package that another one stands in for has no version.
         lambda value: (
             isinstance(value, dict) and _are_texts(one for one in value.values() if one is not None)
         ),
@@ -150,21 +150,21 @@ _OF_AN_ENVIRONMENT = (
 
 
 def code_of(environment):
-    """What tells the code of one run from that of another, as a tuple: code, packages, kinds of devices.
+    """Identifies the code of a run, as a tuple: code, packages, kinds of devices.
 
-    The code is a checksum of what a training runs; older environments have the commit alone.
+    The code is a checksum of the training code; older environments have only the commit.
     """
     code = environment.get("code", environment["commit"])
     return code, *sorted(_packages(environment).items()), *_kinds_of_devices(environment)
 
 
 def data_of(environment):
-    """What tells the data of one run from those of another; "null" of older environments."""
+    """Identifies the data of a run, as text; "null" for older environments."""
     return json.dumps(environment.get("data"))
 
 
 def _packages(environment):
-    """{package: version}, and with them the precision of matrix products, where one is set."""
+    """{package: version}, and the precision of matrix products if it is set."""
     precision = environment.get("matmul_precision")
     return environment["versions"] | ({"matmul_precision": precision} if precision else {})
 
@@ -174,13 +174,13 @@ def _kinds_of_devices(environment):
 
 
 def split_by_code(record):
-    """A record in parts, each of the runs that one code made: no mean should be taken over several.
+    """Splits a record by the code of its runs: no mean should be taken over several codes.
 
-    The code is that of `code_of`, at every start of a run; and the data, where runs that should have had the
-    same had others.
+    The code is that of `code_of` at every start of a run. It includes the data if runs that should have had
+    the same data did not.
 
     Returns:
-      {what tells a code from the others, in words: record}; {"": record} where all runs had the same.
+      {what distinguishes a code, in words: record}; {"": record} if all runs had the same code.
     """
     environments = record["environments"]
     packages = list(map(_packages, environments))
@@ -198,7 +198,7 @@ def split_by_code(record):
 
     def words(environment):
         commit = environment["commit"]
-        parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with what follows of local changes
+        parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with the suffix for local changes
         parts += [f"{name} {_packages(environment).get(name)}" for name in changed]
         if several_kinds:
             parts.append(f"on {', '.join(_kinds_of_devices(environment)) or 'unknown'}")
@@ -220,7 +220,7 @@ def split_by_code(record):
     names = {key: words_of(starts) for key, starts in started.items()}
     times = collections.Counter(names.values())
     for key, starts in started.items():
-        if times[names[key]] > 1:  # as without a commit, or where one has been changed twice
+        if times[names[key]] > 1:  # without a commit, or with two sets of local changes to one
             names[key] += f" ({', '.join(dict.fromkeys(str(start.get('code')) for start in starts))})"
     return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
 
@@ -235,11 +235,11 @@ def group_by_point(record):
 
 
 def names_of_points(record, without=None):
-    """{point, as a tuple of values: what a legend calls it, such as "depth 8, plain True"}.
+    """{point, as a tuple of values: its name in a legend, such as "depth 8, plain True"}.
 
     Args:
-      record: of a study.
-      without: a key of the grid that the names leave out.
+      record: the record of a study.
+      without: a key of the grid to leave out of the names.
     """
     keys = [key for key, _ in record["config"]["grid"]]
     short = plan.titles_of(keys)

@@ -9,16 +9,16 @@ from cnn_cases.training import disk
 
 
 def write(record, workdir, texts, drawings, panel_key=None, panels=None):
-    """Writes record.json, curves.csv, curves.html (the page), and what the study adds to them.
+    """Writes record.json, curves.csv, curves.html (the page), and the study's own tables and figures.
 
     Args:
       record: see `records`.
-      workdir: the directory, which exists.
+      workdir: the directory, which must exist.
       texts: {name: form -> the table as text}; each becomes a .csv and a .md file.
       drawings: {name: () -> figure}; each becomes a .png and an .svg file.
-      panel_key, panels: of the page; see `page.write`.
+      panel_key, panels: for the page; see `page.write`.
     """
-    from cnn_cases.studies import page  # here, since each process of `--jobs` would wait for Bokeh, too
+    from cnn_cases.studies import page  # not above, since each process of `--jobs` would wait for Bokeh too
 
     workdir = pathlib.Path(workdir)
     for name, make in texts.items():
@@ -28,18 +28,18 @@ def write(record, workdir, texts, drawings, panel_key=None, panels=None):
     for name, draw in drawings.items():
         figures.save(draw(), workdir / name)
     page.write(record, workdir / "curves.html", panel_key, panels)
-    disk.write_text(workdir / "record.json", record_text(record))  # all of it could be drawn
+    disk.write_text(workdir / "record.json", record_text(record))  # last, when all of it could be drawn
 
 
 def record_text(record):
-    """The record as JSON with one run a line, so that people can read it and git can compare it."""
+    """The record as JSON with one run per line, so that people can read it and git can compare it."""
     head = json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=2)
     runs = ",\n".join("    " + json.dumps(run) for run in record["runs"])
     return head.removesuffix("\n}") + ',\n  "runs": [\n' + runs + "\n  ]\n}\n"
 
 
 def table_of_curves(record):
-    """The rows of a table of all curves for programs: one for each value of a run, the head first."""
+    """The rows of a machine-readable table of all curves: one for each value of a run, the header first."""
     keys = [key for key, _ in record["config"]["grid"]]
     parts = records.split_by_code(record)
     code = ["code"] if len(parts) > 1 else []

@@ -1,11 +1,10 @@
-"""A sweep: every point of a grid of config keys with every seed, each a run that can be resumed.
+"""Runs a sweep: every point of a grid of config keys with every seed, each a run that can be resumed.
 
     python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/lenet5
 
-runs one, prints a table of the final figures and writes it (table.md) beside the curves (curves.png,
-curves.svg and the page curves.html), a comparison in pairs (comparison.md, difference.png), if the study asks
-for one, and all that the runs gave (record.json). Started again, it skips the runs that are finished and
-resumes those that are not.
+prints a table of the final metrics and writes it (table.md), with the curves (curves.png, curves.svg and the
+page curves.html), a comparison in pairs (comparison.md, difference.png) if the study defines one, and all
+results of the runs (record.json). When started again, it skips finished runs and resumes unfinished ones.
 """
 
 import functools
@@ -23,23 +22,22 @@ from cnn_cases.training import checkpoint, disk, logbook, processes, programs
 
 
 def run_all(study, workdir, num_jobs=1, cluster=None):
-    """Runs what is not finished yet, and tells of each run as it ends.
+    """Runs what is not finished yet, and reports each run as it ends.
 
-    A run that diverges is marked and the sweep goes on.
+    A run that diverges is marked and the sweep continues.
 
     Args:
       study: see `plan`.
-      workdir: the study's directory; the runs lie in its `runs/`.
-      num_jobs: how many points of the grid, or runs where there are fewer points, are run side by side, each
-        in a process of its own.
-      cluster: a `clusters.Cluster`, whose jobs the runs become; None runs them on this machine.
+      workdir: the study's directory; the runs are in its `runs/`.
+      num_jobs: how many points of the grid, or runs if there are fewer points, to run side by side, each in a
+        separate process.
+      cluster: a `clusters.Cluster` to which the runs are submitted as jobs; None runs them on this machine.
 
     Raises:
-      ValueError: the study or a run of it is not possible, or the workdir belongs to another study or is in
-        use.
-      ChildProcessError: jobs of the cluster failed.
-      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 came and the runs at hand were saved, or go on as jobs of the
-        cluster.
+      ValueError: the study or a run of it is invalid, or the workdir is in use or belongs to another study.
+      ChildProcessError: a process of the sweep died, or jobs of the cluster failed.
+      InterruptedRun: SIGTERM, SIGINT or SIGUSR2 arrived, and the current runs were saved or continue as jobs
+        of the cluster.
     """
     if num_jobs < 1:
         raise ValueError(f"jobs = {num_jobs} must be 1 or more")
@@ -50,22 +48,22 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
     workdir = pathlib.Path(workdir)
     checkpoint.check_path(workdir)
     if cluster and cluster.name == "slurm":
-        # Here runs are only checked, and the GPUs of this machine may be those of the jobs.
+        # This process only checks the runs, and the jobs may need the GPUs of this machine.
         jax.config.update("jax_platforms", "cpu")
     elif cluster or num_jobs > 1:
         jobs.share_accelerators()
     runs = plan.expand(study)
     groups = [list(group) for _, group in itertools.groupby(runs, lambda run: run.point)]
     if num_jobs > len(groups):
-        groups = [[run] for run in runs]  # seeds share what is compiled, but one process is too few here
+        groups = [[run] for run in runs]  # seeds share a compilation, but not every job would have a group
     num_jobs = min(num_jobs, len(groups))
     if not _was_checked(study, workdir):
         local = jobs.own_devices(0, num_jobs) if num_jobs > 1 else None
-        # Now, and not after hours of other runs; the seeds are the same for all groups.
+        # Checked now, not after hours of other runs; the seeds are the same for all groups.
         for run in (*groups[0], *(group[0] for group in groups[1:])):
             if not (workdir / "runs" / run.name / "config.json").exists():
                 programs.check(run.config, local)
-    with disk.lock(workdir):  # two starts at once would both submit the same jobs to a cluster
+    with disk.lock(workdir):  # two starts at once would both submit the same jobs
         logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"
         if cluster:
@@ -79,7 +77,7 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
 
 
 def _was_checked(study, workdir):
-    """Whether an earlier start had this very study: its config.json is written when all runs are checked."""
+    """Whether an earlier start had exactly this study: config.json is written once all runs are checked."""
     path = workdir / "config.json"
     if not path.exists():
         return False
@@ -87,13 +85,13 @@ def _was_checked(study, workdir):
 
 
 def _is_part(study, known):
-    """Whether a study has all runs of `known`, another one as JSON gives it, or is a part of that one.
+    """Whether a study has all runs of `known`, a study as read from JSON, or is a part of it.
 
-    So a study can grow, by more seeds, depths or what else its grid has, and be drawn before it has grown.
+    So a study can grow by seeds, depths or other values of its grid, and a part of it can be drawn.
     """
     try:
         known = plan.expand(ConfigDict(settings.from_json(settings.completed(known))))
-    except ValueError:  # one that this code cannot read
+    except ValueError:  # this code cannot read it
         return False
     ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (plan.expand(study), known))
     return (ours.keys() <= theirs.keys() or ours.keys() >= theirs.keys()) and not any(
@@ -103,7 +101,7 @@ def _is_part(study, known):
 
 
 def make_record(study, workdir):
-    """What the runs gave, as a dict that JSON can hold.
+    """The results of the runs, as a dict that JSON can hold.
 
     Args:
       study: see `plan`.
@@ -113,7 +111,7 @@ def make_record(study, workdir):
       See `records`.
 
     Raises:
-      ValueError: a run is not finished, or it or the workdir belongs to another config.
+      ValueError: a run is not finished, or the run or the workdir belongs to another config.
     """
     workdir = pathlib.Path(workdir)
     logbook.check_owner(workdir, study.to_dict(), functools.partial(_is_part, study))
@@ -132,7 +130,7 @@ def make_record(study, workdir):
             if start not in environments:
                 environments.append(start)
             numbers.append(environments.index(start))
-        result.pop("examples", None)  # of a run that diverged: as many as a batch has
+        result.pop("examples", None)  # a diverged run has one for each example of a batch
         curves = {}
         for row in logbook.read_rows(run_dir / "metrics.jsonl"):
             for name, value in row.items():
@@ -143,20 +141,20 @@ def make_record(study, workdir):
             | {"seed": run.config.seed, **result, "environments": sorted(set(numbers)), "curves": curves}
         )
     config = study.to_dict()
-    config["base"]["data"]["data_dir"] = ""  # where one machine has its data is no part of the experiment
+    config["base"]["data"]["data_dir"] = ""  # the location of the data is not part of the experiment
     return {"config": config, "environments": environments, "runs": outcomes}
 
 
 def table(record, form):
-    """The final figures as text, over the seeds of each point; runs that diverged are counted and left out.
+    """The final metrics as text, over the seeds of each point; diverged runs are counted and left out.
 
-    Where codes differ, the runs of each have rows of their own.
+    If codes differ, the runs of each code have separate rows.
 
     Args:
-      record: of `make_record`.
-      form: "text", "markdown" or "csv". In CSV the mean, the sample deviation and the number of seeds of each
-        figure have cells of their own, and errors are fractions; else a cell has mean and deviation, errors
-        in percent.
+      record: from `make_record`.
+      form: "text", "markdown" or "csv". In CSV the mean, the sample standard deviation and the number of
+        seeds of each metric have separate cells, and errors are fractions; otherwise a cell has mean and
+        standard deviation, with errors in percent.
     """
     keys = [key for key, _ in record["config"]["grid"]]
     parts = records.split_by_code(record)
@@ -185,13 +183,13 @@ def table(record, form):
 
 
 def write_report(record, workdir):
-    """Writes all that a record gives into a directory.
+    """Writes the report of a record into a directory.
 
     Files:
-      record.json; table.csv, table.md; curves.html (the page); curves as CSV, PNG and SVG. Where the study
-      has `compare`, comparison.csv, comparison.md, and difference as PNG and SVG; and where its grid has
-      other keys, too, curves and page have panels for each compared value, if they are few, and loss is a
-      figure of its own.
+      record.json; table.csv, table.md; curves.html (the page); curves as CSV, PNG and SVG. If the study has
+      `compare`: comparison.csv, comparison.md, and difference as PNG and SVG. If its grid then has other keys
+      too, curves and page have panels for each compared value, if these are few, and loss is a separate
+      figure.
     """
     key, compared = figures.key_of_panels(record), comparison.compare_study(record)
     texts = {"table": functools.partial(table, record)}
@@ -208,7 +206,7 @@ def write_report(record, workdir):
 
 
 def define_flags():
-    """The flags of the commands that run a study."""
+    """Defines the flags of the commands that run a study."""
     config_flags.DEFINE_config_file("config", help_string="A file of configs/studies/.")
     flags.DEFINE_string("workdir", None, "The directory of the study.")
     flags.DEFINE_bool("figures_only", False, "Train nothing: draw a finished study again.")
@@ -222,10 +220,10 @@ def define_flags():
 
 
 def cluster_of_flags():
-    """The `clusters.Cluster` that the flags of `define_flags` name, or None.
+    """The `clusters.Cluster` that the flags of `define_flags` define, or None.
 
     Raises:
-      ValueError: there are flags of a cluster, and none is named.
+      ValueError: there are flags for a cluster, but --cluster is missing.
     """
     keys = [key for key in clusters.Cluster._fields if key != "name"]
     given = {key: flags.FLAGS[key].value for key in keys if flags.FLAGS[key].value is not None}
@@ -237,7 +235,7 @@ def cluster_of_flags():
 
 
 def record_of_flags(study, workdir):
-    """Runs the study as the flags of `define_flags` say, and gives its record."""
+    """Runs the study according to the flags of `define_flags` and returns its record."""
     if not flags.FLAGS.figures_only:
         run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
     return make_record(study, workdir)
