@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from cnn_cases.models import make_model
+from cnn_cases.models import fast, make_model
 from cnn_cases.models.layers import BatchNorm
 from cnn_cases.models.resnet import (
     IMAGENET_DEPTHS,
@@ -238,6 +238,31 @@ def test_preactivation_layers_have_the_channels_of_the_authors_code():
     assert projections == [f"stage{stage}_block1/projection" for stage in (1, 2, 3)]
 
 
+@pytest.mark.parametrize(
+    ("model", "strided"),
+    [
+        (CifarResNet(8, shortcut="B"), {1, 3}),
+        (PreactCifarResNet(11), {1}),
+        (ResNet(18), {1, 3, 7}),
+        (BottleneckBlock(4, 2, "B", False, CONV, NORM, stride_placement="v1.5"), {1, 3}),
+    ],
+)
+def test_every_convolution_pads_all_edges_by_half_its_kernel_even_where_it_subsamples(model, strided):
+    flags = {} if isinstance(model, BottleneckBlock) else dict(train=False)
+    with fast.written_for("tpu"):  # all in `lax`'s convolutions
+        program = jax.make_jaxpr(functools.partial(model.init_with_output, **flags))(
+            jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)
+        )
+    sides = set()
+    for equation in program.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            side, *_ = equation.invars[1].aval.shape
+            assert equation.params["padding"] == ((side // 2, side // 2),) * 2
+            if equation.params["window_strides"] == (2, 2):
+                sides.add(side)
+    assert sides == strided
+
+
 # The ablation
 
 
@@ -440,6 +465,17 @@ def test_convolutions_start_with_he_initialisation(cifar8):
     assert kernel.max() > 3.5 * kernel.std()  # not truncated
 
 
+@pytest.mark.parametrize("net", SMALLEST)
+def test_every_convolution_and_dense_layer_starts_with_he_initialisation(trace, net):
+    _, calls = trace(net(), 32)
+    modules = [call.module for call in calls if isinstance(call.module, nn.Conv | nn.Dense)]
+    assert modules[-1].name == "logits"
+    for start in {module.kernel_init for module in modules}:
+        kernel = start(jax.random.key(0), (50, 400), jnp.float32)
+        np.testing.assert_allclose(kernel.std(), np.sqrt(2 / 50), rtol=0.03)
+        assert kernel.max() > 3 * kernel.std()  # not truncated
+
+
 # Training and evaluation
 
 
@@ -466,6 +502,14 @@ def test_batch_statistics_over_an_axis_are_those_of_the_whole_batch(cifar8, imag
     np.testing.assert_allclose(halves[0].reshape(4, 10), logits, atol=1e-4)
     for half, both in zip(jax.tree.leaves(halves[1]), jax.tree.leaves(updates), strict=True):
         np.testing.assert_allclose(half[1], both, atol=1e-5)
+
+
+@pytest.mark.parametrize(("axis_name", "train"), [("batch", False), (None, True)])
+@pytest.mark.parametrize("net", SMALLEST)
+def test_every_norm_knows_the_axis_of_its_net_and_whether_it_trains(trace, net, axis_name, train):
+    _, calls = trace(net(axis_name=axis_name), 32, train=train)
+    norms = [call.module for call in calls if isinstance(call.module, BatchNorm)]
+    assert {(norm.axis_name, norm.use_running_average) for norm in norms} == {(axis_name, not train)}
 
 
 @pytest.mark.parametrize("net", SMALLEST)

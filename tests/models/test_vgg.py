@@ -7,7 +7,7 @@ from flax import linen as nn
 from cnn_cases.models import make_model, vgg
 from cnn_cases.models.layers import BatchNorm, Dropout, local_response_norm
 from cnn_cases.models.vgg import VARIANTS, VGG, glorot_dense
-from tests.models.tracing import count, inputs_and_outputs
+from tests.models.tracing import count, inputs_and_outputs, trace_initialisation
 
 COUNTS = {  # without and with batch normalisation
     "A": (132_863_336, 132_868_840),
@@ -85,6 +85,14 @@ def test_response_norm_stands_between_the_first_relu_and_pooling_of_a_lrn_alone(
     assert np.linalg.norm(plain - normed) > 0.1 * np.linalg.norm(plain)
     expected = normed if variant == "A-LRN" else plain
     np.testing.assert_allclose(outputs["conv2_1"], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_a_lrn_normalises_responses_and_only_those_of_its_first_stage(monkeypatch, variant):
+    normed = []
+    monkeypatch.setattr(vgg, "local_response_norm", lambda x: normed.append(x.shape) or x)
+    trace_initialisation(VGG(variant=variant, image_size=32), 32)
+    assert normed == ([(2, 32, 32, 64)] if variant == "A-LRN" else [])
 
 
 def test_at_the_training_size_the_net_is_its_last_maps_flattened_into_dense_layers(run):

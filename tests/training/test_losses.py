@@ -80,11 +80,13 @@ def test_the_map_loss_survives_penalties_whose_exponentials_vanish():
             "loss.name = 'hinge' is unknown; known: cross_entropy, rbf_mean_squared, rbf_map",
         ),
         ({"label_smoothing": 1.0}, r"loss.label_smoothing = 1.0 must be in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, r"loss.label_smoothing = -0.1 must be in \[0, 1\)"),
         (
             {"name": "rbf_map", "label_smoothing": 0.1},
             r"0.1 is for loss.name = 'cross_entropy', not 'rbf_map'",
         ),
         ({"map_constant": 0.0}, "loss.map_constant = 0.0 must be above 0"),
+        ({"map_constant": float("inf")}, "loss.map_constant = inf must be above 0, and finite"),
     ],
 )
 def test_impossible_losses_are_refused(changes, message):

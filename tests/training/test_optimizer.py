@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnn_cases.training.optimizer import make_optimizer, make_schedule
+from cnn_cases.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 
 SCHEDULE = dict(
     name="piecewise",
@@ -41,6 +41,13 @@ def test_the_schedule_of_he_et_al_drops_at_32k_and_48k_of_64k_steps():
     schedule = make_schedule(0.1, 64_000, **SCHEDULE)
     at = [float(schedule(step)) for step in (31_999, 32_000, 47_999, 48_000)]
     np.testing.assert_allclose(at, [0.1, 0.01, 0.01, 0.001], rtol=1e-5)
+
+
+def test_a_constant_schedule_is_the_rate_throughout_and_after_a_warmup():
+    np.testing.assert_allclose(rates(name="constant"), 0.1, rtol=1e-6)
+    values = rates(name="constant", warmup_steps=20)
+    np.testing.assert_allclose(values[[0, 10]], [0.01, 0.055], rtol=1e-5)
+    np.testing.assert_allclose(values[20:], 0.1, rtol=1e-6)
 
 
 def test_cosine_goes_from_the_rate_to_zero_after_the_warmup():
@@ -127,6 +134,14 @@ def test_clipping_limits_the_gradient_with_its_weight_decay():
     np.testing.assert_allclose(values, [2 - 0.1 * 0.25], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("grad", [3.0, 30.0])
+def test_every_optimizer_sees_no_more_of_a_gradient_than_the_limit(name, grad):
+    settings = dict(name=name, epsilon=1.0)  # with a small one, Adam hardly sees a gradient's size
+    limited = updates(2, grad=grad, clip_norm=1.0, **settings)
+    np.testing.assert_allclose(limited, updates(2, grad=1.0, **settings), rtol=1e-6)
+
+
 def test_biases_and_normalisation_can_be_left_out_of_the_decay():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones((3, 2))}  # of three blocks
     grads = {name: jnp.zeros_like(value) for name, value in params.items()}
@@ -151,7 +166,11 @@ def test_biases_and_normalisation_can_be_left_out_of_the_decay():
             "schedule.boundaries = .* must be increasing fractions between 0 and 1",
         ),
         ({"boundaries": (50, 75)}, "schedule.boundaries = .* must be increasing fractions"),
+        ({"boundaries": (0.0, 0.5)}, "schedule.boundaries = .* must be increasing fractions"),
+        ({"boundaries": (0.5, 0.5)}, "schedule.boundaries = .* must be increasing fractions"),
+        ({"boundaries": (0.5, 1.0)}, "schedule.boundaries = .* must be increasing fractions"),
         ({"warmup_steps": 100}, "schedule.warmup_steps = 100 must be 0 or more and below num_steps = 100"),
+        ({"warmup_steps": -5}, "schedule.warmup_steps = -5 must be 0 or more"),
         ({"factors": (0.1, 0.0)}, "schedule.factors = 0.0 must be above 0"),
         ({"factors": (0.1,)}, r"schedule.factors = \(0.1,\) must have one number for each"),
         ({"power": 0.0}, "schedule.power = 0.0 must be above 0"),
@@ -163,7 +182,7 @@ def test_impossible_schedules_are_refused(changes, message):
         rates(**changes)
 
 
-@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan"), float("inf")])
 def test_an_impossible_learning_rate_is_refused(rate):
     with pytest.raises(ValueError, match=r"optimizer.learning_rate = .* must be above 0"):
         make_schedule(rate, 100, **SCHEDULE)
@@ -174,7 +193,9 @@ def test_an_impossible_learning_rate_is_refused(rate):
     [
         ({"name": "lion"}, "optimizer.name = 'lion' is unknown; known: sgd, rmsprop, adam, adamw"),
         ({"momentum": 1.0}, r"optimizer.momentum = 1.0 must be in \[0, 1\)"),
+        ({"momentum": -0.1}, r"optimizer.momentum = -0.1 must be in \[0, 1\)"),
         ({"weight_decay": -1e-4}, "optimizer.weight_decay = -0.0001 must be 0 or more"),
+        ({"weight_decay": float("inf")}, "optimizer.weight_decay = inf must be 0 or more, and finite"),
         ({"clip_norm": -1.0}, "optimizer.clip_norm = -1.0 must be 0 or more"),
         ({"second_moment": 1.5}, r"optimizer.second_moment = 1.5 must be in \[0, 1\)"),
         ({"epsilon": 0.0}, "optimizer.epsilon = 0.0 must be above 0"),
@@ -209,6 +230,15 @@ def test_rmsprop_has_momentum():
     settings = dict(name="rmsprop", second_moment=0.9, epsilon=1.0, grad=2.0)
     v, w = 0.1 * 2 / np.sqrt(1.3 + 1), 0.1 * 2 / np.sqrt(1.57 + 1)
     np.testing.assert_allclose(updates(2, **settings), [2 - v, 2 - v - 0.9 * v - w], rtol=1e-5)
+
+
+def test_nesterovs_rmsprop_looks_one_step_ahead():
+    # Each change is w + 0.9 times the new v, which is w + 0.9 times the old one.
+    settings = dict(name="rmsprop", nesterov=True, second_moment=0.9, epsilon=1.0, grad=2.0)
+    v, w = 0.1 * 2 / np.sqrt(1.3 + 1), 0.1 * 2 / np.sqrt(1.57 + 1)
+    first = 2 - (v + 0.9 * v)
+    second = first - (w + 0.9 * (w + 0.9 * v))
+    np.testing.assert_allclose(updates(2, **settings), [first, second], rtol=1e-5)
 
 
 def test_adam_is_its_formula():

@@ -238,3 +238,31 @@ def test_a_step_whose_update_alone_overflows_is_skipped():
     assert np.isfinite(metrics["grad_norm"]).all()
     assert metrics["skipped"].tolist() == [True]
     np.testing.assert_array_equal(after.params["w"], before.params["w"])
+
+
+def test_a_step_whose_batch_statistics_alone_overflow_is_skipped():
+    def overflowing(variables, image, train, **_):
+        logits, _ = linear(variables, image, train)
+        return logits, {"batch_stats": {"var": 2 * variables["batch_stats"]["var"]}}
+
+    arrays, tx, before = problem()
+    before = before.replace(batch_stats={"var": jnp.float32(3e38)})
+    train = on_one_device(
+        steps.make_train_steps(overflowing, tx, prepare, cross_entropy, AXIS, skip_nonfinite=True)
+    )
+    after, metrics = train(before, arrays, {"index": np.array([[0, 1, 2]])})
+    assert np.isfinite(metrics["grad_norm"]).all()
+    assert metrics["skipped"].tolist() == [True]
+    np.testing.assert_array_equal(after.batch_stats["var"], before.batch_stats["var"])
+    np.testing.assert_array_equal(after.params["w"], before.params["w"])
+
+
+def test_log_probabilities_are_computed_in_float32_even_from_bfloat16_logits():
+    logits = jnp.asarray([[5.0, 1.3, -0.7], [0.1, 0.2, 0.3]], jnp.bfloat16)
+    predict = steps.make_predict_step(lambda *_, **__: logits, lambda _, image: image)
+    _, _, state = problem()
+    log_chances = predict(state, {}, jnp.zeros((2, 1)))
+    assert log_chances.dtype == jnp.float32
+    exact = np.asarray(logits, np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(log_chances, exact, rtol=1e-5)
