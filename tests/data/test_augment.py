@@ -36,6 +36,11 @@ def unit_images(batch=64, size=6):
     return (random_images(batch, size) / 512 + 0.2).astype(np.float32)
 
 
+def oblong_images(batch=64):
+    """Of 6x10 pixels, which tell rows from columns."""
+    return unit_images(batch, size=10)[:, :6]
+
+
 def grey_of(image):
     return np.asarray(image) @ np.array([0.299, 0.587, 0.114])
 
@@ -84,6 +89,23 @@ def test_an_example_is_augmented_by_its_own_key_alone():
     np.testing.assert_allclose(whole, jax.jit(one_by_one)(image, keys), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("own", "settings"),
+    [
+        ("pad", {"pad": 2}),
+        ("flip", {"flip": True}),
+        ("affine", {"shift": 2.0}),
+        ("elastic", {"elastic": 20.0}),
+    ],
+)
+def test_where_pixels_go_depends_on_the_augmentations_own_stream_alone(own, settings):
+    image, streams, settings = unit_images(), streams_of(64), Settings(**settings)
+    others = split_streams(jax.random.split(jax.random.key(1), 64))
+    seen = geometry(image, streams, settings)
+    np.testing.assert_array_equal(geometry(image, others | {own: streams[own]}, settings), seen)
+    assert not np.allclose(geometry(image, streams | {own: others[own]}, settings), seen)
+
+
 def test_switching_the_flip_on_does_not_move_the_crop():
     image, streams = random_images(), streams_of(64)
     cropped = geometry(image, streams, Settings(pad=2))
@@ -120,11 +142,17 @@ def test_every_crop_is_a_window_of_the_padded_image_and_all_windows_occur():
 
 @pytest.mark.parametrize("pad", [1, 4, 6])
 def test_products_cut_what_slices_cut(pad):
-    image = unit_images(size=6)
+    image = oblong_images()
     offsets = np.random.default_rng(0).integers(-pad, pad + 1, (len(image), 2)).astype(np.int32)
     offsets[:4] = [[-pad, pad], [pad, -pad], [0, 0], [0, pad]]
     slices = augment._cut_slices(image, offsets, pad)
     np.testing.assert_array_equal(augment._cut_by_products(image, offsets), slices)
+
+
+def test_products_that_cut_are_at_full_precision():
+    program = jax.make_jaxpr(augment._cut_by_products)(oblong_images(2), np.zeros((2, 2), np.int32))
+    products = [one.params for one in program.eqns if one.primitive.name == "dot_general"]
+    assert [one["precision"] for one in products] == 2 * [(jax.lax.Precision.HIGHEST,) * 2]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -318,6 +346,14 @@ def test_a_shear_moves_rows_to_the_side_by_their_height():
     np.testing.assert_allclose(covariance[:, 1, 1], 16 * (1 + slant**2), rtol=0.02)
 
 
+def test_scaling_squeezing_and_shearing_leave_the_centre_of_an_oblong_image_in_its_place():
+    image = oblong_images()
+    image = image + image[:, ::-1, ::-1]
+    changed = warp(image, streams_of(64), scale=0.4, squeeze=0.4, shear=0.5)
+    np.testing.assert_allclose(changed, changed[:, ::-1, ::-1], atol=1e-4)
+    assert not np.allclose(changed, image, atol=0.1)
+
+
 def test_the_distortions_of_an_image_are_drawn_apart_from_each_other():
     centre, covariance = warped(blob(), batch=400, shift=3.0, scale=0.3, squeeze=0.3, shear=0.3)
     slant = covariance[:, 0, 1] / covariance[:, 0, 0]
@@ -350,14 +386,15 @@ def test_an_elastic_field_is_noise_of_the_stated_strength_that_neighbours_share(
     assert abs(np.corrcoef(field[:, 0].ravel(), field[:, 1].ravel())[0, 1]) < 0.05
 
 
-def test_an_elastic_distortion_moves_pixels_by_its_field():
-    size = 21
-    ramp = jnp.tile(jnp.arange(size, dtype=jnp.float32)[None, :, None, None] + 5, (8, 1, size, 1))
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_an_elastic_distortion_moves_pixels_by_its_field(axis):
+    size = (21, 25)
+    ramp = np.tile(np.indices(size, np.float32)[axis][..., None] + 5, (8, 1, 1, 1))
     keys = streams_of(8)
     bent = warp(ramp, keys, elastic=20.0, elastic_sigma=3.0)
-    field = elastic_fields(keys["elastic"], size, size, 20.0, 3.0)
+    field = elastic_fields(keys["elastic"], *size, 20.0, 3.0)
     inside = (slice(None), slice(6, -6), slice(6, -6))
-    np.testing.assert_allclose((bent - ramp)[..., 0][inside], field[:, 0][inside], atol=1e-4)
+    np.testing.assert_allclose((bent - ramp)[..., 0][inside], field[:, axis][inside], atol=1e-4)
 
 
 # Cutout.
@@ -403,7 +440,7 @@ def test_shares_are_beta_distributed():
 
 
 def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
-    image, label = unit_images(300, size=9), jnp.arange(300) % 5
+    image, label = oblong_images(300), jnp.arange(300) % 5
     pasted, target = map(np.asarray, mixed(image, label, Settings(cutmix=1.0)))
     before = np.roll(image, 1, axis=0)
     own, other = (pasted == image).all(axis=-1), (pasted == before).all(axis=-1)
@@ -412,9 +449,10 @@ def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
     np.testing.assert_array_equal(other, rows[:, :, None] & columns[:, None, :])
     np.testing.assert_allclose(target[np.arange(300), label], own.mean(axis=(1, 2)), atol=1e-6)
     np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)
-    # Cut at the border or not, the box is as tall as it is wide where it lies inside.
+    # Where the border does not cut the box, it has the proportions of the image.
     inside = ~(rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1])
-    np.testing.assert_array_equal(rows.sum(axis=1)[inside], columns.sum(axis=1)[inside])
+    sides = zip(rows.sum(axis=1)[inside], columns.sum(axis=1)[inside], strict=True)
+    assert set(sides) <= {(int(6 * part), int(10 * part)) for part in np.linspace(0, 1, 1_000)}
     assert 0.55 < own.mean() < 0.85  # a half is the mean of Beta(1, 1), the border's cut leaves more
 
 
@@ -428,7 +466,9 @@ def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
         ({"lighting": float("nan")}, "data.augment.lighting = nan must be 0 or more"),
         ({"lighting_basis": "cifar"}, "data.augment.lighting_basis = 'cifar' must be one of train, imagenet"),
         ({"brightness": 1.5}, r"data.augment.brightness = 1.5 must be in \[0, 1\]"),
+        ({"brightness": -0.1}, r"data.augment.brightness = -0.1 must be in \[0, 1\]"),
         ({"squeeze": 1.0}, r"data.augment.squeeze = 1.0 must be in \[0, 1\)"),
+        ({"squeeze": -0.1}, r"data.augment.squeeze = -0.1 must be in \[0, 1\)"),
         ({"elastic_sigma": 0.0}, "data.augment.elastic_sigma = 0.0 must be above 0"),
         ({"elastic": 1.0, "elastic_sigma": 9.0}, "data.augment.elastic_sigma = 9.0 must be at most 8"),
         ({"cutout": 9}, "data.augment.cutout = 9 must be at most 8, the pixels of an image's side"),
@@ -459,8 +499,9 @@ def test_a_cutmix_box_has_the_share_of_the_area_that_is_drawn():
 
 @pytest.mark.parametrize("side", [1, 3])
 def test_a_cutout_of_an_odd_side_has_its_pixel_in_the_middle(side):
-    image = jnp.ones((500, 7, 7, 1))
+    image = jnp.ones((500, 6, 10, 1))
     hole = np.asarray(augment.random_cutout(image, keys_of(500), side))[..., 0] == 0
-    expected = {tuple(abs(place - centre) <= side // 2 for place in range(7)) for centre in range(7)}
     for lines in (hole.any(axis=2), hole.any(axis=1)):
+        places = range(lines.shape[1])
+        expected = {tuple(abs(place - centre) <= side // 2 for place in places) for centre in places}
         assert {tuple(line) for line in lines.tolist()} == expected

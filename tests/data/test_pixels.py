@@ -109,6 +109,30 @@ def test_whitening_leaves_no_covariance_but_for_the_bias():
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-6)
 
 
+def drifting_images():
+    """More than two thousand images of 2x2 pixels, the later the redder."""
+    images = correlated_images(2_500, size=2)
+    images[..., 0] = images[..., 0] * np.linspace(0, 1, 2_500)[:, None, None]
+    return images
+
+
+def test_a_whitening_is_of_all_images_however_many():
+    images = drifting_images()
+    normalized = pixels_lib.contrast_normalized(images / 255, np).reshape(2_500, -1)
+    arrays = pixels_lib._whitening(images)
+    np.testing.assert_allclose(arrays["zca_mean"].ravel(), normalized.mean(axis=0), atol=1e-4)
+    values, vectors = np.linalg.eigh(np.cov(normalized.T, bias=True))
+    expected = vectors @ np.diag((values + pixels_lib.ZCA_BIAS) ** -0.5) @ vectors.T
+    np.testing.assert_allclose(arrays["zca_matrix"], expected, atol=1e-5)
+
+
+def test_a_whitening_is_multiplied_at_full_precision():
+    arrays = make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"}).arrays
+    program = jax.make_jaxpr(pixels_lib._whiten)(arrays, IMAGE.astype(np.float32))
+    products = [one.params for one in program.eqns if one.primitive.name == "dot_general"]
+    assert [one["precision"] for one in products] == [(jax.lax.Precision.HIGHEST,) * 2]
+
+
 def test_the_whitening_is_an_argument_of_the_step():
     pixels = make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"})
     assert pixels.arrays["zca_matrix"].shape == (48, 48)
@@ -153,6 +177,21 @@ def test_images_whose_places_differ_are_normalised_whole_before_they_are_cropped
     assert (seen == 0).all(axis=-1).any()
 
 
+@pytest.mark.parametrize("normalization", ["channel", "pixel_mean"])
+def test_colours_change_before_the_normalisation(normalization):
+    normalize = pixels_lib.make_normalize(
+        make_pixels(IMAGE, **OFF | {"normalization": normalization}).statistics
+    )
+
+    def expected(image, key):
+        streams = augmentations.split_streams(augmentations.example_keys(key, np.arange(23)))
+        settings = augmentations.Settings(brightness=0.3)
+        return normalize({}, augmentations.colours(pixels_lib.to_unit(image), streams, settings, None))
+
+    seen, _ = trained(normalization=normalization, brightness=0.3)
+    np.testing.assert_allclose(seen, jax.jit(expected)(IMAGE, jax.random.key(0)), atol=1e-5)
+
+
 def test_other_images_are_padded_with_black():
     seen, _ = trained(normalization="channel", pad=2)
     black = pixels_lib.make_pixels(IMAGE, **OFF | {"normalization": "channel"}).evaluate(
@@ -173,6 +212,13 @@ def test_the_principal_colours_are_those_of_the_images():
     images = correlated_images()
     values, vectors = pixels_lib.colour_basis(images)
     assert (np.diff(values) < 0).all()
+    covariance = np.cov(images.reshape(-1, 3).T / 255, bias=True)
+    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, covariance, atol=1e-6)
+
+
+def test_the_principal_colours_are_of_all_images_however_many():
+    images = drifting_images()
+    values, vectors = pixels_lib.colour_basis(images)
     covariance = np.cov(images.reshape(-1, 3).T / 255, bias=True)
     np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, covariance, atol=1e-6)
 

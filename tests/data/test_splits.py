@@ -41,6 +41,13 @@ def test_an_unknown_split_is_refused_with_the_known_ones(data_dir):
         splits.load_split("digits", "tset", data_dir)
 
 
+def test_shrinking_takes_means_and_enlarging_fills_in():
+    stripes = np.tile(np.uint8([[0, 240]]), (8, 6))[..., None]
+    np.testing.assert_array_equal(splits.resize(stripes, 4, 6)[:, 1:-1], 120)
+    ramp = splits.resize(np.uint8([[[0], [240]]]), 1, 8)[0, :, 0]
+    assert ((ramp > 0) & (ramp < 240)).sum() == 4
+
+
 @pytest.mark.parametrize("sizes", [{"image_size": 8192}, {"border": 8192}])
 def test_images_that_no_memory_holds_are_refused(sizes, data_dir, monkeypatch):
     monkeypatch.setattr(memory.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**21)
@@ -56,6 +63,19 @@ def test_splits_have_to_be_in_memory_together(data_dir, monkeypatch):
     config.data.splits = {"train": "train", "test": "test"}
     with pytest.raises(ValueError, match=r"1,612 images of 16x16x1, held twice, take 0.0 GB"):
         feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
+
+
+def test_the_statistics_are_those_of_the_training_split_alone(data_dir):
+    config = tiny_config(data_dir)
+    feed = feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
+
+    def are_of(role):
+        images, _, _ = splits.load_split("digits", config.data.splits[role], data_dir, image_size=16)
+        expected = {"mean": (images / 255).mean(), "std": (images / 255).std()}
+        return [np.allclose(feed.statistics[name], expected[name], rtol=1e-5) for name in expected]
+
+    assert are_of("train") == [True, True]
+    assert are_of("validation") == are_of("test") == [False, False]
 
 
 def test_images_are_decoded_once(prepared, monkeypatch):
@@ -168,15 +188,19 @@ def test_decoded_copies_are_as_readable_as_the_set(prepared):
     assert {path.stat().st_mode & 0o777 for path in prepared.rglob("decoded/*")} == {0o644}
 
 
-def test_training_on_what_is_held_out_is_refused(data_dir):
+@pytest.mark.parametrize(("first", "shared"), [(1250, 7), (1256, 1)])
+def test_training_on_what_is_held_out_is_refused(first, shared, data_dir):
     splits.check_disjoint("digits", {"train": "train[:90%]", "validation": "train[90%:]"}, data_dir)
     with pytest.raises(
-        ValueError, match=r"data.splits.train = 'train' and data.splits.test = .* share 7 examp"
+        ValueError, match=rf"data.splits.train = 'train' and data.splits.test = .* share {shared} examp"
     ):
-        splits.check_disjoint("digits", {"train": "train", "test": "test+train[1250:]"}, data_dir)
+        splits.check_disjoint("digits", {"train": "train", "test": f"test+train[{first}:]"}, data_dir)
 
 
-@pytest.mark.parametrize(("split", "count"), [("train+train", 1257), ("test[:60%]+test[40%:]", 71)])
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [("train+train", 1257), ("test[:60%]+test[40%:]", 71), ("train+train[1256:]", 1)],
+)
 def test_a_split_with_examples_twice_is_refused(split, count, data_dir):
     with pytest.raises(ValueError, match=rf"data\.splits\.test = .* has {count} examples of 'digits' twice"):
         splits.check_disjoint("digits", {"test": split}, data_dir)

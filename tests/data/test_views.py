@@ -155,6 +155,13 @@ def test_impossible_views_are_refused():
         make_views("ten_crop", (20, 30, 3))
 
 
+@pytest.mark.parametrize("height", [2, 6])
+def test_enlarging_fills_in_even_where_the_other_side_shrinks(height):
+    ramp = np.tile(np.uint8([[0, 240]]), (4, 1))[..., None]
+    (line, *_) = views._resize(ramp, height, 8)[..., 0]
+    assert ((line > 0) & (line < 240)).sum() == 4
+
+
 def test_shrinking_takes_the_mean_over_areas():
     fine = np.tile(np.uint8([[0, 0, 0, 240]] * 2), (128, 64))[..., None]  # of 256x256, a line in four
     (seen,) = make_views("centre_crop", (56, 56, 1))(fine)  # of 64x64

@@ -44,6 +44,16 @@ def test_differences_are_those_of_equal_seeds(record):
     assert (row["model.depth"], row["pairs"], row["left_out"]) == (8, 2, 0)
 
 
+def test_a_single_large_difference_counts_in_the_mean(record):
+    record["runs"] = [
+        run(8, plain, seed, 0.1 + gap * plain)
+        for seed, gap in enumerate((0, 0, 0.3))
+        for plain in (True, False)
+    ]
+    (row,) = compare(record)
+    assert row["test/error"]["mean"] == pytest.approx(0.1)
+
+
 def test_what_a_seed_does_to_both_partners_is_not_in_the_interval(record):
     gaps = (0.049, 0.05, 0.051)
     record["runs"] = [
@@ -64,6 +74,12 @@ def test_a_run_without_a_partner_makes_no_pair_and_is_counted(record):
     del record["runs"][0]
     row = compare(record)[0]
     assert (row["pairs"], row["left_out"]) == (1, 1)
+
+
+def test_seeds_of_further_values_alone_are_not_left_out(record):
+    record["runs"] += [run(32, True, seed, 0.4) for seed in (1, 2, 3)]
+    row = comparison.compare(record, "model.depth", 8, 20, ["test/error"])[0]
+    assert (row["model.plain"], row["pairs"], row["left_out"]) == (True, 1, 1)
 
 
 def test_runs_of_two_commits_are_no_pair(mixed):
