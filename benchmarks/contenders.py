@@ -106,7 +106,7 @@ class Contender:
 def check_installed(parser, peers):
     """Ends the command of an argparse parser if it is to measure PyTorch and PyTorch is not installed."""
     if peers and not importlib.util.find_spec("torch"):
-        parser.error("--peers needs PyTorch (pip install torch); with nothing behind it, none is measured")
+        parser.error("--peers needs PyTorch (pip install torch); without a value, no peer is measured")
 
 
 def check_same_platform(platforms):
@@ -114,7 +114,9 @@ def check_same_platform(platforms):
     first = next(iter(platforms))
     for name, platform in platforms.items():
         if platform != platforms[first]:
-            raise ValueError(f"{first} and {name} compute on different devices; install both for one kind")
+            raise ValueError(
+                f"{first} and {name} compute on different devices; install both for the same kind of device"
+            )
 
 
 def _make(make, arguments):

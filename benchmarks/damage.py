@@ -506,11 +506,11 @@ def main():
     )
     options = parser.parse_args()
     if options.only and options.out:
-        parser.error("--out takes the place of what all damages gave; leave --only out")
+        parser.error("--out replaces the results of all kinds of damage; leave --only out")
     with tempfile.TemporaryDirectory() as directory:
         found, left_out = inflict(Workshop(directory), options.only)
     if not found:
-        parser.error(f"--only={options.only!r} is in the name of no damage that can be done here")
+        parser.error(f"--only={options.only!r} matches no kind of damage that is possible on this machine")
     wrong = [one["damage"] for one in found if not one.pop("is_right")]
     print(
         f"{len(found)} damages; wrong: {', '.join(wrong) or 'none'}; "

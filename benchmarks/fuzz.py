@@ -429,7 +429,9 @@ def main():
     parser.add_argument(
         "--inputs", type=parsing.positive_number, default=2000, help="configs; and a tenth as many studies"
     )
-    parser.add_argument("--minutes", type=float, default=60, help="end after so many, whatever is left")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="stop after this many minutes, whatever is left"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the mistakes")
     parser.add_argument(
         "--out", type=record.output, help="a JSON file, of which it writes the section 'configs'"

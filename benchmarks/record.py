@@ -11,7 +11,7 @@ def output(text):
     """The value of an --out option, for argparse: a JSON file of sections, or one that does not exist yet."""
     path = parsing.path(text)
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} must lie in a directory that is there")
+        raise argparse.ArgumentTypeError(f"{text!r} must lie in an existing directory")
     try:
         _sections(path)
     except (ValueError, OSError) as error:

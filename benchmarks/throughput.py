@@ -476,7 +476,7 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"where nothing else is given, only {', '.join(QUICK)}, eager, three turns",
+        help=f"unless set otherwise, only {', '.join(QUICK)}, eager, three turns",
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=list(CASES))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
@@ -486,7 +486,7 @@ def main():
         "--at_once",
         type=parsing.positive_number,
         default=1,
-        help="cases to compile at once, on a GPU beside many cores",
+        help="cases to compile at once, for a GPU in a machine of many cores",
     )
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     if parser.parse_known_args()[0].quick:

@@ -33,5 +33,5 @@ def test_a_file_of_something_else_is_refused(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         record.output(str(path))
-    with pytest.raises(argparse.ArgumentTypeError, match="must lie in a directory that is there"):
+    with pytest.raises(argparse.ArgumentTypeError, match="must lie in an existing directory"):
         record.output(str(tmp_path / "nowhere/record.json"))

@@ -56,7 +56,9 @@ class Cluster(NamedTuple):
 def check(cluster, workdir):
     """Raises ValueError unless runs below a directory can be submitted from this machine; creates nothing."""
     if "%" in str(pathlib.Path(workdir).absolute()):
-        raise ValueError(f"workdir = {workdir}: a cluster takes the % for a place where something is put in")
+        raise ValueError(
+            f"workdir = {workdir}: its path must not have a %, which a cluster takes for a placeholder"
+        )
     checks.one_of("cluster", cluster.name, COMMANDS)
     missing = [command for command in COMMANDS[cluster.name] if shutil.which(command) is None]
     if missing:
@@ -143,8 +145,8 @@ def run_on_cluster(runs, workdir, cluster):
     if stop.number:
         end = {"slurm": "scancel", "local": "kill"}[cluster.name]
         raise stopping.InterruptedRun(
-            f"{signal.Signals(stop.number).name}: {len(told)} jobs go on; start again to wait for them, or "
-            f"end them: {end} {' '.join(told.values())}",
+            f"{signal.Signals(stop.number).name}: {len(told)} jobs keep running; start again to wait for "
+            f"them, or end them: {end} {' '.join(told.values())}",
             stop.number,
         )
     if failed:
@@ -282,4 +284,4 @@ def _last_words(paths):
         lines = paths.stderr.read_text(errors="replace").splitlines()
     said = [line.strip() for line in lines if line.strip()]
     # srun writes last and only repeats that the job has failed.
-    return ([line for line in said if not line.startswith("srun: ")] or said or ["without a word"])[-1]
+    return ([line for line in said if not line.startswith("srun: ")] or said or ["no output"])[-1]

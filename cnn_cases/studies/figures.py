@@ -134,9 +134,7 @@ def label_of(text, runs):
 
 def cross():
     """The legend entry for a diverged run."""
-    return Line2D(
-        [], [], color="black", linestyle=":", marker="x", markeredgewidth=2, label="diverged, up to its end"
-    )
+    return Line2D([], [], color="black", linestyle=":", marker="x", markeredgewidth=2, label="diverged run")
 
 
 def has_curve(record, name):
@@ -161,7 +159,7 @@ def describe_seeds(record):
         for runs in records.group_by_point(part).values():
             counts.add(sum(run["status"] == "finished" for run in runs))
     up_to = "" if counts == {seeds} else "up to "
-    return f"mean over {up_to}{seeds} seeds, band: least to greatest"
+    return f"mean over {up_to}{seeds} seeds, band: minimum to maximum"
 
 
 def describe_key(record, key):
@@ -406,7 +404,7 @@ def _add_legend_of_points(figure, record):
 
 
 def _add_legend_of_lines(figure, record):
-    handles = [Line2D([], [], color="black", linewidth=THIN, label="training (mean since the last row)")]
+    handles = [Line2D([], [], color="black", linewidth=THIN, label="training (mean since the previous row)")]
     for place, title in enumerate(splits(record)):
         style = {"linestyle": LINES[place % len(LINES)], "markerfacecolor": "white" if place else "black"}
         handles.append(Line2D([], [], color="black", linewidth=BOLD, marker="o", label=title, **style))

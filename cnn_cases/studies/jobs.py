@@ -68,7 +68,7 @@ def share_accelerators():
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if jax.default_backend() == "tpu":
-        raise ValueError("processes side by side cannot share a TPU; leave --jobs or --cluster=local out")
+        raise ValueError("several processes cannot share a TPU; leave --jobs or --cluster=local out")
 
 
 def run_side_by_side(groups, workdir, num_jobs):
@@ -104,7 +104,7 @@ def run_side_by_side(groups, workdir, num_jobs):
                 pass
         name = signal.Signals(stop.number).name
         raise stopping.InterruptedRun(
-            f"{name}: the runs at hand were saved; start again to go on", stop.number
+            f"{name}: the current runs were saved; start again to resume", stop.number
         )
 
 
@@ -147,7 +147,7 @@ def _collect(workers, stop):
             if code == 1 and not stop.number:
                 raise RuntimeError("a process of the sweep failed, see above")
             if code and not stop.number:
-                hint = ", as where memory is full: try fewer --jobs" if code == -signal.SIGKILL else ""
+                hint = ", perhaps for lack of memory: try fewer --jobs" if code == -signal.SIGKILL else ""
                 raise ChildProcessError(
                     f"a process of the sweep died with exit code {code}{hint}; start again to go on"
                 )

@@ -152,7 +152,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
             )
         if "scan_blocks" in config.model and config.model.scan_blocks:
             raise ValueError(
-                f"{run_dir}: model.scan_blocks = True keeps no layer apart from the others of its stage; "
+                f"{run_dir}: model.scan_blocks = True stacks the layers of a stage; "
                 "a study with False is needed"
             )
         runs = points[config.model.depth, config.model.plain]
@@ -168,7 +168,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
         batch_sizes[config.batch_size] = run_dir
     if len(batch_sizes) > 1:
         told = "; ".join(f"batch_size = {size} in {run_dir.name}" for size, run_dir in batch_sizes.items())
-        raise ValueError(f"{workdir}: gradients of batches of one size can be compared, and not of {told}")
+        raise ValueError(f"{workdir}: gradients can be compared at one batch size only, not at {told}")
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])
@@ -370,7 +370,7 @@ def draw_responses(record):
 
 def _caption(record, how):
     seeds = len({state["seed"] for state in record["states"]})
-    over = f"; mean over {seeds} seeds, band: from least to greatest" if seeds > 1 else ""
+    over = f"; mean over {seeds} seeds, band: minimum to maximum" if seeds > 1 else ""
     return f"{record['data']}, {how}{over}"
 
 

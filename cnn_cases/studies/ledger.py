@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = ROOT / "README.md", ROOT / "docs/results.md"
 # {the line of a document after which the table begins: whether it is the short table}.
 BEGINNINGS = {
-    "<!-- The results beside the papers: written by `python -m cnn_cases.studies.ledger --write`. -->": True,
+    "<!-- Compared with the papers: written by `python -m cnn_cases.studies.ledger --write`. -->": True,
     "<!-- All results: written by `python -m cnn_cases.studies.ledger --write`. -->": False,
 }
 END = "<!-- End of the results. -->"
@@ -198,7 +198,7 @@ def read_records(directory):
         try:
             record = records.read(path)
         except ValueError as error:
-            raise ValueError(f"{error}; mend or remove it") from error
+            raise ValueError(f"{error}; repair or remove it") from error
         if record is None:
             others.append(path.name)
         else:
@@ -447,7 +447,7 @@ def main(arguments=None):
     if not options.write:
         print(markdown(rows, os.path.relpath(options.results)), end="")
     if others:
-        print(f"no studies, left out: {', '.join(others)}", file=sys.stderr)
+        print(f"left out, as no studies: {', '.join(others)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

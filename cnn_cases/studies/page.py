@@ -127,7 +127,7 @@ def _summary(record):
     diverged = sum(run["status"] == "diverged" for run in runs)
     words = ["One run" if len(runs) == 1 else f"{len(runs)} runs", f"of up to {steps:,} steps."]
     if diverged:
-        words.append(f"{diverged} diverged: a cross ends the line of each that came to a first value.")
+        words.append(f"{diverged} diverged: a cross marks the end of each that logged a value.")
     words.append("Hover for values, drag to move, press a button to hide or show its lines.")
     return " ".join(words)
 

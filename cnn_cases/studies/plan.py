@@ -84,7 +84,7 @@ def check(study):
     """Raises ValueError unless a study has what `expand` takes; does not check its base."""
     missing = {"base", "grid", "seeds"} - set(study)
     if missing:
-        raise ValueError(f"this is no study: it has no {' and no '.join(sorted(missing))}")
+        raise ValueError(f"this is no study config: {' and '.join(sorted(missing))} missing")
     for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
         raise ValueError(
             f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
@@ -99,13 +99,13 @@ def check(study):
         raise ValueError(f"seeds = {seeds} must be a tuple of whole numbers, as in (0, 1, 2)")
     keys = [key for key, _ in grid]
     if "seed" in keys:
-        raise ValueError("grid: seed is no key of it; the seeds stand in `seeds`")
+        raise ValueError("grid: seed cannot be a key of it; list the seeds in `seeds`")
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
-        raise ValueError(f"grid: {', '.join(sorted(twice))} must stand there once, with all its values")
+        raise ValueError(f"grid: {', '.join(sorted(twice))} must appear once, with all its values")
     for key, values in (*((f"grid: {key}", values) for key, values in grid), ("seeds", seeds)):
         if not all(map(_is_plain, values)):
-            raise ValueError(f"{key} = {values} must have numbers, texts, truth values or tuples of them")
+            raise ValueError(f"{key} = {values} must have numbers, strings, booleans or tuples of them")
         if not values or any(value in values[:index] for index, value in enumerate(values)):
             raise ValueError(f"{key} = {values} must have values, and none of them twice")
     if "adjust" in study:
@@ -124,7 +124,7 @@ def _check_adjust(adjust, keys):
             raise ValueError(f"adjust: {key} is no key of the grid, which has {', '.join(keys)}")
         for changed, value in pairs:
             if changed in (*keys, "seed"):  # otherwise a run would not match its name
-                raise ValueError(f"adjust: {changed} = {value!r} is what the grid and the seeds are for")
+                raise ValueError(f"adjust: {changed} = {value!r} must be set by the grid or the seeds")
 
 
 def _is_pair(pair):

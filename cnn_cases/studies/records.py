@@ -86,7 +86,7 @@ def _check_runs(record):
         identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], codes)
         if identity in seen:
             raise ValueError(
-                f"runs[{number}] stands there twice, by one code and with seed {run['seed']}; remove one"
+                f"runs[{number}] is a duplicate, of the same code and with seed {run['seed']}; remove one"
             )
         seen.add(identity)
 

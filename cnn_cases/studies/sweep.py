@@ -125,7 +125,7 @@ def make_record(study, workdir):
         numbers = []
         starts = logbook.read_environments(run_dir)
         if not starts:
-            raise ValueError(f"{run_dir} has no environment.json, which tells its code; put it back")
+            raise ValueError(f"{run_dir} has no environment.json, which identifies its code; put it back")
         for start in starts:
             if start not in environments:
                 environments.append(start)
@@ -212,8 +212,8 @@ def define_flags():
     flags.DEFINE_bool("figures_only", False, "Train nothing: draw a finished study again.")
     flags.DEFINE_integer("jobs", 1, "How many points of the grid to train side by side, in processes.")
     flags.DEFINE_string("cluster", None, f"Submit each run as a job to {' or '.join(clusters.COMMANDS)}.")
-    flags.DEFINE_string("partition", None, "The part of the cluster that the jobs are for.")
-    flags.DEFINE_string("time", None, "What a job gets, in minutes or as hh:mm; 1:00, unless it is given.")
+    flags.DEFINE_string("partition", None, "The partition of the cluster to submit the jobs to.")
+    flags.DEFINE_string("time", None, "The time limit of a job, in minutes or as hh:mm; default: 1:00.")
     flags.DEFINE_integer("gpus_per_run", None, "GPUs of a job.")
     flags.DEFINE_integer("cpus_per_run", None, "CPU cores of a job.")
     flags.mark_flags_as_required(["config", "workdir"])

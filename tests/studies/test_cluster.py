@@ -182,7 +182,7 @@ def test_a_failed_job_is_named_with_its_log_and_the_others_go_on(data_dir, tmp_p
 
 def test_the_last_words_of_a_killed_job_are_those_of_its_log(tmp_path):
     paths = JobPaths(tmp_path, "7")
-    assert cluster._last_words(paths) == "without a word"
+    assert cluster._last_words(paths) == "no output"
     paths.stderr.write_text("srun: error: task 0: Exited with exit code 137\n")
     assert cluster._last_words(paths) == "srun: error: task 0: Exited with exit code 137"
     paths.stderr.write_text(

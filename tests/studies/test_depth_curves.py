@@ -69,7 +69,7 @@ def test_diverged_runs_are_crosses_and_counted(record):
     assert [line.get_marker() for line in left.lines].count("x") == 1
     assert [line.get_marker() for line in right.lines].count("x") == 0
     legend = [text.get_text() for text in depth_curves.draw_curves(record).legends[0].get_texts()]
-    assert legend == ["20 layers\nplain nets (1 of 2 diverged)", "8 layers", "diverged, up to its end"]
+    assert legend == ["20 layers\nplain nets (1 of 2 diverged)", "8 layers", "diverged run"]
     training, _ = depth_curves.draw_depth(record).axes
     crosses = {
         line.get_label(): list(line.get_xdata()) for line in training.lines if line.get_marker() == "x"

@@ -51,7 +51,7 @@ def test_one_code_counts_a_seed_once(record, tmp_path, capsys):
     (tmp_path / "record.json").write_text(json.dumps(record))
     with pytest.raises(SystemExit):
         draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
-    assert "runs[8] stands there twice, by one code and with seed 0" in capsys.readouterr().err
+    assert "runs[8] is a duplicate, of the same code and with seed 0" in capsys.readouterr().err
     record["environments"][1]["code"] = "another"
     (tmp_path / "record.json").write_text(json.dumps(record))
     assert records.read(tmp_path / "record.json")["runs"] == record["runs"]
@@ -206,7 +206,7 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
         (lambda record: record["runs"][0].update(curves=[]), "runs[0]: curves = [] must be named figures"),
         (
             lambda record: record["runs"].append(record["runs"][3]),
-            "runs[8] stands there twice, by one code and with seed 1; remove one",
+            "runs[8] is a duplicate, of the same code and with seed 1; remove one",
         ),
         (
             lambda record: record["environments"][0].update(versions=[]),

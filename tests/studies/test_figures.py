@@ -82,7 +82,7 @@ def test_a_diverged_run_is_in_no_mean_and_ends_with_a_cross(record):
         if line.get_linestyle() == "-" and len(line.get_xdata()) == 2
     ]
     np.testing.assert_allclose(means, [0.61, 0.61, 1.51, 0.16])
-    assert "diverged, up to its end" in labels(figures.draw_curves(record))
+    assert "diverged run" in labels(figures.draw_curves(record))
 
 
 def test_a_run_that_diverged_before_its_first_row_has_a_cross_too(record):
@@ -103,7 +103,7 @@ def test_a_study_of_one_run_needs_no_legend_of_points(record):
     record["config"] |= {"grid": [], "seeds": [0]}
     record["runs"] = record["runs"][:1]
     figure = figures.draw_curves(record)
-    assert labels(figure) == ["training (mean since the last row)", "test"]
+    assert labels(figure) == ["training (mean since the previous row)", "test"]
     assert "one seed" in figure.get_suptitle()
 
 
@@ -138,7 +138,7 @@ def test_a_key_can_have_panels_and_the_others_colours(record):
     assert [axis.get_title() for axis in figure.axes] == ["depth 8", "depth 20"]
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["plain False", "plain True\ndepth 20 (1 of 2 diverged)", "diverged, up to its end"]
+    assert names == ["plain False", "plain True\ndepth 20 (1 of 2 diverged)", "diverged run"]
     bold = [line for line in figure.axes[0].lines if line.get_linewidth() == figures.BOLD]
     assert [list(line.get_ydata()) for line in bold] == [[50, pytest.approx(20)]] * 2  # plain, then residual
     assert figure.get_suptitle().startswith("digits, batches of 32; thin: training error, bold: test error; ")

@@ -167,7 +167,7 @@ def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path, mo
     came = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append("too early"))
     try:
-        with pytest.raises(stopping.InterruptedRun, match="SIGTERM: the runs at hand were saved"):
+        with pytest.raises(stopping.InterruptedRun, match="SIGTERM: the current runs were saved"):
             stop_as_it_trains()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -280,7 +280,7 @@ def test_a_run_that_is_not_possible_ends_the_others(data_dir, tmp_path):
         (
             (signal.raise_signal, (signal.SIGKILL,)),
             ChildProcessError,
-            "exit code -9, as where memory is full",
+            "exit code -9, perhaps for lack of memory",
         ),
         ((divmod, (1, 0)), RuntimeError, "a process of the sweep failed, see above"),
     ],

@@ -267,7 +267,7 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
     with config.unlocked():
         config.model.scan_blocks = True
     (run / "config.json").write_text(config.to_json())
-    with pytest.raises(ValueError, match=r"model\.scan_blocks = True keeps no layer apart"):
+    with pytest.raises(ValueError, match=r"model\.scan_blocks = True stacks the layers of a stage"):
         layer_signals.measure(tmp_path)
     for name, rate in (("rate-1", 1.0), ("rate-2", 2.0)):
         config = depth_digits.get_config().base

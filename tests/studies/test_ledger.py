@@ -257,7 +257,7 @@ def test_without_writing_the_table_is_printed_and_others_are_named(results, caps
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 3
     assert f"]({os.path.relpath(results)}/depth.json)" in printed.out
-    assert printed.err == "no studies, left out: bottleneck.json, pipeline.json\n"
+    assert printed.err == "left out, as no studies: bottleneck.json, pipeline.json\n"
 
 
 def test_bad_input_is_one_message(results, tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_bad_input_is_one_message(results, tmp_path, capsys):
         assert document.read_text() == (text or "")
         assert good.read_text() == f"{beginning} {ledger.END}"
     (results / "torn.json").write_text('{"config": ')
-    with pytest.raises(ValueError, match=r"torn\.json is no JSON: .*; mend or remove it"):
+    with pytest.raises(ValueError, match=r"torn\.json is no JSON: .*; repair or remove it"):
         ledger.read_records(results)
 
 

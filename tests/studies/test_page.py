@@ -117,7 +117,7 @@ def test_lines_of_two_commits_say_so(mixed):
 def test_a_diverged_run_is_told_of(record, tmp_path):
     page.write(record, tmp_path / "curves.html")
     text = (tmp_path / "curves.html").read_text()
-    assert "1 diverged: a cross ends the line of each that came to a first value. Hover" in text
+    assert "1 diverged: a cross marks the end of each that logged a value. Hover" in text
 
 
 def test_any_number_of_splits_is_shown(record):

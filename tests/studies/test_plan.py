@@ -64,7 +64,7 @@ def test_no_value_of_a_grid_takes_a_run_out_of_its_study(data_dir):
 
 
 def test_a_training_config_is_no_study(config):
-    with pytest.raises(ValueError, match="this is no study: it has no base and no grid and no seeds"):
+    with pytest.raises(ValueError, match="this is no study config: base and grid and seeds missing"):
         plan.expand(config)
 
 

@@ -32,7 +32,7 @@ def study(data_dir):
         ),
         ({"grid": (("num_steps", ()),)}, r"grid: num_steps = \(\) must have values"),
         ({"grid": (("batch_size", (24, 2000)),)}, "batch_size = 2000 must be between 1 and the 1257"),
-        ({"grid": (("seed", (1, 2)),)}, "grid: seed is no key of it"),
+        ({"grid": (("seed", (1, 2)),)}, "grid: seed cannot be a key of it"),
         ({"grid": (("num_steps", 8),)}, "must be pairs of a key and the values it takes"),
         ({"grid": ("num_steps", (8, 12))}, "must be pairs of a key and the values it takes"),
         (
@@ -41,18 +41,18 @@ def study(data_dir):
         ),
         (
             {"adjust": ((("data.augment.flip", True), (("optimizer.momentum", 0.5),)),)},
-            "adjust: optimizer.momentum = 0.5 is what the grid and the seeds are for",
+            "adjust: optimizer.momentum = 0.5 must be set by the grid or the seeds",
         ),
         (
             {"adjust": ((("data.augment.flip", True), (("seed", 8),)),)},
-            "adjust: seed = 8 is what the grid and the seeds are for",
+            "adjust: seed = 8 must be set by the grid or the seeds",
         ),
         (
             {"adjust": ((("data.augment.flip", True), (("num_stepps", 8),)),)},
             "adjust: num_stepps = 8 does not fit the base config",
         ),
         ({"grid": ((8, (1, 2)),)}, "must be pairs of a key and the values it takes"),
-        ({"grid": (("num_steps", (8,)), ("num_steps", (12,)))}, "grid: num_steps must stand there once"),
+        ({"grid": (("num_steps", (8,)), ("num_steps", (12,)))}, "grid: num_steps must appear once"),
         ({"grid": (("model", (8,)),)}, "grid: model = 8 does not fit the base config"),
         ({"grid": (("data.name.x", (8,)),)}, "grid: data.name.x = 8 does not fit the base config"),
         (
@@ -293,7 +293,9 @@ def test_a_record_can_be_of_a_part_of_a_study_and_of_no_other(finished, study, d
 def test_a_record_of_runs_of_unknown_code_is_refused(finished, study, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     (tmp_path / "copy/runs/momentum-0.0_flip-True_seed-1/environment.json").unlink()
-    with pytest.raises(ValueError, match=r"flip-True_seed-1 has no environment.json, which tells its code"):
+    with pytest.raises(
+        ValueError, match=r"flip-True_seed-1 has no environment.json, which identifies its code"
+    ):
         sweep.make_record(study, tmp_path / "copy")
 
 
