@@ -187,7 +187,9 @@ class Workshop:
         """
         text = "\n".join(run.lines)
         told = [
-            line for line in run.lines if "error: " in line or " is damaged (" in line or " is gone; " in line
+            line
+            for line in run.lines
+            if "error: " in line or " is damaged (" in line or " is missing; " in line
         ]
         outcome = "something else: " + (text[-400:] or f"exit code {run.code}")
         if run.code == 2 and len(run.lines) == 1 and run.lines[0].startswith("error: "):
@@ -202,7 +204,7 @@ class Workshop:
                 outcome = "unharmed"
             elif run.step == 0:
                 outcome = "something else: started again from step 0"
-            elif any(f"going on from step {run.step}" in line for line in told):
+            elif any(f"resuming from step {run.step}" in line for line in told):
                 outcome = "fell back"
             else:
                 outcome = f"something else: went on from step {run.step} and did not say why"

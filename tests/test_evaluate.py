@@ -139,7 +139,7 @@ def test_a_config_comes_back_as_it_was(trained, data_dir):
     [
         ({"protocol": "tencrop"}, "evaluation.protocol = 'tencrop' is unknown; known: single, flip"),
         ({"split": "tset"}, "split = 'tset' is not in data.splits of .*, which has test, train, validation"),
-        ({"which": "5"}, r"no checkpoint of step '5'; .* has 4, 8, 12; 'last' and 'best' will do"),
+        ({"which": "5"}, r"no checkpoint of step '5'; .* has steps 4, 8, 12; or use 'last' or 'best'"),
         ({"which": "newest"}, "no checkpoint of step 'newest'"),
         (
             {"protocol": "multi_scale_dense"},
@@ -455,11 +455,11 @@ def test_a_checkpoint_of_another_network_says_what_is_different(trained, state):
     other = state.replace(params=state.params | {"conv9": state.params["conv1"]})
     with pytest.raises(checkpoint.OtherStateError) as raised:
         checkpoint.read(trained / "checkpoints", 12, other)
-    assert "is of another network or optimizer: params/conv9/bias is nothing there and 6 here" in str(
-        raised.value
-    )
+    difference = "params/conv9/bias is missing in the checkpoint but 6 now"
+    assert f"belongs to another network or optimizer: {difference}" in str(raised.value)
     wider = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2)), state.params)
-    with pytest.raises(checkpoint.OtherStateError, match=r"conv1/bias is 6 there and 6x2 here; .* more"):
+    difference = "conv1/bias is 6 in the checkpoint but 6x2 now"
+    with pytest.raises(checkpoint.OtherStateError, match=f"{difference}; .* more"):
         checkpoint.read(trained / "checkpoints", 12, state.replace(params=wider))
 
 

@@ -163,7 +163,7 @@ def test_a_training_that_does_not_fit_is_refused(config):
     config.data.image_size, config.batch_size = 640, 1200
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         next(rehearse.rehearse(config, rehearse.of_topology("v5e:2x2")[:1]))
-    assert "a device has no memory left" in devices.message_for_user(raised.value)
+    assert "a device ran out of memory" in devices.message_for_user(raised.value)
 
 
 @pytest.mark.usefixtures("libtpu")

@@ -125,4 +125,4 @@ def test_a_replay_on_another_number_of_devices_is_told(together, told, config, t
     config.sync_batch_norm = together
     loop.train_and_evaluate(config, tmp_path, show_progress=False)
     replay.replay(tmp_path, 10)
-    assert ("another number of devices: 4 there, 1 here" in caplog.text) == told
+    assert ("number of devices has changed since the last start: 4 then, 1 now" in caplog.text) == told

@@ -161,11 +161,10 @@ class Checkpoints:
             for draft in self._directory.glob(DRAFTS):
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
             whole = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
+            kept = f"the latest checkpoint is that of step {whole[-1]}" if whole else ""
             raise OSError(
                 f"the checkpoint of step {step} could not be saved in {self._directory} "
-                f"({_reason(error)}); "
-                + (f"the last one there is of step {whole[-1]}" if whole else "there is none yet")
-                + "; start again to go on"
+                f"({_reason(error)}); {kept or 'there is no checkpoint yet'}; start again to resume"
             ) from error
 
     def restore(self, like):
@@ -203,11 +202,11 @@ class Checkpoints:
             _check_structure(self._directory, step, restored.state, like)
             for bad, error in damaged.items():
                 logger.warning(
-                    "checkpoint %d is damaged (%s); going on from step %d", bad, _first_line(error), step
+                    "checkpoint %d is damaged (%s); resuming from step %d", bad, _first_line(error), step
                 )
                 self._set_aside(bad)
             if noted is not None and noted > max([step, *damaged]):
-                logger.warning("checkpoint %d is gone; going on from step %d", noted, step)
+                logger.warning("checkpoint %d is missing; resuming from step %d", noted, step)
             if noted != step:
                 self._note(step)
             return step, restored.state, restored.extra["extra"]
@@ -215,12 +214,12 @@ class Checkpoints:
             raise ValueError(
                 f"no checkpoint in {self._directory} can be read: "
                 + "; ".join(f"step {step}: {_first_line(error)}" for step, error in damaged.items())
-                + ". Nothing was changed; use another workdir to start anew"
+                + ". Nothing was changed; use another workdir to start over"
             )
         if noted is not None:
             raise ValueError(
                 f"no checkpoint is left in {self._directory}, though one of step {noted} was saved there; "
-                "put it back, or use another workdir to start anew"
+                "restore it, or use another workdir to start over"
             )
         return None
 
@@ -278,16 +277,16 @@ def find(directory, which):
     if not errors:
         missing = "" if pathlib.Path(directory).exists() else ", which does not exist"
         raise ValueError(f"there is no checkpoint in {directory}{missing}")
-    there = f"{directory} has {', '.join(map(str, sorted(errors)))}"
+    there = f"{directory} has steps {', '.join(map(str, sorted(errors)))}"
     if which == "last":
         return max(errors)
     if which == "best":
         measured = {step: errors[step] for step in sorted(errors) if errors[step] is not None}
         if not measured:
-            raise ValueError(f"no checkpoint was saved with an error that tells the best; {there}")
+            raise ValueError(f"no checkpoint has an evaluation error, so none is the best; {there}")
         return min(measured, key=measured.get)
     if not which.isdecimal() or int(which) not in errors:
-        raise ValueError(f"there is no checkpoint of step {which!r}; {there}; 'last' and 'best' will do, too")
+        raise ValueError(f"there is no checkpoint of step {which!r}; {there}; or use 'last' or 'best'")
     return int(which)
 
 
@@ -345,7 +344,7 @@ def _other_structure_refused(directory, step, like):
         notes = ocp.PyTreeCheckpointHandler().metadata(directory / str(step) / "state")
         _check_structure(directory, step, notes, like)
         if "do not match" in str(error):  # in parts without arrays, which the metadata leave out
-            raise _other_state(directory, step, "its optimizer is made of other parts") from error
+            raise _other_state(directory, step, "its optimizer state has another structure") from error
         raise
 
 
@@ -357,7 +356,7 @@ def _check_structure(directory, step, state, like):
     """
     there, here = shapes(state), shapes(like)
     lines = [
-        f"{name} is {there.get(name, 'nothing')} there and {here.get(name, 'nothing')} here"
+        f"{name} is {there.get(name, 'missing')} in the checkpoint but {here.get(name, 'missing')} now"
         for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name))
         if there.get(name) != here.get(name)
     ]
@@ -368,8 +367,8 @@ def _check_structure(directory, step, state, like):
 
 def _other_state(directory, step, reason):
     return OtherStateError(
-        f"checkpoint {step} in {directory} is of another network or optimizer: {reason}. Nothing was "
-        "changed; take the code that it was saved by, or another workdir"
+        f"checkpoint {step} in {directory} belongs to another network or optimizer: {reason}. Nothing was "
+        "changed; use the code that saved it, or another workdir"
     )
 
 
@@ -414,7 +413,7 @@ def _read_only(directory, step):
     except Exception as error:  # a damaged file can make Orbax and TensorStore raise anything
         raise ValueError(
             f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}; "
-            "nothing was changed; move it away, or name another one by its step"
+            "nothing was changed; move it away, or choose another checkpoint by its step"
         ) from error
 
 

@@ -74,7 +74,7 @@ def message_for_user(error):
     if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
         return None
     return (
-        f"a device has no memory left ({str(error).splitlines()[0]}); take a smaller batch_size or "
+        f"a device ran out of memory ({str(error).splitlines()[0]}); use a smaller batch_size or "
         "evaluation.batch_size, a larger num_microbatches, data.feed = 'stream', or fewer processes at a time"
     )
 
@@ -92,7 +92,7 @@ def of_all_processes(devices):
         return list(devices)
     counts = [len(jax.local_devices(index)) for index in range(jax.process_count())]
     if set(counts) != {len(devices)}:
-        raise ValueError(f"the processes of a job must have equally many devices; they have {counts}")
+        raise ValueError(f"the processes of a job must have the same number of devices; they have {counts}")
     return [device for index in range(jax.process_count()) for device in jax.local_devices(index)]
 
 

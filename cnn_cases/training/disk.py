@@ -39,11 +39,11 @@ def lock(workdir):
             file.seek(0)
             holder = file.read().strip() or "another process"
         raise ValueError(
-            f"workdir = {workdir} is in use by {holder}; wait for its end, or use another workdir"
+            f"workdir = {workdir} is in use by {holder}; wait until it ends, or use another workdir"
         ) from None
     except OSError as error:  # some network file systems have no locks
         logging.getLogger(__name__).warning(
-            "%s cannot be locked (%s): see to it that one process alone uses it", workdir, error
+            "%s cannot be locked (%s): make sure that only one process uses it", workdir, error
         )
     try:
         with writing(workdir):

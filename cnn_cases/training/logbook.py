@@ -38,9 +38,9 @@ from cnn_cases import settings
 from cnn_cases.training import disk
 from cnn_cases.training.provenance import environment, what_runs
 
-GO_ON = "; to train its network further, start a run of its own from it: --config.start.workdir"
-ANEW = "delete it, and start the run again: it is written anew"
-PUT_BACK = "put a whole copy of it back, or use another workdir"
+GO_ON = "; to train its network further, start a new run from it with --config.start.workdir"
+ANEW = "delete it and start the run again, which rewrites it"
+PUT_BACK = "restore an intact copy, or use another workdir"
 _LEFT_BEHIND = ("metrics.jsonl", "result.json", "newest_checkpoint", "runs")  # by a run or study that began
 SECONDS_A_LINE = 60  # between progress lines, where no terminal shows a bar
 # Keys that affect no figure. Another machine may keep its data elsewhere, and read them with more processes;
@@ -81,9 +81,9 @@ class Logbook:
             starts = read_environments(self._workdir)
             if starts and starts[-1].get("data", data) != data:
                 raise ValueError(
-                    f"workdir = {workdir} was begun with other data: {starts[-1]['data']} there, {data} "
-                    "here (number and checksum of the examples of each split, step and checksum of what it "
-                    "starts from); see data.data_dir and start.workdir"
+                    f"workdir = {workdir} was started with other data: {starts[-1]['data']} then, {data} now "
+                    "(number and checksum of the examples of each split, step and checksum of the checkpoint "
+                    "that it starts from); see data.data_dir and start.workdir"
                 )
             here = environment() | {"data": data}
             warn_of_changes(self._workdir, starts, here)
@@ -119,8 +119,8 @@ class Logbook:
         kept = path.read_bytes()[: rows["bytes"]] if path.exists() else b""
         if _mark(kept) != rows:
             raise ValueError(
-                f"{path} is damaged: its rows up to step {step} are not those that were there when step "
-                f"{step} was saved; put a whole copy of it back, or use another workdir to start anew"
+                f"{path} is damaged: its rows up to step {step} are not as they were when step {step} was "
+                "saved; restore an intact copy, or use another workdir to start over"
             )
         if self._of_this_start:  # only after all checks have passed
             config, starts, inputs = self._of_this_start
@@ -217,8 +217,8 @@ class Logbook:
                 self._rows_path.stat(), os.fstat(self._rows.fileno())
             ):
                 raise ValueError(
-                    f"{self._rows_path} was deleted or replaced by somebody else while this run wrote to it; "
-                    "what it did since its last checkpoint is lost"
+                    f"{self._rows_path} was deleted or replaced while this run was writing to it; progress "
+                    "since the last checkpoint is lost"
                 )
         return self._mark
 
@@ -298,15 +298,18 @@ def check_owner(workdir, config, suits=None):
         left = [name for name in _LEFT_BEHIND if (path.parent / name).exists()]
         if left:
             raise ValueError(
-                f"workdir = {workdir} holds {left[0]}, but no config.json, so nobody knows what it is of; "
-                "put it back, or use another workdir"
+                f"workdir = {workdir} holds {left[0]}, but no config.json, so its config is unknown; "
+                "restore config.json, or use another workdir"
             )
         return
     known = settings.completed(disk.read_json(path, dict, PUT_BACK))
     kinds = ["study" if settings.is_study(one) else "run" for one in (known, config)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"workdir = {workdir} belongs to a {kinds[0]}; give this {kinds[1]} one of its own")
-    lines = differences(known, settings.completed(_as_json(config)), aside=OF_THE_MACHINE)
+        raise ValueError(
+            f"workdir = {workdir} belongs to a {kinds[0]}; use another workdir for this {kinds[1]}"
+        )
+    given = settings.completed(_as_json(config))
+    lines = differences(known, given, aside=OF_THE_MACHINE, sides=("saved", "given"))
     if lines and not (suits and suits(known)):
         raise ValueError(
             f"workdir = {workdir} belongs to another config:\n  "
@@ -325,22 +328,24 @@ def is_watched():
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def differences(old, new, prefix="", aside=()):
+def differences(old, new, prefix="", aside=(), sides=("there", "here")):
     """Returns how two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here".
 
     Args:
       old, new: dicts, for example of configs.
       prefix: of the keys' names in the lines.
       aside: suffixes of the names of keys to leave out.
+      sides: what the lines call the two dicts.
     """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         there, here = old.get(key, "nothing"), new.get(key, "nothing")
         name = f"{prefix}{key}"
         if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{name}.", aside)
+            lines += differences(there, here, f"{name}.", aside, sides)
         elif there != here and not name.endswith(aside):
-            lines.append(f"{name}: {there!r} there, {here!r} here")
+            shown = [repr(values[key]) if key in values else "nothing" for values in (old, new)]
+            lines.append(f"{name}: {shown[0]} {sides[0]}, {shown[1]} {sides[1]}")
     return lines
 
 
@@ -376,12 +381,10 @@ def read_environments(workdir):
       ValueError: the file is damaged.
     """
     path = pathlib.Path(workdir) / "environment.json"
-    remedy = (
-        "put a whole copy of it back, or delete it, if the run has not ended: the next start writes it anew"
-    )
+    remedy = "restore an intact copy, or, if the run has not ended, delete it: the next start rewrites it"
     starts = disk.read_json(path, list, remedy) if path.exists() else []
     if not all(isinstance(start, dict) for start in starts):
-        raise ValueError(f"{path} is damaged (it is no list of starts); {remedy}")
+        raise ValueError(f"{path} is damaged (it is not a list of starts); {remedy}")
     return starts
 
 
@@ -394,7 +397,7 @@ def warn_of_changes(workdir, starts, here):
       here: the current `environment`.
     """
     there = what_runs(starts[-1]) if starts else {}
-    lines = differences(there, {name: here[name] for name in there})
+    lines = differences(there, {name: here[name] for name in there}, sides=("then", "now"))
     if lines:
         logging.getLogger(__name__).warning(
             "%s was last started with other code or packages: %s", workdir, "; ".join(lines)
@@ -413,8 +416,8 @@ def warn_of_devices(workdir, config, starts, number):
     there = len(starts[-1]["devices"]) if starts else number
     if there != number and (config.num_microbatches > 1 or not config.sync_batch_norm):
         logging.getLogger(__name__).warning(
-            "%s was last started on another number of devices: %d there, %d here. With sync_batch_norm = %s "
-            "and num_microbatches = %d its steps depend on it",
+            "%s: the number of devices has changed since the last start: %d then, %d now. With "
+            "sync_batch_norm = %s and num_microbatches = %d the training steps depend on it",
             workdir,
             there,
             number,
@@ -442,7 +445,7 @@ def read_result(workdir):
     needed = {"finished": {"step", "metrics", "seconds"}, "diverged": {"step", "checkpoint"}}
     status = str(result.get("status"))
     if status not in needed or not needed[status] <= result.keys():
-        raise ValueError(f"{path} is damaged (it is no result of a run); {ANEW}")
+        raise ValueError(f"{path} is damaged (it is not the result of a run); {ANEW}")
     return result
 
 

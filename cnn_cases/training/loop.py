@@ -70,8 +70,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     if earlier:
         if earlier["status"] == "diverged":
             raise DivergedError(
-                f"{workdir}: this run diverged at step {earlier['step']}, and would again; "
-                "change its config, and its workdir",
+                f"{workdir}: this run diverged at step {earlier['step']} and would diverge again; "
+                "change its config and use another workdir",
                 earlier["step"],
             )
         if show_progress and processes.is_lead():
@@ -99,9 +99,9 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
         if result["status"] == "diverged":
             kept = result["checkpoint"]
             raise DivergedError(
-                f"{workdir}: the training diverged at step {result['step']}: {result['reason']}; "
+                f"{workdir}: the run diverged at step {result['step']}: {result['reason']}; "
                 + (f"the last good checkpoint is of step {kept}" if kept else "there is no checkpoint yet")
-                + f"; see where: python -m cnn_cases.replay --workdir={workdir} --step={result['step']}",
+                + f"; to see where: python -m cnn_cases.replay --workdir={workdir} --step={result['step']}",
                 result["step"],
             )
         final = result["metrics"]
@@ -121,12 +121,13 @@ def _check_alike(config):
     # profile_steps must agree, too: a process waits for its devices there and would get out of step.
     aside = tuple(key for key in logbook.OF_THE_MACHINE if key.startswith("data."))
     for index, other in enumerate(others, start=1):
-        lines = logbook.differences(lead, other, aside=aside)
+        sides = "in process 0", f"in process {index}"
+        lines = logbook.differences(lead, other, aside=aside, sides=sides)
         if lines:
             raise ValueError(
-                f"process {index} (here) is not like process 0 (there):\n  "
+                f"process {index} differs from process 0:\n  "
                 + "\n  ".join(lines)
-                + "\nGive all processes of a training the same config, code and packages"
+                + "\nGive all processes of a run the same config, code and packages"
             )
 
 
@@ -145,8 +146,9 @@ def _check_same_data(data):
     for index, other in enumerate(others, start=1):
         if other != lead:
             raise ValueError(
-                f"process {index} reads other data (here) than process 0 (there): {lead} there, {other} here "
-                "(number and checksum of the examples of each split); give all processes copies of one set"
+                f"process {index} reads other data than process 0: {lead} in process 0, {other} in process "
+                f"{index} (number and checksum of the examples of each split); give all processes copies of "
+                "the same data set"
             )
 
 
@@ -197,11 +199,14 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     """
     nonfinite, rewound_to = [], []
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
-        log.say(f"steps_per_call: {program.steps_per_call}, the most that goes into all intervals of the run")
+        log.say(
+            f"steps_per_call: {program.steps_per_call}, the largest number up to "
+            f"{programs.MAX_STEPS_PER_CALL} that divides all intervals of the run"
+        )
     if not _measures_all_saved(config):
         log.say(
-            f"checkpoint.best_on: the best is chosen of those checkpoints alone at whose step "
-            f"{config.checkpoint.best_on!r} is evaluated, too"
+            "checkpoint.best_on: only checkpoints at whose step "
+            f"{config.checkpoint.best_on!r} is evaluated can be the best"
         )
     while True:
         step, state, extra = _restore(config, program, state, log, checkpoints)
@@ -373,7 +378,7 @@ class _Training:
     def _interrupt(self, step, number):
         processes.from_lead(self._checkpoints.wait)  # or the message would not be true
         name = signal.Signals(number).name
-        raise InterruptedRun(f"{name}: saved after step {step}; start again to go on", number)
+        raise InterruptedRun(f"{name}: saved after step {step}; start again to resume", number)
 
     def _call(self, step):
         """Sends the next steps to the devices; returns the number of steps done after them."""

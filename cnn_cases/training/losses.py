@@ -55,8 +55,8 @@ def of_classes(loss, num_classes):
     def checked(logits, label):
         if logits.shape[1:] != (num_classes,):
             raise ValueError(
-                f"the network answers a batch with logits {list(logits.shape)}; for data of {num_classes} "
-                f"classes they must be [batch, {num_classes}]"
+                f"the network returns logits of shape {list(logits.shape)}; data with {num_classes} classes "
+                f"need [batch, {num_classes}]"
             )
         return loss(logits, label)
 

@@ -183,7 +183,8 @@ def _multiply_rates(patterns, factors):
             if not fnmatch.filter(names, pattern):
                 some = ", ".join([*names[:6], "..."] if names[6:] else names)
                 raise ValueError(
-                    f"optimizer.rate_patterns = {patterns}: {pattern!r} fits no parameter; there are {some}"
+                    f"optimizer.rate_patterns = {patterns}: {pattern!r} matches no parameter; "
+                    f"there are: {some}"
                 )
         return optax.EmptyState()
 

@@ -61,7 +61,7 @@ def average_views(examples, views, run, *, batch_size, ahead=0):
             if len(waiting[view.shape]) == batch_size(view.shape):
                 start(view.shape)
     if not labels:
-        raise ValueError("there is no example to evaluate; data.splits names an empty part")
+        raise ValueError("there are no examples to evaluate: this part of data.splits is empty")
     for shape in list(waiting):
         start(shape)
     collect(0)

@@ -60,9 +60,8 @@ def launched_processes(environment):
     size = environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1":
         raise ValueError(
-            f"OMPI_COMM_WORLD_SIZE = {size!r}, set by Open MPI, which from version 5 on does not say where "
-            "its processes meet: name coordinator_address, num_processes and process_id, or distributed = "
-            "'off'"
+            f"OMPI_COMM_WORLD_SIZE = {size!r}, set by Open MPI, which since version 5 does not say where its "
+            "processes connect: set coordinator_address, num_processes and process_id, or distributed = 'off'"
         )
     hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
     slices = environment.get(_TPU_SLICES, "1")
@@ -169,7 +168,7 @@ def join(
     # Process 0 ends last (see `end_after_loss`); with a launcher, it is not known yet which process that is.
     patience = meeting_timeout_seconds + (_TO_END if process_id == 0 else 0)
     where = "" if missing else f" to {coordinator_address}"
-    late = f"not all processes have come{where} within {meeting_timeout_seconds} s"
+    late = f"not all processes have connected{where} within {meeting_timeout_seconds} s"
     with _ended_by_signals(), _alarm(patience, late):
         try:
             jax.distributed.initialize(
@@ -179,7 +178,7 @@ def join(
             )
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"the processes of this job cannot meet: {error}; name coordinator_address, num_processes "
+                f"the processes of this job cannot connect: {error}; set coordinator_address, num_processes "
                 "and process_id, or use a launcher that JAX knows"
             ) from error
     gpus = own_gpus(os.environ)
@@ -187,12 +186,12 @@ def join(
         for maker in ("cuda", "rocm"):
             jax.config.update(f"jax_{maker}_visible_devices", gpus)
     # The devices start here, and the processes learn of each other's devices.
-    late = f"the devices of all processes have not started within {meeting_timeout_seconds} s"
+    late = f"not all processes have started their devices within {meeting_timeout_seconds} s"
     with _ended_by_signals(), _alarm(patience, late):
         try:
             is_several = is_one_of_several()
         except RuntimeError as error:  # Python's normal exit would wait for the other processes
-            tell(f"error: the devices of this process do not start: {error}")
+            tell(f"error: the devices of this process failed to start: {error}")
             exit_at_once(2)
     if is_several:
         if jax.default_backend() == "gpu":
@@ -208,10 +207,10 @@ def _watch(patience_seconds):
     while not _left.wait(_PAUSE):
         try:
             # If process 0 is silent, nobody reports the timeout.
-            with _alarm(patience_seconds + _TO_TELL, f"process 0 is silent for {patience_seconds} s"):
+            with _alarm(patience_seconds + _TO_TELL, f"process 0 has been silent for {patience_seconds} s"):
                 meet(key="watch", timeout_ms=1000 * patience_seconds)
         except jax.errors.JaxRuntimeError as error:
-            end_after_loss(f"another process died, or is silent for {patience_seconds} s: {error}")
+            end_after_loss(f"another process died, or has been silent for {patience_seconds} s: {error}")
 
 
 @contextlib.contextmanager
@@ -262,7 +261,7 @@ def _is_address(text):
 def _end(message):
     """Ends this process at once, even if its main thread is waiting."""
     if not _left.is_set():
-        tell(f"error: {message}; start all again to go on")
+        tell(f"error: {message}; start all processes again to resume")
         exit_at_once(LOST)
 
 

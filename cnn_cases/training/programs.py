@@ -252,13 +252,13 @@ def _check_devices_together(program, state, what, num_devices):
         isinstance(module, nn.BatchNorm) and module.axis_name is None for module in modules
     ):
         raise ValueError(
-            f"{what} has batch statistics, of which each of the {num_devices} devices would take its own; "
-            f"give it a field axis_name, and that to layers.BatchNorm, {remedy}"
+            f"{what} would compute separate batch statistics on each of the {num_devices} devices; "
+            f"give it a field axis_name, and pass that to layers.BatchNorm, {remedy}"
         )
     if any(isinstance(module, nn.Dropout) for module in modules):
         raise ValueError(
-            f"{what} has Flax's Dropout, which would drop the same on each of the {num_devices} devices; "
-            f"give it a field axis_name, and that to layers.Dropout in its place, {remedy}"
+            f"{what} uses Flax's Dropout, which would draw the same mask on each of the {num_devices} "
+            f"devices; give it a field axis_name, and pass that to layers.Dropout instead, {remedy}"
         )
 
 
@@ -398,7 +398,7 @@ def check_numbers(config, num_devices):
     best_on, splits = config.checkpoint.best_on, config.evaluation.splits
     if best_on and best_on not in splits:
         raise ValueError(
-            f"checkpoint.best_on = {best_on!r} is not evaluated on the way; "
+            f"checkpoint.best_on = {best_on!r} is not evaluated during training; "
             f"set it to '' or to one of evaluation.splits = {splits}"
         )
     checks.one_of("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
@@ -412,8 +412,8 @@ def check_numbers(config, num_devices):
         if config.data.augment[key] and config.loss.name != "cross_entropy":
             raise ValueError(
                 f"data.augment.{key} = {config.data.augment[key]} gives an example shares of two classes, "
-                f"and loss.name = {config.loss.name!r} knows one only; set the first to 0 or the loss to "
-                "'cross_entropy'"
+                f"but loss.name = {config.loss.name!r} supports only one class per example; set the first to "
+                "0 or the loss to 'cross_entropy'"
             )
     if not 0 <= config.loss.side_weight < math.inf:
         raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more, and finite")

@@ -57,7 +57,7 @@ class RunningMetrics:
             self.nonfinite.append(step)
             said.append(f"step {step}: skipped, with {_listed(values)}")
             if self.nonfinite[-MAX_SKIPPED:] == list(range(step - MAX_SKIPPED + 1, step + 1)):
-                reason = f"{MAX_SKIPPED} steps in a row had to be skipped, this one with"
+                reason = f"{MAX_SKIPPED} steps in a row were skipped, this one with"
                 raise DivergedError(f"{reason} {_listed(values)}", step)
         return said
 

@@ -25,7 +25,9 @@ def check_patterns(key, patterns, names):
     """Raises ValueError unless each pattern of a config's key matches some layer of a network."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(f"{key} = {patterns}: {pattern!r} fits no layer; there are {', '.join(names)}")
+            raise ValueError(
+                f"{key} = {patterns}: {pattern!r} matches no layer; there are: {', '.join(names)}"
+            )
 
 
 def check_frozen(patterns, names):
@@ -75,15 +77,16 @@ def trained_layers(like, workdir, step, layers):
     for name in filter(is_any_of(layers), names):
         if name not in there["params"]:
             raise ValueError(
-                f"start.layers = {layers}: {workdir} has no {name}, but {', '.join(sorted(there['params']))}"
+                f"start.layers = {layers}: {workdir} has no {name}; "
+                f"it has {', '.join(sorted(there['params']))}"
             )
         for part, own in (("params", like.params), ("batch_stats", like.batch_stats)):
             found, expected = (checkpoint.shapes({name: one.get(name, {})}) for one in (there[part], own))
             for leaf in sorted(found.keys() | expected.keys()):
                 if found.get(leaf) != expected.get(leaf):
                     raise ValueError(
-                        f"start.layers = {layers}: {leaf} is {found.get(leaf, 'not there')} in "
-                        f"{workdir} and {expected.get(leaf, 'not there')} here; name the layers to take, of "
+                        f"start.layers = {layers}: {leaf} is {found.get(leaf, 'missing')} in {workdir} and "
+                        f"{expected.get(leaf, 'missing')} in this network; name the layers to take, of "
                         f"{', '.join(names)}"
                     )
             if name in own:

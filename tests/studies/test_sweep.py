@@ -147,7 +147,7 @@ def test_a_run_of_another_recipe_is_refused(finished, study, tmp_path):
     path = workdir / "runs/momentum-0.0_flip-True_seed-0/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_steps": 400}))
     with pytest.raises(
-        ValueError, match=r"seed-0 belongs to another config:\n  num_steps: 400 there, 4 here"
+        ValueError, match=r"seed-0 belongs to another config:\n  num_steps: 400 saved, 4 given"
     ):
         sweep.make_record(study, workdir)
 
@@ -242,11 +242,11 @@ def test_a_later_start_checks_nothing_but_what_is_new(finished, data_dir, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": (1, 2)}, r"seeds: \[0, 1\] there, \[1, 2\] here"),
+        ({"seeds": (1, 2)}, r"seeds: \[0, 1\] saved, \[1, 2\] given"),
         ({"grid": (("data.augment.flip", (True, False)),)}, "grid: "),
         (
             {"seeds": (0, 1, 2), "adjust": ((("optimizer.momentum", 0.9), (("num_microbatches", 2),)),)},
-            r"adjust: 'nothing' there, .*\n  seeds: \[0, 1\] there",
+            r"adjust: nothing saved, .*\n  seeds: \[0, 1\] saved",
         ),
     ],
 )

@@ -151,7 +151,7 @@ def test_any_damaged_file_makes_the_checkpoint_before_the_newest(damage, two_che
         with caplog.at_level(logging.WARNING, "cnn_cases"):
             assert_is(restore(copy / "checkpoints"), 4)
         assert "checkpoint 8 is damaged" in caplog.text
-        assert "going on from step 4" in caplog.text
+        assert "resuming from step 4" in caplog.text
         assert names(copy / "damaged") == ["8"], "the damaged one is set aside, not deleted"
         save(copy / "checkpoints", [8])
         assert_is(restore(copy / "checkpoints"), 8)
@@ -181,8 +181,11 @@ def test_when_all_are_damaged_nothing_starts_anew(two_checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"kernel": np.zeros((300, 7))}, "params/bias is 7 there and nothing here"),
-        ({"kernel": np.zeros((300, 8)), "bias": np.zeros(7)}, "params/kernel is 300x7 there and 300x8 here"),
+        ({"kernel": np.zeros((300, 7))}, "params/bias is 7 in the checkpoint but missing now"),
+        (
+            {"kernel": np.zeros((300, 8)), "bias": np.zeros(7)},
+            "params/kernel is 300x7 in the checkpoint but 300x8 now",
+        ),
     ],
 )
 def test_a_whole_one_of_another_network_is_refused_and_stays(params, message, two_checkpoints, tmp_path):
@@ -201,7 +204,9 @@ def test_an_optimizer_of_other_parts_is_no_damage(two_checkpoints, tmp_path):
     like = state_of(0) | {"opt_state": (optax.EmptyState(),)}
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     for restored in (checkpoints.restore, lambda like: checkpoint.read(tmp_path / "checkpoints", 8, like)):
-        with pytest.raises(checkpoint.OtherStateError, match=r"checkpoint 8 .* is made of other parts"):
+        with pytest.raises(
+            checkpoint.OtherStateError, match=r"point 8 .* optimizer state has another structure"
+        ):
             restored(like)
     checkpoints.close()
     assert names(tmp_path / "checkpoints") == ["4", "8"]
@@ -242,7 +247,7 @@ def test_checkpoints_that_were_deleted_are_missed(two_checkpoints, tmp_path, cap
     shutil.rmtree(directory / "8")
     with caplog.at_level(logging.WARNING, "cnn_cases"):
         assert_is(restore(directory), 4)
-    assert "checkpoint 8 is gone; going on from step 4" in caplog.text
+    assert "checkpoint 8 is missing; resuming from step 4" in caplog.text
     caplog.clear()
     assert_is(restore(directory), 4)
     assert not caplog.text, "told once"
@@ -275,7 +280,8 @@ def test_a_save_that_failed_is_told_in_one_line_at_the_next_chance(is_closing, t
     monkeypatch.setattr(checkpoint, "_checksums", full)  # which is called in the thread that saves
     checkpoints.save(2, state_of(2), {})
     message = (
-        r"step 2 could not be saved in .* \(.*No space left on device\); the last one there is of step 1; "
+        r"step 2 could not be saved in .* \(.*No space left on device\); "
+        "the latest checkpoint is that of step 1; start again"
     )
     with pytest.raises(OSError, match=message) as caught:
         checkpoints.close() if is_closing else checkpoints.save(3, state_of(3), {})

@@ -104,7 +104,7 @@ def test_a_full_memory_is_told_from_other_errors():
     with pytest.raises(jax.errors.JaxRuntimeError) as full:
         jnp.zeros(2**50, jnp.uint8)
     assert re.match(
-        r"a device has no memory left \(.*\); take a smaller batch_size", devices.message_for_user(full.value)
+        r"a device ran out of memory \(.*\); use a smaller batch_size", devices.message_for_user(full.value)
     )
     assert devices.message_for_user(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
     assert devices.message_for_user(TypeError("RESOURCE_EXHAUSTED")) is None

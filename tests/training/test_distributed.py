@@ -190,7 +190,7 @@ def test_a_silent_process_ends_the_others(digits, tmp_path):
     arguments = [*digits[1], "--heartbeat_timeout_seconds=2"]
     outcome = job(2, tmp_path, arguments, send={1: (signal.SIGSTOP, 3)})
     assert [code for code, _ in outcome] == [4, -signal.SIGKILL], outcome
-    assert "error: another process died, or is silent for 2 s" in outcome[0][1]
+    assert "error: another process died, or has been silent for 2 s" in outcome[0][1]
     assert "Traceback" not in outcome[0][1]
 
 
@@ -208,7 +208,7 @@ def test_a_process_that_waits_in_vain_for_the_others_ends(digits, tmp_path):
         [*command, "--meeting_timeout_seconds=1"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 4, ended.stderr
-    assert "error: not all processes have come to localhost:1 within 1 s; start all again" in ended.stderr
+    assert "error: not all processes have connected to localhost:1 within 1 s; start all" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -277,9 +277,9 @@ def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_pat
     )
     for code, errors in outcome:
         assert code == 2, errors
-        assert "error: process 1 (here) is not like process 0 (there):" in errors
-        assert "config.optimizer.momentum: 0.9 there, 0.5 here" in errors
-        assert re.search(r"versions.optax: '[^']+' there, '0.0.1' here", errors)
+        assert "error: process 1 differs from process 0:" in errors
+        assert "config.optimizer.momentum: 0.9 in process 0, 0.5 in process 1" in errors
+        assert re.search(r"versions.optax: '[^']+' in process 0, '0.0.1' in process 1", errors)
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
@@ -295,7 +295,8 @@ def test_processes_that_read_other_data_are_refused(digits, data_dir, tmp_path):
     for code, errors in job(2, tmp_path / "run", digits[1], own=own):
         assert code == 2, errors
         assert re.search(
-            r"error: process 1 reads other data .*'validation': \[185, \d+\]\} there, .*\[185, \d+\]\} here",
+            r"error: process 1 reads other data than process 0: "
+            r".*'validation': \[185, \d+\]\} in process 0, .*\[185, \d+\]\} in process 1 ",
             errors,
         )
     assert not (tmp_path / "run").exists()
@@ -309,6 +310,6 @@ def test_all_processes_go_back_together_and_end_together_where_a_training_diverg
     config.checkpoint.every_steps = 1
     arguments = ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
     for code, errors in job(2, tmp_path, arguments):
-        assert (code, "the training diverged at step" in errors) == (3, True), errors
+        assert (code, "the run diverged at step" in errors) == (3, True), errors
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["seed_of_batches"] == loop.seed_of_batches(config.seed, [0] * loop.MAX_REWINDS, 0)

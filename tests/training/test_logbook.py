@@ -77,7 +77,7 @@ def test_rows_are_those_of_the_mark_or_refused(tmp_path):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         log = open_log(tmp_path)
         with pytest.raises(
-            ValueError, match=r"metrics\.jsonl is damaged: its rows up to step 2 are not those"
+            ValueError, match=r"metrics\.jsonl is damaged: its rows up to step 2 are not as they were"
         ):
             log.start(2, mark)
         log.close()
@@ -100,7 +100,9 @@ def test_rows_that_are_written_to_a_file_that_is_gone_are_missed(is_replaced, tm
     if is_replaced:
         (tmp_path / "metrics.jsonl").touch()
     log.write(1, {"running/loss": 0.1})
-    with pytest.raises(ValueError, match=r"metrics\.jsonl was deleted or replaced by somebody else"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl was deleted or replaced while this run was writing"
+    ):
         log.flush()
     log.close()
 
@@ -145,7 +147,7 @@ def test_a_damaged_file_is_named(file, content, tmp_path):
     begin(tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file} is damaged \(.*\); (put a whole copy|delete it)"):
+    with pytest.raises(ValueError, match=rf"{file} is damaged \(.*\); (restore an intact copy|delete it)"):
         open_log(tmp_path)
     assert (tmp_path / file).read_bytes() == content
     (tmp_path / file).write_bytes(whole)
@@ -171,7 +173,7 @@ def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
     log = open_log(tmp_path)
     holder = f"process {os.getpid()} on {platform.node()}"
     for config in (CONFIG, CONFIG | {"seed": 1}):
-        with pytest.raises(ValueError, match=f"is in use by {holder}; wait for its end"):
+        with pytest.raises(ValueError, match=f"is in use by {holder}; wait until it ends"):
             open_log(tmp_path, config)
     log.close()
     open_log(tmp_path).close()
@@ -211,14 +213,14 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith(f"{tmp_path} was last started with other code or packages: code: ")
-    assert message.endswith(f"; versions.jax: {here['versions']['jax']!r} there, '9' here")
+    assert message.endswith(f"; versions.jax: {here['versions']['jax']!r} then, '9' now")
 
 
 def test_other_data_are_refused(tmp_path):
     begin(tmp_path)
     before = (tmp_path / "environment.json").read_text()
     with pytest.raises(
-        ValueError, match=r"begun with other data: \{'train': \[9, 7\]\} there, \{'train': \[9, 8"
+        ValueError, match=r"started with other data: \{'train': \[9, 7\]\} then, \{'train': \[9, 8"
     ):
         logbook.Logbook(
             tmp_path,
@@ -241,8 +243,8 @@ def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
     other = {"seed": 0, "optimizer": {"momentum": 0.5, "name": "sgd"}, "splits": ("test",), "extra": 1}
     with pytest.raises(ValueError, match="belongs to another config") as error:
         logbook.claim(tmp_path, other)
-    assert "optimizer.momentum: 0.9 there, 0.5 here" in str(error.value)
-    assert "extra: 'nothing' there, 1 here" in str(error.value)
+    assert "optimizer.momentum: 0.9 saved, 0.5 given" in str(error.value)
+    assert "extra: nothing saved, 1 given" in str(error.value)
     assert "seed" not in str(error.value)
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["momentum"] == 0.9
 
@@ -251,7 +253,7 @@ def test_a_workdir_of_another_config_is_refused_showing_what_differs(tmp_path):
 def test_a_run_has_not_the_workdir_of_a_study_nor_the_other_way_round(there, here, tmp_path):
     configs = {"run": CONFIG, "study": {"base": CONFIG, "grid": (), "seeds": (0,)}}
     logbook.claim(tmp_path, configs[there])
-    with pytest.raises(ValueError, match=f"belongs to a {there}; give this {here} one of its own$"):
+    with pytest.raises(ValueError, match=f"belongs to a {there}; use another workdir for this {here}$"):
         logbook.claim(tmp_path, configs[here])
 
 
@@ -264,7 +266,7 @@ def test_a_run_goes_on_where_its_data_lie_elsewhere(tmp_path):
     logbook.claim(tmp_path, config("/there", 8))
     known = json.loads((tmp_path / "config.json").read_text())
     assert known == {"data": config("/there", 8)["data"], "profile_steps": [1, 8]}, "that of the last start"
-    with pytest.raises(ValueError, match=r"another config:\n  seed: 'nothing' there, 1 here\nUse"):
+    with pytest.raises(ValueError, match=r"another config:\n  seed: nothing saved, 1 given\nUse"):
         logbook.claim(tmp_path, config("/nowhere", 8, seed=1))
     assert json.loads((tmp_path / "config.json").read_text()) == known
 
@@ -279,7 +281,7 @@ def test_a_split_that_a_config_lacks_and_one_that_it_leaves_empty_are_the_same(t
     logbook.claim(tmp_path / "old", empty)
     logbook.claim(tmp_path / "new", empty)
     logbook.claim(tmp_path / "new", lacking)
-    with pytest.raises(ValueError, match=r"data\.splits\.validation: '' there, 'validation' here"):
+    with pytest.raises(ValueError, match=r"data\.splits\.validation: '' saved, 'validation' given"):
         logbook.claim(tmp_path / "new", config)
 
 
@@ -305,7 +307,10 @@ def test_who_watches_may_go_away(tmp_path, monkeypatch):
 
 def test_a_refused_start_is_not_noted(tmp_path):
     log = open_log(tmp_path)
-    with pytest.raises(ValueError, match="its rows up to step 3 are not those"), contextlib.closing(log):
+    with (
+        pytest.raises(ValueError, match="its rows up to step 3 are not as they were"),
+        contextlib.closing(log),
+    ):
         log.start(3, {"bytes": 9, "crc32": 9})
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     with contextlib.closing(open_log(tmp_path)) as log:

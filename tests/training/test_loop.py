@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_after_the_one_before(
     with caplog.at_level(logging.WARNING, "cnn_cases"):
         run(config, tmp_path / "killed", program)
     assert "checkpoint 8 is damaged" in caplog.text
-    assert "going on from step 4" in caplog.text
+    assert "resuming from step 4" in caplog.text
     assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
 
 
@@ -246,7 +246,9 @@ def test_a_run_whose_last_save_failed_is_not_finished(config, tmp_path, program,
         return before(directory)
 
     monkeypatch.setattr(checkpoint, "_checksums", full)
-    with pytest.raises(OSError, match=r"step 12 could not be saved .* the last one there is of step 8"):
+    with pytest.raises(
+        OSError, match=r"step 12 could not be saved .* the latest checkpoint is that of step 8"
+    ):
         run(config, tmp_path / "full", program)
     assert not (tmp_path / "full/result.json").exists()
     monkeypatch.undo()
@@ -415,7 +417,7 @@ def test_batch_statistics_that_cannot_be_global_are_refused(
         assert run(config, tmp_path, program)["status"] == "finished"
         return
     with pytest.raises(
-        ValueError, match="'own' has batch statistics, of which each of the 2 devices would take its own"
+        ValueError, match="'own' would compute separate batch statistics on each of the 2 devices"
     ):
         run(config, tmp_path, program)
 
@@ -442,7 +444,9 @@ def test_dropout_that_is_the_same_on_all_devices_is_refused(num_devices, togethe
     if num_devices == 1 or not together:
         programs.check_program(program, config)
         return
-    with pytest.raises(ValueError, match=r"'own' has Flax's Dropout, which would drop the same on each of"):
+    with pytest.raises(
+        ValueError, match=r"'own' uses Flax's Dropout, which would draw the same mask on each of"
+    ):
         programs.check_program(program, config)
 
 
@@ -465,12 +469,12 @@ def test_another_number_of_devices_is_told_where_the_steps_depend_on_it(
     program = programs.make_program(config, jax.devices()[:1])
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path, stop_after(program, 4, interrupt))
-    assert "another number of devices" not in caplog.text
+    assert "number of devices" not in caplog.text
     starts = json.loads((tmp_path / "environment.json").read_text())
     starts[-1]["devices"] = ["cpu"] * 7
     (tmp_path / "environment.json").write_text(json.dumps(starts))
     run(config, tmp_path, program)
-    assert ("another number of devices: 7 there, 4 here" in caplog.text) == told
+    assert ("number of devices has changed since the last start: 7 then, 4 now" in caplog.text) == told
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
@@ -541,7 +545,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     batch = next(program.feed.train_batches(config.seed, 6))
     assert result["examples"] == (batch["index"] - program.feed._ranges["train"].start).tolist()
     assert last_state(tmp_path, program).step == 4
-    with pytest.raises(loop.DivergedError, match="diverged at step 7, and would again"):
+    with pytest.raises(loop.DivergedError, match="diverged at step 7 and would diverge again"):
         run(config, tmp_path, program)
 
 
@@ -609,7 +613,7 @@ def test_steps_are_not_skipped_for_ever(config, tmp_path):
     config.checkpoint.best_on = ""
     config.optimizer.learning_rate = 1e38
     config.schedule.warmup_steps = 0
-    with pytest.raises(loop.DivergedError, match=r"at step 1\d: 10 steps in a row had to be skipped"):
+    with pytest.raises(loop.DivergedError, match=r"at step 1\d: 10 steps in a row were skipped"):
         run(config, tmp_path, programs.make_program(config, jax.devices()[:1]))
 
 
@@ -773,7 +777,9 @@ def test_a_network_whose_answers_do_not_fit_the_classes_is_refused(config, tmp_p
     monkeypatch.setitem(models.MODELS, "own", TooManyAnswers)
     with config.unlocked():
         config.model = ConfigDict({"name": "own"})
-    with pytest.raises(ValueError, match=r"logits \[6, 12\]; for data of 10 classes .* \[batch, 10\]"):
+    with pytest.raises(
+        ValueError, match=r"logits of shape \[6, 12\]; data with 10 classes need \[batch, 10\]"
+    ):
         run(config, tmp_path)
     assert rows(tmp_path) == []
 
@@ -808,7 +814,7 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(config, tmp_path,
     run(config, tmp_path, program)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     config.optimizer.momentum = 0.5
-    with pytest.raises(ValueError, match=r"optimizer.momentum: 0.9 there, 0.5 here"):
+    with pytest.raises(ValueError, match=r"optimizer.momentum: 0.9 saved, 0.5 given"):
         run(config, tmp_path, program)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -821,7 +827,9 @@ def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(config, tmp_pat
     del older["start"], older["optimizer"]["frozen"]
     path.write_text(json.dumps(older))
     config.optimizer.frozen = ("conv1",)
-    with pytest.raises(ValueError, match=r"other config:\n  optimizer\.frozen: \[\] there, \['conv1'\] here"):
+    with pytest.raises(
+        ValueError, match=r"other config:\n  optimizer\.frozen: \[\] saved, \['conv1'\] given"
+    ):
         run(config, tmp_path)
     config.optimizer.frozen = ()
     assert run(config, tmp_path, program)["status"] == "finished"
@@ -873,5 +881,5 @@ def test_checkpoints_that_can_not_be_the_best_are_told_of(changes, told, config,
     program = programs.make_program(config, jax.devices()[:1])
     with pytest.raises(KeyboardInterrupt):
         loop.train_and_evaluate(config, tmp_path, program=stop_after(program, 1, interrupt))
-    words = "the best is chosen of those checkpoints alone at whose step 'validation' is evaluated, too"
+    words = "only checkpoints at whose step 'validation' is evaluated can be the best"
     assert (words in capfd.readouterr().err) == told

@@ -39,7 +39,7 @@ def test_logits_of_other_classes_are_refused():
     loss = losses.of_classes(losses.make_loss(**SETTINGS), 3)
     np.testing.assert_array_equal(loss(LOGITS, LABEL), losses.cross_entropy(LOGITS, LABEL))
     for shape in ((2, 2), (2, 4), (2, 1, 3)):
-        with pytest.raises(ValueError, match=r"logits \[2, .* of 3 classes they must be \[batch, 3\]"):
+        with pytest.raises(ValueError, match=r"logits of shape \[2, .* with 3 classes need \[batch, 3\]"):
             loss(jnp.zeros(shape), LABEL)
 
 

@@ -294,6 +294,6 @@ def test_each_parameter_has_the_rate_that_the_patterns_which_fit_it_make(name):
 def test_a_pattern_of_rates_that_fits_no_parameter_is_refused_with_those_that_there_are():
     tx = make_optimizer(lambda _: 0.1, **SGD, rate_patterns=("*/bias", "conv2/*"), rate_factors=(2.0, 2.0))
     with pytest.raises(
-        ValueError, match=r"optimizer.rate_patterns = .*: 'conv2/\*' fits no parameter; there "
+        ValueError, match=r"optimizer.rate_patterns = .*: 'conv2/\*' matches no parameter; there "
     ):
         jax.eval_shape(tx.init, LAYERS)

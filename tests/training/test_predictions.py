@@ -67,7 +67,7 @@ def test_an_example_that_lacks_a_view_is_noticed():
 
 
 def test_an_empty_split_is_refused():
-    with pytest.raises(ValueError, match="no example to evaluate"):
+    with pytest.raises(ValueError, match="no examples to evaluate"):
         predictions.average_views([], three_views, log_probabilities, batch_size=lambda _: 2)
 
 

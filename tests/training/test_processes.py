@@ -68,7 +68,7 @@ def test_the_tasks_of_a_node_share_its_gpus(environment, gpus):
 
 
 def test_an_open_mpi_that_does_not_tell_where_to_meet_is_refused():
-    with pytest.raises(ValueError, match=r"OMPI_COMM_WORLD_SIZE = '2', .* name coordinator_address"):
+    with pytest.raises(ValueError, match=r"OMPI_COMM_WORLD_SIZE = '2', .* set coordinator_address"):
         processes.launched_processes({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"})
 
 

@@ -138,19 +138,25 @@ def test_the_deeper_vgg_starts_from_the_layers_of_net_a(data_dir, tmp_path):
     [
         (
             {"start.layers": ("conv*", "con")},
-            r"start\.layers = .*'con' fits no layer; there are conv1, conv2, ",
+            r"start\.layers = .*'con' matches no layer; there are: conv1, conv2, ",
         ),
         ({"start.layers": ()}, r"start\.layers = \(\) must have patterns"),
         ({"start.step": "5"}, r"start\.workdir = .* start\.step = '5': there is no checkpoint of step '5'"),
         ({"start.workdir": "nowhere"}, r"start\.workdir = 'nowhere', .*: .* no checkpoint in /.*/nowhere"),
         ({"start.step": "-1", "start.workdir": ""}, r"start\.step = '-1' must be 'last', 'best' or a step"),
         ({"start.workdir": "x" * 5000}, r"start\.workdir = 'xxx"),
-        ({"data.border": 2}, r"start\.layers = \('\*',\): dense1/kernel is 16x120 in .* and 64x120 here"),
-        ({"model.name": "lenet5_1998"}, r"start\.layers = .* has no c1, but conv1, conv2, dense1"),
-        ({"optimizer.frozen": ("conv1", "z")}, r"optimizer\.frozen = .*'z' fits no layer; there are conv1"),
+        (
+            {"data.border": 2},
+            r"start\.layers = \('\*',\): dense1/kernel is 16x120 in .* and 64x120 in this network",
+        ),
+        ({"model.name": "lenet5_1998"}, r"start\.layers = .* has no c1; it has conv1, conv2, dense1"),
+        (
+            {"optimizer.frozen": ("conv1", "z")},
+            r"optimizer\.frozen = .*'z' matches no layer; there are: conv1",
+        ),
         (
             {"optimizer.rate_patterns": ("z/*",), "optimizer.rate_factors": (2.0,)},
-            r"optimizer\.rate_patterns = .*'z/\*' fits no parameter; there are conv1/bias, .*, \.\.\.",
+            r"optimizer\.rate_patterns = .*'z/\*' matches no parameter; there are: conv1/bias, .*, \.\.\.",
         ),
         ({"optimizer.frozen": ("*",)}, r"optimizer\.frozen = \('\*',\) leaves no layer to train, of conv1"),
     ],
@@ -171,7 +177,9 @@ def test_batch_normalisation_that_the_other_network_lacks_is_named(data_dir, tmp
     state = begun(small_resnet(data_dir))
     layer = dict(state.params["stage1_block1"])
     del layer["norm2"]
-    with pytest.raises(ValueError, match=r"stage1_block1/norm2/bias is 16 in .* and not there here; name"):
+    with pytest.raises(
+        ValueError, match=r"stage1_block1/norm2/bias is 16 in .* and missing in this network; name"
+    ):
         transfer.trained_layers(
             state.replace(params=state.params | {"stage1_block1": layer}),
             tmp_path,
@@ -253,7 +261,7 @@ def test_another_start_is_refused_where_the_run_has_no_checkpoint_yet(config, so
     other.seed = 7
     train(other, tmp_path / "source")
     with pytest.raises(
-        ValueError, match=r"begun with other data: .*'start': \[12, .*; see .* start\.workdir"
+        ValueError, match=r"started with other data: .*'start': \[12, .*; see .* start\.workdir"
     ):
         train(config, tmp_path / "run", program)
     with pytest.raises(
