@@ -24,13 +24,15 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "below; on: ask JAX, which also knows Kubernetes and Compute Engine's pods; off: one process.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port, a free port of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes do this training.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes of this run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout_seconds", 100, "After which a silent process counts as dead, and all others end."
+    "heartbeat_timeout_seconds",
+    100,
+    "Seconds of silence after which a process counts as dead and all others end.",
 )
 _MEETING = flags.DEFINE_integer(
-    "meeting_timeout_seconds", 300, "How long a process waits, at the start, for the others to come."
+    "meeting_timeout_seconds", 300, "Seconds that a process waits for the others at the start."
 )
 
 

@@ -34,7 +34,7 @@ from cnn_cases.training import devices, loop, processes, provenance, stopping
 _DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
     False,
-    "Leave out what on a GPU gives other bits each time; see devices.make_deterministic.",
+    "Use only deterministic operations on a GPU; see devices.make_deterministic.",
 )
 
 # Messages of absl and ml_collections about flags, and plainer replacements.
@@ -52,7 +52,7 @@ _PLAINER = (
     (r"\('Non-boolean argument to boolean flag', '.*'\)", "must be true or false"),
     (r"^(flag --config\.\S+=.*: )invalid literal for int\(\) .*", r"\1must be an int"),
     (r"^(flag --config\.\S+=.*: )could not convert string to float: .*", r"\1must be a float"),
-    (r"Configuration is not available .*Is a directory: '(.*)'", r"--config=\1 is a directory, and no file"),
+    (r"Configuration is not available .*Is a directory: '(.*)'", r"--config=\1 is a directory, not a file"),
 )
 
 # Seconds to wait for the other processes of a run: if all end, long enough for process 0 to save; after an
@@ -67,7 +67,7 @@ def run(main, takes_files=False):
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax logs a dozen lines for every save
         if arguments[1:] and not takes_files:
-            _leave(f"error: not understood: {' '.join(arguments[1:])}", 2)
+            _leave(f"error: unexpected arguments: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
         devices.choose_cpu_flags()
         if _DETERMINISTIC.value:

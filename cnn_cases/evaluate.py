@@ -80,7 +80,7 @@ def evaluate_checkpoint(workdir, *others, protocol="", split="", which="last", d
     protocol = protocol or first.evaluation.protocol
     split = split or ("test" if "test" in settings.parts(first) else "validation")
     if others and not out:
-        raise ValueError("out = '' is for one run; say where the evaluation of an ensemble is to lie")
+        raise ValueError("out = '': an ensemble needs --out, the directory for its evaluation")
     _check_together(workdirs, configs, split)
     networks = [
         _read(one, config, split, protocol, which) for one, config in zip(workdirs, configs, strict=True)
@@ -127,7 +127,7 @@ def _check_free(out, tested):
     unlike = [key for key, value in tested.items() if key not in there or there[key] != value]
     if unlike:
         raise ValueError(
-            f"out = {out} has another evaluation, of another {unlike[0]}; name another directory"
+            f"out = {out} already holds another evaluation (different {unlike[0]}); name another directory"
         )
 
 
@@ -136,7 +136,7 @@ def _check_together(workdirs, configs, split):
     places, sources = [], []
     for workdir, config in zip(workdirs, configs, strict=True):
         if pathlib.Path(workdir).resolve() in places:
-            raise ValueError(f"workdir = {workdir} is named twice, and would have two votes")
+            raise ValueError(f"workdir = {workdir} is given twice and would count twice in the ensemble")
         parts = settings.parts(config)
         if split not in parts:
             raise ValueError(
@@ -187,8 +187,8 @@ def _ask(network, split, protocol):
     lost = np.isnan(probabilities).any(axis=1).sum()
     if lost:
         raise ValueError(
-            f"{network.workdir}: step {network.step} answers {lost} of {len(label)} images with NaN; take "
-            "another checkpoint (--step), or see where it begins: python -m cnn_cases.replay"
+            f"{network.workdir}: step {network.step} predicts NaN for {lost} of {len(label)} images; choose "
+            "another checkpoint (--step), or find where NaN first appears: python -m cnn_cases.replay"
         )
     return probabilities, label
 
@@ -344,17 +344,19 @@ def main():
         out=given.out,
     )
     print(table(metrics))
-    print(f"figures: {out}")
+    print(f"results: {out}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "workdir",
         None,
-        "The directory of a run of train.py; of an ensemble, once for each run.",
+        "The directory of a run of train.py; repeat it for each run of an ensemble.",
         required=True,
     )
-    flags.DEFINE_string("protocol", "", "What is shown of each image; default: evaluation.protocol.")
+    flags.DEFINE_string(
+        "protocol", "", "Which views of each image are averaged; default: evaluation.protocol."
+    )
     flags.DEFINE_string("split", "", "A part of data.splits; default: test, or validation without one.")
     flags.DEFINE_string("step", "last", "Which checkpoint: its step, 'last' or 'best'.")
     saved_runs.define_data_dir()

@@ -10,7 +10,7 @@ import sys
 def positive_number(text):
     """Parses an option's value as a positive int."""
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 

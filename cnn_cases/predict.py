@@ -114,7 +114,8 @@ def load(workdir, which="last"):
         shown = inputs.from_bytes(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is missing or damaged: {error}; a start of the run writes it, unless the run has ended"
+            f"{path} is missing or damaged: {error}; starting the run again writes it, unless the run "
+            "has ended"
         ) from error
     model, tx, _ = programs.make_network(config, len(shown.class_names))
     like = shapes_of_state(model, tx, shown.image_shape, with_ema=config.ema_decay > 0)
@@ -131,7 +132,7 @@ def read_image(path, channels):
     """
     if channels not in (1, 3):
         raise ValueError(
-            f"{path}: files are read in grey or in colour, and the network takes {channels} channels"
+            f"{path}: image files are read as grey or colour, but the network takes {channels} channels"
         )
     try:
         return decode.decode(pathlib.Path(path).read_bytes(), channels)
@@ -142,7 +143,7 @@ def read_image(path, channels):
 def main(paths):
     """Prints the most likely classes of each image file; other files lead to an error at the end."""
     if not paths:
-        raise ValueError("no images: name their files behind the flags")
+        raise ValueError("no images: list their files after the flags")
     given = flags.FLAGS
     network = load(given.workdir, given.step)
     read, images, errors = [], [], []

@@ -108,7 +108,7 @@ def main():
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
     flags.DEFINE_string("out", "preview.png", "Where to write the sheet; .png, .svg or .pdf.")
-    flags.DEFINE_integer("step", 1, "Of which training step; the first is 1.")
+    flags.DEFINE_integer("step", 1, "The number of the training step; the first is 1.")
     flags.DEFINE_integer("images", 40, "How many images at most.")
     flags.mark_flag_as_required("config")
     command.run(main)

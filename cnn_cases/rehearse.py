@@ -84,7 +84,7 @@ def of_topology(name):
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology = {name!r} is none that libtpu knows: {error}") from error
+        raise ValueError(f"topology = {name!r} is unknown to libtpu: {error}") from error
 
 
 def rehearse(config, devices):

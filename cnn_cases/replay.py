@@ -67,7 +67,7 @@ def replay(workdir, step=None, data_dir=""):
     if not 1 <= step <= config.num_steps:
         raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
     if diverged and step > diverged["step"]:
-        raise ValueError(f"step = {step} was never done: {workdir} diverged at step {diverged['step']}")
+        raise ValueError(f"step = {step} was never reached: {workdir} diverged at step {diverged['step']}")
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
@@ -84,7 +84,7 @@ def replay(workdir, step=None, data_dir=""):
         if noted and noted != transfer.identity(config.start.workdir, noted[0]):
             raise ValueError(
                 f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
-                f"step {noted[0]} of it; put that back, or name a step that comes after a checkpoint"
+                f"step {noted[0]} of it; restore that run, or name a step after a checkpoint of {workdir}"
             )
     rewound_to = []
     # The first checkpoint at or after `last` determines the seeds up to there: no later rewind passed it.

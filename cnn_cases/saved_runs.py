@@ -43,7 +43,7 @@ def read_starts(workdir):
     try:
         starts = logbook.read_environments(workdir)
     except ValueError as error:
-        logging.getLogger(__name__).warning("%s. Code and data here may be others than the run's", error)
+        logging.getLogger(__name__).warning("%s. The code and data may differ from the run's", error)
         return []
     logbook.warn_of_changes(workdir, starts, provenance.environment())
     return starts
@@ -65,8 +65,8 @@ def check_data(workdir, starts, feed, splits=("train",)):
     for split in splits:
         if split in there and there[split] != here[split]:
             raise ValueError(
-                f"workdir = {workdir} was trained with other data: data.splits.{split} is {there[split]} "
-                f"there and {here[split]} here (number and checksum of the examples); see --data_dir"
+                f"workdir = {workdir} was trained with other data: data.splits.{split} was {there[split]} "
+                f"then and is {here[split]} now (number and checksum of the examples); see --data_dir"
             )
 
 
@@ -78,4 +78,4 @@ def usable_devices(config):
 
 def define_data_dir():
     """Defines --data_dir, for commands that read runs which may have been made on another machine."""
-    flags.DEFINE_string("data_dir", "", "Where TFDS keeps its sets; default: data.data_dir.")
+    flags.DEFINE_string("data_dir", "", "The directory of TFDS's data sets; default: data.data_dir.")

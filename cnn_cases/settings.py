@@ -142,15 +142,17 @@ def check(config, prefix=""):
     try:
         values = config.to_dict()
     except TypeError as error:  # keys that cannot be sorted
-        raise ValueError(f"{what} has keys that are no text: {error}") from error
+        raise ValueError(f"{what} has keys that are not strings: {error}") from error
     if is_study(values):
         raise ValueError(f"{what} is a study, for python -m cnn_cases.studies.sweep, or .depth_curves")
     if "model" not in values:
-        raise ValueError(f"{what} is no training config: it has no model, but {', '.join(map(str, values))}")
+        raise ValueError(
+            f"{what} is not a training config: it has no model, only {', '.join(map(str, values))}"
+        )
     _check_section(prefix, values, KEYS)
     for key, reason in NOT_OF_MODEL.items():
         if key in values["model"]:
-            raise ValueError(f"{prefix}model.{key} is no setting: {reason}; leave it out")
+            raise ValueError(f"{prefix}model.{key} cannot be set: {reason}; leave it out")
 
 
 def _check_section(prefix, section, keys):

@@ -76,7 +76,9 @@ def test_another_evaluation_is_not_overwritten(trained, tmp_path):
     evaluate.evaluate_checkpoint(trained, out=out)
     before = contents(tmp_path)
     for key, changes in (("split", {"split": "validation"}), ("step", {"which": 8})):
-        with pytest.raises(ValueError, match=f"out = {out} has another evaluation, of another {key}"):
+        with pytest.raises(
+            ValueError, match=rf"out = {out} already holds another evaluation \(different {key}\)"
+        ):
             evaluate.evaluate_checkpoint(trained, out=out, **changes)
     assert contents(tmp_path) == before
     metrics, _ = evaluate.evaluate_checkpoint(trained, out=out)
@@ -265,12 +267,14 @@ def test_the_command_takes_an_ensemble(trained, twin, tmp_path):
 
 
 def test_an_ensemble_wants_to_know_where_its_files_go(trained, twin):
-    with pytest.raises(ValueError, match="out = '' is for one run; say where the evaluation of an ensemble"):
+    with pytest.raises(
+        ValueError, match="out = '': an ensemble needs --out, the directory for its evaluation"
+    ):
         evaluate.evaluate_checkpoint(trained, twin)
 
 
 def test_a_run_has_one_vote(trained, twin, tmp_path):
-    with pytest.raises(ValueError, match=rf"workdir = {trained}/\.\./{trained.name} is named twice"):
+    with pytest.raises(ValueError, match=rf"workdir = {trained}/\.\./{trained.name} is given twice"):
         evaluate.evaluate_checkpoint(twin, trained, f"{trained}/../{trained.name}", out=tmp_path / "out")
 
 
@@ -380,7 +384,7 @@ def test_answers_that_are_no_numbers_are_refused(trained, monkeypatch):
     monkeypatch.setattr(
         programs, "predict", lambda *_, **__: (np.full((3, 10), np.nan), np.zeros(3, np.int32))
     )
-    with pytest.raises(ValueError, match="step 12 answers 3 of 3 images with NaN; take another checkpoint"):
+    with pytest.raises(ValueError, match="step 12 predicts NaN for 3 of 3 images; choose another checkpoint"):
         evaluate.evaluate_checkpoint(trained)
 
 
@@ -472,7 +476,7 @@ def test_an_evaluation_of_other_data_is_refused(changed, trained, program, monke
         assert evaluate.evaluate_checkpoint(trained)[0]["split"] == "test"
         return
     with pytest.raises(
-        ValueError, match=rf"other data: data.splits.{changed} is \[.*\] there and \[7, 8\] here"
+        ValueError, match=rf"other data: data.splits.{changed} was \[.*\] then and is \[7, 8\] now"
     ):
         evaluate.evaluate_checkpoint(trained)
 

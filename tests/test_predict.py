@@ -77,7 +77,7 @@ def test_a_damaged_note_of_the_code_is_told_and_no_hindrance(content, run, tmp_p
     (tmp_path / "run/environment.json").write_text(content)
     predict.load(tmp_path / "run")
     assert "environment.json is damaged" in caplog.text
-    assert "Code and data here may be others than the run's" in caplog.text
+    assert "The code and data may differ from the run's" in caplog.text
 
 
 def test_other_code_is_told(run, monkeypatch, caplog):
@@ -205,7 +205,9 @@ def test_a_workdir_that_is_not_whole_is_refused(run, tmp_path):
     whole = (workdir / "inputs.npz").read_bytes()
     for content in (b"", b"PK", whole[:300], whole[:-30]):
         (workdir / "inputs.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"inputs\.npz is missing or damaged: it holds no inputs"):
+        with pytest.raises(
+            ValueError, match=r"inputs\.npz is missing or damaged: it is not a file of inputs"
+        ):
             predict.load(workdir)
     (workdir / "inputs.npz").unlink()
     with pytest.raises(ValueError, match=r"inputs\.npz is missing or damaged"):
@@ -215,7 +217,9 @@ def test_a_workdir_that_is_not_whole_is_refused(run, tmp_path):
 
 
 def test_a_file_has_one_channel_or_three(tmp_path):
-    with pytest.raises(ValueError, match=r"x\.png: files are read in grey or in colour, .* takes 4 channels"):
+    with pytest.raises(
+        ValueError, match=r"x\.png: image files are read as grey or colour, .* takes 4 channels"
+    ):
         predict.read_image(tmp_path / "x.png", 4)
 
 

@@ -169,5 +169,5 @@ def test_a_training_that_does_not_fit_is_refused(config):
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e:3x5"])
 def test_a_topology_that_there_is_not_is_refused(topology):
-    with pytest.raises(ValueError, match=f"topology = '{topology}' is none that libtpu knows"):
+    with pytest.raises(ValueError, match=f"topology = '{topology}' is unknown to libtpu"):
         rehearse.of_topology(topology)

@@ -47,7 +47,7 @@ def test_the_step_is_done_again_and_the_line_is_named(diverged):
 
 
 def test_a_step_that_came_after_the_end_is_refused(diverged):
-    with pytest.raises(ValueError, match=r"step = 4 was never done: .* diverged at step 3"):
+    with pytest.raises(ValueError, match=r"step = 4 was never reached: .* diverged at step 3"):
         replay.replay(diverged[0], 4)
 
 
@@ -73,7 +73,7 @@ def test_a_nan_of_the_network_itself_is_traced_to_its_line(config, tmp_path, mon
 def test_a_replay_with_other_data_is_refused(config, tmp_path, monkeypatch):
     loop.train_and_evaluate(config, tmp_path, show_progress=False)
     monkeypatch.setattr(ResidentFeed, "fingerprint", lambda _: {"train": [7, 8]})
-    with pytest.raises(ValueError, match=r"other data: data\.splits\.train is .* there and \[7, 8\] here"):
+    with pytest.raises(ValueError, match=r"other data: data\.splits\.train was .* then and is \[7, 8\] now"):
         replay.replay(tmp_path, 10)
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_environment_hinders_no_replay_of_steps_after_a_checkpoint(con
     loop.train_and_evaluate(config, tmp_path, show_progress=False)
     (tmp_path / "environment.json").write_text("{")
     assert replay.replay(tmp_path, 10).first == 8
-    assert "Code and data here may be others than the run's" in caplog.text
+    assert "The code and data may differ from the run's" in caplog.text
 
 
 @pytest.mark.parametrize(("together", "told"), [(True, False), (False, True)])

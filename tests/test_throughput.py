@@ -154,7 +154,7 @@ def test_at_least_one_case_is_made(number, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["throughput", f"--at_once={number}"])
     with pytest.raises(SystemExit):
         throughput.main()
-    assert f"--at_once: '{number}' is not a whole number from 1 up" in capsys.readouterr().err
+    assert f"--at_once: '{number}' is not a positive integer" in capsys.readouterr().err
 
 
 def test_what_quick_chooses_can_be_chosen_otherwise(monkeypatch):

@@ -126,8 +126,8 @@ def count(model, image_shape, batch_size=1):
       A list of Layer.
 
     Raises:
-      ValueError: the model rejects its settings or the image; the products of a layer cannot be counted; or a
-        layer runs several times with the same parameters, which tracing cannot tell from a loop.
+      ValueError: the model rejects its settings or the image; the multiply-adds of a layer cannot be counted;
+        or a layer runs several times with the same parameters, which tracing cannot tell from a loop.
     """
     image = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     # `init` runs the whole model; `apply` with train=False runs the trunk only.
@@ -261,7 +261,7 @@ def _places(module, given, output):
         return math.prod(given[0].shape[1:-1])
     if isinstance(module, nn.Einsum) or getattr(module, "batch_dims", ()):
         name = "/".join(module.path)
-        raise ValueError(f"the products of {name}, a {type(module).__name__}, cannot be counted")
+        raise ValueError(f"cannot count the multiply-adds of {name} ({type(module).__name__})")
     if isinstance(module, nn.DenseGeneral):
         return math.prod(output[0].shape[1:]) // math.prod(np.atleast_1d(module.features).tolist())
     return math.prod(output[0].shape[1:-1])
@@ -285,7 +285,8 @@ def _repeats(call, calls, params, entered):
             return full.size // seen.size
     if entered[call.path] > 1:
         raise ValueError(
-            f"{call.name} runs several times with the same parameters; how often cannot be counted"
+            f"{call.name} runs several times with the same parameters; the number of runs cannot be "
+            "determined"
         )
     return 1
 
@@ -351,13 +352,13 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
     num_classes = num_classes or classes
     if None in image_shape:
         raise ValueError(
-            f"{path}: the shape of the images of data.name = {config.data.name!r} is not known here; "
-            "give it: --image_shape=HEIGHTxWIDTHxCHANNELS"
+            f"{path}: the image shape of data.name = {config.data.name!r} is unknown to this command; "
+            "give it with --image_shape=HEIGHTxWIDTHxCHANNELS"
         )
     if num_classes is None:
         raise ValueError(
-            f"{path}: the classes of data.name = {config.data.name!r} are not known here; "
-            "give their number: --num_classes=N"
+            f"{path}: the number of classes of data.name = {config.data.name!r} is unknown to this "
+            "command; give it with --num_classes=N"
         )
     try:
         model = make_model(**config.model, num_classes=num_classes, dtype=config.dtype)
@@ -565,21 +566,24 @@ def main(arguments=None):
         help="override a key of all configs, as in --set model.depth=56",
     )
     parser.add_argument(
-        "--batch_size", type=parsing.positive_number, default=1, help="images, for the memory; default 1"
+        "--batch_size",
+        type=parsing.positive_number,
+        default=1,
+        help="number of images, for the memory columns; default 1",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--image_size", type=parsing.positive_number, help="pixels, height and width; default: the config's"
+        "--image_size", type=parsing.positive_number, help="height and width in pixels; default: the config's"
     )
     size.add_argument(
         "--image_shape",
         type=_image_shape,
         metavar="HxWxC",
-        help="needed for a data set that is not known here",
+        help="shape of the images; needed for a data set that is unknown to this command",
     )
-    parser.add_argument("--num_classes", type=parsing.positive_number, help="likewise")
+    parser.add_argument("--num_classes", type=parsing.positive_number, help="number of classes; likewise")
     parser.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
-    parser.add_argument("--figure", type=_figure_path, metavar="FILE", help="a .png or .svg to draw")
+    parser.add_argument("--figure", type=_figure_path, metavar="FILE", help="a .png or .svg file to draw")
     options = parser.parse_args(arguments)
     with parsing.one_message():
         reports = [

@@ -117,7 +117,7 @@ def check(settings, image_shape):
     demand(
         not (settings.mixup and settings.cutmix),
         "mixup",
-        f"0, as data.augment.cutmix = {settings.cutmix!r} is not: examples are mixed in one way only",
+        f"0, because data.augment.cutmix = {settings.cutmix!r}: use mixup or cutmix, not both",
     )
 
 

@@ -83,7 +83,7 @@ def _turn(image):
 
 def _to_pixels(image, channels):
     if image.mode.startswith(("I", "F")):  # Pillow would turn all values above 8 bits into white
-        raise ValueError("it has more than 8 bits a channel; save it with 8")
+        raise ValueError("it has more than 8 bits per channel; save it with 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

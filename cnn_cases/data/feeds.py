@@ -109,8 +109,8 @@ def make_feed(
         )
     if crop["name"] != "squeeze":
         raise ValueError(
-            f"data.crop.name = {crop['name']!r} is not for data.feed = 'resident', which has whole images "
-            "('squeeze'); use data.feed = 'stream'"
+            f"data.crop.name = {crop['name']!r} cannot be used with data.feed = 'resident', which has whole "
+            "images ('squeeze'); use data.feed = 'stream'"
         )
     check_resident(name, splits, data_dir, image_size, border)
     loaded = {role: load_split(name, split, data_dir, image_size, border) for role, split in splits.items()}

@@ -45,9 +45,11 @@ def from_bytes(content):
         shape, names = arrays.pop("image_shape").tolist(), arrays.pop("class_names").tolist()
     # RuntimeError: a damaged header may claim that the file is encrypted, or compressed by an unknown method.
     except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"it holds no inputs ({error})") from error
+        raise ValueError(f"it is not a file of inputs ({error})") from error
     if set(arrays) not in ({"mean", "std"}, {"zca_mean", "zca_matrix"}):
-        raise ValueError(f"it holds no inputs (of a normalisation it has {', '.join(arrays) or 'nothing'})")
+        raise ValueError(
+            f"it is not a file of inputs (arrays of its normalisation: {', '.join(arrays) or 'none'})"
+        )
     return Inputs(tuple(shape), names, arrays)
 
 

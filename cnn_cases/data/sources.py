@@ -40,22 +40,20 @@ def make_builder(name, data_dir):
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"data.name = {name!r} is no name of a TFDS data set, as 'mnist', 'imagenette/320px-v2' and "
-            "'digits:1.0.0' are"
+            f"data.name = {name!r} is not a name of a TFDS data set, such as 'mnist', "
+            "'imagenette/320px-v2' or 'digits:1.0.0'"
         )
     data_dir = os.path.expanduser(data_dir)  # a shell does not expand the ~ of --data_dir=~/x
     if re.match(r"\w+:/", data_dir):
-        raise ValueError(
-            f"data.data_dir = {data_dir!r} must be a directory, which a bucket is once it is mounted"
-        )
+        raise ValueError(f"data.data_dir = {data_dir!r} must be a directory; mount the bucket first")
     try:
         # array_record files can be read without TensorFlow.
         return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         place = os.path.abspath(data_dir or tfds.core.constants.DATA_DIR)
         raise ValueError(
-            f"data.name = {name!r} is no TFDS data set, nor is one of that name prepared in data.data_dir = "
-            f"{place!r}; known are {', '.join(BUNDLED)} and the names that "
+            f"data.name = {name!r} is not a TFDS data set, and none of that name is prepared in "
+            f"data.data_dir = {place!r}; known: {', '.join(BUNDLED)} and the names that "
             "`python -c 'import tensorflow_datasets as tfds; print(tfds.list_builders())'` lists"
         ) from None
     except (AssertionError, ValueError) as error:
@@ -121,10 +119,10 @@ def open_prepared(name, data_dir=""):
         raise ValueError(f"data.name = {name!r} has no image and label; it has {', '.join(features)}")
     image, label = features["image"], features["label"]
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
-        raise ValueError(f"data.name = {name!r} has no images of one byte a channel, but {image}")
+        raise ValueError(f"data.name = {name!r} must have images of one byte per channel, not {image}")
     if not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(
-            f"data.name = {name!r} is no classification: its labels are {label}, and must be a "
+            f"data.name = {name!r} is not a classification data set: its labels are {label}, and must be a "
             "tfds.features.ClassLabel"
         )
     return builder
@@ -164,7 +162,7 @@ def keep(path, save):
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        logging.getLogger(__name__).warning("%s is not kept for the next start: %s", path, error)
+        logging.getLogger(__name__).warning("%s could not be saved for the next start: %s", path, error)
 
 
 def _class_of_feature(name, of_tfds=tfds.features.FeatureConnector.cls_from_name):
@@ -173,7 +171,7 @@ def _class_of_feature(name, of_tfds=tfds.features.FeatureConnector.cls_from_name
     module = name.rpartition(".")[0]
     if module not in sys.modules and not module.startswith("tensorflow_datasets."):
         raise ValueError(
-            f"features.json names the class {name}, which is not of TFDS; import its module before"
+            f"features.json names the class {name}, which TFDS does not have; import its module first"
         )
     return of_tfds(name)
 

@@ -151,14 +151,14 @@ def _parts(builder, split, prefix=""):
     """
     strange = [base for base in builder.info.splits if not re.fullmatch(r"\w[\w.-]*", base)]
     if strange:  # they become file names
-        raise ValueError(f"{builder.data_path} has a split of the name {strange[0]!r}, which is no word")
+        raise ValueError(f"{builder.data_path} has a split named {strange[0]!r}, which is not a word")
     try:
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
             f"{', '.join(builder.info.splits)} ({error})"
-            + ("; name others, as in 'train[90%:]', or '' for a part that nothing needs" if prefix else "")
+            + ("; name others, as in 'train[90%:]', or '' to leave this split out" if prefix else "")
         ) from error
     parts = []
     for part in absolute:
@@ -178,7 +178,7 @@ def _decode(builder, split, image_size=0):
         if images[-1].shape != images[0].shape:
             one, other = ("x".join(map(str, shape)) for shape in (images[0].shape, image.shape))
             raise ValueError(
-                f"the images of {name!r} differ in size ({one}, {other}); set data.image_size to one"
+                f"the images of {name!r} differ in size ({one}, {other}); set data.image_size to resize them"
             )
     return images, labels
 
@@ -208,7 +208,7 @@ def _decoded(data, channels, what):
         return decode.decode(data, channels)
     except ValueError as error:
         raise ValueError(
-            f"{what}, is damaged: {error}; data.feed = 'stream' can leave it out, by data.stream.max_damaged"
+            f"{what}, is damaged: {error}; data.feed = 'stream' can skip it (data.stream.max_damaged)"
         ) from error
 
 

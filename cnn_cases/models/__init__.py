@@ -51,7 +51,7 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
     checks.one_of("model.name", name, MODELS)
     checks.one_of("dtype", dtype, DTYPES)
     if type(num_classes) is not int or num_classes < 1:
-        raise ValueError(f"num_classes = {num_classes!r} must be a whole number from 1 up")
+        raise ValueError(f"num_classes = {num_classes!r} must be a positive integer")
     fields = {field.name: field for field in dataclasses.fields(MODELS[name])}
     settings = dict(num_classes=num_classes, dtype=DTYPES[dtype])
     missing = [field for field in settings if field not in fields]
@@ -65,14 +65,15 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
     for knob, value in knobs.items():
         if knob not in own:
             raise ValueError(
-                f"model.{knob} = {value!r}: {name} has no such setting; it has: {', '.join(own) or 'none'}"
+                f"model.{knob} = {value!r}: {name} has no such setting; its settings are: "
+                f"{', '.join(own) or 'none'}"
             )
         # Without this check, a value of the wrong type would fail far from its cause.
         expected = types[knob]
         if expected in (int, bool, str) and type(value) is not expected:
             raise ValueError(f"model.{knob} = {value!r} must be of type {expected.__name__}")
         if isinstance(value, list | dict):  # a Flax module must be hashable
-            raise ValueError(f"model.{knob} = {value!r} must be a number, a text or a tuple")
+            raise ValueError(f"model.{knob} = {value!r} must be a number, a string or a tuple")
         settings[knob] = value
     if "axis_name" in fields:
         settings["axis_name"] = axis_name

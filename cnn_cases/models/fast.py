@@ -62,7 +62,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """
     if 0 in x.shape[1:3]:
         raise ValueError(
-            f"a map of {x.shape[1]}x{x.shape[2]} pixels cannot be convolved: the images are too small for "
+            f"a feature map of {x.shape[1]}x{x.shape[2]} pixels is empty: the images are too small for "
             "this network (data.image_size, data.border)"
         )
     groups = options["feature_group_count"]

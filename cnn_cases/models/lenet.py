@@ -230,12 +230,13 @@ class LeNet5Original(nn.Module):
         del train  # no layer behaves differently in training
         if x.shape[1:3] != (32, 32):
             raise ValueError(
-                f"LeNet-5 of 1998 takes images of 32x32 pixels, which C5 reduces to one, "
+                f"the 1998 LeNet-5 needs images of 32x32 pixels (C5 reduces them to one), "
                 f"got {x.shape[1]}x{x.shape[2]}; pad or resize them (data.border, data.image_size)"
             )
         if self.num_classes > 10:
             raise ValueError(
-                f"num_classes = {self.num_classes} must be at most 10: LeNet-5 of 1998 has one code a digit"
+                f"num_classes = {self.num_classes} must be at most 10: the 1998 LeNet-5 has one code per "
+                "digit"
             )
 
         def paper_init(fan_in):

@@ -107,7 +107,8 @@ def check_shortcut(shortcut, plain):
     checks.one_of("model.shortcut", shortcut, SHORTCUTS)
     if plain and shortcut != "A":
         raise ValueError(
-            f"model.shortcut = {shortcut!r} has no use in a plain net; set it to 'A', or model.plain to False"
+            f"model.shortcut = {shortcut!r} has no effect in a plain net; set it to 'A', or "
+            "model.plain to False"
         )
 
 
@@ -248,7 +249,7 @@ class ResNet(nn.Module):
         checks.one_of("model.stride_placement", self.stride_placement, STRIDE_PLACEMENTS)
         if self.plain and self.zero_init_last_gamma:
             raise ValueError(
-                "model.zero_init_last_gamma = True would make every block of a plain net answer zero; "
+                "model.zero_init_last_gamma = True would make every block of a plain net output zeros; "
                 "set it to False, or model.plain to False"
             )
         conv, norm = make_layers(train, self.dtype, self.axis_name)
@@ -313,7 +314,7 @@ def cifar_blocks_per_stage(depth, layers):
     """
     if depth > MAX_DEPTH:
         raise ValueError(
-            f"model.depth = {depth} must be at most {MAX_DEPTH}, which already takes minutes to trace"
+            f"model.depth = {depth} must be at most {MAX_DEPTH}; even that depth takes minutes to trace"
         )
     n, rest = divmod(depth - 2, layers)
     if rest or n < 1:

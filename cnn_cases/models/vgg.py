@@ -105,7 +105,8 @@ class VGG(nn.Module):
         checks.one_of("model.variant", self.variant, VARIANTS)
         if self.image_size < 32:
             raise ValueError(
-                f"model.image_size = {self.image_size} must be at least 32, which five poolings make 1"
+                f"model.image_size = {self.image_size} must be at least 32: five poolings reduce 32 pixels "
+                "to 1"
             )
         check_dense_features(self.dense_features)
         last_map = self.image_size // 32

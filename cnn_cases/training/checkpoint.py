@@ -40,7 +40,7 @@ def check_path(directory):
     Orbax treats a path as a pattern, TensorStore a backslash as a slash, and a bucket is not a directory.
     """
     if re.match(r"\w+:/", str(directory)):
-        raise ValueError(f"{directory}: a workdir must be a directory, which a bucket is once it is mounted")
+        raise ValueError(f"{directory}: a workdir must be a directory; mount the bucket first")
     path = str(pathlib.Path(directory).absolute())
     if set(path) & set("*?[\\"):
         raise ValueError(f"{path}: the path of a workdir must have no *, ?, [ or backslash")

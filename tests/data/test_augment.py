@@ -474,7 +474,10 @@ def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
         ({"cutout": 9}, "data.augment.cutout = 9 must be at most 8, the pixels of an image's side"),
         ({"shift": 8.5}, "data.augment.shift = 8.5 must be at most 8, the pixels of an image's side"),
         ({"mixup": -0.1}, "data.augment.mixup = -0.1 must be 0 or more"),
-        ({"mixup": 0.2, "cutmix": 1.0}, "data.augment.mixup = 0.2 must be 0, as data.augment.cutmix = 1.0"),
+        (
+            {"mixup": 0.2, "cutmix": 1.0},
+            "data.augment.mixup = 0.2 must be 0, because data.augment.cutmix = 1.0",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

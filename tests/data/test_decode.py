@@ -46,7 +46,7 @@ def test_the_number_of_channels_is_that_of_the_set_and_not_of_the_file(image_for
 def test_16_bits_are_refused_and_not_made_white():
     deep = io.BytesIO()
     Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(deep, "PNG")
-    with pytest.raises(ValueError, match="it has more than 8 bits a channel; save it with 8"):
+    with pytest.raises(ValueError, match="it has more than 8 bits per channel; save it with 8"):
         decode.decode(deep.getvalue(), 1)
 
 

@@ -17,7 +17,7 @@ def test_inputs_come_back_as_they_were_written():
 
 @pytest.mark.parametrize("end", [0, 2, 300, -30])
 def test_a_content_that_is_cut_short_is_refused(end):
-    with pytest.raises(ValueError, match="it holds no inputs"):
+    with pytest.raises(ValueError, match="it is not a file of inputs"):
         inputs.from_bytes(inputs.to_bytes(INPUTS)[:end])
 
 

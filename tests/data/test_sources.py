@@ -16,7 +16,8 @@ from cnn_cases.data import prepare, sources, splits
 
 def test_an_unknown_set_is_refused():
     with pytest.raises(
-        ValueError, match=r"'cifr10' is no TFDS data set, nor .* in data.data_dir = '/.* known are digits"
+        ValueError,
+        match=r"'cifr10' is not a TFDS data set, and none .* in data.data_dir = '/.* known: digits",
     ):
         splits.load_split("cifr10", "train")
 
@@ -29,7 +30,7 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
 
 def test_a_bucket_is_no_directory():
     with pytest.raises(
-        ValueError, match=r"data.data_dir = 'gs://bucket/tfds' must be a directory, which a bucket"
+        ValueError, match=r"data.data_dir = 'gs://bucket/tfds' must be a directory; mount the bucket first"
     ):
         splits.load_split("digits", "train", "gs://bucket/tfds")
 
@@ -78,7 +79,7 @@ def test_the_preparation_command_ends_with_one_message(capsys):
     with pytest.raises(SystemExit) as end:
         prepare.main(["cifr10"])
     assert end.value.code == 2
-    assert re.match(r"prepare: error: .*'cifr10' is no TFDS data set", capsys.readouterr().err)
+    assert re.match(r"prepare: error: .*'cifr10' is not a TFDS data set", capsys.readouterr().err)
 
 
 @pytest.fixture
@@ -159,7 +160,9 @@ def test_an_interrupted_preparation_has_a_message_and_an_exit_code(monkeypatch, 
 )
 def test_a_name_that_leads_elsewhere_is_refused_before_tfds_sees_it(name, monkeypatch):
     monkeypatch.setattr(tfds, "builder", pytest.fail)
-    with pytest.raises(ValueError, match=rf"data.name = '{re.escape(name)}' is no name of a TFDS data set"):
+    with pytest.raises(
+        ValueError, match=rf"data.name = '{re.escape(name)}' is not a name of a TFDS data set"
+    ):
         splits.load_split(name, "train")
 
 
@@ -197,7 +200,7 @@ def test_no_split_of_a_set_leads_out_of_its_directory(strange, prepared):
     info = json.loads((strange / "dataset_info.json").read_text())
     info["splits"][0]["name"] = "../../x"
     (strange / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=r"has a split of the name '\.\./\.\./x', which is no word"):
+    with pytest.raises(ValueError, match=r"has a split named '\.\./\.\./x', which is not a word"):
         splits.load_split("strange", "all", str(prepared))
 
 

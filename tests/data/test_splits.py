@@ -116,7 +116,7 @@ def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog
     (prepared / "digits" / "1.0.0" / "decoded").write_text("a file where the directory would be")
     images, _, _ = splits.load_split("digits", "test", str(prepared))
     assert len(images) == 355
-    assert re.search(r"decoded/test-image-\w+.npy is not kept for the next start", caplog.text)
+    assert re.search(r"decoded/test-image-\w+.npy could not be saved for the next start", caplog.text)
 
 
 def test_a_full_disk_costs_only_the_copy_and_leaves_no_part_of_it(prepared, monkeypatch, caplog):
@@ -129,7 +129,7 @@ def test_a_full_disk_costs_only_the_copy_and_leaves_no_part_of_it(prepared, monk
     monkeypatch.setattr(np, "save", full)
     images, _, _ = splits.load_split("digits", "test", str(prepared))
     assert len(images) == 355
-    assert re.search(r"decoded/test-image-\w+.npy is not kept for the next start: ", caplog.text)
+    assert re.search(r"decoded/test-image-\w+.npy could not be saved for the next start: ", caplog.text)
     assert list(next(prepared.rglob("decoded")).iterdir()) == []
 
 

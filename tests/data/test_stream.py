@@ -245,7 +245,7 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
     ("settings", "message"),
     [
         ({"feed": "flow"}, "data.feed = 'flow' is unknown; known: resident, stream"),
-        ({"feed": "resident"}, "data.crop.name = 'area' is not for data.feed = 'resident'"),
+        ({"feed": "resident"}, "data.crop.name = 'area' cannot be used with data.feed = 'resident'"),
         ({"crop.name": "zoom"}, "data.crop.name = 'zoom' is unknown"),
         ({"feed": "resident", "crop.name": "zoom"}, "data.crop.name = 'zoom' is unknown"),
         ({"image_size": 0}, "data.image_size = 0 must be 1 or more for data.feed = 'stream'"),
@@ -288,11 +288,12 @@ def test_impossible_settings_are_refused(settings, message, feed_of):
         ),
         (
             {"image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16), "label": CLASSES},
-            "'photos' has no images of one byte a channel, but Image",
+            "'photos' must have images of one byte per channel, not Image",
         ),
         (
             {"image": tfds.features.Image(), "label": tfds.features.Text()},
-            r"'photos' is no classification: its labels are Text.* must be a tfds\.features\.ClassLabel",
+            r"'photos' is not a classification data set: its labels are Text.* must be a "
+            r"tfds\.features\.ClassLabel",
         ),
         ({"image": tfds.features.Image(), "label": CLASSES}, "split 'test' of 'photos' has no labels"),
     ],

@@ -78,7 +78,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("number", [0, -1, 10.0, True])
 def test_an_impossible_number_of_classes_is_refused(number):
-    with pytest.raises(ValueError, match=f"num_classes = {number} must be a whole number from 1 up"):
+    with pytest.raises(ValueError, match=f"num_classes = {number} must be a positive integer"):
         make_model("lenet5_1998", num_classes=number, dtype="float32")
 
 
@@ -97,7 +97,7 @@ def test_a_setting_that_has_no_hash_is_refused(value, monkeypatch):
 
     monkeypatch.setitem(MODELS, "net", Net)
     assert make("net", blocks=(2, 2)).blocks == (2, 2)
-    with pytest.raises(ValueError, match=r"model\.blocks = .* must be a number, a text or a tuple"):
+    with pytest.raises(ValueError, match=r"model\.blocks = .* must be a number, a string or a tuple"):
         make("net", blocks=value)
 
 

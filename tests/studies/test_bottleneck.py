@@ -74,7 +74,7 @@ def test_the_command_runs(record, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch_size=0"], "'0' is not a whole number from 1 up"),
+        (["--batch_size=0"], "'0' is not a positive integer"),
         (["--workdir=/proc/nowhere"], "error: "),
     ],
 )

@@ -736,9 +736,9 @@ def change(config, key, value):
         ),
         ("dtype", "float16", "dtype = 'float16' is unknown; known: float32, bfloat16"),
         ("model.name", "lenet", "model.name = 'lenet' is unknown; known: lenet5"),
-        ("data.name", "cifr10", "data.name = 'cifr10' is no TFDS data set"),
+        ("data.name", "cifr10", "data.name = 'cifr10' is not a TFDS data set"),
         ("data.feed", "flow", "data.feed = 'flow' is unknown; known: resident, stream"),
-        ("data.crop.name", "area", "data.crop.name = 'area' is not for data.feed = 'resident'"),
+        ("data.crop.name", "area", "data.crop.name = 'area' cannot be used with data.feed = 'resident'"),
         ("data.image_size", 8, "LeNet-5 needs images of at least 16x16 pixels, got 8x8"),
         ("profile_steps", (3,), r"profile_steps = \(3,\) must be \(first, last\) step, from 1 to num_steps"),
         ("profile_steps", (5, 13), r"profile_steps = \(5, 13\) must be"),
@@ -795,9 +795,7 @@ def test_a_workdir_whose_path_means_something_else_is_refused(name, config, tmp_
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "file:///tmp/run"])
 def test_a_workdir_that_is_no_directory_is_refused(workdir, config):
-    with pytest.raises(
-        ValueError, match=r"a workdir must be a directory, which a bucket is once it is mounted"
-    ):
+    with pytest.raises(ValueError, match=r"a workdir must be a directory; mount the bucket first"):
         run(config, workdir)
 
 
