@@ -60,56 +60,22 @@ def replay(workdir, step=None, data_dir=""):
     config = saved_runs.load_config(workdir, data_dir)
     result = logbook.read_result(workdir)
     diverged = result if result and result["status"] == "diverged" else None
-    if step is None and not diverged:
-        raise ValueError(f"{workdir} did not diverge: name a step")
-    if step is None:
-        step = diverged["step"]
-    if not 1 <= step <= config.num_steps:
-        raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
-    if diverged and step > diverged["step"]:
-        raise ValueError(f"step = {step} was never reached: {workdir} diverged at step {diverged['step']}")
+    step = _checked_step(step, workdir, config, diverged)
     saved = checkpoint.steps(workdir / "checkpoints")
     first = max((one for one in saved if one < step), default=0)
     program = programs.make_program(config, saved_runs.usable_devices(config))
     starts = saved_runs.read_starts(workdir)
     logbook.warn_of_devices(workdir, config, starts, len(program.devices))
     saved_runs.check_data(workdir, starts, program.feed)
-    if first:
-        state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
-    else:
-        noted = logbook.noted_start(workdir)
-        if noted:
-            program = program.starting_from(noted[0])
-        state = program.init_state(config.seed)
-        if noted and noted != transfer.identity(config.start.workdir, noted[0]):
-            raise ValueError(
-                f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
-                f"step {noted[0]} of it; restore that run, or name a step after a checkpoint of {workdir}"
-            )
-    rewound_to = []
-    # The first checkpoint at or after `last` determines the seeds up to there: no later rewind passed it.
-    last = min(step, diverged["checkpoint"]) if diverged else step
-    if config.on_nonfinite == "rewind" and first < last:
-        after = min((one for one in saved if one >= last), default=None)
-        if after is None:
-            raise ValueError(
-                f"step = {step}: with on_nonfinite = 'rewind' the run may have gone back, and there is no "
-                f"checkpoint of step {last} or later to tell; name a step up to {max(saved, default=0)}"
-            )
-        rewound_to = checkpoint.read_extra(workdir / "checkpoints", after)["rewound_to"]
+    program, state = _state_after(first, workdir, config, program)
+    seeds = _seeds(range(first, step), workdir, config, saved, diverged)
 
-    def seed_after(done):
-        if diverged and done >= diverged["checkpoint"]:
-            return diverged["seed_of_batches"]
-        return loop.seed_of_batches(config.seed, rewound_to, done)
-
-    seed = batches = before = metrics = None
+    batches = before = metrics = None
     hidden = not logbook.is_watched()
     for done in tqdm(range(first, step), unit=" steps", disable=hidden, leave=False):
-        if seed != seed_after(done):
-            seed = seed_after(done)
-            batches = program.feed.train_batches(seed, done)
-            state = devices.replicate(state.replace(seed=np.int32(seed)), program.devices)
+        if batches is None or seeds[done] != seeds[done - 1]:
+            batches = program.feed.train_batches(seeds[done], done)
+            state = devices.replicate(state.replace(seed=np.int32(seeds[done])), program.devices)
         batch = _on_devices(next(batches), program)
         if done == step - 1:
             before = jax.device_get(state)
@@ -120,7 +86,72 @@ def replay(workdir, step=None, data_dir=""):
     culprit = None
     if not all(map(math.isfinite, metrics.values())):
         culprit = _culprit(program, before, batch, infs=False) or _culprit(program, before, batch, infs=True)
-    return Replay(step, first, program.feed.training_examples(seed, step - 1).tolist(), metrics, culprit)
+    examples = program.feed.training_examples(seeds[step - 1], step - 1).tolist()
+    return Replay(step, first, examples, metrics, culprit)
+
+
+def _checked_step(step, workdir, config, diverged):
+    """Returns the step to repeat; raises ValueError if the run never reached it.
+
+    `diverged` is the content of result.json if the run diverged, else None.
+    """
+    if step is None and not diverged:
+        raise ValueError(f"{workdir} did not diverge: name a step")
+    if step is None:
+        step = diverged["step"]
+    if not 1 <= step <= config.num_steps:
+        raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
+    if diverged and step > diverged["step"]:
+        raise ValueError(f"step = {step} was never reached: {workdir} diverged at step {diverged['step']}")
+    return step
+
+
+def _state_after(first, workdir, config, program):
+    """Returns the program and the run's state after `first` steps: a checkpoint's, or the initial one.
+
+    The program has the start of a run that began with the layers of another one.
+    """
+    if first:
+        return program, checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
+    noted = logbook.noted_start(workdir)
+    if not noted:
+        return program, program.init_state(config.seed)
+    program = program.starting_from(noted[0])
+    state = program.init_state(config.seed)
+    if noted != transfer.identity(config.start.workdir, noted[0]):
+        raise ValueError(
+            f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
+            f"step {noted[0]} of it; restore that run, or name a step after a checkpoint of {workdir}"
+        )
+    return program, state
+
+
+def _seeds(steps, workdir, config, saved, diverged):
+    """Returns {number of steps done before: seed of the batches of the next step}.
+
+    Args:
+      steps: a range of these numbers.
+      workdir, config: of the run.
+      saved: the steps of its checkpoints.
+      diverged: the content of result.json if the run diverged, else None.
+    """
+    rewound_to = []
+    # The first checkpoint at or after `last` determines the seeds up to there: no later rewind passed it.
+    last = min(steps.stop, diverged["checkpoint"]) if diverged else steps.stop
+    if config.on_nonfinite == "rewind" and steps.start < last:
+        after = min((one for one in saved if one >= last), default=None)
+        if after is None:
+            raise ValueError(
+                f"step = {steps.stop}: with on_nonfinite = 'rewind' the run may have gone back, and there is "
+                f"no checkpoint of step {last} or later to tell; name a step up to {max(saved, default=0)}"
+            )
+        rewound_to = checkpoint.read_extra(workdir / "checkpoints", after)["rewound_to"]
+    return {
+        done: diverged["seed_of_batches"]
+        if diverged and done >= diverged["checkpoint"]
+        else loop.seed_of_batches(config.seed, rewound_to, done)
+        for done in steps
+    }
 
 
 def _on_devices(batch, program):

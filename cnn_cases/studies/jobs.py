@@ -149,7 +149,7 @@ def _collect(workers, stop):
             if code and not stop.number:
                 hint = ", perhaps for lack of memory: try fewer --jobs" if code == -signal.SIGKILL else ""
                 raise ChildProcessError(
-                    f"a process of the sweep died with exit code {code}{hint}; start again to go on"
+                    f"a process of the sweep died with exit code {code}{hint}; start again to resume"
                 )
 
 

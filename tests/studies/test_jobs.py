@@ -263,7 +263,7 @@ except ChildProcessError as error:
 """
     command = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout == "a process of the sweep died with exit code 7; start again to go on\n", done.stderr
+    assert done.stdout == "a process of the sweep died with exit code 7; start again to resume\n", done.stderr
 
 
 def test_a_run_that_is_not_possible_ends_the_others(data_dir, tmp_path):
