@@ -168,7 +168,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
         batch_sizes[config.batch_size] = run_dir
     if len(batch_sizes) > 1:
         told = "; ".join(f"batch_size = {size} in {run_dir.name}" for size, run_dir in batch_sizes.items())
-        raise ValueError(f"{workdir}: gradients can be compared at one batch size only, not at {told}")
+        raise ValueError(f"{workdir}: gradients can be compared at one batch size only; these differ: {told}")
     states = []
     for (depth, plain), runs in sorted(points.items()):
         program = programs.make_program(runs[0][1], jax.local_devices()[:1])

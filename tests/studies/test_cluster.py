@@ -57,7 +57,7 @@ def test_a_job_outlives_the_command_and_preemption(data_dir, tmp_path, monkeypat
         threading.Thread(target=wait, daemon=True).start()
 
     at_first_checkpoint(lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(stopping.InterruptedRun, match=r"SIGINT: 1 jobs go on; .* end them: kill \d+"):
+    with pytest.raises(stopping.InterruptedRun, match=r"SIGINT: 1 jobs keep running; .* end them: kill \d+"):
         list(cluster.run_on_cluster(runs, there, LOCAL))
 
     # The same command again. It waits for the job, which the cluster interrupts now.
@@ -299,7 +299,7 @@ def test_times_are_minutes_or_hours_and_minutes(text, minutes):
 
 
 def test_a_path_that_a_cluster_would_change_is_refused(data_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"workdir = .*50%test: a cluster takes the %"):
+    with pytest.raises(ValueError, match=r"workdir = .*50%test: its path must not have a %"):
         sweep.run_all(tiny_study(data_dir), tmp_path / "50%test", cluster=LOCAL)
     assert not list(tmp_path.iterdir())
 

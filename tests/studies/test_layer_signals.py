@@ -284,7 +284,7 @@ def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
     (run.with_name("rate-2") / "config.json").write_text(config.to_json())
     with pytest.raises(
         ValueError,
-        match=r"of one size .* = 32 in rate-1; batch_size = 1257 in rate-2",
+        match=r"at one batch size only; these differ: batch_size = 32 in rate-1; batch_size = 1257 in rate-2",
     ):
         layer_signals.measure(tmp_path)
 

@@ -70,7 +70,7 @@ def study(data_dir):
         ({"base": 3}, r"base = 3 \(int\) must be a ConfigDict"),
         ({"adjust": (("num_steps", 8),)}, r"adjust = \(\('num_steps', 8\),\) must be pairs of"),
         ({"grid": (("num_steps", (4, 4)),)}, "grid: num_steps = .* none of them twice"),
-        ({"grid": (("num_steps", ({1}, np.ones(2))),)}, "grid: num_steps = .* must have numbers, texts"),
+        ({"grid": (("num_steps", ({1}, np.ones(2))),)}, "grid: num_steps = .* must have numbers, strings"),
         ({"seeds": (0, -1)}, "seed = -1 must be in"),
         ({"seeds": 3}, "seeds = 3 must be a tuple of whole numbers"),
         ({"seeds": ("a",)}, r"seeds = \('a',\) must be a tuple of whole numbers"),
