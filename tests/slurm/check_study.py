@@ -128,7 +128,7 @@ def main(workdir):
 
     start = 1 + (fourth in running)
     job = study.trains(fourth, start)
-    say(f"scancel {job}: its run is told as failed, and submitted once more by the next start")
+    say(f"scancel {job}: its run is reported as failed, and submitted once more by the next start")
     slurm("scancel", job)
     assert study.command.wait(PATIENCE) == 2
     assert f"1 of 4 runs failed: {fourth}" in study.log.read_text()
