@@ -17,6 +17,12 @@ def examples_of_step(seed, step, batch_size, size):
     return examples_at(seed, places_in_order(step, batch_size, np.arange(batch_size)), size)
 
 
+def check_batch_size(batch_size, size):
+    """Raises ValueError unless a training batch spans at most two epochs, as `examples_at` needs."""
+    if not 1 <= batch_size <= size:
+        raise ValueError(f"batch_size = {batch_size} must be between 1 and the {size} training examples")
+
+
 def own_positions(batch_size, process_index, process_count):
     """The positions in a batch, int32, of one process's examples; contiguous, and equally many for each."""
     return np.split(np.arange(batch_size, dtype=np.int32), process_count)[process_index]

@@ -49,10 +49,7 @@ class ResidentFeed:
           ValueError: a training batch is larger than the training split, or empty.
         """
         self.num_train = len(splits["train"][0])
-        if not 1 <= batch_size <= self.num_train:
-            raise ValueError(
-                f"batch_size = {batch_size} must be between 1 and the {self.num_train} training examples"
-            )
+        order.check_batch_size(batch_size, self.num_train)
         self.num_classes = num_classes
         self.image_shape = splits["train"][0].shape[1:]
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size

@@ -124,10 +124,7 @@ class StreamFeed:
                 f"data.image_size = {image_size} must be 1 or more for data.feed = 'stream': its images "
                 "differ in size, and those of a batch may not"
             )
-        if not 1 <= batch_size <= len(records):
-            raise ValueError(
-                f"batch_size = {batch_size} must be between 1 and the {len(records)} training examples"
-            )
+        order.check_batch_size(batch_size, len(records))
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
         self.num_classes, self.num_train = features["label"].num_classes, len(records)
