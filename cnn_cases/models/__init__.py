@@ -6,7 +6,6 @@ Every model is a Linen module that maps `image [B, H, W, C]` to `logits [B, num_
 """
 
 import dataclasses
-import typing
 
 import jax.numpy as jnp
 
@@ -58,9 +57,9 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
     if missing:
         raise ValueError(f"model.name = {name!r}: the module needs the field {' and '.join(missing)}")
     own = [field for field in fields if field not in {*settings, "axis_name", "parent", "name"}]
-    types = typing.get_type_hints(MODELS[name])
     for knob in own:
-        if fields[knob].default is dataclasses.MISSING and knob not in knobs:
+        defaults = fields[knob].default, fields[knob].default_factory
+        if knob not in knobs and all(default is dataclasses.MISSING for default in defaults):
             raise ValueError(f"model.{knob} is missing: {name} has no default for it")
     for knob, value in knobs.items():
         if knob not in own:
@@ -69,9 +68,10 @@ def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
                 f"{', '.join(own) or 'none'}"
             )
         # Without this check, a value of the wrong type would fail far from its cause.
-        expected = types[knob]
-        if expected in (int, bool, str) and type(value) is not expected:
-            raise ValueError(f"model.{knob} = {value!r} must be of type {expected.__name__}")
+        # Behind `from __future__ import annotations`, the types of fields are their names.
+        expected = getattr(fields[knob].type, "__name__", fields[knob].type)
+        if expected in ("int", "bool", "str") and type(value).__name__ != expected:
+            raise ValueError(f"model.{knob} = {value!r} must be of type {expected}")
         if isinstance(value, list | dict):  # a Flax module must be hashable
             raise ValueError(f"model.{knob} = {value!r} must be a number, a string or a tuple")
         settings[knob] = value

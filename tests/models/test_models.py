@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import jax
@@ -118,6 +119,16 @@ def test_a_module_that_lacks_a_field_and_a_field_that_lacks_a_value_are_named(mo
         make("net")
     with pytest.raises(ValueError, match=r"model\.width = 8\.0 must be of type int"):
         make("net", width=8.0)
+
+
+def test_a_field_with_a_factory_needs_no_value_and_annotations_no_import(monkeypatch):
+    class Net(nn.Module):
+        num_classes: int
+        dtype: "jnp.nowhere"  # as of an import that only type checkers do
+        blocks: Any = dataclasses.field(default_factory=lambda: (2, 2))
+
+    monkeypatch.setitem(MODELS, "net", Net)
+    assert make("net").blocks == (2, 2)
 
 
 def test_every_model_of_the_registry_is_tried_here():
