@@ -148,7 +148,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("sharing", "depth"), help="one of the two")
     parser.add_argument("--cases", nargs="+", choices=flags.CASES, metavar="CASE", default=DEFAULT_CASES)
-    parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
+    parser.add_argument("--depths", nargs="+", type=int, choices=DEPTHS, default=DEPTHS)
     parser.add_argument("--turns", type=parsing.positive_number, default=5)
     parser.add_argument(
         "--out", type=record.output, help="a JSON file, of which each case and each depth is a section"

@@ -21,9 +21,11 @@ def path(text):
 
 @contextlib.contextmanager
 def one_message():
-    """Turns a user's mistake into one message and exit code 2."""
+    """Turns a user's mistake into one message and exit code 2, and Ctrl-C into exit code 130."""
     try:
         yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,5 +1,7 @@
 """Those who share a step are measured, and end together."""
 
+import pytest
+
 from benchmarks import contenders, scaling, throughput
 
 
@@ -34,3 +36,11 @@ def test_the_table_of_depths_has_all_contenders():
         ],
         ["20", "2.5", "1.2", "250", "125"],
     ]
+
+
+def test_a_depth_that_no_resnet_has_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scaling", "--only=depth", "--depths", "9"])
+    with pytest.raises(SystemExit) as stop:
+        scaling.main()
+    assert stop.value.code == 2
+    assert "invalid choice: 9 (choose from 8, 20," in capsys.readouterr().err

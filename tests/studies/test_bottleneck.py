@@ -86,6 +86,16 @@ def test_bad_input_is_answered_by_one_message(options, message, record, monkeypa
     assert message in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_the_command_without_a_traceback(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bottleneck, "measure", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        bottleneck.main([f"--workdir={tmp_path}"])
+    assert stop.value.code == 130
+
+
 def test_a_measure_is_the_median_time_and_all_memory_but_parameters_and_input():
     row = {
         "multiply_adds": 3_000_000,
