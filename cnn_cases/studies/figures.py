@@ -24,7 +24,7 @@ LINES = ("-", "--", ":", "-.")
 MAX_MARKERS = 8  # on one curve
 MAX_PANELS = 4  # side by side
 LONGEST = 36  # characters of a value
-WIDEST = 34  # characters in a line of a panel's title
+WIDEST = 28  # characters in a line of a panel's title
 
 _TRAINING = ("running", "train")
 
@@ -318,7 +318,8 @@ def draw_panels(record, curves, key, titles=None, names=None):
                         first=number,
                         band=bold,
                     )
-            axis.set(title=textwrap.fill(f"{title}, code {code}" if code else title, WIDEST))
+            title = f"{title}, code {code}" if code else title
+            axis.set(title=textwrap.fill(title, WIDEST, break_on_hyphens=False))
             axis.grid(alpha=0.3)
     rows[0][0].set_xlim(0, None)  # for all panels; set last, since it ends at the longest curve
     for axis in rows[-1]:

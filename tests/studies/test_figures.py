@@ -149,7 +149,7 @@ def test_panels_have_a_row_for_each_code(mixed):
     titles = [axis.get_title() for axis in figures.draw_errors_by(mixed, "model.plain").axes]
     assert titles == [
         *("plain True, code aaaaaaa", "plain False, code aaaaaaa"),
-        *("plain True, code bbbbbbb-dirty", "plain False, code bbbbbbb-dirty"),
+        *("plain True, code\nbbbbbbb-dirty", "plain False, code\nbbbbbbb-dirty"),
     ]
 
 
