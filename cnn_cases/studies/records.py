@@ -121,22 +121,19 @@ def split_by_code(record):
             parts.append(f"data {zlib.crc32(data_of(environment).encode()):08x}")
         return " ".join(parts)
 
-    def words_of(starts):
-        return " then ".join(dict.fromkeys(map(words, starts)))
-
-    started, parts = {}, collections.defaultdict(list)
+    parts = collections.defaultdict(list)
     for run in record["runs"]:
         starts = starts_of(run)
         key = tuple(dict.fromkeys((code_of(start), data_of(start) * other_data) for start in starts))
-        started.setdefault(key, starts)
         parts[key].append(run)
     if len(parts) == 1:
         return {"": record}
-    names = {key: words_of(starts) for key, starts in started.items()}
+    first = {key: starts_of(runs[0]) for key, runs in parts.items()}
+    names = {key: " then ".join(dict.fromkeys(map(words, first[key]))) for key in parts}
     times = collections.Counter(names.values())
-    for key, starts in started.items():
-        if times[names[key]] > 1:  # without a commit, or with two sets of local changes to one
-            names[key] += f" ({', '.join(dict.fromkeys(str(start.get('code')) for start in starts))})"
+    for key, name in names.items():
+        if times[name] > 1:  # without a commit, or with two sets of local changes to one
+            names[key] += f" ({', '.join(dict.fromkeys(str(start.get('code')) for start in first[key]))})"
     return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
 
 
