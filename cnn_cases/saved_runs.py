@@ -22,17 +22,36 @@ def load_config(workdir, data_dir=""):
     Raises:
       ValueError: the workdir has no config, or its config is not that of a training run, or was changed.
     """
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        saved = disk.read_json(path, dict, logbook.PUT_BACK)
-    except OSError as error:
-        raise ValueError(f"workdir = {workdir} holds no run of train.py: {error}") from error
+    saved = _read_config(workdir, "run of train.py")
     if not {"model", "data"} <= set(saved):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
     config = ConfigDict(settings.from_json(settings.completed(saved)))
     settings.check(config)
     config.data.data_dir = data_dir or config.data.data_dir
     return config
+
+
+def load_study(workdir, data_dir=""):
+    """Loads the config of a study (see `studies.plan`) as `load_config` loads that of a run.
+
+    Raises:
+      ValueError: the workdir has no config, or its config is not that of a study.
+    """
+    saved = _read_config(workdir, "study")
+    if not settings.is_study(saved):
+        raise ValueError(f"workdir = {workdir} holds no study: its config has no base, grid and seeds")
+    study = ConfigDict(settings.from_json(settings.completed(saved)))
+    study.base.data.data_dir = data_dir or study.base.data.data_dir
+    return study
+
+
+def _read_config(workdir, what):
+    """Reads a config.json; `what` says for the error message whose it is."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        return disk.read_json(path, dict, logbook.PUT_BACK)
+    except OSError as error:
+        raise ValueError(f"workdir = {workdir} holds no {what}: {error}") from error
 
 
 def read_starts(workdir):

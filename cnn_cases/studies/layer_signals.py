@@ -21,7 +21,6 @@ the projections, from the input on:
 Files in <workdir>/layers/: record.json, table.md, and the figures gradients and responses, PNG and SVG.
 """
 
-import collections
 import itertools
 import pathlib
 import re
@@ -36,9 +35,9 @@ from matplotlib.ticker import MaxNLocator
 
 from cnn_cases import command, saved_runs, tables
 from cnn_cases.models.layers import BatchNorm
-from cnn_cases.studies import figures
+from cnn_cases.studies import depth_curves, figures, plan
 from cnn_cases.studies.depth_curves import COLOURS, KINDS
-from cnn_cases.training import checkpoint, devices, disk, logbook, programs, provenance, steps
+from cnn_cases.training import checkpoint, devices, disk, programs, provenance, steps
 
 NUM_BATCHES = 8
 
@@ -133,58 +132,42 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
       "gradient_norms", "kernel_norms" and "response_stds", each [layers], the last None at step 0}]}.
 
     Raises:
-      ValueError: there are no such runs, their nets have no plain twin, a checkpoint is damaged, or the
-        training images are not those of the runs.
+      ValueError: there is no depth study or no run of it, its gradients cannot be compared, a checkpoint is
+        damaged, or the training images are not those of the runs.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches = {num_batches} must be 1 or more")
-    run_dirs = sorted(path.parent for path in pathlib.Path(workdir).glob("runs/*/config.json"))
-    if not run_dirs:
-        raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
-    points, batch_sizes = collections.defaultdict(list), {}
-    for run_dir in run_dirs:
-        config = saved_runs.load_config(run_dir, data_dir)
-        missing = [f"model.{key}" for key in ("depth", "plain") if key not in config.model]
-        if missing:
-            raise ValueError(
-                f"{run_dir}: the config of {config.model.name!r} has no {' and no '.join(missing)}; a study "
-                "of resnet or resnet_cifar that names both is needed"
-            )
-        if "scan_blocks" in config.model and config.model.scan_blocks:
-            raise ValueError(
-                f"{run_dir}: model.scan_blocks = True stacks the layers of a stage; "
-                "a study with False is needed"
-            )
-        runs = points[config.model.depth, config.model.plain]
-        runs.append((run_dir, config))
-        unlike = logbook.differences(
-            runs[0][1].to_dict() | {"seed": config.seed}, config.to_dict(), aside=logbook.OF_THE_MACHINE
+    study = saved_runs.load_study(workdir, data_dir)
+    depth_curves.check(study)
+    if "scan_blocks" in study.base.model and study.base.model.scan_blocks:
+        raise ValueError(
+            f"{workdir}: model.scan_blocks = True stacks the layers of a stage; a study with False is needed"
         )
-        if unlike:
-            raise ValueError(
-                f"{run_dir} differs from {runs[0][0].name} in more than the seed ({unlike[0]}); a study over "
-                "model.depth and model.plain alone is needed"
-            )
-        batch_sizes[config.batch_size] = run_dir
+    runs_dir = pathlib.Path(workdir) / "runs"
+    runs = [run for run in plan.expand(study) if (runs_dir / run.name).exists()]
+    if not runs:
+        raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
+    batch_sizes = {run.config.batch_size: run.name for run in runs}
     if len(batch_sizes) > 1:
-        told = "; ".join(f"batch_size = {size} in {run_dir.name}" for size, run_dir in batch_sizes.items())
+        told = "; ".join(f"batch_size = {size} in {name}" for size, name in batch_sizes.items())
         raise ValueError(f"{workdir}: gradients can be compared at one batch size only; these differ: {told}")
     states = []
-    for (depth, plain), runs in sorted(points.items()):
-        program = programs.make_program(runs[0][1], jax.local_devices()[:1])
+    for _, group in itertools.groupby(runs, lambda run: run.point):
+        seeds = list(group)
+        program = programs.make_program(seeds[0].config, jax.local_devices()[:1])
         measure_state = make_measurement(program, num_batches)  # the seeds share a compilation
-        for run_dir, config in runs:
+        for run in seeds:
+            run_dir, model = runs_dir / run.name, run.config.model
             saved_runs.check_data(run_dir, saved_runs.read_starts(run_dir), program.feed)
-            for step, state in saved_states(program, config, run_dir / "checkpoints"):
-                point = {"depth": depth, "plain": plain, "seed": config.seed, "step": step}
+            for step, state in saved_states(program, run.config, run_dir / "checkpoints"):
+                point = {"depth": model.depth, "plain": model.plain, "seed": run.config.seed, "step": step}
                 states.append(point | measure_state(state))
-    config = runs[0][1]
     batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
     return {
         **provenance.stamp(),
-        "data": config.data.name,
+        "data": study.base.data.name,
         "num_batches": num_batches,
-        "gradient_batch_size": config.batch_size,
+        "gradient_batch_size": runs[0].config.batch_size,
         "response_images": int(sum(batch["mask"].sum() for batch in batches)),
         "states": states,
     }

@@ -253,40 +253,45 @@ def test_a_report_lies_beside_the_runs(record, tmp_path):
     }
 
 
-def test_a_study_that_cannot_be_measured_is_refused(tmp_path, config):
-    with pytest.raises(ValueError, match="holds no runs of a study"):
-        layer_signals.measure(tmp_path)
+def test_a_study_that_cannot_be_measured_is_refused(data_dir, tmp_path, config):
+    def refuse(study, message):
+        (tmp_path / "config.json").write_text(study.to_json())
+        with pytest.raises(ValueError, match=message):
+            layer_signals.measure(tmp_path)
+
     with pytest.raises(ValueError, match="num_batches = 0 must be 1 or more"):
         layer_signals.measure(tmp_path, num_batches=0)
-    run = tmp_path / "runs" / "seed-0"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(config.to_json())
-    with pytest.raises(ValueError, match=r"'lenet5' has no model\.depth and no model\.plain"):
+    with pytest.raises(ValueError, match=f"workdir = {tmp_path} holds no study: .*config.json"):
         layer_signals.measure(tmp_path)
-    config = depth_digits.get_config().base
-    with config.unlocked():
-        config.model.scan_blocks = True
-    (run / "config.json").write_text(config.to_json())
-    with pytest.raises(ValueError, match=r"model\.scan_blocks = True stacks the layers of a stage"):
-        layer_signals.measure(tmp_path)
-    for name, rate in (("rate-1", 1.0), ("rate-2", 2.0)):
-        config = depth_digits.get_config().base
-        config.optimizer.learning_rate = rate
-        (run.with_name(name)).mkdir()
-        (run.with_name(name) / "config.json").write_text(config.to_json())
-    shutil.rmtree(run)
-    with pytest.raises(
-        ValueError, match=r"rate-2 differs from rate-1 in more than the seed \(optimizer\.lea"
-    ):
-        layer_signals.measure(tmp_path)
-    config = depth_digits.get_config().base
-    config.model.plain, config.batch_size = True, 1257
-    (run.with_name("rate-2") / "config.json").write_text(config.to_json())
-    with pytest.raises(
-        ValueError,
-        match=r"at one batch size only; these differ: batch_size = 32 in rate-1; batch_size = 1257 in rate-2",
-    ):
-        layer_signals.measure(tmp_path)
+    refuse(config, f"workdir = {tmp_path} holds no study: its config has no base, grid and seeds")
+    study = tiny_study(data_dir)
+    refuse(study, "holds no runs of a study")
+    other = study.copy_and_resolve_references()
+    other.base = config
+    refuse(other, r"grid: model\.depth = 8 does not fit the base config")
+    other = study.copy_and_resolve_references()
+    other.grid = (("model.plain", (True, False)), ("optimizer.learning_rate", (1.0, 2.0)))
+    refuse(other, r"a depth study needs values of model\.depth, and True and False for model\.plain")
+    other = study.copy_and_resolve_references()
+    with other.unlocked():
+        other.base.model.scan_blocks = True
+    refuse(other, r"model\.scan_blocks = True stacks the layers of a stage")
+    with study.unlocked():
+        study.adjust = ((("model.plain", False), (("batch_size", 1257),)),)
+    for plain in (True, False):
+        (tmp_path / f"runs/depth-8_plain-{plain}_seed-0").mkdir(parents=True)
+    refuse(
+        study,
+        r"at one batch size only; these differ: batch_size = 24 in depth-8_plain-True_seed-0; "
+        r"batch_size = 1257 in depth-8_plain-False_seed-0",
+    )
+
+
+def test_runs_that_have_not_begun_are_left_out(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "runs/depth-8_plain-False_seed-1")
+    states = layer_signals.measure(tmp_path, num_batches=1)["states"]
+    assert {(state["plain"], state["seed"]) for state in states} == {(True, 0), (True, 1), (False, 0)}
 
 
 def test_a_run_that_had_other_training_images_is_refused(workdir, tmp_path):
