@@ -1,7 +1,7 @@
 """XLA's flags: `python -m benchmarks.flags [--device=gpu] [--cases CASE ...] [--out=FILE.json]`.
 
-Milliseconds of a training step with XLA's defaults, with the flags that `devices.choose_cpu_flags` or, on a
-GPU, `devices.make_deterministic` sets, and with other flags that might help; on a CPU also with Flax's own
+Milliseconds of a training step with XLA's defaults, with the flags that `runtime.choose_cpu_flags` or, on a
+GPU, `runtime.make_deterministic` sets, and with other flags that might help; on a CPU also with Flax's own
 convolutions and pooling in place of those of `cnn_cases.models.fast`. Each set of flags has a separate
 process that compiles once, on a GPU at the same time as the other sets; then the processes take turns. Values
 are medians over the turns with the lowest and the highest; a ratio is the median over the turns of the ratio
@@ -16,18 +16,18 @@ from unittest import mock
 from benchmarks import contenders, record, throughput
 from cnn_cases import parsing, tables
 from cnn_cases.models import fast
-from cnn_cases.training import devices
+from cnn_cases.training import runtime
 
 DEFAULTS, FLAX = "defaults", "chosen, Flax's layers"
-YNNPACK, BARRIERS = devices.CPU_FLAGS
-_CHOSEN = " ".join(f"--{name}={value}" for name, value in devices.CPU_FLAGS.items())
+YNNPACK, BARRIERS = runtime.CPU_FLAGS
+_CHOSEN = " ".join(f"--{name}={value}" for name, value in runtime.CPU_FLAGS.items())
 FLAGS = {
     "cpu": {
         DEFAULTS: "",
         "chosen": _CHOSEN,
         FLAX: _CHOSEN,
-        "no barriers": f"--{YNNPACK}={devices.CPU_FLAGS[YNNPACK]}",
-        "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={devices.CPU_FLAGS[BARRIERS]}",
+        "no barriers": f"--{YNNPACK}={runtime.CPU_FLAGS[YNNPACK]}",
+        "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={runtime.CPU_FLAGS[BARRIERS]}",
         "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
         "chosen, fast math": f"{_CHOSEN} --xla_cpu_enable_fast_math=true",
         "chosen, oneDNN": f"{_CHOSEN} --xla_cpu_use_onednn=true",
@@ -35,7 +35,7 @@ FLAGS = {
     },
     "gpu": {
         DEFAULTS: "",
-        "deterministic": devices.DETERMINISTIC_FLAG,
+        "deterministic": runtime.DETERMINISTIC_FLAG,
         "deterministic, timed": "--xla_gpu_exclude_nondeterministic_ops=true",
         "no command buffers": "--xla_gpu_enable_command_buffer=",
         "kernels chosen without timing": "--xla_gpu_autotune_level=0",

@@ -41,7 +41,7 @@ from benchmarks.record import output, write_section
 from cnn_cases import parsing
 from cnn_cases.data import decode, feeds, sources, splits
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import loop, programs, steps
+from cnn_cases.training import loop, programs, runtime, steps
 from configs import common, resnet_cifar10, resnet_digits
 
 IMAGE_SIZE = 224
@@ -335,7 +335,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps")
     parser.add_argument("--turns", type=parsing.positive_number, default=9)
     options = parser.parse_args()
-    devices_lib.choose_cpu_flags()
+    runtime.choose_cpu_flags()
     for name, of_turn in STEPS_A_TURN.items():
         if options.only in (None, name):
             num_steps = of_turn["cpu" if jax.default_backend() == "cpu" else "accelerator"]

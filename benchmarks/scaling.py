@@ -24,7 +24,7 @@ import jax
 from benchmarks import contenders, flags, record, throughput
 from cnn_cases import parsing, tables
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import processes
+from cnn_cases.training import processes, runtime
 
 JIT, ONE = "jax.jit", "1 device"
 DEVICES, PROCESSES = (2, 4), (2, 4)
@@ -58,7 +58,7 @@ def _on_cpu(num_devices):
 
 
 def _make(case, num_devices=1, over_devices=devices_lib.pmap_train, job=None):
-    devices_lib.choose_cpu_flags()
+    runtime.choose_cpu_flags()
     if job:
         processes.join(**job)
     return throughput.ours(case, DTYPE, num_devices=num_devices, over_devices=over_devices)

@@ -36,7 +36,7 @@ from cnn_cases import parsing, tables
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import losses, optimizer, processes, steps
+from cnn_cases.training import losses, optimizer, processes, runtime, steps
 from cnn_cases.training.state import init_state
 
 SIDE_WEIGHT = 0.3
@@ -317,7 +317,7 @@ def _batch(case, batch_size):
 def make(case, dtype, kind):
     """Makes the `contenders.Network` of OURS or of one of PEERS."""
     if kind == OURS:
-        devices_lib.choose_cpu_flags()
+        runtime.choose_cpu_flags()
         return ours(case, dtype)
     return theirs(case, dtype, compiled=kind == "torch.compile")
 

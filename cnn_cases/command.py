@@ -13,28 +13,24 @@
 """
 
 import contextlib
-import gc
-import hashlib
 import os
 import pathlib
-import platform
 import re
 import signal
 import sys
 import traceback
 
 import absl
-import jax
 import ml_collections
 from absl import app, flags, logging
 
 from cnn_cases import settings
-from cnn_cases.training import devices, loop, processes, provenance, stopping
+from cnn_cases.training import devices, loop, processes, runtime, stopping
 
 _DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
     False,
-    "Use only deterministic operations on a GPU; see devices.make_deterministic.",
+    "Use only deterministic operations on a GPU; see runtime.make_deterministic.",
 )
 
 # Messages of absl and ml_collections about flags, and plainer replacements.
@@ -69,11 +65,11 @@ def run(main, takes_files=False):
         if arguments[1:] and not takes_files:
             _leave(f"error: unexpected arguments: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
-        devices.choose_cpu_flags()
+        runtime.choose_cpu_flags()
         if _DETERMINISTIC.value:
-            devices.make_deterministic()
-        collect_garbage_rarely()
-        _use_compilation_cache()
+            runtime.make_deterministic()
+        runtime.collect_garbage_rarely()
+        runtime.use_compilation_cache()
         try:
             main(*([arguments[1:]] if takes_files else []))
         except loop.DivergedError as error:
@@ -100,60 +96,6 @@ def run(main, takes_files=False):
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(guarded, flags_parser=_parse)
-
-
-def collect_garbage_rarely():
-    """Makes Python search for reference cycles after fifty thousand new objects, not after several hundred.
-
-    Tracing a network creates millions of objects, most of which stay alive, and each search visits them. For
-    the ten networks of the digits study, with 20 steps each, that took 4.5 of 43 s of CPU time (one process,
-    2026-11-29).
-    """
-    gc.set_threshold(50_000)
-
-
-def _use_compilation_cache():
-    """Makes JAX cache compiled programs for later starts.
-
-    The directory is ~/.cache/cnn_cases, or the value of JAX_COMPILATION_CACHE_DIR.
-    JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        try:
-            home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        except RuntimeError:  # a user without a home
-            return
-        # In the environment, so that child processes use it, too.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "cnn_cases")
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A network compiles many small programs at the start.
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    separate_compilation_cache()
-
-
-def separate_compilation_cache():
-    """Gives each kind of CPU and number of threads a directory in JAX_COMPILATION_CACHE_DIR, if that is set.
-
-    XLA compiles for the number of threads of this process, which JAX's cache does not distinguish, and a
-    program compiled for one CPU may not run on another that shares the home directory. Also call this in a
-    process that may have another number of threads than its parent, or run on another machine.
-    """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        # A string, not a path: it can be a bucket, such as gs://bucket/compiled.
-        place = os.environ["JAX_COMPILATION_CACHE_DIR"].rstrip("/")
-        place += f"/{_kind_of_cpu()}-{provenance.cpu_threads()}-threads"
-        jax.config.update("jax_compilation_cache_dir", place)
-
-
-def _kind_of_cpu():
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [f"model name: {platform.processor()}"]
-    telling = ("model name", "flags", "Features", "CPU implementer", "CPU part")  # on x86, and on ARM
-    kind = {line for line in lines if line.startswith(telling)}
-    return f"{platform.machine()}-{hashlib.sha256(''.join(sorted(kind)).encode()).hexdigest()[:16]}"
 
 
 def _parse(arguments):

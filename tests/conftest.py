@@ -12,10 +12,9 @@ import jaxlib
 import numpy as np
 import pytest
 
-from cnn_cases import command
 from cnn_cases.data import sources
 from cnn_cases.data.resident import ResidentFeed
-from cnn_cases.training import devices, programs, running
+from cnn_cases.training import programs, running, runtime
 from configs import lenet5_digits
 
 # Most of the time goes into compiling, and little into running what was compiled.
@@ -25,8 +24,8 @@ if jaxlib.__version__.startswith("0.10."):  # XLA had other emitters of fusions 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {XLA_FLAGS}"
 
 # As the command line does.
-devices.choose_cpu_flags()
-command.collect_garbage_rarely()
+runtime.choose_cpu_flags()
+runtime.collect_garbage_rarely()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +35,7 @@ def compilation_cache(tmp_path_factory):
     directory = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    command.separate_compilation_cache()  # where the processes that tests start will look, too
+    runtime.separate_compilation_cache()  # where the processes that tests start will look, too
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     ),
     "cnn_cases.training.loop": ("cnn_cases.settings", "cnn_cases.training"),
     "cnn_cases.training.devices": ("cnn_cases.training.processes",),
+    "cnn_cases.training.runtime": ("cnn_cases.training.provenance",),
     "cnn_cases.training.checkpoint": ("cnn_cases.training.disk",),
     "cnn_cases.training.transfer": ("cnn_cases.training.checkpoint",),
     "cnn_cases.training.logbook": (
@@ -41,7 +42,7 @@ MAY_IMPORT = {
         "cnn_cases.training.devices",
         "cnn_cases.training.loop",
         "cnn_cases.training.processes",
-        "cnn_cases.training.provenance",
+        "cnn_cases.training.runtime",
         "cnn_cases.training.stopping",
     ),
     "cnn_cases.settings": ("configs.common",),  # the defaults

@@ -35,7 +35,7 @@ from cnn_cases.analysis import costs
 from cnn_cases.models.inception import TABLE_1, InceptionModule, NaiveInceptionModule
 from cnn_cases.models.layers import ConvUnit
 from cnn_cases.studies import figures
-from cnn_cases.training import devices, disk, provenance
+from cnn_cases.training import disk, provenance, runtime
 
 IMAGE_SHAPE = (28, 28, 192)
 REPEATS = 15
@@ -236,7 +236,7 @@ def main(arguments=None):
         "--batch_size", type=parsing.positive_number, default=32, help="images; default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    devices.choose_cpu_flags()  # as a training run does
+    runtime.choose_cpu_flags()  # as a training run does
     with parsing.one_message():
         record = measure(options.batch_size)
         write_report(record, options.workdir)

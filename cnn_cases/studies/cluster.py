@@ -25,9 +25,9 @@ import submitit
 from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
 
-from cnn_cases import checks, command, saved_runs
+from cnn_cases import checks, saved_runs
 from cnn_cases.studies import jobs
-from cnn_cases.training import logbook, loop, processes, stopping
+from cnn_cases.training import logbook, loop, processes, runtime, stopping
 
 COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
 MAX_TIMEOUTS = 100  # per run, which resumes from a checkpoint after each
@@ -204,7 +204,7 @@ class Training(Checkpointable):
             sys.exit(128 + number)
 
         signal.signal(signal.SIGTERM, end)  # before and after training; submitit would ignore it
-        command.separate_compilation_cache()
+        runtime.separate_compilation_cache()
         try:
             loop.train_and_evaluate(saved_runs.load_config(run_dir), run_dir)
         except loop.DivergedError as error:

@@ -15,8 +15,7 @@ import threading
 
 import jax
 
-from cnn_cases import command
-from cnn_cases.training import devices, logbook, loop, processes, programs, provenance, stopping
+from cnn_cases.training import devices, logbook, loop, processes, programs, provenance, runtime, stopping
 
 _POLL_SECONDS = 0.2
 
@@ -170,8 +169,8 @@ def _work(todo, telling, index, workdir, num_threads, num_jobs):
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # XLA reads it when it starts, later
-    command.collect_garbage_rarely()
-    command.separate_compilation_cache()
+    runtime.collect_garbage_rarely()
+    runtime.separate_compilation_cache()
     try:
         while (runs := todo.get()) is not None:
             for ended in run_here([runs], workdir, own_devices(index, num_jobs)):

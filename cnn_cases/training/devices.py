@@ -1,4 +1,4 @@
-"""pmap and XLA's flags: how devices share the work of one run.
+"""pmap: how devices share the work of one run.
 
 The state goes in and comes out as an ordinary pytree that is replicated over the devices, without a leading
 device axis: `in_axes=None` and `out_axes=None`. With `out_axes=None` nothing checks that the devices agree,
@@ -8,11 +8,7 @@ With several processes (see `processes`), each has its local devices; the pmap a
 processes, in the order of the processes.
 """
 
-import importlib.util
-import os
-
 import jax
-import jaxlib
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,51 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cnn_cases.training import processes
 
 AXIS = "batch"
-
-# XLA's flags for CPUs, and the versions of jaxlib that know them: give sums to YNNPACK, and keep the barriers
-# that mark what must be computed only once.
-CPU_FLAGS = {
-    "xla_cpu_experimental_ynn_fusion_type": "REDUCE",
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
-_KNOWN_BY = ("0.10.", "0.11.")
-DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
-
-
-def choose_cpu_flags():
-    """Sets CPU_FLAGS for XLA, in this process and in those that it starts. Call it before JAX is used.
-
-    XLA has two libraries for CPUs, YNNPACK and Eigen. By default it gives convolutions to YNNPACK and sums to
-    neither; with the flag, Eigen computes the convolutions and YNNPACK the sums. XLA also recomputes
-    activations wherever they are used, which costs more than keeping them; `models.fast.conv_general_dilated`
-    uses barriers to mark those to keep, and XLA would remove the barriers too early. `python -m
-    benchmarks.flags` measures the effect.
-
-    A flag that is already in XLA_FLAGS stays unchanged. Nothing is set for other versions of jaxlib, which
-    may abort at an unknown flag, nor where JAX is installed for accelerators, whose compilers do not need
-    these barriers or belong to another version of XLA.
-    """
-    for_cpus = not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
-    if for_cpus and jaxlib.__version__.startswith(_KNOWN_BY):
-        for name, value in CPU_FLAGS.items():
-            if name not in os.environ.get("XLA_FLAGS", ""):
-                _add_xla_flag(f"--{name}={value}")
-
-
-def make_deterministic():
-    """Makes runs on GPUs reproducible to the bit, in this process and in those that it starts.
-
-    Call it before JAX is used. XLA then avoids kernels whose result depends on which thread finishes first,
-    and chooses kernels without timing them, so that each start chooses the same ones. This costs speed.
-    Another kind of GPU, number of devices or version of a package still gives other bits. CPUs and TPUs need
-    no such switch and are not affected. Neither the effect nor the cost has been measured on a GPU yet.
-    """
-    _add_xla_flag(DETERMINISTIC_FLAG)
-
-
-def _add_xla_flag(flag):
-    # After the user's flags: if a flag appears twice, XLA uses the last one.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def message_for_user(error):

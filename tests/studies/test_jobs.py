@@ -12,9 +12,8 @@ import weakref
 import jax
 import pytest
 
-from cnn_cases import command
 from cnn_cases.studies import jobs, plan
-from cnn_cases.training import disk, processes, programs, provenance, stopping
+from cnn_cases.training import disk, processes, programs, provenance, runtime, stopping
 from tests.studies.conftest import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -79,29 +78,9 @@ def test_processes_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(provenance, "cpu_threads", lambda: 6)
-    place = tmp_path / f"compiled/{command._kind_of_cpu()}-3-threads"
+    place = tmp_path / f"compiled/{runtime._kind_of_cpu()}-3-threads"
     with pytest.raises(ValueError, match=f"^3 threads, {place}$"):
         list(jobs.run_side_by_side([[Telling()]], tmp_path, 2))
-
-
-def test_what_is_compiled_can_be_kept_in_a_bucket(monkeypatch):
-    told = []
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled/")
-    monkeypatch.setattr(jax.config, "update", lambda *pair: told.append(pair))
-    command.separate_compilation_cache()
-    assert told == [
-        (
-            "jax_compilation_cache_dir",
-            f"gs://bucket/compiled/{command._kind_of_cpu()}-{provenance.cpu_threads()}-threads",
-        )
-    ]
-
-
-def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setattr(jax.config, "update", pytest.fail)
-    command.separate_compilation_cache()
-    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.parametrize(

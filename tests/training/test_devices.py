@@ -1,4 +1,3 @@
-import os
 import re
 from unittest import mock
 
@@ -30,59 +29,6 @@ def test_shards_keep_the_order_of_examples():
     steps = devices.shard({"index": np.arange(24).reshape(3, 8)}, 4, axis=1)["index"]
     assert steps.shape == (4, 3, 2)
     np.testing.assert_array_equal(steps[1], [[2, 3], [10, 11], [18, 19]])
-
-
-@pytest.mark.parametrize("flags", [None, "--xla_gpu_deterministic_ops=false --xla_cpu_use_onednn=true"])
-def test_the_switch_for_reproducible_bits_is_xlas_and_keeps_what_the_user_says(flags, monkeypatch):
-    if flags is None:
-        monkeypatch.delenv("XLA_FLAGS")
-    else:
-        monkeypatch.setenv("XLA_FLAGS", flags)
-    devices.make_deterministic()
-    words = os.environ["XLA_FLAGS"].split()
-    assert words == [*(flags or "").split(), "--xla_gpu_deterministic_ops=true"]
-
-
-YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=REDUCE"
-BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
-
-
-@pytest.mark.parametrize(
-    ("version", "flags", "added"),
-    [
-        ("0.10.2", "", [YNNPACK, BARRIERS]),
-        ("0.11.2", "--xla_cpu_use_onednn=true", [YNNPACK, BARRIERS]),
-        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", [BARRIERS]),
-        ("0.10.2", "--xla_disable_hlo_passes=dce", [YNNPACK]),
-        ("0.12.0", "", []),
-        ("0.9.1", "", []),
-    ],
-)
-def test_flags_for_cpus_are_set_where_xla_knows_them_and_the_user_says_nothing(
-    version, flags, added, monkeypatch
-):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setattr("jaxlib.__version__", version)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # JAX is installed for CPUs alone
-    devices.choose_cpu_flags()
-    assert os.environ["XLA_FLAGS"].split() == [*flags.split(), *added]
-
-
-@pytest.mark.parametrize("package", ["libtpu", "jax_plugins"])
-def test_there_are_none_where_jax_is_installed_for_accelerators(package, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == package)
-    devices.choose_cpu_flags()
-    assert os.environ["XLA_FLAGS"] == ""
-
-
-def test_a_barrier_is_kept_until_xla_has_chosen_what_to_compute_twice():
-    def twice(x):
-        kept = lax.optimization_barrier(jnp.maximum(x * x + 1, 3))
-        return kept.T, kept * 2
-
-    program = jax.jit(twice).lower(jnp.ones((64, 64))).compile().as_text()
-    assert len(re.findall(r" maximum\(", program)) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Backend 'rocm' is not in the list"), AssertionError()])
