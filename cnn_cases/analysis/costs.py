@@ -315,14 +315,13 @@ class Report(NamedTuple):
     layers: list[Layer]
 
 
-def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_size=1, overrides=()):
+def analyse(path, image_shape=None, num_classes=None, batch_size=1, overrides=()):
     """Returns the Report of a config file.
 
     Args:
       path: of a training config, followed by a colon and its choice if it takes one.
       image_shape: height, width, channels; None for those of the config's data set, resized to its
         data.image_size, with its data.border.
-      image_size: height and width that replace the config's; its border is still added.
       num_classes: None for that of the config's data set.
       batch_size: number of images, for the memory.
       overrides: pairs of a key, such as "model.depth", and the value that replaces the file's.
@@ -345,9 +344,8 @@ def analyse(path, image_shape=None, image_size=None, num_classes=None, batch_siz
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     (*size, channels), classes = DATA_SETS.get(re.split("[/:]", config.data.name)[0], ((None,) * 3, None))
-    image_size = image_size or config.data.image_size
     if image_shape is None:
-        size = [image_size or pixels for pixels in size]
+        size = [config.data.image_size or pixels for pixels in size]
         image_shape = (*(pixels and pixels + 2 * config.data.border for pixels in size), channels)
     num_classes = num_classes or classes
     if None in image_shape:
@@ -571,11 +569,7 @@ def main(arguments=None):
         default=1,
         help="number of images, for the memory columns; default 1",
     )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--image_size", type=parsing.positive_number, help="height and width in pixels; default: the config's"
-    )
-    size.add_argument(
+    parser.add_argument(
         "--image_shape",
         type=_image_shape,
         metavar="HxWxC",
@@ -587,14 +581,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     with parsing.one_message():
         reports = [
-            analyse(
-                path,
-                options.image_shape,
-                options.image_size,
-                options.num_classes,
-                options.batch_size,
-                options.set,
-            )
+            analyse(path, options.image_shape, options.num_classes, options.batch_size, options.set)
             for path in options.configs
         ]
         if options.figure:

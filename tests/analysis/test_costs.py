@@ -552,7 +552,7 @@ def test_the_table_has_a_row_for_each_layer_and_shares_of_the_total(capsys):
 
 
 def test_csv_and_json_hold_exact_numbers(capsys):
-    options = "configs/lenet5_digits.py", "--image_size=40"
+    options = "configs/lenet5_digits.py", "--set=data.image_size=40"
     rows = list(csv.DictReader(io.StringIO(run(capsys, *options, "--format=csv"))))
     (report,) = json.loads(run(capsys, *options, "--format=json"))
     layers = counted(LeNet5(), (40, 40, 1))
@@ -582,7 +582,7 @@ def test_side_branches_have_a_subtotal(tmp_path, capsys):
     assert "6,998,552" in lines[-2]
     assert lines[-1].startswith("side branches")
     assert "6,379,728" in lines[-1]
-    (report,) = json.loads(run(capsys, config, "--image_size=224", "--format=json"))
+    (report,) = json.loads(run(capsys, config, "--set=data.image_size=224", "--format=json"))
     assert report["side_branches"]["parameters"] == 6_379_728
 
 
@@ -612,7 +612,7 @@ def test_the_figure_shows_each_stage_of_each_config():
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
-        ((), ["--image_size=8"], "LeNet-5 needs images of at least 16x16"),
+        ((), ["--set=data.image_size=8"], "LeNet-5 needs images of at least 16x16"),
         (("config.model.name = 'lenet'",), [], "model.name = 'lenet' is unknown"),
         (
             ("config.model.depth = 20",),
@@ -645,7 +645,6 @@ def test_a_config_that_cannot_be_counted_is_answered_by_one_message(
         (["--batch_size=0"], "'0' is not a positive integer"),
         (["--figure=costs.txt"], "'costs.txt' must end in .png or .svg"),
         (["--format=html"], "invalid choice: 'html'"),
-        (["--image_size=32", "--image_shape=32x32x1"], "not allowed with"),
         (["--set", "model.depth"], "'model.depth' is not KEY=VALUE"),
         (["--set", "model.depht=56"], "py: model.depht = 56: there is no such key; known: model.name\n"),
         (["--set", "num_step=5"], "py: num_step = 5: there is no such key; did you mean num_steps?"),
