@@ -305,9 +305,9 @@ def hardware(environments):
 
 
 def dates(runs):
-    """`2026-11-26`, the day on which the runs ended, or the first and the last; empty if none is recorded."""
-    days = sorted({run["date"] for run in runs if "date" in run})
-    return " to ".join(dict.fromkeys(days[:1] + days[-1:]))
+    """`2026-11-26`, the day on which the runs ended, or the first and the last."""
+    days = [run["date"] for run in runs]
+    return " to ".join(dict.fromkeys((min(days), max(days))))
 
 
 TITLES = (
@@ -386,8 +386,7 @@ def _data(data):
     words = data["name"]
     if data["splits"]["train"] != "train":
         words += f" ({data['splits']['train']})"
-    augment = data.get("augment", {})
-    augmented = sorted(key for key, value in augment.items() if value and key not in _SETTINGS)
+    augmented = sorted(key for key, value in data["augment"].items() if value and key not in _SETTINGS)
     return ", ".join([words, *augmented])
 
 

@@ -90,7 +90,7 @@ def check(study):
             f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
         )
     grid, seeds = study["grid"], study["seeds"]
-    if not (isinstance(grid, tuple) and all(map(_is_pair, grid))):
+    if not (_are_pairs(grid) and all(isinstance(values, tuple) for _, values in grid)):
         raise ValueError(
             f"grid = {grid} must be pairs of a key and the values it takes, all of them tuples, as in "
             "(('model.depth', (20, 56)),)"
@@ -114,7 +114,10 @@ def check(study):
 
 
 def _check_adjust(adjust, keys):
-    if not (isinstance(adjust, tuple) and all(map(_is_adjustment, adjust))):
+    if not (
+        _are_pairs(adjust, tuple)
+        and all(_are_pairs((where,)) and _are_pairs(pairs) for where, pairs in adjust)
+    ):
         raise ValueError(
             f"adjust = {adjust} must be pairs of (key of the grid, value) and of pairs of a key and "
             "its value there"
@@ -127,25 +130,17 @@ def _check_adjust(adjust, keys):
                 raise ValueError(f"adjust: {changed} = {value!r} must be set by the grid or the seeds")
 
 
-def _is_pair(pair):
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        return False
-    return isinstance(pair[0], str) and isinstance(pair[1], tuple)
+def _are_pairs(value, first=str):
+    """Whether a value is a tuple of pairs whose first part is a key, or has another type."""
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], first) for pair in value
+    )
 
 
 def _is_plain(value):
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, bool | int | float | str)
-
-
-def _is_adjustment(pair):
-    where, pairs = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
-    if not isinstance(pairs, tuple):
-        return False
-    return all(
-        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in (where, *pairs)
-    )
 
 
 def adjustments(study, point):

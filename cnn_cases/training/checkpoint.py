@@ -25,11 +25,7 @@ NEWEST = "newest_checkpoint"  # next to their directory; holds the step of the l
 
 DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
 # Errors that do not mean a damaged file: no permission, too many open files, an unreachable file server.
-_NOT_OF_THE_FILE = (
-    *(errno.EACCES, errno.EPERM),
-    *(errno.EMFILE, errno.ENFILE),
-    *(errno.ESTALE, errno.ETIMEDOUT),
-)
+_NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
 
 logger = logging.getLogger(__name__)
 
