@@ -30,6 +30,7 @@ import time
 import zlib
 
 import jax
+from flax import traverse_util
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
@@ -328,24 +329,21 @@ def is_watched():
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def differences(old, new, prefix="", aside=(), sides=("there", "here")):
+def differences(old, new, aside=(), sides=("there", "here")):
     """Returns how two nested dicts differ, in lines such as "optimizer.momentum: 0.9 there, 0.5 here".
 
     Args:
       old, new: dicts, for example of configs.
-      prefix: of the keys' names in the lines.
       aside: suffixes of the names of keys to leave out.
       sides: what the lines call the two dicts.
     """
+    old, new = (traverse_util.flatten_dict(one, sep=".") for one in (old, new))
     lines = []
-    for key in sorted(old.keys() | new.keys()):
-        there, here = old.get(key, "nothing"), new.get(key, "nothing")
-        name = f"{prefix}{key}"
-        if isinstance(there, dict) and isinstance(here, dict):
-            lines += differences(there, here, f"{name}.", aside, sides)
-        elif there != here and not name.endswith(aside):
-            shown = [repr(values[key]) if key in values else "nothing" for values in (old, new)]
-            lines.append(f"{name}: {shown[0]} {sides[0]}, {shown[1]} {sides[1]}")
+    for name in sorted(old.keys() | new.keys()):
+        is_same = name in old and name in new and old[name] == new[name]
+        if not is_same and not name.endswith(aside):
+            there, here = (repr(one[name]) if name in one else "nothing" for one in (old, new))
+            lines.append(f"{name}: {there} {sides[0]}, {here} {sides[1]}")
     return lines
 
 
