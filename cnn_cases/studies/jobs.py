@@ -125,11 +125,9 @@ def own_devices(index, num_jobs):
 
     CPU devices are virtual: processes share the cores whichever devices they use.
     """
-    return (
-        None
-        if jax.default_backend() == "cpu"
-        else processes.share_of(devices.local_devices(), index, num_jobs)
-    )
+    if jax.default_backend() == "cpu":
+        return None
+    return processes.share_of(devices.local_devices(), index, num_jobs)
 
 
 def _collect(workers, stop):

@@ -3,6 +3,7 @@
 The page is one file that includes its library, so it opens from disk without a network.
 """
 
+import itertools
 from typing import NamedTuple
 
 from bokeh.embed import file_html
@@ -87,23 +88,25 @@ def to_html(record, panel_key=None, panels=None):
     )
     colors = [to_hex(color) for color in figures.shades(len(choices.points))]
     plots, lines = _plots(record, panels), []
-    for code, part in records.split_by_code(record).items():
-        for point, runs in records.group_by_point(part).items():
-            for run in runs:
-                panel = run.get(panel_key)
-                for kind, split in kinds.items():
-                    button = (names[point], panels[panel], f"seed {run['seed']}", kind)
-                    tags = [titles.index(title) for titles, title in zip(choices, button, strict=True)]
-                    name = ", ".join(filter(None, (*button, code)))
-                    style = {"color": colors[tags[0]], "name": name}
-                    for quantity in ("error", "loss"):
-                        if run["curves"].get(f"{split}/{quantity}"):
-                            plot = plots[quantity, panel]
-                            dash = _DASHES[tags[-1] % len(_DASHES)]
-                            drawn = _draw(plot, run, f"{split}/{quantity}", style, dash)
-                            for line in drawn:
-                                line.tags = tags
-                            lines += drawn
+    runs = [
+        (code, point, run)
+        for code, part in records.split_by_code(record).items()
+        for point, of_point in records.group_by_point(part).items()
+        for run in of_point
+    ]
+    for (code, point, run), (kind, split), quantity in itertools.product(
+        runs, kinds.items(), ("error", "loss")
+    ):
+        curve, panel = f"{split}/{quantity}", run.get(panel_key)
+        if not run["curves"].get(curve):
+            continue
+        button = (names[point], panels[panel], f"seed {run['seed']}", kind)
+        tags = [titles.index(title) for titles, title in zip(choices, button, strict=True)]
+        style = {"color": colors[tags[0]], "name": ", ".join(filter(None, (*button, code)))}
+        drawn = _draw(plots[quantity, panel], run, curve, style, _DASHES[tags[-1] % len(_DASHES)])
+        for line in drawn:
+            line.tags = tags
+        lines += drawn
     for (quantity, _), plot in plots.items():
         value = "@y{0.00} %" if quantity == "error" else "@y{0.0000}"
         drawn = [renderer for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
