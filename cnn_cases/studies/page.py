@@ -14,7 +14,6 @@ from bokeh.resources import INLINE
 from matplotlib.colors import to_hex, to_rgb
 
 from cnn_cases.studies import figures, plan, records
-from cnn_cases.training import disk
 
 _DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # training, then the splits
 
@@ -63,20 +62,14 @@ class _Choices(NamedTuple):
     curves: list
 
 
-def write(record, path, panel_key=None, panels=None):
-    """Writes the page.
+def to_html(record, panel_key=None, panels=None):
+    """The page as text.
 
     Args:
       record: see `records`.
-      path: the HTML file.
       panel_key: a key of the grid, with a column of panels for each value; None for one column.
       panels: {value of that key: title of its column}.
     """
-    disk.write_text(path, to_html(record, panel_key, panels))
-
-
-def to_html(record, panel_key=None, panels=None):
-    """The page as text; see `write`."""
     panels = panels or {None: ""}
     names = records.names_of_points(record, without=panel_key)
     kinds = _kinds(record)

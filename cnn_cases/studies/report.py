@@ -16,7 +16,7 @@ def write(record, workdir, texts, drawings, panel_key=None, panels=None):
       workdir: the directory, which must exist.
       texts: {name: form -> the table as text}; each becomes a .csv and a .md file.
       drawings: {name: () -> figure}; each becomes a .png and an .svg file.
-      panel_key, panels: for the page; see `page.write`.
+      panel_key, panels: for the page; see `page.to_html`.
     """
     from cnn_cases.studies import page  # not above, since each process of `--jobs` would wait for Bokeh too
 
@@ -27,7 +27,7 @@ def write(record, workdir, texts, drawings, panel_key=None, panels=None):
     disk.write_text(workdir / "curves.csv", tables.comma_separated(table_of_curves(record)))
     for name, draw in drawings.items():
         figures.save(draw(), workdir / name)
-    page.write(record, workdir / "curves.html", panel_key, panels)
+    disk.write_text(workdir / "curves.html", page.to_html(record, panel_key, panels))
     disk.write_text(workdir / "record.json", record_text(record))  # last, when all of it could be drawn
 
 

@@ -311,7 +311,7 @@ def read(directory, step, like=None):
     return state
 
 
-def find_and_read(directory, which, like=None):
+def find_and_read(directory, which, like):
     """Returns (step, state) of a checkpoint, even if the run still trains and deletes older checkpoints.
 
     Args:

@@ -114,9 +114,8 @@ def test_lines_of_two_commits_say_so(mixed):
     assert "depth 8, plain True, seed 1, test, bbbbbbb-dirty" in lines(page.to_html(mixed))
 
 
-def test_a_diverged_run_is_told_of(record, tmp_path):
-    page.write(record, tmp_path / "curves.html")
-    text = (tmp_path / "curves.html").read_text()
+def test_a_diverged_run_is_told_of(record):
+    text = page.to_html(record)
     assert "1 diverged: a cross marks the end of each that logged a value. Hover" in text
 
 
