@@ -204,7 +204,7 @@ def compare_study(record):
 
 def final_errors(record):
     """The names of the final errors that all finished runs have."""
-    finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
+    finished = records.final_metrics(record["runs"])
     names = dict.fromkeys(name for metrics in finished for name in metrics if name.endswith("error"))
     return [name for name in names if all(name in metrics for metrics in finished)]
 

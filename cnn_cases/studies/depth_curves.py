@@ -32,9 +32,9 @@ def _room_for_errors(record, factor):
 
     It is 100 if a run diverged, since its curve and cross may be anywhere.
     """
-    if any(run["status"] == "diverged" for run in record["runs"]):
+    if records.num_diverged(record["runs"]):
         return 100
-    finished = [run["metrics"] for run in record["runs"] if run["status"] == "finished"]
+    finished = records.final_metrics(record["runs"])
     errors = [metrics[name] for metrics in finished for name in _final_errors(record)]
     # Below 1 % the axis would have no whole numbers.
     return min(100, max(1, factor * 100 * max(errors, default=1)))
@@ -46,12 +46,11 @@ def _final_figures(record):
 
 def suits(record):
     """Whether a record is that of a depth study, with all final metrics of each finished run."""
-    finished = [run["metrics"].keys() for run in record["runs"] if run["status"] == "finished"]
-    config = record["config"]
+    config, names = record["config"], _final_figures(record).keys()
     return (
         _is_of_twins(config["grid"])
         and "compare" not in config
-        and all(_final_figures(record).keys() <= names for names in finished)
+        and all(names <= metrics.keys() for metrics in records.final_metrics(record["runs"]))
     )
 
 

@@ -128,7 +128,7 @@ def _without_middle(text):
 
 def label_of(text, runs):
     """The legend entry for the runs of a point: its name, and how many of them diverged."""
-    diverged = sum(run["status"] == "diverged" for run in runs)
+    diverged = records.num_diverged(runs)
     return f"{text} ({diverged} of {len(runs)} diverged)" if diverged else text
 
 
@@ -157,7 +157,7 @@ def describe_seeds(record):
         return "one seed"
     for part in records.split_by_code(record).values():
         for runs in records.group_by_point(part).values():
-            counts.add(sum(run["status"] == "finished" for run in runs))
+            counts.add(len(runs) - records.num_diverged(runs))
     up_to = "" if counts == {seeds} else "up to "
     return f"mean over {up_to}{seeds} seeds, band: minimum to maximum"
 
@@ -332,7 +332,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
         title = "\n".join([names[point], *(text for text in told if text not in panel)])
         handles.append(Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=title))
     handles.reverse()  # the darkest on top, like the curves of plain nets
-    if any(run["status"] == "diverged" for run in record["runs"]):
+    if records.num_diverged(record["runs"]):
         handles.append(cross())
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     return figure, rows
@@ -409,7 +409,7 @@ def _add_legend_of_lines(figure, record):
     for place, title in enumerate(splits(record)):
         style = {"linestyle": LINES[place % len(LINES)], "markerfacecolor": "white" if place else "black"}
         handles.append(Line2D([], [], color="black", linewidth=BOLD, marker="o", label=title, **style))
-    if any(run["status"] == "diverged" for run in record["runs"]):
+    if records.num_diverged(record["runs"]):
         handles.append(cross())
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 

@@ -268,7 +268,7 @@ def counterpart(config, metric):
 
 def metric_of(row):
     """The error to show: on the test set if there is one, by the config's protocol if that was measured."""
-    measured = [run["metrics"] for run in row.runs if run["status"] == "finished"]
+    measured = records.final_metrics(row.runs)
     names = measured[0] if measured else ("test/error",)
     protocol = plan.lookup(row.config, "evaluation.protocol")
     wanted = (f"test/{protocol}/error", "test/error", f"validation/{protocol}/error", "validation/error")
@@ -341,7 +341,7 @@ def table(rows, place="results", short=False):
     lines = [list(TITLES)]
     for row in rows:
         metric = metric_of(row)
-        values = [100 * run["metrics"][metric] for run in row.runs if metric in run.get("metrics", {})]
+        values = [100 * metrics[metric] for metrics in records.final_metrics(row.runs) if metric in metrics]
         published = counterpart(row.config, metric)
         steps, batch_size = row.config["num_steps"], row.config["batch_size"]
         steps_cell = f"{steps:,}"
@@ -357,7 +357,7 @@ def table(rows, place="results", short=False):
             for key, value in row.point.items()
             if value not in ("", ()) and not key.startswith(_SHOWN_ELSEWHERE)
         ]
-        diverged = sum(run["status"] == "diverged" for run in row.runs)
+        diverged = records.num_diverged(row.runs)
         lines.append(
             [
                 ", ".join([network(row.config), *others]),

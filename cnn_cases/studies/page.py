@@ -120,7 +120,7 @@ def to_html(record, panel_key=None, panels=None):
 
 def _summary(record):
     runs, steps = record["runs"], max(plan.values_of(record["config"], "num_steps"))
-    diverged = sum(run["status"] == "diverged" for run in runs)
+    diverged = records.num_diverged(runs)
     words = ["One run" if len(runs) == 1 else f"{len(runs)} runs", f"of up to {steps:,} steps."]
     if diverged:
         words.append(f"{diverged} diverged: a cross marks the end of each that logged a value.")

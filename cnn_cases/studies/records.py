@@ -137,6 +137,16 @@ def split_by_code(record):
     return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
 
 
+def num_diverged(runs):
+    """How many of the runs diverged."""
+    return sum(run["status"] == "diverged" for run in runs)
+
+
+def final_metrics(runs):
+    """The final metrics, {name: value}, of those of the runs that finished."""
+    return [run["metrics"] for run in runs if run["status"] == "finished"]
+
+
 def group_by_point(record):
     """{point of the grid, as a tuple of values: its runs}."""
     keys = [key for key, _ in record["config"]["grid"]]

@@ -158,8 +158,8 @@ def table(record, form):
     """
     keys = [key for key, _ in record["config"]["grid"]]
     parts = records.split_by_code(record)
-    finished = [run for run in record["runs"] if run["status"] == "finished"]
-    names = list(dict.fromkeys(name for run in finished for name in run["metrics"]))
+    finished = records.final_metrics(record["runs"])
+    names = list(dict.fromkeys(name for metrics in finished for name in metrics))
     if form == "csv":
         titles = [f"{name} {what}" for name in names for what in ("mean", "std", "seeds")]
     else:
@@ -168,7 +168,7 @@ def table(record, form):
     rows = [[*keys, *(["code"] if several else []), "seeds", *titles, "diverged"]]
     for code, part in parts.items():
         for point, runs in records.group_by_point(part).items():
-            metrics = [run["metrics"] for run in runs if run["status"] == "finished"]
+            metrics = records.final_metrics(runs)
             cells = [*map(plan.text_of, point), *([code] if several else []), str(len(runs))]
             for name in names:
                 error = name.endswith("error")  # top_5_error, too
@@ -178,7 +178,7 @@ def table(record, form):
                 else:
                     percent = [value * (100 if error else 1) for value in values]
                     cells.append(tables.mean_and_deviation(percent, digits=2 if error else 4))
-            rows.append([*cells, str(len(runs) - len(metrics))])
+            rows.append([*cells, str(records.num_diverged(runs))])
     return tables.render(rows, form)
 
 
