@@ -21,8 +21,8 @@ takes a step after every single image. In the first pass that gives learning rat
 III.B, as recalled). Plain SGD has one rate for all weights, here with batches of 16, so only the ratios of
 the table are kept: the rate starts at 0.005, as in `lenet5_1998_digits`. The ten codes were drawn for this
 project (see the model).
-Result: 0.97, 1.06 and 1.03 % test error after the last pass with seeds 0, 1 and 2 (the paper's: 0.95 %); 213
-to 511 s a run on two shared CPU cores, 2026-11-24 (results/lenet5_1998_mnist.json).
+Result: 0.97, 1.06 and 1.03 % test error after the last pass with seeds 0, 1 and 2 (the paper's: 0.95 %); 475
+to 526 s a run on two busy CPU cores, 2026-11-29 (results/lenet5_1998_mnist.json).
 """
 
 from configs import common
