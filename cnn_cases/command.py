@@ -100,11 +100,13 @@ def run(main, takes_files=False):
 
 def _parse(arguments):
     for name in {"config", "workdir"} & set(flags.FLAGS):
-        given = [one for one in arguments[1:] if re.match(rf"--?{name}(=|$)", one)]
-        if len(given) > 1 and not isinstance(flags.FLAGS[name], flags.MultiFlag):
-            _leave(f"error: --{name} is given more than once: {' '.join(given)}", 2)  # absl takes the last
+        if not isinstance(flags.FLAGS[name], flags.MultiFlag):
+            _check_once(name, arguments)  # absl takes the last
     try:
         rest = flags.FLAGS(arguments)
+        for name in flags.FLAGS:
+            if name.startswith("config.") and isinstance(flags.FLAGS[name], flags.MultiFlag):
+                _check_once(name, arguments)  # a tuple, and ml_collections joins them
         if "config" in flags.FLAGS:
             # The placeholder for a missing file raises an error only on access.
             hasattr(flags.FLAGS.config, "to_dict")
@@ -132,6 +134,12 @@ def _parse(arguments):
     except Exception as error:  # errors in a config file, and others that ml_collections does not handle
         _leave(f"error: {_plainer(_explained(error, arguments))}", 2)
     return None
+
+
+def _check_once(name, arguments):
+    given = [one for one in arguments[1:] if re.match(rf"--?{re.escape(name)}(=|$)", one)]
+    if len(given) > 1:
+        _leave(f"error: --{name} is given more than once: {' '.join(given)}", 2)
 
 
 def _plainer(message):

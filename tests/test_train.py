@@ -128,6 +128,15 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
             ["--workdir=here", "--workdir", "there"],
             r"error: --workdir is given more than once: --workdir=here --workdir$",
         ),
+        (  # a second tuple would be added to the first; a second number replaces the first
+            [
+                "--config.optimizer.frozen=conv1",
+                "--config.seed=1",
+                "--config.seed=2",
+                "--config.optimizer.frozen=()",
+            ],
+            r"error: --config.optimizer.frozen is given more than once: --config\S+=conv1 --config\S+=\(\)$",
+        ),
         (
             ["--config=configs/lenet5_digits.py:all"],
             "=configs/lenet5_digits.py has no choices, such as 'all'$",
