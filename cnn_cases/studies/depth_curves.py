@@ -267,7 +267,7 @@ def write_report(record, workdir):
 
 def check(study):
     """Raises ValueError unless `study` is valid for `plan.expand` and is a depth study."""
-    plan.expand(study)
+    runs = plan.expand(study)
     if not _is_of_twins(study.grid):
         raise ValueError(
             f"grid = {study.grid}: a depth study needs values of model.depth, and True and False for "
@@ -278,9 +278,17 @@ def check(study):
             f"compare = {study.compare!r}: a depth study compares plain and residual nets; leave it out, or "
             "take cnn_cases.studies.sweep"
         )
-    splits = study.base.evaluation.final_splits
-    if not {"train", "test"} <= set(splits):
-        raise ValueError(f"base.evaluation.final_splits = {splits} must have train and test in a depth study")
+    for run in runs:
+        splits, protocol = run.config.evaluation.final_splits, run.config.evaluation.protocol
+        if not {"train", "test"} <= set(splits):
+            raise ValueError(
+                f"{run.name}: evaluation.final_splits = {splits} must have train and test in a depth study"
+            )
+        if protocol != study.base.evaluation.protocol:
+            raise ValueError(
+                f"{run.name}: evaluation.protocol = {protocol!r} must be {study.base.evaluation.protocol!r}, "
+                "as in base, since a depth study compares its runs"
+            )
 
 
 def main():

@@ -170,6 +170,16 @@ def test_the_test_is_that_of_the_protocol(record):
         ),
         ("grid", (("model.depth", (8,)), ("model.plain", (True,))), "True and False for model.plain; cnn_ca"),
         ("base.evaluation.final_splits", ("test",), r"final_splits = \('test',\) must have train and test"),
+        (
+            "adjust",
+            ((("model.depth", 20), (("evaluation.final_splits", ("test",)),)),),
+            r"depth-20_plain-True_seed-0: evaluation.final_splits = \('test',\) must have train and test",
+        ),
+        (
+            "adjust",
+            ((("model.plain", False), (("evaluation.protocol", "flip"),)),),
+            "depth-8_plain-False_seed-0: evaluation.protocol = 'flip' must be 'single', as in base",
+        ),
         ("seeds", (), r"seeds = \(\) must have values"),
         ("compare", "model.depth", "compare = 'model.depth': a depth study compares plain and residual nets"),
     ],
