@@ -86,8 +86,8 @@ def scores(probabilities, label):
     before = np.arange(probabilities.shape[1]) < label[:, None]
     larger = (probabilities > of_label) | ((probabilities == of_label) & before) | np.isnan(of_label)
     rank = larger.sum(axis=1)
-    # A probability of zero would make the loss infinite.
-    result = {"loss": -np.log(np.maximum(of_label, np.finfo(np.float64).tiny)).mean()}
+    # A probability of zero would make the loss infinite. Not -mean, which is -0.0 if all are certain.
+    result = {"loss": 0 - np.log(np.maximum(of_label, np.finfo(np.float64).tiny)).mean()}
     result["error"] = (rank > 0).mean()
     if probabilities.shape[1] > TOP_K:
         result["top_5_error"] = (rank >= TOP_K).mean()

@@ -92,3 +92,8 @@ def test_five_classes_have_no_top_5_and_a_vanished_probability_has_a_loss():
     scores = predictions.scores(np.array([[0.0, 1, 0, 0, 0]]), np.array([0]))
     assert set(scores) == {"loss", "error"}
     assert 700 < scores["loss"] < 710
+
+
+def test_the_loss_of_certain_and_right_predictions_is_zero_without_a_sign():
+    scores = predictions.scores(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 0]))
+    assert str(scores["loss"]) == "0.0"
