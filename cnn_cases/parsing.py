@@ -21,11 +21,12 @@ def path(text):
 
 @contextlib.contextmanager
 def one_message():
-    """Turns a user's mistake into one message and exit code 2, and Ctrl-C into exit code 130."""
+    """Turns a user's mistake into one message and exit code 2, and Ctrl-C into one and exit code 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("SIGINT: stopped at once", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

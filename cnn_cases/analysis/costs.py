@@ -586,7 +586,7 @@ def main(arguments=None):
         ]
         if options.figure:
             draw(reports).savefig(options.figure, dpi=150)
-    sys.stdout.write(render(reports, options.format))
+        sys.stdout.write(render(reports, options.format))
 
 
 if __name__ == "__main__":

@@ -240,8 +240,8 @@ def main(arguments=None):
     with parsing.one_message():
         record = measure(options.batch_size)
         write_report(record, options.workdir)
-    print(table(record))
-    print(f"record, table and figure: {options.workdir}")
+        print(table(record))
+        print(f"record, table and figure: {options.workdir}")
 
 
 if __name__ == "__main__":

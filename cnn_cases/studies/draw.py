@@ -30,7 +30,7 @@ def main(arguments=None):
         _check_free(options.out, record)
         options.out.mkdir(parents=True, exist_ok=True)
         study.write_report(record, options.out)
-    print(f"tables and figures: {options.out}")
+        print(f"tables and figures: {options.out}")
 
 
 def _read(path):

@@ -443,8 +443,8 @@ def main(arguments=None):
         texts = [(path, fill(path, rows, options.results)) for path in options.documents if options.write]
         for path, text in texts:
             disk.write_text(path, text)
-    if not options.write:
-        print(markdown(rows, os.path.relpath(options.results)), end="")
+        if not options.write:
+            print(markdown(rows, os.path.relpath(options.results)), end="")
     if others:
         print(f"left out, as no studies: {', '.join(others)}", file=sys.stderr)
 

@@ -638,6 +638,13 @@ def test_a_config_that_cannot_be_counted_is_answered_by_one_message(
     assert errors.count("\n") == 1
 
 
+def test_an_output_that_cannot_be_written_is_answered_by_one_message():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-u", "-m", "cnn_cases.analysis.costs", "configs/lenet5_digits.py"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

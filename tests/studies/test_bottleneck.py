@@ -86,14 +86,15 @@ def test_bad_input_is_answered_by_one_message(options, message, record, monkeypa
     assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_command_without_a_traceback(tmp_path, monkeypatch):
+def test_ctrl_c_ends_the_measurement_with_one_message(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bottleneck, "measure", interrupted)
     with pytest.raises(SystemExit) as stop:
-        bottleneck.main([f"--workdir={tmp_path}"])
+        bottleneck.main([])
     assert stop.value.code == 130
+    assert capsys.readouterr().err == "SIGINT: stopped at once\n"
 
 
 def test_a_measure_is_the_median_time_and_all_memory_but_parameters_and_input():
