@@ -6,6 +6,8 @@ The page is one file that includes its library, so it opens from disk without a 
 import itertools
 from typing import NamedTuple
 
+from bokeh.core.validation import silence
+from bokeh.core.validation.warnings import MISSING_RENDERERS
 from bokeh.embed import file_html
 from bokeh.layouts import column, gridplot
 from bokeh.models import CheckboxButtonGroup, CustomJS, HoverTool, InlineStyleSheet, Line
@@ -15,6 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 from cnn_cases.studies import figures, plan, records
 
+silence(MISSING_RENDERERS)  # a panel is empty if all of its runs diverged before their first row
 _DASHES = ("solid", "solid", "dashed", "dotted", "dotdash")  # training, then the splits
 
 # A line is visible while all of its buttons are pressed.

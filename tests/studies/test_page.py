@@ -119,6 +119,14 @@ def test_a_diverged_run_is_told_of(record):
     assert "1 diverged: a cross marks the end of each that logged a value. Hover" in text
 
 
+def test_a_panel_may_be_empty_without_a_warning(record, caplog):
+    for one in record["runs"]:
+        if one["model.plain"]:
+            one |= {"status": "diverged", "curves": {}, "step": 3}
+    assert "plain nets" in page.to_html(record, "model.plain", PANELS)
+    assert not caplog.records
+
+
 def test_any_number_of_splits_is_shown(record):
     for one in record["runs"]:
         for name in "abcde":
