@@ -247,13 +247,11 @@ def write_report(record, workdir):
 
     Files:
       record.json; table.csv, table.md; comparison.csv, comparison.md (plain against residual in pairs);
-      curves.csv, curves.html (the page); as PNG and SVG: curves (after figure 6), loss (if the record has
-      losses), depth and difference.
+      curves.csv, curves.html (the page); as PNG and SVG: curves (after figure 6), loss, depth and
+      difference.
     """
     texts = {"table": table, "comparison": comparison_table}
-    drawings = {"curves": draw_curves, "depth": draw_depth, "difference": draw_difference}
-    if figures.has_curve(record, "running/loss"):
-        drawings["loss"] = draw_loss
+    drawings = {"curves": draw_curves, "loss": draw_loss, "depth": draw_depth, "difference": draw_difference}
     key, titles, _ = _panels(record)
     report.write(
         record,

@@ -137,11 +137,6 @@ def cross():
     return Line2D([], [], color="black", linestyle=":", marker="x", markeredgewidth=2, label="diverged run")
 
 
-def has_curve(record, name):
-    """Whether any run has the curve."""
-    return any(run["curves"].get(name) for run in record["runs"])
-
-
 def splits(record):
     """The splits whose curves are drawn: all but training, which is drawn from its running metrics."""
     names = [name for run in record["runs"] for name in run["curves"] if name.count("/") == 1]
@@ -188,42 +183,38 @@ def set_loss_axis(axis, record):
 def set_log_scale(axis):
     """Makes the y axis logarithmic, with plain numbers at its ticks."""
     axis.set_yscale("log")
+    if axis.get_ylim()[0] <= 0:
+        axis.set_ylim(0.1, 10)  # nothing is drawn: all runs diverged before their first row
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_curves(record):
-    """Draws the training loss and the errors of a study, for any grid; a row of panels for each code.
-
-    Args:
-      record: see `records`. If it has no losses, as in older records, only the errors are drawn.
-    """
+    """Draws the training loss and the errors of a study, for any grid; a row of panels for each code."""
     parts = records.split_by_code(record)
     points = list(records.group_by_point(record))
-    losses = has_curve(record, "running/loss")
-    figure = Figure(figsize=(10 if losses else 7, 4.2 * len(parts) + 0.3), layout="constrained")
-    grid = figure.subplots(len(parts), 1 + losses, squeeze=False)
+    figure = Figure(figsize=(10, 4.2 * len(parts) + 0.3), layout="constrained")
+    grid = figure.subplots(len(parts), 2, squeeze=False)
     crowded = len(points) > 4
-    for row, (code, part) in zip(grid, parts.items(), strict=True):
+    for (loss, error), (code, part) in zip(grid, parts.items(), strict=True):
         groups = records.group_by_point(part)
         for number, (point, color) in enumerate(zip(points, shades(len(points)), strict=True)):
             runs, marker = groups.get(point, []), MARKERS[number % len(MARKERS)]
-            if losses:
-                draw_runs(
-                    row[0],
-                    runs,
-                    "running/loss",
-                    color=color,
-                    linewidth=1.5,
-                    marker=marker if len(points) > 1 else None,
-                    first=number,
-                    band=not crowded,
-                )
-            draw_runs(row[-1], runs, "running/error", color=color, linewidth=THIN, band=False)
+            draw_runs(
+                loss,
+                runs,
+                "running/loss",
+                color=color,
+                linewidth=1.5,
+                marker=marker if len(points) > 1 else None,
+                first=number,
+                band=not crowded,
+            )
+            draw_runs(error, runs, "running/error", color=color, linewidth=THIN, band=False)
             for place, name in enumerate(splits(record)):
                 draw_runs(
-                    row[-1],
+                    error,
                     runs,
                     f"{name}/error",
                     color=color,
@@ -231,16 +222,15 @@ def draw_curves(record):
                     marker=marker,
                     hollow=bool(place),
                 )
-        if losses:
-            set_loss_axis(row[0], record)
-        row[-1].set_ylabel("error (%)")
-        _scale_errors([row[-1]])
-        for axis in row:
+        set_loss_axis(loss, record)
+        error.set_ylabel("error (%)")
+        _scale_errors([error])
+        for axis in (loss, error):
             axis.set(xlabel="training step", xlim=(0, None))
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         if code:
-            row[0].set_title(f"code {code}", loc="left", fontsize=10)
+            loss.set_title(f"code {code}", loc="left", fontsize=10)
     if len(points) > 1:
         _add_legend_of_points(figure, record)
     _add_legend_of_lines(figure, record)

@@ -138,10 +138,9 @@ def _kinds(record):
 
 def _plots(record, panels):
     """{("error" or "loss", panel): plot}; plots of one quantity share their axes."""
-    quantities = ["error", "loss"] if figures.has_curve(record, "running/loss") else ["error"]
     unit = figures.loss_label(record)
     plots, steps = {}, {}
-    for quantity in quantities:
+    for quantity in ("error", "loss"):
         values = {}
         for panel, title in panels.items():
             plots[quantity, panel] = plot = figure(

@@ -9,7 +9,7 @@ A record is a dict that JSON can hold, made by `sweep.make_record`:
                     environments (indices of those in which it was started and resumed), curves
                     {"running/error", "running/loss", "<split>/error", "<split>/loss": [[step, value]]}
 
-Errors are fractions. Runs that began before 2026-11-25 lack the losses.
+Errors are fractions.
 """
 
 import collections

@@ -200,8 +200,7 @@ def write_report(record, workdir):
             drawings["difference"] = lambda: comparison.draw_study(record, compared)
     if key:
         drawings["curves"] = lambda: figures.draw_errors_by(record, key)
-        if figures.has_curve(record, "running/loss"):
-            drawings["loss"] = lambda: figures.draw_loss_by(record, key)
+        drawings["loss"] = lambda: figures.draw_loss_by(record, key)
     report.write(record, workdir, texts, drawings, key, figures.panels(record, key) if key else None)
 
 

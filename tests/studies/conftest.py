@@ -73,11 +73,3 @@ def mixed(record):
     for one in record["runs"]:
         one["environments"] = [one["seed"]]
     return record
-
-
-@pytest.fixture
-def old(record):
-    """The same as it was recorded before runs kept losses."""
-    for one in record["runs"]:
-        one["curves"] = {name: curve for name, curve in one["curves"].items() if name.endswith("error")}
-    return record

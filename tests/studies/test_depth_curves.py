@@ -202,10 +202,3 @@ def test_a_report_is_files_for_people_and_programs(record, tmp_path):
         *("difference.png", "difference.svg", "loss.png", "loss.svg"),
     }
     assert all(path.stat().st_size > 100 for path in tmp_path.iterdir())
-
-
-def test_an_old_record_has_all_but_the_loss(old, tmp_path):
-    depth_curves.write_report(old, tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert "curves.html" in names
-    assert not names & {"loss.png", "loss.svg"}

@@ -114,6 +114,18 @@ def test_where_all_runs_diverged_nothing_is_compared_but_all_are_counted(record,
     assert not (tmp_path / "out/difference.png").exists()
 
 
+@pytest.mark.parametrize("study", ["depth_curves", "sweep"])
+def test_where_no_run_lived_to_its_first_row_the_report_is_complete(study, record, tmp_path):
+    if study == "sweep":
+        record["config"] |= {"compare": "model.depth"}
+    for one in record["runs"]:
+        one.pop("metrics", None)
+        one |= {"status": "diverged", "step": 3, "curves": {}}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert {"curves.png", "curves.html", "table.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_a_damaged_record_that_compares_nothing_is_told(record, tmp_path, capsys):
     record["config"] |= {"grid": [["model.depth", [8, 20]]], "compare": "model.deep"}
     (tmp_path / "record.json").write_text(json.dumps(record))

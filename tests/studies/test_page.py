@@ -106,10 +106,6 @@ def test_a_page_of_another_study_has_a_button_for_each_point(record):
     )
 
 
-def test_an_old_record_has_a_page_of_errors(old):
-    assert {len(curves) for curves in lines(page.to_html(old)).values()} == {1}
-
-
 def test_lines_of_two_commits_say_so(mixed):
     assert "depth 8, plain True, seed 1, test, bbbbbbb-dirty" in lines(page.to_html(mixed))
 
