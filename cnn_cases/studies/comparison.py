@@ -128,6 +128,8 @@ def draw(rows, labels, titles):
     if rows[1:]:
         give_room(axes, axes, "x", ticks=(1, 5, 20, 100))
     axes[0].set_yticks(range(len(rows)), labels, parse_math=False)
+    widths = [label.get_window_extent().width / figure.dpi for label in axes[0].get_yticklabels()]
+    figures.enlarge(figure, max(widths) - 3, 0)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     return figure
 

@@ -324,7 +324,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
     handles.reverse()  # the darkest on top, like the curves of plain nets
     if records.num_diverged(record["runs"]):
         handles.append(cross())
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    _add_legend_beside(figure, handles)
     return figure, rows
 
 
@@ -391,7 +391,20 @@ def _add_legend_of_points(figure, record):
             points.items(), shades(len(points)), itertools.cycle(MARKERS), strict=False
         )
     ]
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    _add_legend_beside(figure, handles, fontsize=9)
+
+
+def _add_legend_beside(figure, handles, **style):
+    """Adds a legend on the right, and enlarges the figure if the legend would leave its panels no room."""
+    legend = figure.legend(handles=handles, loc="outside right center", frameon=False, **style)
+    extent = legend.get_window_extent()
+    enlarge(figure, extent.width / figure.dpi - 2, extent.height / figure.dpi + 1)
+
+
+def enlarge(figure, more_width, height):
+    """Makes a figure wider by `more_width` and at least `height` high, in inches; never smaller."""
+    width, before = figure.get_size_inches()
+    figure.set_size_inches(width + max(0, more_width), max(before, height))
 
 
 def _add_legend_of_lines(figure, record):

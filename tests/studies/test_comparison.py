@@ -228,6 +228,14 @@ def test_long_values_leave_room_in_the_figure_and_dollars_are_no_formulas(asking
     assert not figure._suptitle.get_parse_math()
 
 
+def test_long_labels_take_no_room_from_the_panels(asking):
+    rows = comparison.compare_study(asking)
+    titles = {"train/error": "training", "test/error": "test"}
+    figure = comparison.draw(rows, [90 * "long" for _ in rows], titles)
+    figure.draw_without_rendering()
+    assert min(axis.get_position().width * figure.get_figwidth() for axis in figure.axes) > 3
+
+
 def test_small_differences_have_room_beside_large_ones(asking):
     assert [axis.get_xscale() for axis in draw(asking).axes] == ["symlog", "symlog"]  # one is of 50 points
     for one in asking["runs"]:

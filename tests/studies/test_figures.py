@@ -169,6 +169,24 @@ def test_without_evaluations_panels_have_the_training_error(record):
     assert figure.axes[0].lines
 
 
+def sizes(figure):
+    """The width and height of each panel, in inches."""
+    figure.draw_without_rendering()
+    return [tuple(axis.get_position().size * figure.get_size_inches()) for axis in figure.axes]
+
+
+def test_a_legend_takes_no_room_from_the_panels(record):
+    names = {(8,): 90 * "long", (20,): 30 * "high\n"}
+    for width, height in sizes(figures.draw_errors_by(record, "model.plain", names=names)):
+        assert width > 3
+        assert height > 4
+    text = 90 * "long"
+    record["config"]["grid"][0] = ("model.depth", (text, 20))
+    for one in record["runs"]:
+        one["model.depth"] = text if one["model.depth"] == 8 else 20
+    assert min(width for width, _ in sizes(figures.draw_curves(record))) > 3
+
+
 def test_long_texts_are_shortened_where_that_leaves_them_apart():
     one, two, three = "a" * 50, *(f"/runs/{'x' * 50}/{number}/checkpoints_of_the_run" for number in (1, 2))
     texts = figures.shortened((8, one, two, three))
