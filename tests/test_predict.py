@@ -88,7 +88,7 @@ def test_other_code_is_told(run, monkeypatch, caplog):
 
 def test_a_protocol_that_the_network_cannot_take_is_refused(run):
     image = np.zeros((16, 16, 1), np.uint8)
-    with pytest.raises(ValueError, match="'multi_scale_dense' has views of 27x27 pixels, which this network"):
+    with pytest.raises(ValueError, match=r"has views of 27x27 pixels, which this .*[^.]; use 'single'"):
         predict.load(run[0])([image], "multi_scale_dense")
     with pytest.raises(ValueError, match="'many' is unknown"):
         predict.load(run[0])([image], "many")

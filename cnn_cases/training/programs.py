@@ -285,7 +285,7 @@ def check_views(predict, state, arrays, protocol, *, image_shape, view):
         try:
             jax.eval_shape(predict, state, arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
         except (TypeError, ValueError, flax_errors.FlaxError) as error:
-            reason = str(error).partition("\n")[0].partition(" (https://")[0]
+            reason = str(error).partition("\n")[0].partition(" (https://")[0].rstrip(".")
             raise ValueError(
                 f"evaluation.protocol = {protocol!r} has views of {shape[0]}x{shape[1]} pixels, which this "
                 f"network cannot take: {reason}; use 'single', 'flip' or 'ten_crop'"
