@@ -83,12 +83,15 @@ def run_side_by_side(groups, workdir, num_jobs):
         todo.put(runs)
     arguments = (workdir, _threads_each(num_jobs), num_jobs)
     workers = {}  # by pipe, one each: a worker that is killed while sending does not block the rest
-    for index in range(num_jobs):
-        news, telling = context.Pipe(duplex=False)
-        workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
-        workers[news].start()
-        telling.close()  # in this process, so that the pipe closes when the worker ends
     with stopping.stop_signals() as stop:
+        # Workers inherit this: Ctrl-C in a terminal also reaches those that have not come to `setpgrp` yet.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for index in range(num_jobs):
+            news, telling = context.Pipe(duplex=False)
+            workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
+            workers[news].start()
+            telling.close()  # in this process, so that the pipe closes when the worker ends
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             yield from _collect(workers, stop)
         finally:

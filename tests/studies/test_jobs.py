@@ -155,6 +155,21 @@ def test_a_signal_saves_the_runs_of_all_processes(to_all, data_dir, tmp_path, mo
     assert any((unfinished / "checkpoints").iterdir())
 
 
+def test_ctrl_c_in_a_terminal_ends_processes_that_are_still_starting(data_dir, tmp_path):
+    command = [sys.executable, "-m", "cnn_cases.studies.sweep", "--config=configs/studies/seeds.py"]
+    command += ["--config.seeds=(0, 1)", f"--workdir={tmp_path}", "--jobs=2"]
+    command += [f"--config.base.data.data_dir={data_dir}"]
+    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = pathlib.Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children")
+    while len(children.read_text().split()) < 3:  # one of them tracks what the others share
+        assert sweep.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(sweep.pid, signal.SIGINT)
+    _, errors = sweep.communicate()
+    assert (sweep.returncode, errors) == (130, "SIGINT: the current runs were saved; start again to resume\n")
+
+
 def test_runs_of_a_parent_that_was_killed_are_saved_and_end(data_dir, tmp_path):
     code = f"""
 import pathlib
