@@ -48,11 +48,16 @@ def of_classes(loss, num_classes):
     """Wraps a loss so that it rejects logits of another length, which it would silently accept.
 
     Raises:
-      ValueError: by the wrapped loss, when it is called with such logits.
+      ValueError: by the wrapped loss, when it is called with such logits, or with no array.
     """
 
     @functools.wraps(loss)
     def checked(logits, label):
+        if not hasattr(logits, "shape"):
+            raise ValueError(
+                f"the network returns a {type(logits).__name__}, not logits; only in training may it return "
+                "a tuple, (logits, *side_logits)"
+            )
         if logits.shape[1:] != (num_classes,):
             raise ValueError(
                 f"the network returns logits of shape {list(logits.shape)}; data with {num_classes} classes "

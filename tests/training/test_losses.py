@@ -41,6 +41,8 @@ def test_logits_of_other_classes_are_refused():
     for shape in ((2, 2), (2, 4), (2, 1, 3)):
         with pytest.raises(ValueError, match=r"logits of shape \[2, .* with 3 classes need \[batch, 3\]"):
             loss(jnp.zeros(shape), LABEL)
+    with pytest.raises(ValueError, match="the network returns a tuple, not logits; only in training"):
+        loss((LOGITS, LOGITS), LABEL)  # side branches in an evaluation
 
 
 def test_the_mean_squared_loss_is_the_penalty_of_the_right_class():
