@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 
 import jax
@@ -193,6 +194,19 @@ def test_lighting_adds_one_colour_an_image_spread_as_the_principal_colours_are()
     np.testing.assert_allclose(np.corrcoef(along.T), np.eye(3), atol=0.06)
 
 
+def test_lighting_comes_after_the_other_changes_of_colours_and_is_not_clipped():
+    image, basis = unit_images(), augment.IMAGENET_BASIS
+    changes = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5}
+
+    def changed(**settings):
+        return colours(image, streams_of(64), Settings(**settings), basis)
+
+    added = changed(lighting=5.0) - image
+    both = changed(lighting=5.0, **changes)
+    np.testing.assert_allclose(both, changed(**changes) + added, atol=1e-5)
+    assert both.min() < 0
+
+
 def photometric(image, *limits):
     return np.asarray(jax.jit(augment.random_photometric)(image, streams_of(len(image)), limits))
 
@@ -235,31 +249,27 @@ def test_saturation_keeps_every_pixels_grey_and_stretches_its_colour():
 
 
 def test_distortions_stay_in_the_range_of_pixels_and_come_in_every_order():
-    # Black and white clip at once, and then the order of the two shows.
-    image = jnp.tile(jnp.array([0.0, 0.5, 1.0]).reshape(1, 1, 3, 1), (400, 1, 1, 1))
-    after = photometric(image, 0.9, 0.9, 0)
+    # Black, white and strong colours clip at once, and then the order of the three shows.
+    pixels = [[0, 0, 0], [1, 1, 1], [0.9, 0.1, 0.3], [0.2, 0.8, 0.6]]
+    image = np.tile(np.float32(pixels), (600, 1, 1, 1))
+    after = photometric(image, 0.9, 0.9, 0.9)
     assert after.min() >= 0
     assert after.max() <= 1
-    streams = streams_of(400)
-    amount = {
-        name: 1 + 0.9 * jax.vmap(lambda key: jax.random.uniform(key, minval=-1, maxval=1))(streams[name])
-        for name in ("brightness", "contrast")
-    }
+    streams = streams_of(600)
 
-    def brighter(x):
-        return np.clip(amount["brightness"][:, None] * x, 0, 1)
+    def distort(x, name):
+        amount = 1 + 0.9 * jax.vmap(lambda key: jax.random.uniform(key, minval=-1, maxval=1))(streams[name])
+        grey = grey_of(x)[..., None]
+        mean = grey.mean(axis=(1, 2), keepdims=True)
+        without = {"brightness": 0, "contrast": mean, "saturation": grey}[name]
+        return np.clip(without + np.asarray(amount)[:, None, None, None] * (x - without), 0, 1)
 
-    def starker(x):
-        mean = x.mean(axis=1, keepdims=True)
-        return np.clip(mean + amount["contrast"][:, None] * (x - mean), 0, 1)
-
-    flat = image.reshape(400, 3)
-    one, other = starker(brighter(flat)), brighter(starker(flat))
-    after = after.reshape(400, 3)
-    is_one, is_other = (np.abs(after - way).max(axis=1) < 1e-5 for way in (one, other))
-    assert (is_one | is_other).all()
-    assert (is_one & ~is_other).sum() > 40
-    assert (is_other & ~is_one).sum() > 40
+    orders = itertools.permutations(("brightness", "contrast", "saturation"))
+    ways = np.stack([functools.reduce(distort, order, image) for order in orders])
+    came = np.abs(after - ways).max(axis=(2, 3, 4)) < 1e-5
+    assert came.any(axis=0).all()
+    alone = came[:, came.sum(axis=0) == 1]  # clipping can make the results of two orders equal
+    assert alone.sum(axis=1).min() > 20
 
 
 def test_images_of_one_channel_have_brightness_and_contrast():
@@ -354,6 +364,12 @@ def test_scaling_squeezing_and_shearing_leave_the_centre_of_an_oblong_image_in_i
     assert not np.allclose(changed, image, atol=0.1)
 
 
+def test_a_shear_leaves_the_centre_of_an_image_where_the_shift_has_put_it():
+    shifted, _ = warped(blob(), shift=5.0)
+    sheared, _ = warped(blob(), shift=5.0, shear=0.5)
+    np.testing.assert_allclose(sheared, shifted, atol=0.02)
+
+
 def test_the_distortions_of_an_image_are_drawn_apart_from_each_other():
     centre, covariance = warped(blob(), batch=400, shift=3.0, scale=0.3, squeeze=0.3, shear=0.3)
     slant = covariance[:, 0, 1] / covariance[:, 0, 0]
@@ -427,6 +443,7 @@ def test_mixup_blends_each_example_and_its_label_with_the_one_before():
     blended, target = map(np.asarray, mixed(image, label, Settings(mixup=0.4)))
     np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)
     share = target[np.arange(64), label][:, None, None, None]
+    assert len(np.unique(share)) == 64, "each example has a share of its own"
     np.testing.assert_allclose(blended, share * image + (1 - share) * np.roll(image, 1, axis=0), atol=1e-6)
     np.testing.assert_allclose(target[np.arange(64), np.roll(label, 1)], 1 - share.ravel(), atol=1e-6)
 
@@ -491,13 +508,18 @@ def test_colours_are_refused_for_grey_images(key):
         augment.check(Settings(**{key: 0.1}), (8, 8, 1))
 
 
-def test_a_cutmix_box_has_the_share_of_the_area_that_is_drawn():
-    # u of Beta(1, 1) is uniform; of a side of sqrt(u), centred anywhere, sqrt(u) - u / 4 lies inside.
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_a_cutmix_box_has_the_share_of_the_area_that_is_drawn(alpha):
     image, label = unit_images(3_000, size=32)[..., :1], jnp.arange(3_000) % 5
-    _, target = map(np.asarray, mixed(image, label, Settings(cutmix=1.0)))
+    _, target = map(np.asarray, mixed(image, label, Settings(cutmix=alpha)))
     share = 1 - target[np.arange(3_000), label]
-    u = np.linspace(0, 1, 1_001)
-    np.testing.assert_allclose(share.mean(), np.mean((np.sqrt(u) - u / 4) ** 2), rtol=0.06)
+    # The part inside of a side of sqrt(u), by its centre; rows and columns have centres of their own.
+    side = np.sqrt(np.random.default_rng(0).beta(alpha, alpha, (1_000, 1)))
+    centre = (np.arange(32) + 0.5) / 32
+    inside = np.minimum(centre + side / 2, 1) - np.maximum(centre - side / 2, 0)
+    mean, mean_square = ((inside**power).mean(axis=1) ** 2 for power in (1, 2))
+    np.testing.assert_allclose(share.mean(), mean.mean(), rtol=0.06)
+    np.testing.assert_allclose((share**2).mean(), mean_square.mean(), rtol=0.1)
 
 
 @pytest.mark.parametrize("side", [1, 3])

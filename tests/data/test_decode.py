@@ -1,4 +1,5 @@
 import io
+import math
 import struct
 
 import numpy as np
@@ -181,6 +182,22 @@ def test_patches_have_the_areas_and_shapes_that_are_asked_for():
     assert abs(np.log(small).mean()) < 0.02
     assert {*boxes[:, 0]} > {0}
     assert np.corrcoef(boxes[:, 0], boxes[:, 1])[0, 1] < 0.9
+
+
+def test_the_areas_of_patches_are_uniform_and_their_ratios_are_of_width_to_height():
+    boxes = np.array(training_boxes(400, 500, count=3000, name="area", area=(0.1, 0.3), aspect=(1.0, 3.0)))
+    shares, ratios = boxes[:, 2] * boxes[:, 3] / (400 * 500), boxes[:, 3] / boxes[:, 2]
+    np.testing.assert_allclose(
+        np.quantile(shares, [0, 0.25, 0.5, 0.75, 1]), [0.1, 0.15, 0.2, 0.25, 0.3], atol=0.01
+    )
+    np.testing.assert_allclose(np.quantile(ratios, [0, 0.5, 1]), [1, math.sqrt(3), 3], atol=0.05)
+
+
+def test_ten_patches_are_tried_before_the_largest_is_taken():
+    boxes = training_boxes(100, 100, count=3000, name="area", area=(0.5, 1.0), aspect=(1 / 3, 3.0))
+    # A share s fits with probability -log(s) / log(3), on average 2 * (0.5 - 0.5 * log(2)) / log(3).
+    fits = (1 - math.log(2)) / math.log(3)
+    assert boxes.count((0, 0, 100, 100)) / 3000 == pytest.approx((1 - fits) ** 10, abs=0.015)
 
 
 @pytest.mark.parametrize(

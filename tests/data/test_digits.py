@@ -20,6 +20,11 @@ def test_a_split_holds_its_own_examples_of_the_original(split, data_dir):
     assert ours == theirs
 
 
+def test_of_ten_the_fifth_and_the_tenth_are_test_examples_and_the_first_is_one_of_validation():
+    ten = ["validation", *3 * ["train"], "test", *4 * ["train"], "test"]
+    assert split_names(np.zeros(20, int)) == 2 * ten
+
+
 def test_splits_are_stratified():
     labels = load_digits().target
     names = np.array(split_names(labels))

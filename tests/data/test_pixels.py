@@ -86,6 +86,10 @@ def test_contrast_normalization_gives_mean_zero_and_the_norm_of_pylearn2():
     image = pixels_lib.contrast_normalized(IMAGE.astype(np.float32), np).reshape(23, -1)
     np.testing.assert_allclose(image.mean(axis=1), 0, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(image, axis=1), 55, rtol=1e-5)
+    # One mean and one norm of all channels: what is redder than the others stays so.
+    centred = IMAGE.reshape(23, -1) - IMAGE.mean(axis=(1, 2, 3))[:, None]
+    expected = 55 * centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    np.testing.assert_allclose(image, expected, atol=1e-4)
     # Brightness and contrast of an image are gone.
     other = pixels_lib.contrast_normalized(IMAGE.astype(np.float32) / 255 * 3 + 7, np)
     np.testing.assert_allclose(other.reshape(23, -1), image, atol=1e-4)

@@ -16,9 +16,10 @@ from tests.data import photos
 def test_slices_of_a_split_are_its_parts(data_dir):
     whole, labels, _ = splits.load_split("digits", "train", data_dir)
     head, head_labels, _ = splits.load_split("digits", "train[:90%]", data_dir)
-    tail, _, _ = splits.load_split("digits", "train[90%:]", data_dir)
+    tail, tail_labels, _ = splits.load_split("digits", "train[90%:]", data_dir)
     np.testing.assert_array_equal(np.concatenate([head, tail]), whole)
-    np.testing.assert_array_equal(head_labels, labels[: len(head)])
+    np.testing.assert_array_equal(np.concatenate([head_labels, tail_labels]), labels)
+    assert len(head) == 1131
 
 
 def test_images_are_resized_and_keep_their_range(data_dir):
@@ -213,6 +214,15 @@ def test_a_part_that_nothing_needs_can_be_left_out(data_dir):
     assert feed.fingerprint().keys() == {"train", "test"}
     config.data.splits.train = ""
     with pytest.raises(ValueError, match=r"data\.splits\.train = '' must name the examples to train on"):
+        feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
+
+
+@pytest.mark.parametrize("feed", feeds.FEEDS)
+def test_no_feed_trains_on_what_is_held_out(feed, data_dir):
+    config = tiny_config(data_dir)
+    config.data.feed = feed
+    config.data.splits.test = "train[:5]"
+    with pytest.raises(ValueError, match=r"data\.splits\.test = .* share 5 examples"):
         feeds.make_feed(**config.data, batch_size=24, eval_batch_size=24)
 
 

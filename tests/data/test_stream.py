@@ -100,6 +100,16 @@ def test_an_image_is_cropped_anew_in_every_epoch(feed_of):
     assert not set.intersection(*pictures(batches))
 
 
+def test_every_seed_step_and_position_crops_one_picture_in_another_way():
+    crop = common.get_config().data.crop
+    crop.name = "area"
+    records = [{"image": photos.encoded(0, "PNG"), "label": 0}] * 6
+    recipe = stream.Recipe(records, channels=3, image_size=16, border=0, crop=dict(**crop), max_damaged=0)
+    settings = dict(recipe=recipe, batch_size=6, position=np.arange(6))
+    batches = [stream.training_batch(step, seed=seed, **settings) for seed in (0, 1) for step in (0, 1, 2)]
+    assert len({image.tobytes() for batch in batches for image in batch["image"]}) == 2 * 3 * 6
+
+
 def test_processes_share_every_batch_in_contiguous_parts(feed_of):
     whole, parts = feed_of(), [feed_of(process=(index, 2)) for index in range(2)]
 
@@ -217,6 +227,11 @@ def test_a_fingerprint_tells_a_set_from_others_and_is_the_same_in_all_processes(
     assert spoilt["train"] == whole["train"]
     assert spoilt["test"][0] == 11
     assert spoilt["test"] != whole["test"]
+
+
+def test_a_fingerprint_tells_labels_apart():
+    one, other = ([{"image": b"the same", "label": label}] for label in (0, 1))
+    assert stream._fingerprint(one) != stream._fingerprint(other)
 
 
 def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatch, photos_dir):
