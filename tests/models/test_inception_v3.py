@@ -328,12 +328,36 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-def test_the_parts_of_a_module_stand_as_in_its_figure(kind):
+# The parts whose maps a module joins; None is what is pooled in a reduction.
+JOINED = {
+    Figure5Module: ["conv_1x1", "conv_5x5", "double2_3x3", "project_pool"],
+    Figure10Module: ["conv_3x3", "double2_3x3", None],
+    Figure6Module: ["conv_1x1", "conv_7x1", "double2_1x7", "project_pool"],
+    SecondReduction: ["conv_3x3", "conv_3x3_after_7x7", None],
+    Figure7Module: ["conv_1x1", "conv_1x3", "conv_3x1", "double2_1x3", "double2_3x1", "project_pool"],
+}
+
+
+def trace_module(kind):
     arguments = {"filters_pool": 1} if kind is Figure5Module else {}
     arguments |= {"filters": 1} if kind is Figure6Module else {}
     module, x = kind(**arguments, unit=ConvUnit), jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
-    assert sources(lambda: jax.eval_shape(module.init, jax.random.key(0), x)) == SOURCES[kind]
+    return jax.eval_shape(module.init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_the_parts_of_a_module_stand_as_in_its_figure(kind):
+    assert sources(lambda: trace_module(kind)) == SOURCES[kind]
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_a_module_joins_the_maps_of_all_its_branches(kind, monkeypatch):
+    joined, concatenate = [], jnp.concatenate
+    monkeypatch.setattr(
+        jnp, "concatenate", lambda maps, axis: joined.append(maps) or concatenate(maps, axis=axis)
+    )
+    givers = {id(y): path for path, (_, y) in inputs_and_outputs(lambda: trace_module(kind)).items()}
+    assert [givers.get(id(maps)) for maps in joined[-1]] == JOINED[kind]
 
 
 def test_the_parts_of_the_network_stand_as_in_the_table():

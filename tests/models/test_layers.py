@@ -25,6 +25,12 @@ def test_dropout_keeps_the_mean_and_zeroes_the_rate():
     assert abs(float((y == 0).mean()) - 0.3) < 0.01
 
 
+def test_dropout_drops_every_value_of_a_map_apart():
+    kept = np.asarray(drop(jnp.ones((4, 6, 7, 5)))) > 0
+    for axis in (1, 2, 3):
+        assert kept.std(axis=axis).mean() > 0.4
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan")])
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_refuses_a_rate_that_is_none(rate, train):
@@ -193,6 +199,23 @@ def test_batch_normalisation_of_channels_far_from_zero(mean):
     x = np.asarray(x, np.float64)
     expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
     np.testing.assert_allclose(found, expected, atol=5e-7 * mean**2)  # E[x^2] - E[x]^2 loses as much
+
+
+def test_batch_normalisation_of_channels_of_one_value_is_finite():
+    # E[x^2] - E[x]^2 is then zero but for rounding, which can make it negative.
+    x = jnp.broadcast_to(1_000 * drawn(0, 500), (7, 5, 5, 500))
+    ours = BatchNorm(use_running_average=False, epsilon=1e-5)
+    found, updated = jax.jit(functools.partial(ours.apply, mutable=["batch_stats"]))(
+        ours.init(jax.random.key(0), x), x
+    )
+    assert np.isfinite(found).all()
+    assert updated["batch_stats"]["var"].min() >= 0.9
+
+
+def test_batch_normalisation_starts_from_mean_0_and_variance_1_whatever_it_is_shown():
+    stats = BatchNorm(use_running_average=False, epsilon=1e-5).init(jax.random.key(0), 9 + drawn(0, 8, 6))
+    np.testing.assert_array_equal(stats["batch_stats"]["mean"], 0)
+    np.testing.assert_array_equal(stats["batch_stats"]["var"], 1)
 
 
 def test_a_conv_unit_starts_as_he_et_al_draw_it_cut_off_at_two_deviations():

@@ -112,6 +112,23 @@ def test_the_best_is_kept_by_those_who_come_later(tmp_path):
     assert names(directory) == ["6"]
 
 
+def test_an_error_of_zero_is_the_best_that_there_can_be(tmp_path):
+    save(tmp_path / "run", [1, 2, 3], keep_last=1, errors={1: 0.1, 2: 0.0, 3: 0.2})
+    assert names(tmp_path / "run") == ["2", "3"]
+    assert checkpoint.find(tmp_path / "run", "best") == 2
+
+
+def test_an_error_that_is_noted_later_counts_as_one_that_was_saved(tmp_path):
+    directory = tmp_path / "run"
+    save(directory, [1, 2], errors={1: 0.3})
+    checkpoints = Checkpoints(directory, 2)
+    checkpoints.note_error(2, 0.1)
+    checkpoints.close()
+    assert checkpoint.find(directory, "best") == 2
+    save(directory, [3, 4], keep_last=1, errors={4: 0.2})
+    assert names(directory) == ["2", "4"]
+
+
 def test_what_else_lies_there_does_no_harm(tmp_path):
     directory = tmp_path / "checkpoints"
     directory.mkdir()

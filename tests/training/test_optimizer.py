@@ -291,6 +291,15 @@ def test_each_parameter_has_the_rate_that_the_patterns_which_fit_it_make(name):
         assert (layers[layer][leaf] != LAYERS[layer][leaf]).all()
 
 
+def test_a_pattern_of_rates_fits_whole_names():
+    params = {"conv1": {"kernel": jnp.ones(2)}, "block": {"conv1": {"kernel": jnp.ones(2)}}}
+    settings = SGD | dict(momentum=0.0)
+    tx = make_optimizer(lambda _: 0.1, **settings, rate_patterns=("conv1/*",), rate_factors=(2.0,))
+    change, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(change["conv1"]["kernel"], -0.2, rtol=1e-6)
+    np.testing.assert_allclose(change["block"]["conv1"]["kernel"], -0.1, rtol=1e-6)
+
+
 def test_a_pattern_of_rates_that_fits_no_parameter_is_refused_with_those_that_there_are():
     tx = make_optimizer(lambda _: 0.1, **SGD, rate_patterns=("*/bias", "conv2/*"), rate_factors=(2.0, 2.0))
     with pytest.raises(

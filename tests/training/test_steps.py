@@ -66,6 +66,25 @@ def test_several_steps_in_one_call_are_the_same_steps():
     assert int(at_once.step) == 4
 
 
+def test_a_batch_on_several_devices_has_the_step_and_the_metrics_of_the_whole():
+    arrays, tx, state = problem()
+    train_steps = steps.make_train_steps(linear, tx, prepare, cross_entropy, AXIS)
+    results = []
+    for count in (1, 4):
+        settings = dict(in_axes=(None, None, 0), out_axes=None, devices=jax.devices()[:count])
+        batches = {"index": np.arange(12).reshape(count, 1, -1)}
+        results.append(jax.pmap(train_steps, AXIS, **settings)(state, arrays, batches))
+    (one, metrics), (other, other_metrics) = results
+    np.testing.assert_allclose(one.params["w"], other.params["w"], atol=1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, other_metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_every_seed_and_step_has_a_key_for_augmentation_and_another_for_dropout():
+    keys = [steps.step_keys(seed, step) for seed in (0, 1) for step in (0, 1, 2)]
+    assert len({key.tobytes() for pair in keys for key in np.asarray(jax.random.key_data(pair))}) == 12
+
+
 def adam_problem():
     """The problem with an optimizer that keeps counters, floats and a schedule."""
     arrays, _, state = problem()
