@@ -153,6 +153,15 @@ def test_only_errors_that_all_runs_have_are_compared(asking):
     assert "test/error" not in comparison.compare_study(asking)[0]
 
 
+def test_errors_of_all_splits_and_protocols_are_compared(asking):
+    further = {"validation/error": 0.1, "validation/ten_crop/top_5_error": 0.0, "validation/loss": 0.3}
+    for one in asking["runs"]:
+        if one["status"] == "finished":
+            one["metrics"] |= further
+    expected = ["train/error", "test/error", "validation/error", "validation/ten_crop/top_5_error"]
+    assert comparison.final_errors(asking) == expected
+
+
 @pytest.mark.parametrize("values", [[8], []])
 def test_of_fewer_than_two_values_there_is_nothing_to_compare(asking, values):
     asking["config"]["grid"][0] = ["model.depth", values]

@@ -311,14 +311,18 @@ def test_batches_are_those_of_the_next_steps_and_responses_of_training_images(da
     roles, eval_batches = [], program.feed.eval_batches
     monkeypatch.setattr(program.feed, "eval_batches", lambda role: roles.append(role) or eval_batches(role))
     monkeypatch.setattr(
-        layer_signals, "make_gradient_norms", lambda *_: lambda state, *_: jnp.float32(state.step)[None]
+        layer_signals, "make_gradient_norms", lambda *_: lambda state, *_: jnp.float32(state.step)[None] ** 2
     )
     monkeypatch.setattr(
-        layer_signals, "make_response_sums", lambda *_: lambda *given: given[2]["mask"][:3, None]
+        layer_signals,
+        "make_response_sums",
+        lambda *_: lambda *given: jnp.float32(given[2]["index"][0]) ** jnp.arange(3)[:, None],
     )
     look = layer_signals.make_measurement(program, num_batches=4)
     found = look(program.init_state(5).replace(step=jnp.int32(2)))
-    assert found["gradient_norms"] == [np.mean([2, 3, 4, 5])]
+    assert found["gradient_norms"] == [np.mean([4, 9, 16, 25])]
+    # Of one value in each batch, which is the number of its first example.
+    np.testing.assert_allclose(found["response_stds"], [np.std([0, 200, 400, 600])], rtol=1e-5)
     assert roles == ["train"]
 
 

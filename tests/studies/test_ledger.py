@@ -98,6 +98,10 @@ def test_a_shortened_training_says_so_and_is_set_beside_nothing():
     assert line["published %"] == line["difference"] == ""
     (line,) = table(large=record(outcome(0, 0.08), num_steps=32_000, batch_size=256))
     assert line["difference"] == "-0.75", "as many images in fewer steps are no less"
+    for num_steps, word in ((63_999, "shortened"), (67_000, ""), (68_000, "lengthened")):  # by 5 % at most
+        (line,) = table(near=record(outcome(0, 0.08), num_steps=num_steps))
+        assert (line["difference"] == "") == bool(word)
+        assert word in line["steps"]
 
 
 def test_a_training_from_another_ones_layers_says_so_and_is_set_beside_nothing():
@@ -129,6 +133,7 @@ def test_a_figure_from_memory_is_labelled(monkeypatch):
         {"environments": [CPU | {"commit": "b" * 40}]},
         {"environments": [GPUS]},
         {"optimizer": {"learning_rate": 0.2}},
+        {"evaluation": {"every_steps": 1_000, "protocol": "flip"}},
         {"num_steps": 2_000},
     ],
 )
@@ -142,6 +147,8 @@ def test_other_commits_machines_and_recipes_are_other_rows(changes):
     "changes",
     [
         {"seed": 7},
+        {"log_every_steps": 10},
+        {"evaluation": {"every_steps": 500, "protocol": "single"}},
         {"checkpoint": {"keep_last": 4}},
         {"data": DATA | {"data_dir": "/data"}},
     ],
@@ -163,6 +170,12 @@ def test_runs_say_in_which_of_the_environments_they_were():
         ("8.00", "cpu (2 threads)"),
         ("9.00", "2 x NVIDIA H100"),
     ]
+
+
+def test_a_run_that_went_on_with_other_code_is_a_row_of_its_own():
+    runs = [outcome(0, 0.08), outcome(1, 0.09, environments=[0, 1])]
+    lines = table(depth=record(*runs, environments=[CPU, CPU | {"commit": "b" * 40}]))
+    assert [line["%"] for line in lines] == ["8.00", "9.00"]
 
 
 def test_a_row_tells_where_numbers_of_threads_differ():
@@ -199,11 +212,49 @@ def test_an_error_of_the_papers_protocol_goes_first():
     )
 
 
+def test_an_error_of_the_test_set_goes_before_all_of_the_validation():
+    metrics = {"validation/error": 0.1, "validation/ten_crop/error": 0.2, "test/error": 0.3}
+    (line,) = table(
+        depth=record(outcome(0, 0, metrics=metrics), evaluation={"every_steps": 1, "protocol": "ten_crop"})
+    )
+    assert (line["error"], line["%"]) == ("test", "30.00")
+    del metrics["test/error"]
+    (line,) = table(
+        depth=record(outcome(0, 0, metrics=metrics), evaluation={"every_steps": 1, "protocol": "ten_crop"})
+    )
+    assert (line["error"], line["%"]) == ("validation, ten_crop", "20.00")
+
+
 def test_every_key_of_a_published_figure_is_one_of_a_config():
     base = json.loads(depth_digits.get_config().base.to_json())
     keys = {key for one in ledger.PUBLISHED for key in one.where}
     keys -= {"model.variant", "model.batch_norm"}  # of other networks
     assert [key for key in keys if plan.lookup(base, key) is None] == []
+
+
+def test_residual_nets_for_cifar_10_have_the_errors_of_table_6():
+    for depth, error in {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.61, 1202: 7.93}.items():
+        model = {"name": "resnet_cifar", "depth": depth, "plain": False, "shortcut": "A"}
+        assert ledger.counterpart({"model": model, "data": DATA}, "test/error").error == error
+        assert ledger.counterpart({"model": model, "data": DATA}, "validation/error") is None
+
+
+@pytest.mark.parametrize(
+    ("plain", "shortcut", "errors"),
+    [
+        (True, "A", {18: 27.94, 34: 28.54}),
+        (False, "A", {18: 27.88, 34: 25.03}),
+        (False, "B", {34: 24.52, 50: 22.85, 101: 21.75, 152: 21.43}),
+        (False, "C", {34: 24.19}),
+    ],
+)
+def test_nets_for_imagenet_have_the_errors_of_tables_2_and_3(plain, shortcut, errors):
+    for depth, error in errors.items():
+        model = {"name": "resnet", "depth": depth, "plain": plain, "shortcut": shortcut}
+        config = {"model": model, "data": {"name": "imagenet2012"}}
+        # Papers report on ImageNet's validation images.
+        for split in ("test", "validation"):
+            assert ledger.counterpart(config, f"{split}/ten_crop/error").error == error
 
 
 def test_no_two_published_figures_are_of_the_same_runs():
@@ -288,3 +339,12 @@ def test_distorted_images_are_not_set_beside_the_paper_without_distortions():
     assert ledger.counterpart({"model": model, "data": where}, "test/error").error == 0.95
     where["augment"]["shear"] = 0.1
     assert ledger.counterpart({"model": model, "data": where}, "test/error") is None
+
+
+def test_a_key_that_a_record_lacks_counts_as_zero():
+    lenet = {"model": {"name": "lenet5_1998"}, "data": {"name": "mnist"}}
+    assert ledger.counterpart(lenet, "test/error").error == 0.95, "without distortions"
+    model = {"name": "resnet_cifar", "depth": 20, "plain": False, "shortcut": "A"}
+    for augment in ({"flip": True, "pad": 4}, {"flip": True}, {"pad": 4}):
+        found = ledger.counterpart({"model": model, "data": DATA | {"augment": augment}}, "test/error")
+        assert (found is not None) == (len(augment) == 2)

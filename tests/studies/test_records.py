@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from cnn_cases.studies import plan, records
 
 
@@ -56,6 +58,18 @@ def test_runs_of_one_point_with_other_data_are_told_apart(mixed):
     assert list(records.split_by_code(mixed)) == [""]
 
 
+def test_a_run_that_went_on_with_other_data_is_told_apart(mixed):
+    first, second = mixed["environments"]
+    second["commit"] = first["commit"]
+    first["data"], second["data"] = {"train": [9, 7]}, {"train": [9, 8]}
+    for run in mixed["runs"]:
+        run["environments"] = [0]
+    assert list(records.split_by_code(mixed)) == [""]
+    mixed["runs"][0]["environments"] = [0, 1]
+    gone_on, others = records.split_by_code(mixed).values()
+    assert (gone_on["runs"], others["runs"]) == (mixed["runs"][:1], mixed["runs"][1:])
+
+
 def test_a_directory_without_git_is_a_code(mixed):
     mixed["environments"][1]["commit"] = None
     assert list(records.split_by_code(mixed)) == ["aaaaaaa", "no commit"]
@@ -102,3 +116,14 @@ def test_a_record_reads_back_with_tuples(record, tmp_path):
     read = records.read(path)
     assert plan.values_of(read["config"], "profile_steps") == ((1, 2), (3, 4))
     assert set(records.group_by_point(read)) == {((1, 2),)}
+
+
+def test_a_point_and_a_seed_run_once_by_each_code(mixed, tmp_path):
+    path = tmp_path / "record.json"
+    again = mixed["runs"][0] | {"environments": [1]}
+    path.write_text(json.dumps(mixed | {"runs": [*mixed["runs"], again]}))
+    assert len(records.read(path)["runs"]) == len(mixed["runs"]) + 1
+    again["environments"] = mixed["runs"][0]["environments"]
+    path.write_text(json.dumps(mixed | {"runs": [*mixed["runs"], again]}))
+    with pytest.raises(ValueError, match=r"runs\[\d+\] is a duplicate, of the same code and with seed 0"):
+        records.read(path)
