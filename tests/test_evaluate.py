@@ -104,6 +104,19 @@ def test_files_lie_in_the_workdir_and_agree_with_each_other(trained, tmp_path):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "4", "8"]
 
 
+def test_a_report_is_of_the_examples_of_its_split_and_the_five_likeliest_classes_of_each(
+    trained, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(evaluate, "write_report", lambda *arguments: given.append(arguments))
+    metrics, _ = evaluate.evaluate_checkpoint(trained, split="validation", out=tmp_path)
+    ((*_, probabilities, label, examples),) = given
+    assert [one for _, one in examples] == label.tolist()
+    five = np.argsort(-probabilities, axis=1)[:, :5]
+    assert metrics["top_5_accuracy"] == pytest.approx((five == label[:, None]).any(axis=1).mean())
+    assert metrics["top_5_accuracy"] > metrics["accuracy"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -498,6 +511,41 @@ def test_the_confusion_matrix_is_true_by_predicted():
         ["a", "1", "2", "0"],
         ["b,c", "0", "0", "0"],
         ["d", "0", "0", "1"],
+    ]
+
+
+def test_the_confusion_figure_has_the_shares_of_each_true_class_in_its_row():
+    axis = evaluate.draw_confusion(np.array([[3, 1], [0, 4]]), ["cat", "dog"], "").axes[0]
+    np.testing.assert_allclose(axis.images[0].get_array(), [[0.75, 0.25], [0, 1]])
+    places = {text.get_position(): text.get_text() for text in axis.texts}  # column and row
+    assert places == {(0, 0): "3", (1, 0): "1", (1, 1): "4"}
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_a_mistake_is_shown_with_its_true_and_its_predicted_class_and_the_latters_probability(
+    tmp_path, monkeypatch
+):
+    sheets, draw_mistakes = [], evaluate.draw_mistakes
+    monkeypatch.setattr(
+        evaluate, "draw_mistakes", lambda *given: sheets.append(given) or draw_mistakes(*given)
+    )
+    probabilities = np.array(
+        [[0.9, 0.0, 0.1], [0.25, 0.0, 0.75], [0.0, 1.0, 0.0], [0.5, 0.3, 0.2], [0.6, 0.4, 0.0]]
+    )
+    label = np.array([0, 0, 2, 0, 0])
+    examples = [(np.full((2, 2, 1), 10 * number, np.uint8), one) for number, one in enumerate(label)]
+    metrics = {"examples_of": "pets test", "step": 7, "protocol": "single"}
+    evaluate.write_report(tmp_path, metrics, ["cat", "dog", "owl"], probabilities, label, examples)
+    ((mistakes, title),) = sheets
+    assert [(image[0, 0, 0], *rest) for image, *rest in mistakes] == [
+        (20, "owl", "dog", 1.0),
+        (10, "cat", "owl", 0.75),
+    ]
+    assert title == "pets test, step 7, single: 2 of 5 are wrong"
+    assert (tmp_path / "confusion.csv").read_text().splitlines()[1:] == [
+        "cat,3,0,1",
+        "dog,0,0,0",
+        "owl,0,1,0",
     ]
 
 

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,20 @@ def test_files_that_are_no_images_keep_no_other_from_its_answer(run, tmp_path):
     assert re.fullmatch(rf"{image}: (\d \(\d+\.\d%\)(, )?){{3}}\n", done.stdout)
     for path in (text, "nowhere.png"):
         assert f"{path} cannot be read as an image" in done.stderr
+
+
+def test_the_command_prints_as_many_classes_as_asked_for_of_the_step_and_the_protocol(
+    run, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "one.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16), np.uint8)).save(path)
+    given = SimpleNamespace(workdir=run[0], step="8", protocol="ten_crop", top=4)
+    monkeypatch.setattr(predict.flags, "FLAGS", given)
+    predict.main([path])
+    (chances,) = predict.load(run[0], 8)([predict.read_image(path, 1)], "ten_crop")
+    best = sorted(range(10), key=lambda digit: -chances[digit])[:4]
+    expected = ", ".join(f"{digit} ({chances[digit]:.1%})" for digit in best)
+    assert capsys.readouterr().out == f"{path}: {expected}\n"
 
 
 def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):

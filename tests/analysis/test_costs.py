@@ -710,6 +710,10 @@ def test_a_config_s_own_image_size_counts_before_its_data_set_s(tmp_path):
     assert report.layers == costs.count(model, (48, 48, 3))
 
 
+def test_a_number_of_classes_that_is_given_counts_before_the_data_set_s():
+    assert costs.analyse("configs/lenet5_digits.py", num_classes=7).layers[-1].output == (7,)
+
+
 def test_a_version_in_a_data_set_s_name_is_no_other_data_set(tmp_path):
     config = write_config(tmp_path / "c.py", "config.data.name = 'cifar100:3.0.2'")
     assert costs.analyse(str(config)).image_shape == (32, 32, 3)
