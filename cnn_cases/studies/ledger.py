@@ -305,9 +305,9 @@ def hardware(environments):
 
 
 def dates(runs):
-    """`2026-11-26`, the day on which the runs ended, or the first and the last."""
-    days = [run["date"] for run in runs]
-    return " to ".join(dict.fromkeys((min(days), max(days))))
+    """`2026-11-26`, the day on which the runs ended, or the first and the last; empty if none is recorded."""
+    days = sorted({run["date"] for run in runs if "date" in run})
+    return " to ".join(dict.fromkeys(days[:1] + days[-1:]))
 
 
 TITLES = (

@@ -1,4 +1,4 @@
-"""The record of a study: how it is read, and how its runs are told apart and grouped.
+"""The record of a study: how it is read and checked, and how its runs are told apart and grouped.
 
 A record is a dict that JSON can hold, made by `sweep.make_record`:
 
@@ -14,7 +14,9 @@ Errors are fractions.
 
 import collections
 import json
+import math
 import pathlib
+import reprlib
 import zlib
 
 from cnn_cases import settings
@@ -24,11 +26,8 @@ from cnn_cases.studies import plan
 def read(path):
     """The record in a JSON file; None if the file holds something else.
 
-    A part that a record lacks is an error only where it is used: `sweep.make_record` leaves none out.
-
     Raises:
-      ValueError: the file is not JSON, its config is not that of a study, or a run is recorded twice, which
-        joining two records can bring about and no figure would show.
+      ValueError: the file is not JSON, or is a record with a missing or impossible part.
     """
     try:
         record = json.loads(pathlib.Path(path).read_text())
@@ -36,10 +35,13 @@ def read(path):
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not (isinstance(record, dict) and {"config", "environments", "runs"} <= record.keys()):
         return None
+    if not (isinstance(record["config"], dict) and settings.is_study(record["config"])):
+        return None
     try:
         # JSON turns tuples among the grid's values into lists, but points are looked up by these values.
         study = settings.from_json(record["config"])
         plan.check(study)
+        _check_parts(record, study)
         runs = [
             run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]
         ]
@@ -50,10 +52,35 @@ def read(path):
     return record
 
 
+def _check_parts(record, study):
+    """Raises ValueError unless the parts of a record, and of its study's base, are present."""
+    keys = {"seed", "status", "step", "curves", "environments", *(key for key, _ in study["grid"])}
+    parts = {"environments": {"commit", "versions", "devices", "cpus"}, "runs": keys}
+    for part, needed in parts.items():
+        if not (isinstance(record[part], list) and record[part]):
+            raise ValueError(f"{part} = {record[part]!r} must be a list, and must not be empty")
+        for number, one in enumerate(record[part]):
+            if not isinstance(one, dict):
+                raise ValueError(f"{part}[{number}] = {one!r} must have keys")
+            own = {"metrics"} if one.get("status") == "finished" else set()
+            missing = sorted((needed | own) - one.keys())
+            if missing:
+                raise ValueError(f"{part}[{number}] has no {missing[0]}")
+    for number, environment in enumerate(record["environments"]):
+        for key, is_possible, allowed in _OF_AN_ENVIRONMENT:
+            if not is_possible(environment[key]):
+                raise ValueError(f"environments[{number}]: {key} = {environment[key]!r} must be {allowed}")
+    for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
+        if plan.lookup(study["base"], key) is None:
+            raise ValueError(f"config: base has no {key}")
+
+
 def _check_runs(record):
-    """Raises ValueError if a run is recorded twice."""
+    """Raises ValueError if a run has an impossible value or is recorded twice."""
     seen = set()
     for number, run in enumerate(record["runs"]):
+        for key, value, allowed in _wrong(record, run):
+            raise ValueError(f"runs[{number}]: {key} = {reprlib.repr(value)} must be {allowed}")
         starts = (record["environments"][start] for start in run["environments"])
         codes = frozenset((code_of(start), data_of(start)) for start in starts)
         identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], codes)
@@ -62,6 +89,64 @@ def _check_runs(record):
                 f"runs[{number}] is a duplicate, of the same code and with seed {run['seed']}; remove one"
             )
         seen.add(identity)
+
+
+def _wrong(record, run):
+    """Yields the errors of a run: a key, its value, and what would be allowed."""
+    study, numbers = record["config"], range(len(record["environments"]))
+    if run["status"] not in ("finished", "diverged"):
+        yield "status", run["status"], "'finished' or 'diverged'"
+    for key, values in (*study["grid"], ("seed", study["seeds"])):
+        if run[key] not in values:
+            yield key, run[key], f"one of {', '.join(map(repr, values))}"
+    if not _is_number(run["step"]):
+        yield "step", run["step"], "a number"
+    if not isinstance(run.get("date", ""), str):
+        yield "date", run["date"], "a text"
+    starts = run["environments"]
+    if not (isinstance(starts, list) and starts and all(start in numbers for start in starts)):
+        yield "environments", starts, f"numbers of environments, which are below {len(numbers)}"
+    figures = [("curves", _is_curve, "pairs of a step and a finite number")]
+    if run["status"] == "finished":
+        figures.append(("metrics", _is_number, "a finite number"))
+    for part, is_possible, allowed in figures:
+        if not isinstance(run[part], dict):
+            yield part, run[part], "named figures"
+        for name, value in run[part].items():
+            if not is_possible(value):
+                yield f"{part}: {name}", value, allowed
+
+
+def _is_curve(value):
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in value
+    )
+
+
+def _is_number(value):
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer that is too large for a float
+        return False
+
+
+def _are_texts(values):
+    return all(isinstance(value, str) for value in values)
+
+
+_OF_AN_ENVIRONMENT = (
+    ("commit", lambda value: value is None or isinstance(value, str), "a text or null"),
+    (
+        "versions",
+        # A package that another one stands in for has no version.
+        lambda value: (
+            isinstance(value, dict) and _are_texts(one for one in value.values() if one is not None)
+        ),
+        "names of packages with their versions",
+    ),
+    ("devices", lambda value: isinstance(value, list) and _are_texts(value), "a list of texts"),
+    ("cpus", lambda value: isinstance(value, int), "a whole number"),
+)
 
 
 def code_of(environment):

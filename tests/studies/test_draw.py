@@ -1,6 +1,8 @@
 import csv
 import json
+import math
 import pathlib
+import reprlib
 
 import pytest
 
@@ -168,6 +170,17 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda record: record["runs"][1].pop("model.depth"), "runs[1] has no model.depth"),
+        (lambda record: record["runs"][0].pop("metrics"), "runs[0] has no metrics"),
+        (lambda record: record["runs"].clear(), "runs = [] must be a list, and must not be empty"),
+        (
+            lambda record: record.update(environments=None),
+            "environments = None must be a list, and must not be empty",
+        ),
+        (lambda record: record["runs"].append(7), "runs[8] = 7 must have keys"),
+        (lambda record: record["environments"][0].clear(), "environments[0] has no commit"),
+        (lambda record: record["environments"][0].pop("cpus"), "environments[0] has no cpus"),
+        (lambda record: record["config"]["base"].pop("data"), "config: base has no data.name"),
         (
             lambda record: record["config"].update(grid=[["model.depth"]]),
             "grid = (('model.depth',),) must be pairs of a key and the values it takes, all of them tuples, "
@@ -178,8 +191,47 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
             "seeds = 2 must be a tuple of whole numbers, as in (0, 1, 2)",
         ),
         (
+            lambda record: record["runs"][1].update(status="running"),
+            "runs[1]: status = 'running' must be 'finished' or 'diverged'",
+        ),
+        (lambda record: record["runs"][1].update(seed=5), "runs[1]: seed = 5 must be one of 0, 1"),
+        (
+            lambda record: record["runs"][2].update({"model.depth": 14}),
+            "runs[2]: model.depth = 14 must be one of 8, 20",
+        ),
+        (
+            lambda record: record["runs"][0].update(environments=[1]),
+            "runs[0]: environments = [1] must be numbers of environments, which are below 1",
+        ),
+        (
+            lambda record: record["runs"][0]["metrics"].update({"test/error": math.nan}),
+            "runs[0]: metrics: test/error = nan must be a finite number",
+        ),
+        (
+            lambda record: record["runs"][0]["metrics"].update({"test/error": "0.1"}),
+            "runs[0]: metrics: test/error = '0.1' must be a finite number",
+        ),
+        (
+            lambda record: record["runs"][0]["curves"].update({"test/error": [[10, None]]}),
+            "runs[0]: curves: test/error = [[10, None]] must be pairs of a step and a finite number",
+        ),
+        (lambda record: record["runs"][0].update(curves=[]), "runs[0]: curves = [] must be named figures"),
+        (
             lambda record: record["runs"].append(record["runs"][3]),
             "runs[8] is a duplicate, of the same code and with seed 1; remove one",
+        ),
+        (
+            lambda record: record["environments"][0].update(versions=[]),
+            "environments[0]: versions = [] must be names of packages with their versions",
+        ),
+        (
+            lambda record: record["environments"][0].update(devices=-1),
+            "environments[0]: devices = -1 must be a list of texts",
+        ),
+        (lambda record: record["runs"][0].update(date=20261128), "runs[0]: date = 20261128 must be a text"),
+        (
+            lambda record: record["runs"][0]["metrics"].update({"test/error": 10**400}),
+            f"runs[0]: metrics: test/error = {reprlib.repr(10**400)} must be a finite number",
         ),
     ],
 )

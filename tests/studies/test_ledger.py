@@ -71,6 +71,10 @@ def test_dates_are_those_of_the_ends_of_the_runs():
     runs = [outcome(seed, 0.08, date=f"2026-11-{day}") for seed, day in enumerate((27, 25, 26))]
     (line,) = table(depth=record(*runs))
     assert line["date"] == "2026-11-25 to 2026-11-27"
+    for run in runs:
+        del run["date"]
+    (line,) = table(depth=record(*runs))
+    assert line["date"] == ""
 
 
 def test_each_point_of_a_grid_has_its_own_row_and_paper():

@@ -106,7 +106,7 @@ def test_points_are_named_by_their_values(record):
     assert records.names_of_points(record, without="model.plain")[20, False] == "depth 20"
 
 
-def test_a_record_reads_back_with_tuples(record, tmp_path):
+def test_a_record_reads_back_with_tuples_and_one_without_metrics_is_refused(record, tmp_path):
     path = tmp_path / "record.json"
     record["config"]["grid"] = [["profile_steps", [[1, 2], [3, 4]]]]
     record["runs"] = record["runs"][2:4]  # of both seeds
@@ -116,6 +116,10 @@ def test_a_record_reads_back_with_tuples(record, tmp_path):
     read = records.read(path)
     assert plan.values_of(read["config"], "profile_steps") == ((1, 2), (3, 4))
     assert set(records.group_by_point(read)) == {((1, 2),)}
+    del record["runs"][1]["metrics"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"runs\[1\] has no metrics"):
+        records.read(path)
 
 
 def test_a_point_and_a_seed_run_once_by_each_code(mixed, tmp_path):
