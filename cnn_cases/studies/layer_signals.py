@@ -139,14 +139,16 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
         raise ValueError(f"num_batches = {num_batches} must be 1 or more")
     study = saved_runs.load_study(workdir, data_dir)
     depth_curves.check(study)
-    if "scan_blocks" in study.base.model and study.base.model.scan_blocks:
-        raise ValueError(
-            f"{workdir}: model.scan_blocks = True stacks the layers of a stage; a study with False is needed"
-        )
     runs_dir = pathlib.Path(workdir) / "runs"
     runs = [run for run in plan.expand(study) if (runs_dir / run.name).exists()]
     if not runs:
         raise ValueError(f"workdir = {workdir} holds no runs of a study; start the study first")
+    for run in runs:
+        if "scan_blocks" in run.config.model and run.config.model.scan_blocks:
+            raise ValueError(
+                f"{run.name}: model.scan_blocks = True stacks the layers of a stage; "
+                "a study with False is needed"
+            )
     batch_sizes = {run.config.batch_size: run.name for run in runs}
     if len(batch_sizes) > 1:
         told = "; ".join(f"batch_size = {size} in {name}" for size, name in batch_sizes.items())

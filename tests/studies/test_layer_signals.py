@@ -272,14 +272,18 @@ def test_a_study_that_cannot_be_measured_is_refused(data_dir, tmp_path, config):
     other = study.copy_and_resolve_references()
     other.grid = (("model.plain", (True, False)), ("optimizer.learning_rate", (1.0, 2.0)))
     refuse(other, r"a depth study needs values of model\.depth, and True and False for model\.plain")
-    other = study.copy_and_resolve_references()
-    with other.unlocked():
-        other.base.model.scan_blocks = True
-    refuse(other, r"model\.scan_blocks = True stacks the layers of a stage")
-    with study.unlocked():
-        study.adjust = ((("model.plain", False), (("batch_size", 1257),)),)
     for plain in (True, False):
         (tmp_path / f"runs/depth-8_plain-{plain}_seed-0").mkdir(parents=True)
+    other = study.copy_and_resolve_references()
+    with other.unlocked():
+        other.adjust = ((("model.plain", False), (("model.scan_blocks", True),)),)
+    refuse(other, r"depth-8_plain-False_seed-0: model\.scan_blocks = True stacks the layers of a stage")
+    with other.unlocked():
+        del other.adjust
+        other.base.model.scan_blocks = True
+    refuse(other, r"depth-8_plain-True_seed-0: model\.scan_blocks = True stacks the layers of a stage")
+    with study.unlocked():
+        study.adjust = ((("model.plain", False), (("batch_size", 1257),)),)
     refuse(
         study,
         r"at one batch size only; these differ: batch_size = 24 in depth-8_plain-True_seed-0; "
