@@ -173,13 +173,11 @@ def _submit(run_dir, folder, cluster):
         slurm_srun_args=[f"--cpus-per-task={cpus}"] if cpus else None,
     )
     # A local job inherits the mask, so like a Slurm job it survives Ctrl-C and the end of the terminal.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        job = executor.submit(Training(), str(run_dir))
-    except submitit_utils.FailedJobError as error:
-        raise ValueError(f"{run_dir.name} could not be submitted: {str(error).strip()}") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with stopping.blocked(signal.SIGINT, signal.SIGHUP):
+        try:
+            job = executor.submit(Training(), str(run_dir))
+        except submitit_utils.FailedJobError as error:
+            raise ValueError(f"{run_dir.name} could not be submitted: {str(error).strip()}") from error
     _submitted.append(job)
     return job.paths
 

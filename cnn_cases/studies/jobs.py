@@ -84,14 +84,13 @@ def run_side_by_side(groups, workdir, num_jobs):
     arguments = (workdir, _threads_each(num_jobs), num_jobs)
     workers = {}  # by pipe, one each: a worker that is killed while sending does not block the rest
     with stopping.stop_signals() as stop:
-        # Workers inherit this: Ctrl-C in a terminal also reaches those that have not come to `setpgrp` yet.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for index in range(num_jobs):
-            news, telling = context.Pipe(duplex=False)
-            workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
-            workers[news].start()
-            telling.close()  # in this process, so that the pipe closes when the worker ends
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        # Ctrl-C in a terminal also reaches the workers that have not come to `setpgrp` yet.
+        with stopping.blocked(signal.SIGINT):
+            for index in range(num_jobs):
+                news, telling = context.Pipe(duplex=False)
+                workers[news] = context.Process(target=_work, args=(todo, telling, index, *arguments))
+                workers[news].start()
+                telling.close()  # in this process, so that the pipe closes when the worker ends
         try:
             yield from _collect(workers, stop)
         finally:

@@ -21,6 +21,16 @@ class InterruptedRun(BaseException):
 
 
 @contextlib.contextmanager
+def blocked(*signals):
+    """Blocks signals: those that arrive wait until the end. Processes started inside keep them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def stop_signals():
     """Records SIGTERM, SIGINT or SIGUSR2 (a scheduler's warning) instead of ending the process.
 

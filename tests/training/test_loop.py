@@ -163,6 +163,21 @@ def test_a_signal_counts_once_and_a_later_one_acts_as_ever(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_blocked_signals_are_those_of_before_even_after_an_error():
+    def mask():
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def fail():
+        assert mask() == {signal.SIGINT, signal.SIGUSR2}
+        raise OSError("no process")
+
+    with stopping.blocked(signal.SIGUSR2):
+        with pytest.raises(OSError, match="no process"), stopping.blocked(signal.SIGINT, signal.SIGUSR2):
+            fail()
+        assert mask() == {signal.SIGUSR2}
+    assert not mask()
+
+
 @pytest.mark.parametrize("step", [4, 8, 12])
 def test_a_signal_during_an_evaluation_ends_it_and_changes_nothing(step, config, tmp_path, program, unbroken):
     evaluated = []
