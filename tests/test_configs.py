@@ -68,6 +68,17 @@ def test_a_study_names_its_runs_apart(name):
 
 
 @pytest.mark.parametrize("name", TRAINING)
+def test_every_config_can_be_run_in_both_dtypes(name):
+    study = importlib.import_module("configs.studies.dtypes").get_config(name)
+    runs = plan.expand(study)
+    assert [run.config.dtype for run in runs] == ["float32"] * 5 + ["bfloat16"] * 5
+    for run in runs:
+        expected = load(name)
+        expected.update(dtype=run.config.dtype, seed=run.config.seed)
+        assert run.config == expected
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_every_config_can_be_run_with_several_seeds(name):
     study = importlib.import_module("configs.studies.seeds").get_config(name)
     assert study.base == load(name)
@@ -81,9 +92,7 @@ def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
         "validation": "",
         "test": "test",
     }
-    with pytest.raises(
-        ValueError, match=r"seeds\.py:resnet: name a config after the colon, one of alexnet_digits"
-    ):
+    with pytest.raises(ValueError, match="'resnet' is no config; name one after the colon: alexnet_digits, "):
         get_config("resnet")
 
 
