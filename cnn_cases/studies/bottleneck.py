@@ -236,7 +236,9 @@ def main(arguments=None):
         "--batch_size", type=parsing.positive_number, default=32, help="images; default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    runtime.choose_cpu_flags()  # as a training run does
+    # As a training run does.
+    runtime.choose_cpu_flags()
+    runtime.keep_memory()
     with parsing.one_message():
         record = measure(options.batch_size)
         write_report(record, options.workdir)
