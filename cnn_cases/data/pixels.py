@@ -20,7 +20,9 @@ NORMALIZATIONS = (
     "imagenet",
     "gcn_zca",
 )
-# Of the channels of ImageNet's training images in [0, 1] (from fb.resnet.torch, datasets/imagenet.lua).
+# Of the channels of ImageNet's training images in [0, 1] (from fb.resnet.torch, datasets/imagenet.lua). These
+# are the usual constants; over all pixels the deviations are larger, 0.284, 0.276 and 0.290 according to
+# `augment.IMAGENET_BASIS`, so the network's inputs have a standard deviation of about 1.25.
 IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
 IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
 # The norm of an image, and the constant added to the variances, in pylearn2, with which Goodfellow et al.

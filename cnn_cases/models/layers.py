@@ -29,7 +29,7 @@ class BatchNorm(nn.Module):
     Attributes:
       use_running_average: normalise by the running statistics, as in evaluation.
       epsilon: added to the variance.
-      momentum: fraction of the running statistics that each step keeps.
+      momentum: fraction of the running statistics that each step, or each microbatch of one, keeps.
       dtype: type of the result; statistics and arithmetic are float32.
       axis_name: the pmap axis over which the statistics are taken, None for this device's batch alone.
       scale_init: initialiser of the scale.
