@@ -40,7 +40,7 @@ def get_config():
     config.data.splits.validation = "validation"
     config.data.splits.test = "test"
     # Height and width, in pixels, to which images (or a stream's crops) are resized; 0: not resized.
-    # A resident feed smooths what it shrinks, a stream only beyond a factor of 2, so their pixels differ then.
+    # A resident feed smooths what it shrinks, a stream only beyond a factor of 2, so their pixels differ.
     config.data.image_size = 0
     config.data.border = 0  # zero pixels then added to every side
     config.data.crop = ConfigDict()  # the part of an image that the network sees
