@@ -17,7 +17,7 @@ from cnn_cases import checks, settings
 from cnn_cases.data import inputs
 from cnn_cases.data.feeds import class_names, make_feed
 from cnn_cases.data.views import make_views
-from cnn_cases.models import make_model
+from cnn_cases.models import layers, make_model
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import predictions, processes, steps, transfer
 from cnn_cases.training.logbook import is_watched
@@ -248,8 +248,9 @@ def _check_devices_together(program, state, what, num_devices):
     with nn.intercept_methods(note):
         program.shapes_of_state()
     remedy = "or set sync_batch_norm = False"
+    alone = [module for module in modules if getattr(module, "axis_name", "none of its own") is None]
     if (state.batch_stats and not hasattr(program.model, "axis_name")) or any(
-        isinstance(module, nn.BatchNorm) and module.axis_name is None for module in modules
+        isinstance(module, nn.BatchNorm | layers.BatchNorm) for module in alone
     ):
         raise ValueError(
             f"{what} would compute separate batch statistics on each of the {num_devices} devices; "
@@ -259,6 +260,11 @@ def _check_devices_together(program, state, what, num_devices):
         raise ValueError(
             f"{what} uses Flax's Dropout, which would draw the same mask on each of the {num_devices} "
             f"devices; give it a field axis_name, and pass that to layers.Dropout instead, {remedy}"
+        )
+    if any(isinstance(module, layers.Dropout) and module.rate for module in alone):
+        raise ValueError(
+            f"{what} would draw the same dropout mask on each of the {num_devices} devices; "
+            f"give it a field axis_name, and pass that to layers.Dropout, {remedy}"
         )
 
 

@@ -19,6 +19,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnn_cases import models
+from cnn_cases.models import layers
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, stopping
 from configs import resnet_digits
 from tests.conftest import example_of_step, interrupt, poisoned, stop_after, tiny_config
@@ -462,6 +463,41 @@ def test_dropout_that_is_the_same_on_all_devices_is_refused(num_devices, togethe
     with pytest.raises(
         ValueError, match=r"'own' uses Flax's Dropout, which would draw the same mask on each of"
     ):
+        programs.check_program(program, config)
+
+
+class ForgetsToPassOn(nn.Module):
+    """A network that has a field axis_name and does not pass it to one of its layers."""
+
+    num_classes: int
+    forgotten: str
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, image, train):
+        known = {layer: None if layer == self.forgotten else self.axis_name for layer in ("norm", "dropout")}
+        norm = layers.batch_norm(train=train, epsilon=1e-5, dtype=self.dtype, axis_name=known["norm"])
+        x = layers.Dropout(0.5, known["dropout"])(norm()(image), train)
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(("num_devices", "together"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(
+    ("forgotten", "reason"),
+    [("norm", "separate batch statistics"), ("dropout", "the same dropout mask"), ("", None)],
+)
+def test_an_axis_that_a_network_does_not_pass_on_is_missed(
+    forgotten, reason, num_devices, together, config, monkeypatch
+):
+    monkeypatch.setitem(models.MODELS, "own", ForgetsToPassOn)
+    config.model = {"name": "own", "forgotten": forgotten}
+    config.sync_batch_norm = together
+    program = programs.make_program(config, jax.devices()[:num_devices])
+    if num_devices == 1 or not (together and forgotten):
+        programs.check_program(program, config)
+        return
+    with pytest.raises(ValueError, match=rf"'own' would .* {reason} .* each of the 2 devices"):
         programs.check_program(program, config)
 
 
