@@ -201,3 +201,9 @@ def _square(height, width, image_size, shorter_side):
 
 def _place(rng, height, width, box_height, box_width):
     return int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
+
+
+def file_of(record):
+    """The name of the file that a record of a data set was made from; "" if the set does not hold it."""
+    names = [record[key] for key in ("file_name", "image/filename") if key in record]
+    return names[0].decode() if names else ""

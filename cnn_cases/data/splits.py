@@ -171,16 +171,31 @@ def _parts(builder, split, prefix=""):
 
 def _decode(builder, split, image_size=0):
     """Lists of a split's images, uint8 [H, W, C] of one shape, and labels; `image_size` 0: no resizing."""
-    name, images, labels = builder.info.name, [], []
+    images, labels = [], []
     for image, label in _examples(builder, split):
         images.append(resize(image, image_size, image_size) if image_size else image)
         labels.append(label)
         if images[-1].shape != images[0].shape:
-            one, other = ("x".join(map(str, shape)) for shape in (images[0].shape, image.shape))
-            raise ValueError(
-                f"the images of {name!r} differ in size ({one}, {other}); set data.image_size to resize them"
-            )
+            raise ValueError(_unlike(builder, images[0], images[-1] if image_size else image))
     return images, labels
+
+
+def _unlike(builder, one, other):
+    """Says why two images of a data set cannot be in one array, and what helps."""
+    declared, name = builder.info.features["image"].shape, builder.info.name
+    shapes = ["x".join(map(str, image.shape)) for image in (one, other)]
+    difference = f"the images of {name!r} differ in size ({', '.join(shapes)})"
+    if one.shape[-1] != other.shape[-1]:  # resizing keeps the channels
+        return (
+            f"the images of {name!r} differ in their channels ({', '.join(shapes)}), and its builder "
+            f"declares {declared[-1]}; with 3 all are read in colour, with 1 in grey"
+        )
+    if None not in declared:  # TFDS does not check it, and such a set is decoded before it is resized
+        return (
+            f"{difference}, but its builder declares {declared}; declare (None, None, {declared[-1]}) for "
+            "images of any size, and prepare the set again with a higher VERSION"
+        )
+    return f"{difference}; set data.image_size to resize them"
 
 
 def _examples(builder, split):
@@ -195,7 +210,8 @@ def _examples(builder, split):
             for number, example in enumerate(examples, start=first):
                 image = example["image"]
                 if encoded:
-                    image = _decoded(image, channels, f"example {number} of {builder.info.name!r}, {split!r}")
+                    what = f"example {number} of {builder.info.name!r}, {split!r}"
+                    image = _decoded(image, channels, what, decode.file_of(example))
                 yield image, example["label"]
     except (RuntimeError, OSError) as error:
         raise ValueError(
@@ -203,12 +219,13 @@ def _examples(builder, split):
         ) from error
 
 
-def _decoded(data, channels, what):
+def _decoded(data, channels, what, file):
     try:
         return decode.decode(data, channels)
     except ValueError as error:
+        reason = f"{file}: {error}" if file else error
         raise ValueError(
-            f"{what}, is damaged: {error}; data.feed = 'stream' can skip it (data.stream.max_damaged)"
+            f"{what}, is damaged: {reason}; data.feed = 'stream' can skip it (data.stream.max_damaged)"
         ) from error
 
 

@@ -291,9 +291,8 @@ def describe(recipe, index):
     """Describes a damaged record: its index in the split, its file if known, and what is wrong."""
     file = ""
     with contextlib.suppress(RuntimeError):
-        record = recipe.records[index]
-        names = [record[key] for key in ("file_name", "image/filename") if key in record]
-        file = "".join(f" ({name.decode()})" for name in names)
+        name = decode.file_of(recipe.records[index])
+        file = name and f" ({name})"
     try:
         read(recipe, index)
     except ValueError as error:

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import pickle
 import re
@@ -7,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from cnn_cases.data import decode, feeds, memory, sources, splits
 from tests.conftest import Bomb, tiny_config
@@ -251,6 +253,58 @@ def test_pictures_that_cannot_be_in_memory_are_named(photos_dir):
         ValueError, match=r"the images of 'tiny_photos' differ in size \(\d+x\d+x3, \d+x\d+x3\); "
     ):
         splits.load_split("tiny_photos", f"test[{bad + 1}:]+test[:{bad}]", photos_dir)
+
+
+def test_a_damaged_file_is_named_if_the_set_knows_it(photos_dir):
+    (bad,) = photos.damaged_indices(photos_dir, "test")
+    with pytest.raises(ValueError, match=rf"example {bad} of .*, 'test', is damaged: test_\d+\.jpg: "):
+        splits.load_split("tiny_photos", "test", photos_dir, image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "message"),
+    [
+        (
+            (8, 8, 3),
+            [(9, 7, 3), (5, 6, 3)],
+            r"in size .* builder declares \(8, 8, 3\); declare \(None, None, 3\)",
+        ),
+        (
+            (None, None, 4),
+            [(9, 7, 3), (9, 7, 4)],
+            r"differ in their channels .* declares 4; with 3 all are read",
+        ),
+        ((None, None, 3), [(9, 7, 3), (5, 6, 3)], r"differ in size .*; set data\.image_size to resize them"),
+    ],
+)
+def test_images_that_resizing_does_not_make_alike_are_told_from_others(shape, sizes, message, tmp_path):
+    class Unlike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Images of several shapes."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=shape),
+                "label": tfds.features.ClassLabel(num_classes=2),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number, size in enumerate(sizes):
+                file = io.BytesIO()
+                Image.fromarray(np.zeros(size, np.uint8)).save(file, "PNG")
+                yield number, {"image": file.getvalue(), "label": 0}
+
+    Unlike(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    # Resizing is not the remedy where it has already been asked for, or cannot help.
+    image_size = 0 if "image_size" in message else 16
+    with pytest.raises(ValueError, match=message):
+        splits.load_split("unlike", "train", str(tmp_path), image_size=image_size)
 
 
 def test_photographs_are_resized_as_they_are_read(photos_dir, monkeypatch):
