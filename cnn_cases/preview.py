@@ -13,6 +13,7 @@ import math
 import pathlib
 
 import jax
+import matplotlib
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
@@ -47,6 +48,10 @@ def training_images(config, step):
     augment_key, _ = steps.step_keys(config.seed, step - 1)
     image, label = jax.jit(feed.prepare)(feed.arrays, batch, augment_key)
     return np.clip(image, 0, 1), np.asarray(label)
+
+
+# A class may be called "5$". Between two dollars, Matplotlib would read a formula.
+matplotlib.rcParams["text.parse_math"] = False
 
 
 def draw_sheet(images, titles, heading):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.text import Text
 
 from cnn_cases import preview
 from cnn_cases.data.feeds import make_feed
@@ -46,6 +47,12 @@ def test_a_sheet_has_a_place_for_every_image_and_few_empty_ones(count, places):
     assert len(figure.axes) == places
     drawn = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in drawn] == [str(n) for n in range(count)]
+
+
+def test_a_class_may_be_called_by_what_it_costs(tmp_path):
+    sheet = preview.draw_sheet([np.zeros((4, 5, 3), np.uint8)], ["true $5\nsaid $\\100"], "$a$")
+    sheet.savefig(tmp_path / "sheet.svg")  # a formula would be drawn here, or refused
+    assert not any(text.get_parse_math() for text in sheet.findobj(Text))
 
 
 def test_a_step_before_the_first_is_refused(config):
