@@ -26,7 +26,12 @@ def load_config(workdir, data_dir=""):
     if not {"model", "data"} <= set(saved):
         raise ValueError(f"workdir = {workdir} holds no run of train.py: its config has no model and no data")
     config = ConfigDict(settings.from_json(settings.completed(saved)))
-    settings.check(config)
+    try:
+        settings.check(config)
+    except ValueError as error:  # changed by hand, or saved by code that has other keys
+        raise ValueError(
+            f"workdir = {workdir} has a config.json that does not fit this code: {error}"
+        ) from None
     config.data.data_dir = data_dir or config.data.data_dir
     return config
 

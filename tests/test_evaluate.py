@@ -128,8 +128,9 @@ def test_a_report_is_of_the_examples_of_its_split_and_the_five_likeliest_classes
 def test_a_config_that_was_changed_by_hand_is_refused_by_its_key(key, value, message, trained, tmp_path):
     config = json.loads((trained / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         saved_runs.load_config(tmp_path)
+    assert f"workdir = {tmp_path} has a config.json that does not fit this code" in str(refusal.value)
 
 
 def test_a_run_of_before_a_key_existed_and_on_other_devices_can_be_evaluated(trained, tmp_path):
