@@ -162,7 +162,9 @@ def _explained(error, arguments):
     if of_config:
         path, line = of_config[-1]
         return f"{path}, line {line}: {type(error).__name__}: {reason}"
-    given = [one for one in arguments if one.startswith("--config")]
+    # absl also takes the file as the argument after --config.
+    joined = "\0".join(arguments).replace("\0--config\0", "\0--config=").split("\0")
+    given = [one for one in joined if one.startswith("--config")]
     # ml_collections raises these for a missing key, and for a file without get_config.
     if isinstance(error, KeyError | AttributeError):
         with contextlib.suppress(AttributeError):

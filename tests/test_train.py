@@ -108,6 +108,10 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
     ("arguments", "message"),
     [
         (["--config.optimizer.lr=3"], "optimizer.lr=3: there is no such key; known: optimizer.clip_norm, "),
+        (
+            ["--config", "configs/lenet5_digits.py", "--config.optimiser.name=sgd"],
+            "^error: --config.optimiser.name=sgd: there is no such key; did you mean optimizer.name",
+        ),
         (["--config.optimiser.name=sgd"], "name=sgd: there is no such key; did you mean optimizer.name?"),
         (
             ["--config.optimizer.momentum=0", "--config.momentum=0.5"],
@@ -158,6 +162,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
 )
 def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
     own = [one for one in arguments if one.startswith("--config=")]
+    if "--config" in arguments:
+        own, arguments = arguments[:2], arguments[2:]
     others = [one for one in arguments if one not in own]
     errors = refused(tmp_path, *(own or SHORT[:1]), *SHORT[1:], *others)
     assert re.search(message, errors, re.MULTILINE), errors
