@@ -282,7 +282,8 @@ def network(config):
     """
     words = [config["model"]["name"]]
     for key, value in config["model"].items():
-        if key != "name" and value:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)  # 0 need not mean off
+        if key != "name" and (value or is_number):
             words.append(key if value is True else f"{key} {value}")
     if plan.lookup(config, "start.workdir"):
         start = config["start"]

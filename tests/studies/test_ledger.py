@@ -108,6 +108,13 @@ def test_a_shortened_training_says_so_and_is_set_beside_nothing():
         assert word in line["steps"]
 
 
+def test_a_setting_of_zero_is_not_taken_for_one_that_is_off():
+    """A network may have another default: a rate of dropout, say, which a record without the key has."""
+    model = {"name": "own", "drop": 0.0, "side": False}
+    (line,) = table(zero=record(outcome(0, 0.08), model=model))
+    assert line["network"] == "own, drop 0.0, depth 20"
+
+
 def test_a_training_from_another_ones_layers_says_so_and_is_set_beside_nothing():
     start = {"workdir": "runs/mnist", "step": "last", "layers": ("conv*",)}
     (line,) = table(fine=record(outcome(0, 0.08), start=start))
