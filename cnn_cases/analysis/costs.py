@@ -349,9 +349,10 @@ def analyse(path, image_shape=None, num_classes=None, batch_size=1, overrides=()
         image_shape = (*(pixels and pixels + 2 * config.data.border for pixels in size), channels)
     num_classes = num_classes or classes
     if None in image_shape:
+        also = " and --num_classes=N" if num_classes is None else ""
         raise ValueError(
             f"{path}: the image shape of data.name = {config.data.name!r} is unknown to this command; "
-            "give it with --image_shape=HEIGHTxWIDTHxCHANNELS"
+            f"give it with --image_shape=HEIGHTxWIDTHxCHANNELS{also}"
         )
     if num_classes is None:
         raise ValueError(
