@@ -125,6 +125,9 @@ def open_prepared(name, data_dir=""):
             f"data.name = {name!r} is not a classification data set: its labels are {label}, and must be a "
             "tfds.features.ClassLabel"
         )
+    if label.num_classes < 2:  # every network would be right at once
+        names = ", ".join(label.names) or "none"
+        raise ValueError(f"data.name = {name!r} has fewer than two classes: {names}")
     return builder
 
 

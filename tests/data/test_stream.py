@@ -310,6 +310,14 @@ def test_impossible_settings_are_refused(settings, message, feed_of):
             r"'photos' is not a classification data set: its labels are Text.* must be a "
             r"tfds\.features\.ClassLabel",
         ),
+        (
+            {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat"])},
+            "'photos' has fewer than two classes: cat$",
+        ),
+        (
+            {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=0)},
+            "'photos' has fewer than two classes: none$",
+        ),
         ({"image": tfds.features.Image(), "label": CLASSES}, "split 'test' of 'photos' has no labels"),
     ],
 )
