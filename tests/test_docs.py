@@ -377,6 +377,27 @@ def test_the_table_of_the_shortcuts_is_that_of_its_record():
         assert f"| {depth} | {' | '.join(cells)} |" in text
 
 
+def test_the_table_of_dtypes_is_that_of_its_records():
+    lines = []
+    for path in ROOT.glob("results/dtypes/*.json"):
+        record = records.read(path)
+        errors = [
+            [100 * run["metrics"]["test/error"] for run in runs]
+            for runs in records.group_by_point(record).values()
+        ]
+        (row,) = comparison.compare_study(record)
+        mean, low, high = (
+            f"{100 * value:.2f}" for value in (row["test/error"]["mean"], *row["test/error"]["interval"])
+        )
+        cells = [mean_and_deviation(values, digits=2) for values in errors]
+        config = f"[{path.stem}](../configs/{path.stem}.py)"
+        lines.append(f"| {config} | {' | '.join(cells)} | {mean} ({low} to {high}) |")
+    (table,) = (one for one in tables(ROOT / "docs/devices.md") if "float32" in one.titles)
+    assert len(lines) == len(table.rows) == 6
+    text = (ROOT / "docs/devices.md").read_text()
+    assert [line for line in lines if line not in text] == []
+
+
 @pytest.mark.parametrize(
     ("study", "record", "metric"),
     [
