@@ -1,12 +1,11 @@
 """XLA's flags: `python -m benchmarks.flags [--device=gpu] [--cases CASE ...] [--out=FILE.json]`.
 
 Milliseconds of a training step with XLA's defaults, with the flags that `runtime.choose_cpu_flags` or, on a
-GPU, `runtime.make_deterministic` sets, and with other flags that might help. On a CPU also with Flax's own
-convolutions and pooling in place of those of `cnn_cases.models.fast`, and with memory returned after each
-step, since all others there `runtime.keep_memory`. Each set of flags has a separate process that compiles
-once, on a GPU at the same time as the other sets; then the processes take turns. Values are medians over the
-turns with the lowest and the highest; a ratio is the median over the turns of the ratio to the defaults.
-Flags that this version of XLA does not know end their process and are reported.
+GPU, `runtime.make_deterministic` sets, and with other flags that might help; on a CPU also with Flax's own
+convolutions and pooling in place of those of `cnn_cases.models.fast`. Each set of flags has a separate
+process that compiles once, on a GPU at the same time as the other sets; then the processes take turns. Values
+are medians over the turns with the lowest and the highest; a ratio is the median over the turns of the ratio
+to the defaults. Flags that this version of XLA does not know end their process and are reported.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from cnn_cases import parsing, tables
 from cnn_cases.models import fast
 from cnn_cases.training import runtime
 
-DEFAULTS, FLAX, RETURNED = "defaults", "chosen, Flax's layers", "chosen, memory returned"
+DEFAULTS, FLAX = "defaults", "chosen, Flax's layers"
 YNNPACK, BARRIERS = runtime.CPU_FLAGS
 _CHOSEN = " ".join(f"--{name}={value}" for name, value in runtime.CPU_FLAGS.items())
 FLAGS = {
@@ -27,7 +26,6 @@ FLAGS = {
         DEFAULTS: "",
         "chosen": _CHOSEN,
         FLAX: _CHOSEN,
-        RETURNED: _CHOSEN,
         "no barriers": f"--{YNNPACK}={runtime.CPU_FLAGS[YNNPACK]}",
         "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={runtime.CPU_FLAGS[BARRIERS]}",
         "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
@@ -73,8 +71,6 @@ def measure(name, turns, device):
         made = {}
         for one, flags in FLAGS[device].items():
             environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": PLATFORMS[device]}
-            if one == RETURNED:
-                environment["GLIBC_TUNABLES"] = ""  # `keep_memory` then does nothing
             arguments = CASES[name], DTYPES[device], one == FLAX
             process = contenders.Contender(ours, *arguments, environment=environment)
             made[one] = stack.enter_context(process)
