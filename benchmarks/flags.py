@@ -58,7 +58,6 @@ DEFAULT_CASES = {
 
 def ours(case, dtype, layers_of_flax):
     """`throughput.ours`, with Flax's own layers if `layers_of_flax`."""
-    runtime.keep_memory()
     for_cpu = fast.is_for_cpu() and not layers_of_flax
     with mock.patch.object(fast, "is_for_cpu", return_value=for_cpu):
         return throughput.ours(case, dtype)

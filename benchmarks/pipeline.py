@@ -336,7 +336,6 @@ def main():
     parser.add_argument("--turns", type=parsing.positive_number, default=9)
     options = parser.parse_args()
     runtime.choose_cpu_flags()
-    runtime.keep_memory()
     for name, of_turn in STEPS_A_TURN.items():
         if options.only in (None, name):
             num_steps = of_turn["cpu" if jax.default_backend() == "cpu" else "accelerator"]

@@ -59,7 +59,6 @@ def _on_cpu(num_devices):
 
 def _make(case, num_devices=1, over_devices=devices_lib.pmap_train, job=None):
     runtime.choose_cpu_flags()
-    runtime.keep_memory()
     if job:
         processes.join(**job)
     return throughput.ours(case, DTYPE, num_devices=num_devices, over_devices=over_devices)

@@ -318,7 +318,6 @@ def make(case, dtype, kind):
     """Makes the `contenders.Network` of OURS or of one of PEERS."""
     if kind == OURS:
         runtime.choose_cpu_flags()
-        runtime.keep_memory()
         return ours(case, dtype)
     return theirs(case, dtype, compiled=kind == "torch.compile")
 

@@ -66,7 +66,6 @@ def run(main, takes_files=False):
             _leave(f"error: unexpected arguments: {' '.join(arguments[1:])}", 2)
         signal.signal(signal.SIGTERM, _terminated)
         runtime.choose_cpu_flags()
-        runtime.keep_memory()
         if _DETERMINISTIC.value:
             runtime.make_deterministic()
         runtime.collect_garbage_rarely()

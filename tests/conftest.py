@@ -25,7 +25,6 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {XLA_FLAGS}
 
 # As the command line does.
 runtime.choose_cpu_flags()
-runtime.keep_memory()
 runtime.collect_garbage_rarely()
 
 

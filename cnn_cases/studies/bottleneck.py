@@ -236,9 +236,7 @@ def main(arguments=None):
         "--batch_size", type=parsing.positive_number, default=32, help="images; default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    # As a training run does.
-    runtime.choose_cpu_flags()
-    runtime.keep_memory()
+    runtime.choose_cpu_flags()  # as a training run does
     with parsing.one_message():
         record = measure(options.batch_size)
         write_report(record, options.workdir)

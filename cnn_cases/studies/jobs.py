@@ -169,7 +169,6 @@ def _work(todo, telling, index, workdir, num_threads, num_jobs):
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # XLA reads it when it starts, later
-    runtime.keep_memory()
     runtime.collect_garbage_rarely()
     runtime.separate_compilation_cache()
     try:

@@ -1,19 +1,14 @@
-"""Sets up a process that computes: XLA's flags, memory, JAX's cache of programs, garbage collection."""
+"""Sets up a process that computes: XLA's flags, JAX's cache of programs, Python's garbage collection."""
 
-import ctypes
 import gc
 import hashlib
 import importlib.util
-import mmap
 import os
 import pathlib
 import platform
-import resource
-import sys
 
 import jax
 import jaxlib
-import psutil
 
 from cnn_cases.training import provenance
 
@@ -25,10 +20,6 @@ CPU_FLAGS = {
 }
 _KNOWN_BY = ("0.10.", "0.11.")
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
-
-# Of glibc's malloc.h, and the size of a huge page.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_HUGE_PAGE = 2**21
 
 
 def choose_cpu_flags():
@@ -44,65 +35,11 @@ def choose_cpu_flags():
     may abort at an unknown flag, nor where JAX is installed for accelerators, whose compilers do not need
     these barriers or belong to another version of XLA.
     """
-    if _is_for_cpus() and jaxlib.__version__.startswith(_KNOWN_BY):
+    for_cpus = not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+    if for_cpus and jaxlib.__version__.startswith(_KNOWN_BY):
         for name, value in CPU_FLAGS.items():
             if name not in os.environ.get("XLA_FLAGS", ""):
                 _add_xla_flag(f"--{name}={value}")
-
-
-def keep_memory():
-    """Makes this process keep the memory that it frees, in huge pages. Call it before JAX is used.
-
-    XLA allocates the activations of a step on a CPU, and frees them at its end. glibc returns blocks of that
-    size to Linux, which in the next step hands out zeroed pages of 4 KiB again, one after another: 69,000 for
-    ResNet-56 with 64 images. Here they stay in glibc's heap, for the next step, and half of the machine's
-    memory is reserved for that heap and marked for pages of 2 MiB. What is reserved is in use only once it
-    has been written to, but from then on until the process ends.
-
-    Does nothing if the environment sets up glibc's malloc (MALLOC_..., GLIBC_TUNABLES), if reserved memory
-    counts as used (ulimit -v, strict overcommit), where Linux has no such pages or JAX is installed for
-    accelerators, and on other systems.
-    """
-    if sys.platform != "linux" or not _is_for_cpus() or not _can_reserve():
-        return
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # not glibc
-        return
-    libc.malloc.restype = ctypes.c_void_p
-    libc.malloc.argtypes = (ctypes.c_size_t,)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.free.argtypes = (ctypes.c_void_p,)
-    libc.mallopt(_M_ARENA_MAX, 1)  # one heap for XLA's threads, too: the others are too small
-    libc.mallopt(_M_MMAP_MAX, 0)  # even large blocks come from the heap
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # which is never made smaller
-    size = psutil.virtual_memory().total // 2
-    block = libc.malloc(size)
-    if block:
-        begin = -(-block // _HUGE_PAGE) * _HUGE_PAGE
-        libc.madvise(begin, block + size - begin, mmap.MADV_HUGEPAGE)
-        libc.free(block)
-
-
-def _can_reserve():
-    """Whether this process can reserve much memory that it may never use, and in huge pages (Linux)."""
-    try:
-        pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        overcommit = pathlib.Path("/proc/sys/vm/overcommit_memory").read_text()
-    except OSError:
-        return False
-    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    return (
-        "[never]" not in pages
-        and overcommit.strip() != "2"
-        and all(limit == resource.RLIM_INFINITY for limit in limits)
-    )
-
-
-def _is_for_cpus():
-    """Whether JAX is installed for CPUs alone."""
-    return not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
 
 
 def make_deterministic():

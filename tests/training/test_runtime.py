@@ -1,8 +1,5 @@
 import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -63,79 +60,6 @@ def test_a_barrier_is_kept_until_xla_has_chosen_what_to_compute_twice():
 
     program = jax.jit(twice).lower(jnp.ones((64, 64))).compile().as_text()
     assert len(re.findall(r" maximum\(", program)) == 1
-
-
-def in_process(script, **environment):
-    """What a script prints that runs in a process of its own, whose C library is not set up by anybody."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=inherited | environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout.split()
-
-
-NEW_PAGES = """
-import resource
-from cnn_cases.training import runtime
-runtime.keep_memory()
-import jax, jax.numpy as jnp
-add = jax.jit(lambda x: x + 1)
-x = jnp.zeros(2**24)
-for call in range(6):
-    if call == 2:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    add(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-reserves = pytest.mark.skipif(not runtime._can_reserve(), reason="this system has no huge pages to reserve")
-
-
-@reserves
-def test_memory_that_a_step_frees_is_there_for_the_next():
-    (kept,) = in_process(NEW_PAGES)
-    (returned,) = in_process(NEW_PAGES, MALLOC_ARENA_MAX="8")
-    assert int(kept) < 2**10 <= 2**14 <= int(returned)  # a call's result has 2**14 pages of 4 KiB
-
-
-HEAP = """
-import importlib, pathlib, resource
-from cnn_cases.training import runtime
-{before}
-runtime.keep_memory()
-maps = [line.split() for line in open("/proc/self/smaps")]
-heaps = [line[0].split("-") for line in maps if line[-1] == "[heap]"]
-size = sum(int(end, 16) - int(begin, 16) for begin, end in heaps)
-print(size // 2**30, sum(line[0] == "VmFlags:" and "hg" in line for line in maps))
-"""
-READ = """
-read = pathlib.Path.read_text
-pathlib.Path.read_text = lambda path: "{text}" if str(path) == "{path}" else read(path)
-"""
-
-
-@reserves
-@pytest.mark.parametrize(
-    ("before", "environment"),
-    [
-        ("", {"MALLOC_ARENA_MAX": "2"}),
-        ("", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}),
-        ("resource.setrlimit(resource.RLIMIT_AS, (2**42, 2**42))", {}),
-        ("importlib.util.find_spec = lambda name: name == 'jax_plugins'", {}),
-        (READ.format(path="/proc/sys/vm/overcommit_memory", text="2"), {}),
-        (READ.format(path="/sys/kernel/mm/transparent_hugepage/enabled", text="always madvise [never]"), {}),
-    ],
-)
-def test_no_memory_is_reserved_where_that_may_do_harm_or_the_user_chose(before, environment):
-    assert in_process(HEAP.format(before=before), **environment) == ["0", "0"]
-
-
-@reserves
-def test_half_of_the_memory_is_reserved_in_huge_pages_otherwise():
-    total = int(re.search(r"MemTotal: +(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1])
-    reserved, huge = in_process(HEAP.format(before=""))
-    assert abs(int(reserved) - total / 2**21) <= 1
-    assert huge == "1"
 
 
 def test_what_is_compiled_can_be_kept_in_a_bucket(monkeypatch):
