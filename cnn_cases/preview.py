@@ -25,6 +25,10 @@ from cnn_cases.training import programs, steps
 
 COLUMNS = (4, 8)  # of a sheet, minimum and maximum; fewer leave no room for its heading
 
+# A class may be called "5$"; between two dollars, Matplotlib would read a formula. This also holds for the
+# figures of `evaluate`, which draws its sheets with `draw_sheet`.
+matplotlib.rcParams["text.parse_math"] = False
+
 
 def training_images(config, step):
     """Returns the batch of a training step as the network sees it, before normalisation.
@@ -48,10 +52,6 @@ def training_images(config, step):
     augment_key, _ = steps.step_keys(config.seed, step - 1)
     image, label = jax.jit(feed.prepare)(feed.arrays, batch, augment_key)
     return np.clip(image, 0, 1), np.asarray(label)
-
-
-# A class may be called "5$". Between two dollars, Matplotlib would read a formula.
-matplotlib.rcParams["text.parse_math"] = False
 
 
 def draw_sheet(images, titles, heading):

@@ -210,8 +210,9 @@ def _examples(builder, split):
             for number, example in enumerate(examples, start=first):
                 image = example["image"]
                 if encoded:
-                    what = f"example {number} of {builder.info.name!r}, {split!r}"
-                    image = _decoded(image, channels, what, decode.file_of(example))
+                    image = _decoded(
+                        example, channels, f"example {number} of {builder.info.name!r}, {split!r}"
+                    )
                 yield image, example["label"]
     except (RuntimeError, OSError) as error:
         raise ValueError(
@@ -219,10 +220,11 @@ def _examples(builder, split):
         ) from error
 
 
-def _decoded(data, channels, what, file):
+def _decoded(example, channels, what):
     try:
-        return decode.decode(data, channels)
+        return decode.decode(example["image"], channels)
     except ValueError as error:
+        file = decode.file_of(example)
         reason = f"{file}: {error}" if file else error
         raise ValueError(
             f"{what}, is damaged: {reason}; data.feed = 'stream' can skip it (data.stream.max_damaged)"

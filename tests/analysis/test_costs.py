@@ -619,7 +619,11 @@ def test_the_figure_shows_each_stage_of_each_config():
             [],
             "model.depth = 20: lenet5 has no such setting; its settings are: ",
         ),
-        (("config.data.name = 'own'",), [], "'own' .*--image_shape=.*CHANNELS and --num_classes=N"),
+        (
+            ("config.data.name = 'own'",),
+            [],
+            "'own' .*--image_shape=HEIGHTxWIDTHxCHANNELS and --num_classes=N",
+        ),
         (("config.data.name = 'own'",), ["--image_shape=32x32x3"], "'own' .*--num_classes=N"),
         (("config.data.name = 'imagenet2012'",), [], "'imagenet2012' .*--image_shape"),
         (("config = config.data",), [], "is not a training config: it has no model, only "),
