@@ -234,7 +234,19 @@ def cluster_of_flags():
 
 
 def record_of_flags(study, workdir):
-    """Runs the study according to the flags of `define_flags` and returns its record."""
+    """Runs the study according to the flags of `define_flags` and returns its record.
+
+    Raises:
+      ValueError: a flag sets a key of the base that the grid or the seeds set for every run, or see
+        `run_all` and `make_record`.
+    """
+    plan.expand(study)
+    set_by = {"base.seed": "seeds"} | {f"base.{key}": "grid" for key, _ in study.grid}
+    for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
+        if key in set_by:
+            raise ValueError(
+                f"--config.{key} = {value!r} would change no run; set its values with --config.{set_by[key]}"
+            )
     if not flags.FLAGS.figures_only:
         run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
     return make_record(study, workdir)

@@ -1,8 +1,11 @@
 import csv
 import json
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +15,8 @@ from cnn_cases.studies import report, sweep
 from cnn_cases.training import disk, programs, stopping
 from tests.conftest import metrics_of
 from tests.studies.conftest import cells, tiny_study
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -81,6 +86,22 @@ def study(data_dir):
 def test_an_impossible_study_is_refused(changes, message, data_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         sweep.run_all(tiny_study(data_dir, **changes), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "where"), [("sweep", "seed", "seeds"), ("depth_curves", "model.depth", "grid")]
+)
+def test_a_key_that_every_run_sets_is_not_taken_from_the_base(command, key, where, tmp_path):
+    words = ["--config=configs/studies/depth_digits.py", f"--config.base.{key}=32"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"cnn_cases.studies.{command}", *words, f"--workdir={tmp_path / 'study'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    told = f"error: --config.base.{key} = 32 would change no run; set its values with --config.{where}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     assert not (tmp_path / "study").exists()
 
 
