@@ -8,6 +8,7 @@ import itertools
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import zlib
 
@@ -40,6 +41,7 @@ def environment():
         "code": _code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu_model": _cpu_model(),  # floating-point results differ in rounding from one to another
         "cpus": cpu_threads(),
         "devices": [device.device_kind for device in jax.devices()],
         # None is JAX's own choice: bfloat16 on TPUs, TF32 on GPUs that have it.
@@ -60,6 +62,14 @@ def cpu_threads():
     if threads.isdecimal() and int(threads):
         return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model():
+    """Returns the processor's name for itself; None if the system does not tell it."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # of Linux, where `platform` often does not know the name
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return named[1] if named else platform.processor() or None
 
 
 def _version(package):

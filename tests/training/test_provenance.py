@@ -2,6 +2,8 @@ import pathlib
 import shutil
 import subprocess
 
+import pytest
+
 from cnn_cases.training import provenance
 
 
@@ -57,3 +59,11 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
     versions = provenance.environment()["versions"]
     assert versions["numpy"]
     assert versions["no-such-package"] is None
+
+
+def test_an_environment_names_the_processor():
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if not (cpuinfo.exists() and "model name" in cpuinfo.read_text()):
+        pytest.skip("this system does not tell the name of its processor")
+    named = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+    assert named.endswith(f": {provenance.environment()['cpu_model']}")
