@@ -2,10 +2,11 @@
 
 Milliseconds of a training step with XLA's defaults, with the flags that `runtime.choose_cpu_flags` or, on a
 GPU, `runtime.make_deterministic` sets, and with other flags that might help; on a CPU also with Flax's own
-convolutions and pooling in place of those of `cnn_cases.models.fast`. Each set of flags has a separate
-process that compiles once, on a GPU at the same time as the other sets; then the processes take turns. Values
-are medians over the turns with the lowest and the highest; a ratio is the median over the turns of the ratio
-to the defaults. Flags that this version of XLA does not know end their process and are reported.
+convolutions and pooling in place of those of `cnn_cases.models.fast`, and with memory in huge pages. Each set
+of flags has a separate process that compiles once, on a GPU at the same time as the other sets; then the
+processes take turns. Values are medians over the turns with the lowest and the highest; a ratio is the median
+over the turns of the ratio to the defaults. Flags that this version of XLA does not know end their process
+and are reported.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from cnn_cases import parsing, tables
 from cnn_cases.models import fast
 from cnn_cases.training import runtime
 
-DEFAULTS, FLAX = "defaults", "chosen, Flax's layers"
+DEFAULTS, FLAX, HUGE_PAGES = "defaults", "chosen, Flax's layers", "chosen, huge pages"
 YNNPACK, BARRIERS = runtime.CPU_FLAGS
 _CHOSEN = " ".join(f"--{name}={value}" for name, value in runtime.CPU_FLAGS.items())
 FLAGS = {
@@ -26,6 +27,7 @@ FLAGS = {
         DEFAULTS: "",
         "chosen": _CHOSEN,
         FLAX: _CHOSEN,
+        HUGE_PAGES: _CHOSEN,
         "no barriers": f"--{YNNPACK}={runtime.CPU_FLAGS[YNNPACK]}",
         "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={runtime.CPU_FLAGS[BARRIERS]}",
         "sums and elementwise by YNNPACK": f"{_CHOSEN} --{YNNPACK}=REDUCE,ELTWISE",
@@ -41,6 +43,8 @@ FLAGS = {
         "kernels chosen without timing": "--xla_gpu_autotune_level=0",
     },
 }
+# glibc, from 2.35 on, asks for pages of 2 MiB, which Linux gives at once or, by its setting, only if asked.
+GLIBC_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}  # the values of JAX_PLATFORMS
 DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 
@@ -51,7 +55,16 @@ def _digits(depth):
 
 CASES = throughput.CASES | {f"ResNet-{depth}, digits": _digits(depth) for depth in (20, 56)}
 DEFAULT_CASES = {
-    "cpu": ("LeNet-5", "NIN", "AlexNet", "GoogLeNet", "ResNet-20", "ResNet-50", "ResNet-56, digits"),
+    "cpu": (
+        "LeNet-5",
+        "NIN",
+        "AlexNet",
+        "GoogLeNet",
+        "ResNet-20",
+        "ResNet-56",
+        "ResNet-50",
+        "ResNet-56, digits",
+    ),
     "gpu": ("ResNet-20", "ResNet-50", "GoogLeNet"),
 }
 
@@ -69,7 +82,11 @@ def measure(name, turns, device):
     with contextlib.ExitStack() as stack:
         made = {}
         for one, flags in FLAGS[device].items():
-            environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": PLATFORMS[device]}
+            environment = {
+                "XLA_FLAGS": flags,
+                "JAX_PLATFORMS": PLATFORMS[device],
+                "GLIBC_TUNABLES": GLIBC_HUGE_PAGES if one == HUGE_PAGES else "",
+            }
             arguments = CASES[name], DTYPES[device], one == FLAX
             process = contenders.Contender(ours, *arguments, environment=environment)
             made[one] = stack.enter_context(process)
