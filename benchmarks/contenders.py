@@ -135,7 +135,9 @@ def race(groups, work, turns, platform="cpu"):
     Args:
       groups: {name: Contenders}. The contenders of a group work at the same time; the slowest one counts.
       work: "train" or "infer".
-      turns: turns per group, each of SECONDS_A_TURN (a share of it on an accelerator) or at least one step.
+      turns: turns per group, each of SECONDS_A_TURN (a share of it on an accelerator) or at least one step,
+        after a step that is not timed: others had the caches, and a virtual machine's host may have taken
+        memory that the last turn had freed.
       platform: "cpu", "gpu" or "tpu".
     """
 
@@ -150,6 +152,7 @@ def race(groups, work, turns, platform="cpu"):
     found = {name: [] for name in groups}
     for _ in range(turns):
         for name, group in groups.items():
+            seconds(group, 1)
             found[name].append(seconds(group, counts[name]) / counts[name])
     return found
 

@@ -68,8 +68,9 @@ def test_they_take_turns_and_the_slowest_of_a_group_counts():
         "both": [Fake("one", 0.1, log), Fake("other", 0.5, log)],
     }
     assert contenders.race(groups, "train", 2) == {"alone": [0.25, 0.25], "both": [0.5, 0.5]}
-    turn = [("alone", "train", 4), ("one", "train", 2), ("other", "train", 2)]  # a second each
-    assert log[-6:] == turn * 2
+    alone = [("alone", "train", 1), ("alone", "train", 4)]
+    both = [("one", "train", 1), ("other", "train", 1), ("one", "train", 2), ("other", "train", 2)]
+    assert log[-12:] == (alone + both) * 2  # a second each, after a step
 
 
 def test_a_ratio_is_that_of_a_turn():
