@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import statistics
+import threading
 import time
 from typing import Any, NamedTuple
 from unittest import mock
@@ -74,13 +75,15 @@ def _status(name):
 class Contender:
     """A separate process in which `make(*arguments)` makes a Network, and a context manager that ends it.
 
-    The process compiles everything anew. `made` is the future of the Network's facts; it fails with
-    BrokenProcessPool if the process died.
+    The process compiles everything anew, and ends if this one is killed. `made` is the future of the
+    Network's facts; it fails with BrokenProcessPool if the process died.
     """
 
     def __init__(self, make, *arguments, environment=None):
         context = multiprocessing.get_context("spawn")
-        self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=context, initializer=_end_with_parent
+        )
         with mock.patch.dict(os.environ, _ENVIRONMENT | (environment or {})):  # which the process inherits
             self.made = self._pool.submit(_make, make, arguments)
 
@@ -117,6 +120,14 @@ def check_same_platform(platforms):
             raise ValueError(
                 f"{first} and {name} compute on different devices; install both for the same kind of device"
             )
+
+
+def _end_with_parent():
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make(make, arguments):

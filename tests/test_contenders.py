@@ -1,11 +1,19 @@
 """Contenders work in processes of their own and take turns."""
 
 import concurrent.futures
+import contextlib
 import os
+import pathlib
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from benchmarks import contenders
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _make(log):
@@ -46,6 +54,34 @@ def test_what_goes_wrong_in_the_process_is_told():
         pytest.raises(concurrent.futures.process.BrokenProcessPool),
     ):
         one.made.result()
+
+
+def test_a_contender_ends_if_the_benchmark_is_killed(tmp_path):
+    code = """
+import os, time, types
+from benchmarks import contenders
+
+def make():
+    return types.SimpleNamespace(facts=os.getpid())
+
+if __name__ == "__main__":
+    contender = contenders.Contender(make)
+    print(contender.made.result(), flush=True)
+    time.sleep(60)
+"""
+    script = tmp_path / "benchmark.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    with parent.stdout:
+        contender = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        deadline = time.monotonic() + 10
+        while contender.status() != psutil.STATUS_ZOMBIE:  # which waits for whoever adopted it
+            assert time.monotonic() < deadline, "the contender is still there"
+            time.sleep(0.05)
 
 
 class Fake:
