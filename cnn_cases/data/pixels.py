@@ -168,9 +168,13 @@ def _statistics(images, normalization):
     if normalization in ("pixel_mean", "pixel_mean_255"):
         divisor = 1 / 255 if normalization == "pixel_mean_255" else 1
         return (images.mean(axis=0) / 255).astype(np.float32), np.float32(divisor)
-    # Computed from the counts of the 256 values, which is exact and needs no float copy of the images.
+    # Computed from the counts of the 256 values, which is exact and needs no float copy of the images. They
+    # are counted in parts, because bincount makes a copy with eight bytes per value.
     values = np.arange(256) / 255
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    counts = [
+        sum(np.bincount(part[..., c].ravel(), minlength=256) for part in _parts(images, 100))
+        for c in range(images.shape[-1])
+    ]
     mean = np.array([np.average(values, weights=count) for count in counts])
     variance = np.array(
         [np.average((values - m) ** 2, weights=count) for m, count in zip(mean, counts, strict=True)]
