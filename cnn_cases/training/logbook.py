@@ -160,7 +160,7 @@ class Logbook:
         shown = {
             "loss": f"{values['running/loss']:.4f}",
             "error": f"{values['running/error']:.2%}",
-            "images/s": f"{images_per_second:,.0f}",
+            "images/s": f"{images_per_second:,.{0 if images_per_second >= 10 else 1}f}",
         }
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(step - self._bar.n)

@@ -328,9 +328,11 @@ def test_without_a_terminal_a_line_a_minute_tells_how_far_a_run_is(tmp_path, mon
     with contextlib.closing(log):
         for step in range(10, 90, 10):
             now += 25
-            log.progress(step, {"running/loss": 0.5, "running/error": 0.25}, 1234.5, 3661.4)
+            rate = 1234.5 if step < 60 else 0.88
+            log.progress(step, {"running/loss": 0.5, "running/error": 0.25}, rate, 3661.4)
     assert capfd.readouterr().err.splitlines() == [
-        f"step {step}/90: loss 0.5000, error 25.00%, images/s 1,234, 1:01:01 left" for step in (30, 60)
+        "step 30/90: loss 0.5000, error 25.00%, images/s 1,234, 1:01:01 left",
+        "step 60/90: loss 0.5000, error 25.00%, images/s 0.9, 1:01:01 left",
     ]
 
 
