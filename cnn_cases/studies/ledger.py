@@ -223,8 +223,9 @@ def collect(studies):
             point = {key: run[key] for key in keys}
             config = plan.config_of(study, point)
             environments = [record["environments"][number] for number in run["environments"]]
-            code = sorted(set(map(records.code_of, environments)))
-            group = json.dumps([recipe(config), code], sort_keys=True)
+            starts = {(records.code_of(start), records.data_of(start)) for start in environments}
+            # By their texts: a package that another one stands in for has no version to compare.
+            group = json.dumps([recipe(config), sorted(starts, key=repr)], sort_keys=True)
             row = rows.setdefault(group, Row([], point, config, [], []))
             if (group, run["seed"]) in records_of:
                 raise ValueError(

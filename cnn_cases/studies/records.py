@@ -176,8 +176,8 @@ def _kinds_of_devices(environment):
 def split_by_code(record):
     """Splits a record by the code of its runs: no mean should be taken over several codes.
 
-    The code is that of `code_of` at every start of a run. It includes the data if runs that should have had
-    the same data did not.
+    The code is that of `code_of` at every start of a run. It includes the data if runs whose configs name the
+    same data, and the same start, did not have the same.
 
     Returns:
       {what distinguishes a code, in words: record}; {"": record} if all runs had the same code.
@@ -191,10 +191,13 @@ def split_by_code(record):
     def starts_of(run):
         return [environments[number] for number in run["environments"]]
 
-    other_data = any(
-        len({data_of(start) for run in runs for start in starts_of(run)}) > 1
-        for runs in group_by_point(record).values()
-    )
+    keys = [key for key, _ in record["config"]["grid"]]
+    had = collections.defaultdict(set)
+    for point, runs in group_by_point(record).items():
+        config = plan.config_of(record["config"], dict(zip(keys, point, strict=True)))
+        named = json.dumps([config["data"], plan.lookup(config, "start")], sort_keys=True)
+        had[named] |= {data_of(start) for run in runs for start in starts_of(run)}
+    other_data = any(len(each) > 1 for each in had.values())
 
     def words(environment):
         commit = environment["commit"]

@@ -142,6 +142,7 @@ def test_a_figure_from_memory_is_labelled(monkeypatch):
     "changes",
     [
         {"environments": [CPU | {"commit": "b" * 40}]},
+        {"environments": [CPU | {"data": {"train": [9, 8]}}]},
         {"environments": [GPUS]},
         {"optimizer": {"learning_rate": 0.2}},
         {"evaluation": {"every_steps": 1_000, "protocol": "flip"}},
@@ -167,6 +168,13 @@ def test_other_commits_machines_and_recipes_are_other_rows(changes):
 def test_what_no_result_depends_on_parts_no_row(changes):
     (line,) = table(one=record(outcome(0, 0.08)), two=record(outcome(1, 0.09), **changes))
     assert line["seeds"] == "2"
+
+
+def test_a_run_that_went_on_with_a_package_that_stands_in_for_another_has_its_row():
+    versions = [CPU["versions"] | {"opencv-python-headless": version} for version in ("5.0.0", None)]
+    environments = [CPU | {"versions": one} for one in versions]
+    (line,) = table(one=record(outcome(0, 0.08, environments=[0, 1]), environments=environments))
+    assert line["%"] == "8.00"
 
 
 def test_a_run_counts_once():

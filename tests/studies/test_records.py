@@ -53,9 +53,18 @@ def test_runs_of_one_point_with_other_data_are_told_apart(mixed):
     one, other = records.split_by_code(mixed)
     assert one.startswith("aaaaaaa data ")
     assert one != other
-    for run in mixed["runs"]:  # the data may be what the grid is of
+
+
+def test_points_of_one_config_of_the_data_with_other_data_are_told_apart(mixed):
+    first, second = mixed["environments"]
+    second["commit"] = first["commit"]
+    first["data"], second["data"] = {"train": [9, 7]}, {"train": [9, 8]}
+    for run in mixed["runs"]:
         run["environments"] = [int(run["model.plain"])]
-    assert list(records.split_by_code(mixed)) == [""]
+    assert len(records.split_by_code(mixed)) == 2
+    for key in ("data.image_size", "start.workdir"):  # the grid is of the data, or of the start
+        other = json.loads(json.dumps(mixed).replace("model.plain", key))
+        assert list(records.split_by_code(other)) == [""]
 
 
 def test_a_run_that_went_on_with_other_data_is_told_apart(mixed):
