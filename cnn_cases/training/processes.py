@@ -35,6 +35,7 @@ _LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", ("OMPI_MCA_orte_hnp_uri",)),
     "Slurm": ("SLURM_NTASKS", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")),
 }
+_OPEN_MPI_LOCAL = ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")  # tasks on a node, and which
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # of a TPU slice: names, separated by commas
 _TPU_SLICES = "MEGASCALE_NUM_SLICES"  # of equal size; a job can have several
 _PIECE = 2**26  # bytes per broadcast: a device holds them several times, and counts in int32
@@ -73,30 +74,35 @@ def launched_processes(environment):
 def own_gpus(environment):
     """Returns which of its visible GPUs a process uses: "all", or numbers as in "2,3"; None: let JAX choose.
 
-    JAX gives the first Slurm task on a node the first GPU that it sees, the second task the second, and so
-    on. That leaves GPUs idle if there are fewer tasks, and finds none if Slurm shows each task only its own
-    GPU. This function divides the GPUs that all tasks of a node see evenly among them.
+    JAX gives the first task of Slurm or Open MPI on a node the first GPU that it sees, the second task the
+    second, and so on. That leaves GPUs idle if there are fewer tasks, and finds none if Slurm shows each task
+    only its own GPU. This function divides the GPUs that all tasks of a node see evenly among them.
 
     Args:
       environment: `os.environ`.
     """
-    _, others = _LAUNCHERS["Slurm"]
+    _, of_slurm = _LAUNCHERS["Slurm"]
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
-    if not all(name in environment for name in others):
+    if all(name in environment for name in _OPEN_MPI_LOCAL):  # perhaps in a shell of Slurm's
+        tasks, index = (int(environment[name]) for name in _OPEN_MPI_LOCAL)
+    elif all(name in environment for name in of_slurm):
+        tasks, index = _tasks_on_node(environment), int(environment["SLURM_LOCALID"])
+    else:
         return "all"
-    tasks = _tasks_on_node(environment)
     if tasks == 1:
         return "all"
     seen = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
-    if tasks is None or seen is None:
+    if tasks is None:
         return None
+    if seen is None:
+        return str(index)
     count, of_node = len(seen.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
     if count == 1 or (of_node.isdecimal() and count < int(of_node)):
         return "all"  # other tasks see the other GPUs
     if count < tasks:
         return None
-    return ",".join(map(str, share_of(range(count), int(environment["SLURM_LOCALID"]), tasks)))
+    return ",".join(map(str, share_of(range(count), index, tasks)))
 
 
 def share_of(devices, index, count):

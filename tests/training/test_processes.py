@@ -44,10 +44,22 @@ def of_slurm(tasks, node="0", local="0", **others):
     }
 
 
+def of_open_mpi(tasks, local, **others):
+    return {"OMPI_COMM_WORLD_LOCAL_SIZE": tasks, "OMPI_COMM_WORLD_LOCAL_RANK": local, **others}
+
+
 @pytest.mark.parametrize(
     ("environment", "gpus"),
     [
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "all"),  # without a launcher
+        (of_open_mpi("1", "0", CUDA_VISIBLE_DEVICES="0,1,2,3"), "all"),
+        (of_open_mpi("4", "2", CUDA_VISIBLE_DEVICES="0,1,2,3"), "2"),
+        (of_open_mpi("2", "1", CUDA_VISIBLE_DEVICES="4,5,6,7"), "2,3"),
+        (of_open_mpi("4", "3"), "3"),
+        (
+            of_open_mpi("4", "3") | of_slurm("1", CUDA_VISIBLE_DEVICES="0,1,2,3"),
+            "3",
+        ),  # mpirun in Slurm's shell
         (of_slurm("1(x2)", CUDA_VISIBLE_DEVICES="0,1,2,3"), "all"),  # one task a node
         (of_slurm("1(x2)"), "all"),
         (of_slurm("4(x2)", local="2", CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_GPUS_ON_NODE="4"), "2"),
@@ -57,7 +69,7 @@ def of_slurm(tasks, node="0", local="0", **others):
         (of_slurm("2(x2),1", node="2", CUDA_VISIBLE_DEVICES="0,1"), "all"),
         (of_slurm("1,2(x2)", node="2", local="1", CUDA_VISIBLE_DEVICES="0,1"), "1"),
         (of_slurm("2", local="1", ROCR_VISIBLE_DEVICES="0,1"), "1"),
-        (of_slurm("4", local="3"), None),
+        (of_slurm("4", local="3"), "3"),
         (of_slurm("4", local="3", CUDA_VISIBLE_DEVICES="0,1"), None),  # fewer than tasks
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, None),
         (of_slurm("1", JAX_LOCAL_DEVICE_IDS="1"), None),
