@@ -4,11 +4,12 @@
 
 The default step is the one at which the run diverged. The replay reads the last checkpoint before it, and
 repeats the steps in between and then the step itself: once as in the run and, if any number is not finite,
-once more with JAX's `debug_nans`. On the run's device (for a CPU, with as many threads), the numbers are
-bitwise those of the run, unless it did several steps per call, as is the default on accelerators. Nothing is
-written.
+once more with JAX's `debug_nans`. On a CPU, with as many threads as the run had, the numbers are bitwise
+those of the run; other devices may round differently, not least since runs there do several steps per call.
+Nothing is written.
 """
 
+import contextlib
 import math
 import pathlib
 import traceback
@@ -20,6 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from cnn_cases import command, saved_runs
+from cnn_cases.models import fast
 from cnn_cases.training import checkpoint, devices, logbook, loop, programs, running, transfer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -161,8 +163,10 @@ def _on_devices(batch, program):
 
 def _culprit(program, state, batch, *, infs):
     """The project's lines that led to the first NaN or, if `infs`, infinite number; None if there is none."""
+    # The max pooling of `fast` pads with negative infinity.
+    with_flax = fast.written_for("tpu") if infs else contextlib.nullcontext()
     try:
-        with jax.debug_nans(not infs), jax.debug_infs(infs):
+        with with_flax, jax.debug_nans(not infs), jax.debug_infs(infs):
             devices.vmap_train(program.train_steps)(state, program.arrays, batch)
     except FloatingPointError as error:
         frames = traceback.extract_tb(error.__traceback__)

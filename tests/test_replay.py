@@ -1,5 +1,6 @@
 """A step that went wrong is done again, and the line that made it wrong is named."""
 
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from cnn_cases import replay
 from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.models import lenet
 from cnn_cases.training import logbook, loop, programs, stopping
+from configs import nin_digits
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 
 
@@ -70,6 +72,29 @@ def test_a_nan_of_the_network_itself_is_traced_to_its_line(config, tmp_path, mon
     assert "nn.relu(" in last
 
 
+def test_the_padding_of_a_max_pooling_is_not_the_first_infinite_number(data_dir, tmp_path, monkeypatch):
+    config = nin_digits.get_config()
+    config.data.data_dir = data_dir
+    config.num_steps = config.evaluation.every_steps = config.checkpoint.every_steps = 1
+    config.schedule.warmup_steps = 0
+    config.batch_size = 8
+    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    make_loss = programs.make_loss
+
+    def make_large_loss(**settings):
+        loss = make_loss(**settings)
+        return lambda logits, label: 1e30 * loss(logits, label)
+
+    monkeypatch.setattr(programs, "make_loss", make_large_loss)
+    again = replay.replay(tmp_path, 1)
+    assert math.isfinite(again.metrics["loss"])
+    assert math.isinf(again.metrics["grad_norm"])
+    head, *_, last = again.culprit.splitlines()
+    assert head == "the first infinite number came from"
+    assert last.startswith("cnn_cases/training/steps.py:")
+    assert "tx.update(" in last  # Adam squares the gradient
+
+
 def test_a_replay_with_other_data_is_refused(config, tmp_path, monkeypatch):
     loop.train_and_evaluate(config, tmp_path, show_progress=False)
     monkeypatch.setattr(ResidentFeed, "fingerprint", lambda _: {"train": [7, 8]})
@@ -123,6 +148,7 @@ def test_a_damaged_environment_hinders_no_replay_of_steps_after_a_checkpoint(con
 @pytest.mark.parametrize(("together", "told"), [(True, False), (False, True)])
 def test_a_replay_on_another_number_of_devices_is_told(together, told, config, tmp_path, caplog):
     config.sync_batch_norm = together
-    loop.train_and_evaluate(config, tmp_path, show_progress=False)
+    program = programs.make_program(config, jax.devices())
+    loop.train_and_evaluate(config, tmp_path, program=program, show_progress=False)
     replay.replay(tmp_path, 10)
     assert ("number of devices has changed since the last start: 4 then, 1 now" in caplog.text) == told
