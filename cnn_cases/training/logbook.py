@@ -58,7 +58,7 @@ OF_THE_MACHINE = (
 class Logbook:
     """The log of one run."""
 
-    def __init__(self, workdir, config, *, data, inputs, num_steps, title, show_progress):
+    def __init__(self, workdir, config, *, data, inputs, num_steps, title, show_progress, devices=None):
         """Opens or creates the log of `workdir`.
 
         Args:
@@ -70,6 +70,7 @@ class Logbook:
           title: of the progress bar.
           show_progress: print a line at each evaluation; also draw a bar on a terminal, or print a line per
             minute elsewhere.
+          devices: those that the run uses, in all processes; None for all that there are.
 
         Raises:
           ValueError: the workdir belongs to another config or other data, is in use, or cannot be written.
@@ -86,7 +87,7 @@ class Logbook:
                     "(number and checksum of the examples of each split, step and checksum of the checkpoint "
                     "that it starts from); see data.data_dir and start.workdir"
                 )
-            here = environment() | {"data": data}
+            here = environment(devices) | {"data": data}
             warn_of_changes(self._workdir, starts, here)
         except BaseException:
             self._lock.close()

@@ -167,7 +167,8 @@ def _open(workdir, config, program, data, show_progress):
     """Opens the log and the checkpoints."""
     if not processes.is_lead():
         return Silence(), Silence()
-    logbook.warn_of_devices(workdir, config, logbook.read_environments(workdir), jax.device_count())
+    devices = devices_lib.of_all_processes(program.devices)
+    logbook.warn_of_devices(workdir, config, logbook.read_environments(workdir), len(devices))
     log = logbook.Logbook(
         workdir,
         config.to_dict(),
@@ -176,6 +177,7 @@ def _open(workdir, config, program, data, show_progress):
         num_steps=config.num_steps,
         title=workdir.name,
         show_progress=show_progress,
+        devices=devices,
     )
     try:
         return log, Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last)
@@ -361,7 +363,7 @@ class _Training:
             values = self._evaluate(step)
             if values is None:
                 self._interrupt(step, self._stop.number)
-            self._checkpoints.note_error(step, self._error_of(values))
+            self._checkpoints.note_error(step, self._error_of(step, values))
         while step < config.num_steps:
             step = self._call(step)
             last = step == config.num_steps
@@ -476,12 +478,17 @@ class _Training:
             "final": final,
             "rows": self._log.flush(),
         }
-        self._checkpoints.save(step, self._state, extra, self._error_of(values))
+        self._checkpoints.save(step, self._state, extra, self._error_of(step, values))
         self._restart_clock()
 
-    def _error_of(self, values):
-        """Returns the error by which the best checkpoint is chosen; None if it was not measured."""
-        return values.get(f"{self._config.checkpoint.best_on}/error") if values else None
+    def _error_of(self, step, values):
+        """Returns the error by which the best checkpoint is chosen; None if it was not measured.
+
+        A checkpoint that only a signal made has none either: which one is best must not depend on signals.
+        """
+        config = self._config
+        is_due = step == config.num_steps or _is_due(step, config.checkpoint.every_steps)
+        return values.get(f"{config.checkpoint.best_on}/error") if values and is_due else None
 
 
 def _scores(probabilities, label):

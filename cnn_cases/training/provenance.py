@@ -34,8 +34,12 @@ def stamp():
     return {"date": datetime.date.today().isoformat(), "environment": environment()}
 
 
-def environment():
-    """Returns what a result may depend on besides its config."""
+def environment(devices=None):
+    """Returns what a result may depend on besides its config.
+
+    Args:
+      devices: those that are used, in all processes; None for all that there are.
+    """
     return {
         "commit": _commit(),
         "code": _code(),
@@ -43,7 +47,7 @@ def environment():
         "platform": platform.platform(),
         "cpu_model": _cpu_model(),  # floating-point results differ in rounding from one to another
         "cpus": cpu_threads(),
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": [device.device_kind for device in devices or jax.devices()],
         # None is JAX's own choice: bfloat16 on TPUs, TF32 on GPUs that have it.
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "versions": {package: _version(package) for package in PACKAGES},

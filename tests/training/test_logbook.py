@@ -208,7 +208,7 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
         "cpus": 99,
         "versions": here["versions"] | {"jax": "9"},
     }
-    monkeypatch.setattr(logbook, "environment", lambda: other)
+    monkeypatch.setattr(logbook, "environment", lambda _: other)
     begin(tmp_path)
     (record,) = caplog.records
     message = record.getMessage()
@@ -354,7 +354,7 @@ def test_a_profile_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path, m
 
 
 def test_a_start_that_fails_gives_the_lock_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(logbook, "environment", lambda: 1 / 0)
+    monkeypatch.setattr(logbook, "environment", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError) as kept:  # by a notebook, with all that its frames hold
         open_log(tmp_path)
     monkeypatch.undo()

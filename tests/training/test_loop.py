@@ -205,6 +205,21 @@ def test_a_signal_during_an_evaluation_ends_it_and_changes_nothing(step, config,
     assert None not in errors_of_both[0].values()
 
 
+def test_a_checkpoint_that_only_a_signal_made_is_never_the_best(config, tmp_path, program):
+    config.evaluation.every_steps, config.checkpoint.every_steps, config.checkpoint.keep_last = 2, 4, 9
+
+    def evaluate(state, arrays, batch):
+        if int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return program.evaluate(state, arrays, batch)
+
+    with pytest.raises(stopping.InterruptedRun, match="saved after step 2"):
+        run(config, tmp_path, program._replace(evaluate=evaluate))
+    run(config, tmp_path, program)
+    errors = {step: checkpoint._error_of(tmp_path / "checkpoints" / str(step)) for step in (2, 4, 8, 12)}
+    assert [step for step, error in errors.items() if error is None] == [2]
+
+
 def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
     def evaluate(state, arrays, batch):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -376,6 +391,8 @@ def assert_devices_change_nothing_but_rounding(config, workdir):
     figures = {}
     for count in (1, 2, 4):
         run(config, workdir / str(count), programs.make_program(config, jax.devices()[:count]))
+        (start,) = logbook.read_environments(workdir / str(count))
+        assert len(start["devices"]) == count
         figures[count] = rows(workdir / str(count))
     assert any("running/loss" in row for row in figures[1])
     for count in (2, 4):
@@ -525,7 +542,7 @@ def test_another_number_of_devices_is_told_where_the_steps_depend_on_it(
     starts[-1]["devices"] = ["cpu"] * 7
     (tmp_path / "environment.json").write_text(json.dumps(starts))
     run(config, tmp_path, program)
-    assert ("number of devices has changed since the last start: 7 then, 4 now" in caplog.text) == told
+    assert ("number of devices has changed since the last start: 7 then, 1 now" in caplog.text) == told
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
