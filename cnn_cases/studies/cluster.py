@@ -72,6 +72,11 @@ def check(cluster, workdir):
         value, least = getattr(cluster, key), int(key == "cpus_per_run")
         if value is not None and value < least:
             raise ValueError(f"{key} = {value} must be {least} or more")
+    if cluster.name == "local" and cluster.gpus_per_run is not None:
+        raise ValueError(
+            f"gpus_per_run = {cluster.gpus_per_run}: the runs of cluster = 'local' share all GPUs that this "
+            "process sees"
+        )
     _minutes(cluster.time)
 
 
@@ -175,7 +180,7 @@ def _submit(run_dir, folder, cluster):
     # A local job inherits the mask, so like a Slurm job it survives Ctrl-C and the end of the terminal.
     with stopping.blocked(signal.SIGINT, signal.SIGHUP):
         try:
-            job = executor.submit(Training(), str(run_dir))
+            job = executor.submit(Training(), str(run_dir), os.environ.get("CUDA_VISIBLE_DEVICES"))
         except submitit_utils.FailedJobError as error:
             raise ValueError(f"{run_dir.name} could not be submitted: {str(error).strip()}") from error
     _submitted.append(job)
@@ -190,8 +195,19 @@ class Training(Checkpointable):
     SIGTERM comes when a job is cancelled, which ends it, but also when it is preempted with a grace period.
     """
 
-    def __call__(self, run_dir):
-        """Trains the run of a directory with a config.json."""
+    def __call__(self, run_dir, visible_gpus=None):
+        """Trains a run.
+
+        Args:
+          run_dir: its directory, with a config.json.
+          visible_gpus: for a local job, CUDA_VISIBLE_DEVICES where it was submitted; None if it was not set.
+        """
+        if (
+            os.environ["SUBMITIT_EXECUTOR"] == "local"
+        ):  # submitit hides all GPUs, and JAX looks for them later
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            if visible_gpus is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
         queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's handler, which does not return
 
         def end(number, _=None):

@@ -161,8 +161,28 @@ def test_a_diverged_run_is_no_failed_job(data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "check_finite", diverge)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     cluster.Training()(str(tmp_path))
     assert jobs.format_outcome(json.loads((tmp_path / "result.json").read_text())) == "diverged at step 3"
+
+
+@pytest.mark.parametrize(
+    ("executor", "there", "seen"),
+    [("local", "3,2", "3,2"), ("local", None, None), ("slurm", "3,2", "0")],
+)
+def test_a_local_job_sees_the_gpus_of_the_command(executor, there, seen, data_dir, tmp_path, monkeypatch):
+    logbook.claim(tmp_path, runs_of(data_dir)[0].config.to_dict())
+    visible = []
+
+    def look(*_):
+        visible.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    monkeypatch.setattr(loop, "train_and_evaluate", look)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "" if executor == "local" else "0")
+    cluster.Training()(str(tmp_path), there)
+    assert visible == [seen]
 
 
 def test_a_failed_job_is_named_with_its_log_and_the_others_go_on(data_dir, tmp_path):
@@ -282,6 +302,7 @@ def test_where_a_cluster_takes_no_more_jobs_those_under_way_are_waited_for(data_
         (LOCAL._replace(time="1-00:00"), "time = '1-00:00' must be minutes or hh:mm"),
         (LOCAL._replace(time="2"), "time = '2' must be minutes or hh:mm, and 3 minutes or more"),
         (LOCAL._replace(gpus_per_run=-1), "gpus_per_run = -1 must be 0 or more"),
+        (LOCAL._replace(gpus_per_run=1), "gpus_per_run = 1: the runs of cluster = 'local' share all GPUs"),
         (LOCAL._replace(cpus_per_run=0), "cpus_per_run = 0 must be 1 or more"),
     ],
 )
