@@ -114,6 +114,23 @@ def test_other_files_of_a_set_are_decoded_anew(prepared):
     assert new != old, "the old copy is gone"
 
 
+def test_what_another_process_is_writing_at_the_same_time_stays(prepared, monkeypatch):
+    shutil.rmtree(next(prepared.rglob("decoded")))
+    keep = splits.sources.keep
+
+    def keep_beside_another(path, save):
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(f"{path.stem}-0123456789abcdef.npy").touch()
+        keep(path, save)
+
+    monkeypatch.setattr(splits.sources, "keep", keep_beside_another)
+    splits.load_split.cache_clear()
+    splits.load_split("digits", "test", str(prepared))
+    names = {path.name.rpartition("-")[2] for path in prepared.rglob("decoded/*-0123456789abcdef.npy")}
+    assert names == {"0123456789abcdef.npy"}
+    assert len([*prepared.rglob("decoded/*.npy")]) == 4
+
+
 def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog):
     shutil.rmtree(next(prepared.rglob("decoded")))
     (prepared / "digits" / "1.0.0" / "decoded").write_text("a file where the directory would be")
