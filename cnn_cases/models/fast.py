@@ -60,6 +60,8 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     Raises:
       ValueError: the maps have no pixels.
     """
+    undilated = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+    options = undilated | {"dimension_numbers": _ORDER} | options
     if 0 in x.shape[1:3]:
         raise ValueError(
             f"a feature map of {x.shape[1]}x{x.shape[2]} pixels is empty: the images are too small for "

@@ -47,8 +47,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from jax import lax
 
+from cnn_cases.models.fast import conv_general_dilated
 from cnn_cases.models.layers import Conv, check_image_size
 
 # Table I: the maps of S2 that feed each of C3's sixteen maps.
@@ -183,8 +183,7 @@ class TableConv(nn.Module):
         # One ordinary convolution, with zeros for the missing connections, instead of sixteen.
         dense = jnp.zeros((5, 5, x.shape[-1], len(self.inputs)), kernel.dtype)
         dense = dense.at[:, :, sources, targets].set(kernel)
-        layout = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(x, dense, (1, 1), "VALID", dimension_numbers=layout) + bias
+        return conv_general_dilated(x, dense, (1, 1), "VALID") + bias
 
 
 class RBF(nn.Module):
