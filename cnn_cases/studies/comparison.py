@@ -45,9 +45,9 @@ def compare(record, key, first, second, names):
 
     Returns:
       A dict for each code and each point of the other keys at which it has runs of either kind: {"code",
-      **point, "pairs": number of those in which both finished, "left_out": number of the other seeds, <name>:
-      {"differences", "mean", "interval"}}. Without a pair the mean is None; see `interval` for where the
-      interval is.
+      **point, "seeds": those of the pairs in which both finished, "pairs": their number, "left_out": number
+      of the other seeds, <name>: {"differences", "mean", "interval"}}. Without a pair the mean is None; see
+      `interval` for where the interval is.
     """
     rows = []
     for code, part in records.split_by_code(record).items():
@@ -57,15 +57,19 @@ def compare(record, key, first, second, names):
             point = tuple(run[one] for one in others)
             partners.setdefault(point, {}).setdefault(run["seed"], {})[run[key]] = run
         for point, seeds in partners.items():
-            pairs = [(one.get(first), one.get(second)) for one in seeds.values()]
-            pairs = [pair for pair in pairs if any(pair)]
+            pairs = {seed: (one.get(first), one.get(second)) for seed, one in seeds.items()}
+            pairs = {seed: pair for seed, pair in pairs.items() if any(pair)}
             if not pairs:  # only runs with other values of the key
                 continue
-            good = [pair for pair in pairs if all(run and run["status"] == "finished" for run in pair)]
+            good = {
+                seed: pair
+                for seed, pair in pairs.items()
+                if all(run and run["status"] == "finished" for run in pair)
+            }
             row = {"code": code, **dict(zip(others, point, strict=True))}
-            row |= {"pairs": len(good), "left_out": len(pairs) - len(good)}
+            row |= {"seeds": list(good), "pairs": len(good), "left_out": len(pairs) - len(good)}
             for name in names:
-                values = [one["metrics"][name] - other["metrics"][name] for one, other in good]
+                values = [one["metrics"][name] - other["metrics"][name] for one, other in good.values()]
                 row[name] = {
                     "differences": values,
                     "mean": statistics.mean(values) if values else None,

@@ -218,7 +218,9 @@ def draw_difference(record):
 
     figure, grid = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
     comparison.give_room(grid.flat, grid[:, 0], "y")
-    left_out = sum(row["left_out"] for row in rows)
+    # Not the sum over the rows: partners that ran with different code are left out in a row of each.
+    compared = {(row["model.depth"], seed) for row in rows for seed in row["seeds"]}
+    left_out = len({(run["model.depth"], run["seed"]) for run in record["runs"]} - compared)
     figure.suptitle(
         f"{figures.describe_data(record)}; errors after the last step; "
         + comparison.describe_marks(rows, _final_errors(record))

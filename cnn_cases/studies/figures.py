@@ -266,7 +266,7 @@ def stretch_small(axis, along="y", ticks=(0.5, 1, 2, 5, 10, 20, 50, 100)):
     set_scale("symlog", linthresh=1)
     one.set_ticks([*(-tick for tick in ticks[::-1]), 0, *ticks], minor=False)
     one.set_major_formatter("{x:g}")
-    one.set_label_text(f"{one.get_label_text()},\nlinear up to 1")
+    one.set_label_text(f"{one.get_label_text()},\nlinear up to 1, then logarithmic")
 
 
 def draw_panels(record, curves, key, titles=None, names=None):

@@ -80,7 +80,8 @@ def test_diverged_runs_are_crosses_and_counted(record):
 
 def test_the_difference_has_its_interval_where_there_is_one(record):
     training, test = depth_curves.draw_difference(record).axes
-    assert training.get_ylabel() == "plain minus residual (percentage points),\nlinear up to 1"
+    label = "plain minus residual (percentage points),\nlinear up to 1, then logarithmic"
+    assert training.get_ylabel() == label
     bars = [line.get_xydata() for line in test.lines if line.get_marker() == "_"]
     reach = 100 * 12.706 * 0.1
     np.testing.assert_allclose(bars, [[(8, -reach), (8, reach)]], rtol=1e-4)
@@ -99,6 +100,12 @@ def test_where_differences_are_large_small_ones_have_room_too(record, largest, s
         assert axis.get_yscale() == scale
         assert axis.get_ylim()[0] < 0 < 100 * largest < axis.get_ylim()[1]
     assert ("linear up to 1" in figure.axes[0].get_ylabel()) == (scale == "symlog")
+
+
+def test_pairs_that_two_codes_were_to_make_are_left_out_once(mixed):
+    for one in mixed["runs"]:
+        one["environments"] = [int(one["model.plain"])]
+    assert depth_curves.draw_difference(mixed).get_suptitle().endswith("; 4 pairs left out")
 
 
 def test_all_codes_share_the_axes_on_which_their_differences_are(mixed):
