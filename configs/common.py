@@ -1,4 +1,4 @@
-"""Every key of a training config, with its default and its unit.
+"""The keys that all training configs share, with their defaults and units; `model` has more in each config.
 
 The other configs change what their experiment needs and lock the result, so that a mistyped key is an error.
 """

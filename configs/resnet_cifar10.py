@@ -26,7 +26,7 @@ As section 4.2 reads, the nets of the paper's tables were trained on all 50,000,
 trained on two GPUs, each with its own.
 Result: 8.84 % test error (the paper's: 8.75 %) and 0.22 % training error with seed 0 and
 --config.dtype=bfloat16, a run of the study depth_cifar10; one H100, 2026-11-27 (results/depth_cifar10.json).
-The study has other depths and plain nets too. Not run in float32 yet.
+The study has other depths and plain nets too. The whole schedule was not run in float32 yet.
 """
 
 from configs import common
