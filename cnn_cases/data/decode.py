@@ -6,6 +6,7 @@ resize before they crop; apart from rounding the box to whole pixels, the result
 
 import io
 import math
+import struct
 
 import cv2
 import numpy as np
@@ -54,6 +55,7 @@ def decode(data, channels):
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
+            image.load()  # turns a TIFF, and drops its tag
             turn = _turn(image)
             return _to_pixels(image if turn is None else image.transpose(turn), channels)
     except MemoryError:  # not the file's fault
@@ -77,7 +79,7 @@ def _turn(image):
     """The value of TURNS for a Pillow image; None if it is upright or its EXIF data are damaged."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except SyntaxError:
+    except (SyntaxError, ValueError, struct.error):
         return None
 
 

@@ -65,11 +65,12 @@ def test_images_are_turned_as_their_exif_part_says(image_format, orientation):
     assert distance(image, picture(0)) < 10
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_all_turns_are_those_of_pillow(orientation):
+def test_all_turns_are_those_of_pillow(image_format, orientation):
     exif, data = Image.Exif(), io.BytesIO()
     exif[ExifTags.Base.Orientation] = orientation
-    picture(0).save(data, "PNG", exif=exif)
+    picture(0).save(data, image_format, exif=exif)
     with Image.open(data) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(decode.decode(data.getvalue(), 3), expected)
@@ -82,6 +83,13 @@ def test_an_exif_part_that_is_damaged_turns_nothing(image_format, mode):
     picture(0, mode if image_format == "JPEG" else "RGB").save(
         data, image_format, exif=b"Exif\0\0no such thing", quality=95
     )
+    assert distance(decode.decode(data.getvalue(), 3), picture(0)) < 10
+
+
+@pytest.mark.parametrize("header", [b"II*\0", b"II+\0\x08\0\0\0", b"no"])
+def test_an_exif_part_that_is_cut_off_turns_nothing(header):
+    data = io.BytesIO()
+    picture(0).save(data, "JPEG", exif=b"Exif\0\0" + header, dpi=(72, 72), quality=95)
     assert distance(decode.decode(data.getvalue(), 3), picture(0)) < 10
 
 
