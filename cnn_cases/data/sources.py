@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import secrets
+import shlex
 import sys
 import zipfile
 import zlib
@@ -104,7 +105,7 @@ def open_prepared(name, data_dir=""):
     builder = make_builder(name, data_dir)
     if not builder.is_prepared():
         if builder.name not in BUNDLED:
-            where = f" DATA_DIR={data_dir}" if data_dir else ""
+            where = f" DATA_DIR={shlex.quote(data_dir)}" if data_dir else ""
             raise ValueError(
                 f"data.name = {name!r} is not prepared in {builder.data_path}; "
                 f"run `make data DATASET={name}{where}`"
@@ -144,8 +145,8 @@ def computed_once(name, data_dir, key, compute):
         # Opened here, because NumPy does not close a damaged file that it has opened itself.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # missing or damaged
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        pass  # missing or damaged; RuntimeError: a damaged header may claim that the file is encrypted
     arrays = compute()
     keep(path, functools.partial(np.savez, allow_pickle=False, **arrays))
     return arrays

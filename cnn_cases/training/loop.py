@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import itertools
 import pathlib
+import shlex
 import signal
 import time
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
             raise DivergedError(
                 f"{workdir}: the run diverged at step {result['step']}: {result['reason']}; "
                 + (f"the last good checkpoint is of step {kept}" if kept else "there is no checkpoint yet")
-                + f"; to see where: python -m cnn_cases.replay --workdir={workdir} --step={result['step']}",
+                + f"; to see where: python -m cnn_cases.replay --workdir={shlex.quote(str(workdir))} "
+                f"--step={result['step']}",
                 result["step"],
             )
         final = result["metrics"]

@@ -214,7 +214,9 @@ def test_what_was_computed_of_a_set_is_kept_with_it(prepared):
     np.testing.assert_array_equal(again["matrix"], np.eye(3))
     (copy,) = prepared.rglob("statistics.npz")
     whole = copy.read_bytes()
-    for damage in (whole[:100], b"", whole[:60] + b"damage" + whole[66:]):
+    flag = whole.index(b"PK\1\2") + 8  # which says that the file is encrypted
+    encrypted = whole[:flag] + b"\1" + whole[flag + 1 :]
+    for damage in (whole[:100], b"", whole[:60] + b"damage" + whole[66:], encrypted):
         copy.write_bytes(damage)
         mended = sources.computed_once("digits", str(prepared), "statistics", compute)
         np.testing.assert_array_equal(mended["matrix"], np.eye(3))
