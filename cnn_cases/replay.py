@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cnn_cases import command, saved_runs
 from cnn_cases.models import fast
-from cnn_cases.training import checkpoint, devices, logbook, loop, programs, running, transfer
+from cnn_cases.training import checkpoint, devices, logbook, loop, programs, running
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -115,17 +115,7 @@ def _state_after(first, workdir, config, program):
     """
     if first:
         return program, checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
-    noted = logbook.noted_start(workdir)
-    if not noted:
-        return program, program.init_state(config.seed)
-    program = program.starting_from(noted[0])
-    state = program.init_state(config.seed)
-    if noted != transfer.identity(config.start.workdir, noted[0]):
-        raise ValueError(
-            f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
-            f"step {noted[0]} of it; restore that run, or name a step after a checkpoint of {workdir}"
-        )
-    return program, state
+    return saved_runs.initial_state(workdir, config, program)
 
 
 def _seeds(steps, workdir, config, saved, diverged):

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from cnn_cases import settings
-from cnn_cases.training import devices, disk, logbook, provenance
+from cnn_cases.training import devices, disk, logbook, provenance, transfer
 
 
 def load_config(workdir, data_dir=""):
@@ -92,6 +92,29 @@ def check_data(workdir, starts, feed, splits=("train",)):
                 f"workdir = {workdir} was trained with other data: data.splits.{split} was {there[split]} "
                 f"then and is {here[split]} now (number and checksum of the examples); see --data_dir"
             )
+
+
+def initial_state(workdir, config, program):
+    """Returns the program, with the start that a run had, and the state before the run's first step.
+
+    Args:
+      workdir, config: of the run.
+      program: of this config.
+
+    Raises:
+      ValueError: the run started from the layers of another run, which is not what it was then.
+    """
+    noted = logbook.noted_start(workdir) if config.start.workdir else None
+    if not noted:
+        return program, program.init_state(config.seed)
+    program = program.starting_from(noted[0])
+    state = program.init_state(config.seed)
+    if noted != transfer.identity(config.start.workdir, noted[0]):
+        raise ValueError(
+            f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
+            f"step {noted[0]} of it; restore that run, or name a step after a checkpoint of {workdir}"
+        )
+    return program, state
 
 
 def usable_devices(config):

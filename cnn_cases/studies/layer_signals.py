@@ -161,7 +161,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
         for run in seeds:
             run_dir, model = runs_dir / run.name, run.config.model
             saved_runs.check_data(run_dir, saved_runs.read_starts(run_dir), program.feed)
-            for step, state in saved_states(program, run.config, run_dir / "checkpoints"):
+            for step, state in saved_states(program, run.config, run_dir):
                 point = {"depth": model.depth, "plain": model.plain, "seed": run.config.seed, "step": step}
                 states.append(point | measure_state(state))
     batches = itertools.islice(program.feed.eval_batches("train"), num_batches)
@@ -175,12 +175,12 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
     }
 
 
-def saved_states(program, config, directory):
+def saved_states(program, config, run_dir):
     """Yields (step, state) of a run: first its initial state, then those of its checkpoints."""
-    initial = program.init_state(config.seed)
+    _, initial = saved_runs.initial_state(run_dir, config, program)
     yield 0, initial
-    for step in checkpoint.steps(directory):
-        yield step, checkpoint.read(directory, step, initial)
+    for step in checkpoint.steps(run_dir / "checkpoints"):
+        yield step, checkpoint.read(run_dir / "checkpoints", step, initial)
 
 
 def make_measurement(program, num_batches):

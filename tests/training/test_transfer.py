@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cnn_cases import replay
+from cnn_cases.studies import layer_signals
 from cnn_cases.training import checkpoint, loop, processes, programs, transfer
 from configs import resnet_digits
 from tests.conftest import interrupt, stop_after, tiny_config
@@ -268,6 +269,8 @@ def test_another_start_is_refused_where_the_run_has_no_checkpoint_yet(config, so
         ValueError, match=r"^start\.workdir = .* is not what it was when .* from step 12 of it"
     ):
         replay.replay(tmp_path / "run", 3)
+    with pytest.raises(ValueError, match="is not what it was when"):
+        next(layer_signals.saved_states(program, config, tmp_path / "run"))
     shutil.rmtree(tmp_path / "source")
     shutil.copytree(source, tmp_path / "source")
     train(config, tmp_path / "run", program)
