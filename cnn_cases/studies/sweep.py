@@ -64,7 +64,8 @@ def run_all(study, workdir, num_jobs=1, cluster=None):
             if not (workdir / "runs" / run.name / "config.json").exists():
                 programs.check(run.config, local)
     with disk.lock(workdir):  # two starts at once would both submit the same jobs
-        logbook.claim(workdir, study.to_dict(), functools.partial(_is_part, study))
+        own = logbook.check_owner if _has_more(workdir, runs) else logbook.claim
+        own(workdir, study.to_dict(), functools.partial(_is_part, study))
         run_dirs = workdir / "runs"
         if cluster:
             ended = clusters.run_on_cluster(runs, workdir, cluster)
@@ -84,14 +85,29 @@ def _was_checked(study, workdir):
     return settings.from_json(disk.read_json(path, dict, logbook.PUT_BACK)) == study.to_dict()
 
 
+def _has_more(workdir, runs):
+    """Whether the study in `workdir` has these runs and others: a part of it is asked for."""
+    path = workdir / "config.json"
+    try:
+        known = _expand(disk.read_json(path, dict, logbook.PUT_BACK)) if path.exists() else []
+    except ValueError:  # which `logbook.claim` explains
+        return False
+    return {run.name for run in runs} < {run.name for run in known}
+
+
+def _expand(saved):
+    """The runs of a study as read from JSON; raises ValueError if this code cannot read it."""
+    return plan.expand(ConfigDict(settings.from_json(settings.completed(saved))))
+
+
 def _is_part(study, known):
     """Whether a study has all runs of `known`, a study as read from JSON, or is a part of it.
 
     So a study can grow by seeds, depths or other values of its grid, and a part of it can be drawn.
     """
     try:
-        known = plan.expand(ConfigDict(settings.from_json(settings.completed(known))))
-    except ValueError:  # this code cannot read it
+        known = _expand(known)
+    except ValueError:
         return False
     ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (plan.expand(study), known))
     return (ours.keys() <= theirs.keys() or ours.keys() >= theirs.keys()) and not any(
