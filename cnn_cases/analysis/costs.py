@@ -544,7 +544,7 @@ def _override(text):
 def _figure_path(text):
     if not text.endswith((".png", ".svg")):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .png or .svg")
-    return text
+    return parsing.path(text)
 
 
 def main(arguments=None):

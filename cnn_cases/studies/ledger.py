@@ -435,9 +435,11 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m cnn_cases.studies.ledger", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--results", default=ROOT / "results", help="the records; default: %(default)s")
+    parser.add_argument(
+        "--results", type=parsing.path, default=ROOT / "results", help="the records; default: %(default)s"
+    )
     parser.add_argument("--write", action="store_true", help="into the documents, and print nothing")
-    parser.add_argument("--documents", nargs="+", type=pathlib.Path, default=DOCUMENTS, help="their files")
+    parser.add_argument("--documents", nargs="+", type=parsing.path, default=DOCUMENTS, help="their files")
     options = parser.parse_args(arguments)
     with parsing.one_message():
         studies, others = read_records(options.results)
