@@ -112,7 +112,7 @@ def initial_state(workdir, config, program):
     if noted != transfer.identity(config.start.workdir, noted[0]):
         raise ValueError(
             f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
-            f"step {noted[0]} of it; restore that run, or name a step after a checkpoint of {workdir}"
+            f"step {noted[0]} of it; restore that run; without it, only checkpoints of {workdir} can be used"
         )
     return program, state
 

@@ -253,12 +253,10 @@ def _decode_once(builder, base):
     arrays = np.stack(images), np.array(labels, np.int32)
     for name, path, array in zip(("image", "label"), paths, arrays, strict=True):
         sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
-        # Decoded from earlier files; but another process may just be writing this one.
-        for other in set(path.parent.glob(f"{base}-{name}*.npy")) - set(
-            path.parent.glob(f"{path.stem}*.npy")
-        ):
+        current = set(path.parent.glob(f"{path.stem}*.npy"))  # another process may just be writing it
+        for other in set(path.parent.glob(f"{base}-{name}*.npy")) - current:
             with contextlib.suppress(OSError):
-                other.unlink()
+                other.unlink()  # decoded from earlier files
     return arrays
 
 

@@ -55,6 +55,8 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
       makes a step of AlexNet with two groups an eighth shorter, by the compiler's estimate.
     - Dilated convolutions, which no network of this package has, keep `lax`'s form.
 
+    Without `options`, nothing is dilated and there is one group.
+
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
 
     Raises:

@@ -373,7 +373,7 @@ class _Training:
             values = self._evaluate(step) if is_due else {}
             # Read once: a signal can arrive at any moment. Several processes use the value that all share.
             number = self._heard if self._of_all else self._stop.number
-            if last or number or _is_due(step, config.checkpoint.every_steps):
+            if number or self._save_is_due(step):
                 self._save(step, values, final=values if last else None)
             if number and (not last or values is None):
                 self._interrupt(step, number)
@@ -488,9 +488,13 @@ class _Training:
 
         A checkpoint that only a signal made has none either: which one is best must not depend on signals.
         """
+        measured = values and self._save_is_due(step)
+        return values.get(f"{self._config.checkpoint.best_on}/error") if measured else None
+
+    def _save_is_due(self, step):
+        """Returns whether the state is saved at this step even without a signal."""
         config = self._config
-        is_due = step == config.num_steps or _is_due(step, config.checkpoint.every_steps)
-        return values.get(f"{config.checkpoint.best_on}/error") if values and is_due else None
+        return step == config.num_steps or _is_due(step, config.checkpoint.every_steps)
 
 
 def _scores(probabilities, label):
