@@ -60,7 +60,7 @@ def check_resident(name, splits, data_dir="", image_size=0, border=0):
     builder = sources.open_prepared(name, data_dir)
     *sides, channels = builder.info.features["image"].shape
     if not image_size and None in sides:
-        return  # all images have one size, or `load_split` rejects them
+        return  # `load_split` sees their size
     shape = (*((image_size or side) + 2 * border for side in sides), channels)
     count = sum(end - start for split in splits.values() for _, start, end in _parts(builder, split))
     # Held twice: as loaded, for the next run of a study, and concatenated, for this run.
@@ -81,10 +81,11 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
       image uint8 [N, H, W, C], label int32 [N], and the number of classes.
 
     Raises:
-      ValueError: the data set is unknown or not prepared, or has no such split, no images or no labels, or
-        its images differ in size.
+      ValueError: the data set is unknown or not prepared, or has no such split, no images in grey or RGB, or
+        no labels; its images differ in size, or do not fit into memory.
     """
     builder = sources.open_prepared(name, data_dir)
+    _check_channels(name, builder)
     parts = _parts(builder, split)
     if None in builder.info.features["image"].shape:
         images, labels = _decode(builder, split, image_size)
@@ -102,7 +103,7 @@ def load_split(name, split, data_dir="", image_size=0, border=0):
     if border:
         edge = (border, border)
         images = np.pad(images, ((0, 0), edge, edge, (0, 0)))
-    return images, np.asarray(labels, np.int32), builder.info.features["label"].num_classes
+    return images, labels, builder.info.features["label"].num_classes
 
 
 def open_split(name, split, data_dir=""):
@@ -119,11 +120,9 @@ def open_split(name, split, data_dir=""):
         no labels.
     """
     builder = sources.open_prepared(name, data_dir)
+    _check_channels(name, builder)
     _parts(builder, split)
     features = builder.info.features
-    image = features["image"]
-    if image.shape[-1] not in (1, 3):
-        raise ValueError(f"the images of {name!r} are neither grey nor RGB: {image}")
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     try:
         first_label = source[0]["label"]
@@ -131,6 +130,12 @@ def open_split(name, split, data_dir=""):
         return source, features  # the first record is damaged; its reader will report it
     _check_labels(name, split, first_label)
     return source, features
+
+
+def _check_channels(name, builder):
+    image = builder.info.features["image"]
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"the images of {name!r} are neither grey nor RGB: {image}")
 
 
 def _check_labels(name, split, labels):
@@ -154,7 +159,7 @@ def _parts(builder, split, prefix=""):
         raise ValueError(f"{builder.data_path} has a split named {strange[0]!r}, which is not a word")
     try:
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, NotImplementedError) as error:  # the last for a part of 'all'
         raise ValueError(
             f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
             f"{', '.join(builder.info.splits)} ({error})"
@@ -170,14 +175,19 @@ def _parts(builder, split, prefix=""):
 
 
 def _decode(builder, split, image_size=0):
-    """Lists of a split's images, uint8 [H, W, C] of one shape, and labels; `image_size` 0: no resizing."""
-    images, labels = [], []
+    """Images uint8 [N, H, W, C] and labels int32 [N] of a split; `image_size` 0: no resizing."""
+    images, labels = None, []
     for image, label in _examples(builder, split):
-        images.append(resize(image, image_size, image_size) if image_size else image)
+        kept = resize(image, image_size, image_size) if image_size else image
+        if images is None:  # filled in place, because stacking a list would take twice the memory
+            count = sum(end - start for _, start, end in _parts(builder, split))
+            memory.check(count, kept.shape, "data.feed to 'stream'")
+            images = np.empty((count, *kept.shape), np.uint8)
+        if kept.shape != images.shape[1:]:
+            raise ValueError(_unlike(builder, images[0], image))
+        images[len(labels)] = kept
         labels.append(label)
-        if images[-1].shape != images[0].shape:
-            raise ValueError(_unlike(builder, images[0], images[-1] if image_size else image))
-    return images, labels
+    return images, np.array(labels, np.int32)
 
 
 def _unlike(builder, one, other):
@@ -185,11 +195,6 @@ def _unlike(builder, one, other):
     declared, name = builder.info.features["image"].shape, builder.info.name
     shapes = ["x".join(map(str, image.shape)) for image in (one, other)]
     difference = f"the images of {name!r} differ in size ({', '.join(shapes)})"
-    if one.shape[-1] != other.shape[-1]:  # resizing keeps the channels
-        return (
-            f"the images of {name!r} differ in their channels ({', '.join(shapes)}), and its builder "
-            f"declares {declared[-1]}; with 3 all are read in colour, with 1 in grey"
-        )
     if None not in declared:  # TFDS does not check it, and such a set is decoded before it is resized
         return (
             f"{difference}, but its builder declares {declared}; declare (None, None, {declared[-1]}) for "
@@ -201,19 +206,14 @@ def _unlike(builder, one, other):
 def _examples(builder, split):
     """Yields image uint8 [H, W, C] and label of each example of a split, decoded as in a stream."""
     channels = builder.info.features["image"].shape[-1]
-    encoded = {"image": tfds.decode.SkipDecoding()} if channels in (1, 3) else None
     try:
-        source = builder.as_data_source(split, decoders=encoded)
+        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         # Reading many at once is three times as fast as one by one; reading all at once fills the memory.
         for first in range(0, len(source), 1000):
             examples = source.__getitems__(range(first, min(first + 1000, len(source))))
             for number, example in enumerate(examples, start=first):
-                image = example["image"]
-                if encoded:
-                    image = _decoded(
-                        example, channels, f"example {number} of {builder.info.name!r}, {split!r}"
-                    )
-                yield image, example["label"]
+                what = f"example {number} of {builder.info.name!r}, {split!r}"
+                yield _decoded(example, channels, what), example["label"]
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{builder.data_path} is damaged ({error}); delete it and prepare {builder.info.name!r} again"
@@ -249,8 +249,7 @@ def _decode_once(builder, base):
             return images, labels
     except (OSError, ValueError, EOFError):
         pass  # missing or incomplete
-    images, labels = _decode(builder, base)
-    arrays = np.stack(images), np.array(labels, np.int32)
+    arrays = _decode(builder, base)
     for name, path, array in zip(("image", "label"), paths, arrays, strict=True):
         sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
         current = set(path.parent.glob(f"{path.stem}*.npy"))  # another process may just be writing it

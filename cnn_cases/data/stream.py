@@ -33,6 +33,9 @@ MAX_WORKERS = 1024  # one for each core of a large host, and more
 MAX_BUFFER = 1024  # batches
 MAX_SAMPLE = 2048  # images from which the statistics of the pixels are computed
 NUM_COMPARED = 64  # examples of a split that enter its fingerprint
+# Of batches in shared memory, for each worker: one that it fills, and one in this process. Each holds as many
+# as the buffer, and in front of each waits another batch (counted with grain 0.2.18).
+_QUEUES = 2
 MAX_WAIT = 10  # seconds for a thread that only unlinks files
 _CROP_STREAM = 1  # separates the random numbers of crops from those of the order
 _ENDLESS = 2**62  # batches
@@ -128,7 +131,9 @@ class StreamFeed:
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape = (side, side, channels)
         self.num_classes, self.num_train = features["label"].num_classes, len(records)
-        made_ahead = max(buffer * max(workers, 1) * batch_size, max(buffer, workers) * eval_batch_size)
+        kept = workers * _QUEUES * (buffer + 1) if workers else buffer
+        # Those of training stay while an evaluation makes its own.
+        made_ahead = kept * batch_size + max(buffer, workers) * eval_batch_size
         memory.check(
             made_ahead // process_count + min(MAX_SAMPLE, len(records)),
             self.image_shape,
@@ -284,7 +289,10 @@ def read(recipe, index):
         record = recipe.records[index]
     except RuntimeError as error:  # what array_record raises if the bytes have changed
         raise ValueError(str(error)) from error
-    return decode.decode(record["image"], recipe.channels), int(record["label"])
+    label = int(record["label"])
+    if label < 0:  # what TFDS stores for a missing one
+        raise ValueError("it has no label")
+    return decode.decode(record["image"], recipe.channels), label
 
 
 def describe(recipe, index):

@@ -182,6 +182,11 @@ def test_a_prepared_set_with_a_missing_file_is_named(prepared):
         splits.load_split("digits", "train", str(prepared))
 
 
+def test_a_part_of_all_is_refused_with_the_splits_that_have_parts(data_dir):
+    with pytest.raises(ValueError, match=r"'all\[:90%\]' of 'digits' cannot be read: it has train, "):
+        splits.load_split("digits", "all[:90%]", data_dir)
+
+
 def test_parts_of_several_splits_are_joined_in_order(data_dir):
     both, labels, _ = splits.load_split("digits", "test[5:]+train[:3]", data_dir)
     test, _, _ = splits.load_split("digits", "test", data_dir)
@@ -286,15 +291,42 @@ def test_a_damaged_file_is_named_if_the_set_knows_it(photos_dir):
             [(9, 7, 3), (5, 6, 3)],
             r"in size .* builder declares \(8, 8, 3\); declare \(None, None, 3\)",
         ),
-        (
-            (None, None, 4),
-            [(9, 7, 3), (9, 7, 4)],
-            r"differ in their channels .* declares 4; with 3 all are read",
-        ),
         ((None, None, 3), [(9, 7, 3), (5, 6, 3)], r"differ in size .*; set data\.image_size to resize them"),
     ],
 )
-def test_images_that_resizing_does_not_make_alike_are_told_from_others(shape, sizes, message, tmp_path):
+def test_images_that_differ_in_size_are_told_of_with_the_remedy(shape, sizes, message, tmp_path):
+    prepare_unlike(tmp_path, shape, sizes)
+    # Resizing is not the remedy where it has already been asked for.
+    image_size = 0 if "image_size" in message else 16
+    with pytest.raises(ValueError, match=message):
+        splits.load_split("unlike", "train", str(tmp_path), image_size=image_size)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (None, None, 3)])
+def test_a_set_that_is_too_large_before_it_is_resized_is_refused(shape, tmp_path, monkeypatch):
+    prepare_unlike(tmp_path, shape, [(8, 8, 3)] * 3)
+    monkeypatch.setattr(memory, "available", lambda: 2 * 8 * 8 * 3)
+    splits.check_resident("unlike", {"train": "train[:1]"}, str(tmp_path), image_size=4)
+    with pytest.raises(ValueError, match=r"3 images of 8x8x3 take .*; change data.feed to 'stream'"):
+        splits.load_split("unlike", "train", str(tmp_path))
+    if None in shape:
+        small, _, _ = splits.load_split("unlike", "train", str(tmp_path), image_size=4)
+        assert small.shape == (3, 4, 4, 3)
+        return
+    with pytest.raises(ValueError, match=r"3 images of 8x8x3 take .*; change data.feed to 'stream'"):
+        splits.load_split("unlike", "train[:1]", str(tmp_path), image_size=4)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_that_are_neither_grey_nor_in_colour_are_refused(channels, tmp_path):
+    prepare_unlike(tmp_path, (None, None, channels), [(8, 8, channels)])
+    with pytest.raises(ValueError, match=r"the images of 'unlike' are neither grey nor RGB: Image"):
+        splits.load_split("unlike", "train", str(tmp_path))
+
+
+def prepare_unlike(data_dir, shape, sizes):
+    """Prepares a set whose builder declares one shape and whose images have others."""
+
     class Unlike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Images of several shapes."""
 
@@ -317,11 +349,7 @@ def test_images_that_resizing_does_not_make_alike_are_told_from_others(shape, si
                 Image.fromarray(np.zeros(size, np.uint8)).save(file, "PNG")
                 yield number, {"image": file.getvalue(), "label": 0}
 
-    Unlike(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    # Resizing is not the remedy where it has already been asked for, or cannot help.
-    image_size = 0 if "image_size" in message else 16
-    with pytest.raises(ValueError, match=message):
-        splits.load_split("unlike", "train", str(tmp_path), image_size=image_size)
+    Unlike(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
 def test_photographs_are_resized_as_they_are_read(photos_dir, monkeypatch):

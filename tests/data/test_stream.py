@@ -3,6 +3,7 @@ import itertools
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,19 @@ def test_more_damaged_records_than_allowed_end_the_run(feed_of, photos_dir):
         list(feed.eval_batches("test"))
 
 
+def test_a_record_without_a_label_is_a_damaged_one(feed_of, caplog):
+    feed = feed_of(**{"stream.max_damaged": 0.13})
+    damaged = set(feed._damaged["train"])
+    records = feed._recipes["train"].records
+    other = next(index for index in range(len(records)) if index not in damaged)
+    without = [record | {"label": -1} if index == other else record for index, record in enumerate(records)]
+    feed._recipes["train"] = feed._recipes["train"]._replace(records=without)
+    batches = first_batches(feed, 8)
+    assert np.concatenate([batch["label"] for batch in batches]).min() >= 0
+    assert re.search(rf"skipped record {other} \(train_\d+\.jpg\): it has no label", caplog.text)
+    assert len(feed._damaged["train"]) == 3
+
+
 def test_a_set_of_damaged_records_alone_ends_the_search(feed_of, monkeypatch):
     feed = feed_of(**{"stream.max_damaged": 0.99})
 
@@ -254,6 +268,14 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
         0, recipe=feed._recipes["train"], batch_size=4, position=np.array([0, 7, 15, 23])
     )
     np.testing.assert_array_equal(seen[0], sample["image"][sample["mask"] == 1])
+
+
+@pytest.mark.parametrize(("workers", "batches"), [(0, 2), (4, 24)])
+def test_all_batches_that_are_made_in_advance_have_to_fit_into_memory(workers, batches, feed_of, monkeypatch):
+    checked = []
+    monkeypatch.setattr(stream.memory, "check", lambda count, *_: checked.append(count))
+    feed_of(**{"stream.workers": workers, "stream.buffer": 2})
+    assert checked == [batches * 6 + max(workers, 2) * 4 + 24]  # with those of an evaluation, and the sample
 
 
 @pytest.mark.parametrize(
