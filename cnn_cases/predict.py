@@ -24,6 +24,8 @@ from cnn_cases.data import decode, inputs, pixels, views
 from cnn_cases.training import checkpoint, predictions, programs, steps
 from cnn_cases.training.state import shapes_of_state
 
+FILES_AT_ONCE = 64  # a photograph of a telephone takes 40 MB of memory
+
 
 class TrainedNetwork:
     """A network from a checkpoint, ready to classify images.
@@ -61,8 +63,8 @@ class TrainedNetwork:
           float64 [N, K]; each row sums to 1.
 
         Raises:
-          ValueError: an image has another type or shape, there are no images, or the protocol does not suit
-            the network.
+          ValueError: an image has another type or shape, there are no images, the protocol does not suit the
+            network, or the network answers with NaN.
         """
         channels = self.image_shape[-1]
         for number, image in enumerate(images):
@@ -94,6 +96,10 @@ class TrainedNetwork:
             functools.partial(self._predict, self.state, self._statistics),
             batch_size=batch_size,
         )
+        lost = np.isnan(probabilities).any(axis=1)
+        if lost.any():
+            number = lost.argmax()
+            raise ValueError(f"step {self.step} predicts NaN for image {number}; try another checkpoint")
         return probabilities
 
 
@@ -146,17 +152,19 @@ def main(paths):
         raise ValueError("no images: list their files after the flags")
     given = flags.FLAGS
     network = load(given.workdir, given.step)
-    read, images, errors = [], [], []
-    for path in paths:
-        try:
-            images.append(read_image(path, network.image_shape[-1]))
-            read.append(path)
-        except ValueError as error:
-            errors.append(str(error))
-    rows = network(images, given.protocol) if images else []
-    for path, row in zip(read, rows, strict=True):
-        best = np.argsort(-row, kind="stable")[: given.top]
-        print(f"{path}:", ", ".join(f"{network.class_names[k]} ({row[k]:.1%})" for k in best))
+    errors = []
+    for first in range(0, len(paths), FILES_AT_ONCE):
+        read, images = [], []
+        for path in paths[first : first + FILES_AT_ONCE]:
+            try:
+                images.append(read_image(path, network.image_shape[-1]))
+                read.append(path)
+            except ValueError as error:
+                errors.append(str(error))
+        rows = network(images, given.protocol) if images else []
+        for path, row in zip(read, rows, strict=True):
+            best = np.argsort(-row, kind="stable")[: given.top]
+            print(f"{path}:", ", ".join(f"{network.class_names[k]} ({row[k]:.1%})" for k in best))
     if errors:
         raise ValueError("\n".join(errors))
 

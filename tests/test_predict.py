@@ -175,6 +175,38 @@ def test_the_command_prints_as_many_classes_as_asked_for_of_the_step_and_the_pro
     assert capsys.readouterr().out == f"{path}: {expected}\n"
 
 
+def test_files_are_read_a_few_at_a_time_and_answered_in_their_order(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "FILES_AT_ONCE", 2)
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16), np.uint8)
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    held, predictor = [], predict.TrainedNetwork.__call__
+    monkeypatch.setattr(
+        predict.TrainedNetwork,
+        "__call__",
+        lambda self, images, *rest: held.append(len(images)) or predictor(self, images, *rest),
+    )
+    given = SimpleNamespace(workdir=run[0], step="8", protocol="single", top=1)
+    monkeypatch.setattr(predict.flags, "FLAGS", given)
+    predict.main(paths)
+    assert held == [2, 2, 1]
+    expected = predictor(predict.load(run[0], 8), images[..., None])
+    lines = [f"{path}: {row.argmax()} ({row.max():.1%})" for path, row in zip(paths, expected, strict=True)]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_an_answer_that_is_no_number_is_none(run, monkeypatch):
+    network = predict.load(run[0], 8)
+
+    def answer(_state, _arrays, images):
+        return jnp.full((len(images), 10), jnp.log(0.1)).at[1].set(jnp.nan)
+
+    monkeypatch.setattr(network, "_predict", answer)
+    with pytest.raises(ValueError, match="step 8 predicts NaN for image 1; try another checkpoint"):
+        network(np.zeros((3, 16, 16, 1), np.uint8))
+
+
 def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):
     workdir, config = run
     moved = tmp_path / "elsewhere"
