@@ -7,6 +7,9 @@ unharmed    it resumes from the newest checkpoint
 fell back   it reports that the newest checkpoint is damaged or gone, and resumes from the one before
 refused     exit code 2 and one line that says what is wrong; the checkpoints are byte for byte as they were
 
+A run on a full disk is refused after it has trained, so what it left is judged by the next start, on a larger
+disk.
+
 If it resumes, all that the run leaves at its end is compared with an undisturbed run, as in
 `benchmarks.faults`. A start from step 0, or anything else, counts as wrong.
 
@@ -346,8 +349,15 @@ def deleted_meanwhile(shop, what):
     _until(lambda: steps_of(workdir)[-1:] >= [20], process)
     process.send_signal(signal.SIGSTOP)
     remove(workdir / what)
+    before = contents(workdir / "checkpoints")
     process.send_signal(signal.SIGCONT)
-    return shop.judge(workdir, shop.wait(process), contents(workdir / "checkpoints"), 0)
+    run, after = shop.wait(process), contents(workdir / "checkpoints")
+    outcome = shop.judge(workdir, run, after, 0)
+    # It saves until it finds out, and deletes the oldest checkpoints then.
+    changed = [name for name, data in before.items() if after.get(name, data) != data]
+    if changed or (before and not after):
+        outcome["outcome"] = f"something else: it changed {', '.join(changed) or 'all checkpoints'}"
+    return outcome
 
 
 def two_at_once(shop):

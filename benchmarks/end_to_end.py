@@ -14,6 +14,7 @@ prepared: make data DATASET=mnist
 
 import argparse
 import importlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -245,15 +246,20 @@ def main():
     first, later = PEERS[-2:]
     if later in options.peers and first not in options.peers:
         parser.error(f"--peers: {later!r} needs {first!r}, which compiles for it")
+    peers = " ".join(map(repr, options.peers))
+    commands = {
+        name: f"python -m benchmarks.end_to_end --cases {name!r} --peers {peers} --turns={options.turns}"
+        for name in options.cases
+    }
+    record.check(parser, options.out, commands)
     jobs.share_accelerators()  # this process uses JAX too
     rows = {}
     for name in options.cases:
         rows[name] = measure(name, options.turns, options.peers)
         print(tables.markdown(cells({name: rows[name]}), words=(0, 1)), flush=True)
         if options.out:
-            peers = " ".join(map(repr, options.peers))
-            given = f"--cases {name!r} --peers {peers} --turns={options.turns}"
-            record.write_section(options.out, name, f"python -m benchmarks.end_to_end {given}", rows[name])
+            torch = {"torch": importlib.metadata.version("torch")} if options.peers else {}
+            record.write_section(options.out, name, commands[name], rows[name] | torch)
     print(tables.markdown(cells(rows), words=(0, 1)))
 
 

@@ -8,11 +8,12 @@ before all signals were sent, another run begins. The signals come at these mome
 start        any time between the start of the process and its first rows, imports and compilation included
 step         any time within 0.2 s after a row of metrics
 row          as soon as a row of metrics is written
-evaluation   within 0.02 s after a row, when an evaluation follows
+evaluation   within 0.02 s after a row of training, which an evaluation follows
 save         while a checkpoint is being written
 
-SIGKILL leaves a process no time for anything. After SIGTERM it has to save, which is timed, and end with exit
-code 143, unless Python itself had not started up.
+SIGKILL leaves a process no time for anything. After SIGTERM it has to save, which is timed, say at which step
+it did, and end with exit code 143. Before it trains, it ends at once; before Python has started up, the
+signal itself ends it. A signal that came too late, when the run was over, is sent to the next run instead.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import itertools
 import json
 import pathlib
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -68,50 +70,57 @@ def disturb(workdir, overrides, signals, rng):
       rng: a `random.Random`.
 
     Returns:
-      [{"signal", "moment", "step" of the last row when it came, "exit_code", "seconds" until the end}].
+      [{"signal", "moment", "step" of the last row at the end, "exit_code", "seconds" until the end, "saved":
+      the step that it says it saved, or None}].
 
     Raises:
       RuntimeError: a process did not end as it should.
     """
     blows, startup = [], 5.0
     while True:
-        with (workdir.parent / f"{workdir.name}.log").open("a+") as errors:
+        with (workdir.parent / f"{workdir.name}.log").open("w+") as errors:
             process = start(workdir, overrides, errors)
             began, blow = time.monotonic(), signals[0] if signals else None
             rows = workdir / "metrics.jsonl"
             if blow and wait_for(process, workdir, blow[1], startup, rng):
                 number, moment = blow
                 process.send_signal(number)
-                signals.popleft()
                 sent = time.monotonic()
                 code = process.wait()
-                steps = [row["step"] for row in logbook.read_rows(rows)]
-                blows.append(
-                    {
-                        "signal": signal.Signals(number).name,
-                        "moment": moment,
-                        "step": max(steps, default=0),
-                        "exit_code": code,
-                        "seconds": round(time.monotonic() - sent, 2),
-                    }
-                )
+                seconds = time.monotonic() - sent
                 if moment != "start":
                     startup = sent - began
             else:
-                code = process.wait()
-            if code == 0:
+                blow, code = None, process.wait()
+            if code == 0:  # the signal, if any, came too late and stays in the queue
                 return blows
-            if not blow or code not in _expected(*blow):
-                errors.seek(0)
-                raise RuntimeError(f"exit code {code} after {blow}: {errors.read()[-2000:]}")
+            errors.seek(0)
+            text = errors.read()
+            saved = re.search(r"SIGTERM: saved after step (\d+)", text)
+            saved = int(saved[1]) if saved else None
+            if not blow or not _is_right(*blow, code, saved, checkpoint.steps(workdir / "checkpoints")):
+                raise RuntimeError(f"exit code {code} after {blow}, saved: {saved}: {text[-2000:]}")
+            steps = [row["step"] for row in logbook.read_rows(rows)]
+            blows.append(
+                {
+                    "signal": signal.Signals(number).name,
+                    "moment": moment,
+                    "step": max(steps, default=0),
+                    "exit_code": code,
+                    "seconds": round(seconds, 2),
+                    "saved": saved,
+                }
+            )
+            signals.popleft()
 
 
-def _expected(number, moment):
-    """The exit codes that are allowed."""
+def _is_right(number, moment, code, saved, kept):
+    """Whether a process ended as it should; `kept` are the steps of the checkpoints that it left."""
     if number == signal.SIGKILL:
-        return {-signal.SIGKILL}
-    saved = 128 + signal.SIGTERM
-    return {saved, -signal.SIGTERM} if moment == "start" else {saved}
+        return code == -signal.SIGKILL
+    if saved is None:
+        return moment == "start" and code in (128 + signal.SIGTERM, -signal.SIGTERM)
+    return code == 128 + signal.SIGTERM and kept[-1:] == [saved]
 
 
 def wait_for(process, workdir, moment, startup, rng):
@@ -127,11 +136,11 @@ def wait_for(process, workdir, moment, startup, rng):
     rows, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
     left_over = set(saves.glob(checkpoint.DRAFTS))  # by a process that was killed while saving
 
-    def size():
-        return rows.stat().st_size if rows.exists() else 0
+    def written():
+        return rows.read_bytes() if rows.exists() else b""
 
     until = time.monotonic() + rng.uniform(0, startup)
-    before, events = size(), rng.randint(1, 3)
+    before, events = len(written()), rng.randint(1, 3)
     while process.poll() is None:
         if moment == "start":
             if time.monotonic() > until:
@@ -141,8 +150,10 @@ def wait_for(process, workdir, moment, startup, rng):
             if drafts - left_over:
                 return True
             left_over &= drafts  # drafts that were cleaned up may appear again
-        elif size() > before:
-            before, events = size(), events - 1
+        elif new := written()[before:].splitlines():
+            before += sum(len(line) + 1 for line in new)
+            # The row of an evaluation is followed by a step, or a save.
+            events -= moment != "evaluation" or b'"running/' in new[-1]
             if events == 0:
                 time.sleep(
                     {"step": rng.uniform(0, 0.2), "row": 0, "evaluation": rng.uniform(0, 0.02)}[moment]
@@ -224,7 +235,10 @@ def torment(directory, planned, overrides, seed=0, disturb=disturb):
     while signals and not found:
         runs += 1
         workdir = directory / f"disturbed-{runs}"
-        blows += disturb(workdir, overrides, signals, rng)
+        new = disturb(workdir, overrides, signals, rng)
+        if not new:  # the first signal of a run comes long before its end
+            raise RuntimeError(f"run {runs} ended as if it had not been sent {signals[0]}")
+        blows += new
         found = differences(undisturbed, workdir)
         print(
             f"run {runs}: {len(blows)} of {len(planned)} signals; different: {', '.join(found) or 'nothing'}"
@@ -248,8 +262,9 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         result = torment(directory, planned, OVERRIDES)
     blows = result.pop("blows")
-    result["moments"] = collections.Counter(f"{one['signal']} {one['moment']}" for one in blows)
-    saving = [one["seconds"] for one in blows if one["exit_code"] == 128 + signal.SIGTERM]
+    for key in ("moment", "exit_code"):
+        result[f"{key}s"] = collections.Counter(f"{one['signal']} {one[key]}" for one in blows)
+    saving = [one["seconds"] for one in blows if one["saved"] is not None]
     result["seconds_to_save_on_sigterm"] = {"longest": max(saving, default=None), "all": saving}
     for key, value in result.items():
         print(f"{key}: {value}")

@@ -77,7 +77,11 @@ def ours(case, dtype, layers_of_flax):
 
 
 def measure(name, turns, device):
-    """Measures a case: {"batch_size": ..., "flags": {set of flags: dict, or why its process died}}."""
+    """Measures a case.
+
+    Returns:
+      {"batch_size": ..., "flags": {set of flags: dict, or why its process died}}, and the kinds of devices.
+    """
     facts, groups, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
         made = {}
@@ -96,8 +100,12 @@ def measure(name, turns, device):
             try:
                 facts[one] = process.made.result()
                 groups[one] = [process]
-            except concurrent.futures.process.BrokenProcessPool:
+            except Exception as error:  # any failure of a contender; the other sets go on
+                if one == DEFAULTS:
+                    raise
                 rows[one] = "its process died, as where XLA does not know a flag"
+                if not isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                    rows[one] = f"it failed: {error}"[:200]
         seconds = contenders.race(groups, "train", turns, device)
     for one, values in seconds.items():
         rows[one] = {
@@ -106,7 +114,7 @@ def measure(name, turns, device):
             "ratio": contenders.ratios(values, seconds[DEFAULTS])["median"],
             "first_step_seconds": facts[one]["first_step_seconds"],
         }
-    return {"batch_size": facts[DEFAULTS]["batch_size"], "flags": rows}
+    return {"batch_size": facts[DEFAULTS]["batch_size"], "flags": rows}, facts[DEFAULTS]["devices"]
 
 
 def cells(rows):
@@ -133,13 +141,19 @@ def main():
     parser.add_argument("--turns", type=parsing.positive_number, default=7)
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
+    cases = options.cases or DEFAULT_CASES[options.device]
+
+    def command(name):
+        flags = f"--device={options.device} --cases {name!r} --turns={options.turns}"
+        return f"python -m benchmarks.flags {flags}"
+
+    record.check(parser, options.out, {name: command(name) for name in cases})
     rows = {}
-    for name in options.cases or DEFAULT_CASES[options.device]:
-        rows[name] = measure(name, options.turns, options.device)
+    for name in cases:
+        rows[name], devices = measure(name, options.turns, options.device)
         print(tables.markdown(cells({name: rows[name]}), words=(0,)), flush=True)
         if options.out:
-            arguments = f"--device={options.device} --cases {name!r} --turns={options.turns}"
-            record.write_section(options.out, name, f"python -m benchmarks.flags {arguments}", rows[name])
+            record.write_section(options.out, name, command(name), rows[name], devices)
     print(tables.markdown(cells(rows), words=(0,)))
 
 

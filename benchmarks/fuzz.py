@@ -430,7 +430,10 @@ def main():
         "--inputs", type=parsing.positive_number, default=2000, help="configs; and a tenth as many studies"
     )
     parser.add_argument(
-        "--minutes", type=float, default=60, help="stop after this many minutes, whatever is left"
+        "--minutes",
+        type=parsing.positive_number,
+        default=60,
+        help="stop after this many minutes, whatever is left",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the mistakes")
     parser.add_argument(

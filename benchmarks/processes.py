@@ -253,7 +253,8 @@ def main():
             "exit_codes": codes,
             "refused": outcomes,
         }
-        record.write_section(options.out, "processes", "python -m benchmarks.processes", figures | result)
+        command = "python -m benchmarks.processes"
+        record.write_section(options.out, "processes", command, figures | result, ["cpu"])
     sys.exit(1 if result["differences"] else 0)
 
 

@@ -2,13 +2,18 @@
 
 import argparse
 import json
+import re
 
 from cnn_cases import parsing
 from cnn_cases.training import disk, provenance
 
 
 def output(text):
-    """The value of an --out option, for argparse: a JSON file of sections, or one that does not exist yet."""
+    """The value of an --out option, for argparse: a JSON file of sections, or one that does not exist yet.
+
+    It also notes the code, because the processes that are measured start later, when it may be another.
+    """
+    provenance.note_code()
     path = parsing.path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} must lie in an existing directory")
@@ -19,7 +24,21 @@ def output(text):
     return path
 
 
-def write_section(path, name, command, figures):
+def check(parser, path, commands):
+    """Ends the command of an argparse parser, before it measures, if a section holds what others measured.
+
+    Args:
+      path: the value of its option --out; None if it was not given.
+      commands: {name of the section: command}, as for `write_section`.
+    """
+    try:
+        for name, command in commands.items() if path else ():
+            _check_kind(path, _sections(path), name, command)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def write_section(path, name, command, figures, devices=None):
     """Writes a command's results in place of its earlier results; the file's other sections stay.
 
     Args:
@@ -27,15 +46,27 @@ def write_section(path, name, command, figures):
       name: the name of the section.
       command: the command that reproduces the results.
       figures: the results, a dict that JSON can hold.
+      devices: the kinds of the devices that were measured; None: those of this process.
 
     Raises:
-      ValueError: the file holds something else, or has a section of this name from another benchmark.
+      ValueError: the file holds something else, or its section of this name is by another benchmark, or by
+        the same with other flags than numbers.
     """
-    sections = _sections(path)
-    if name in sections and _benchmark(sections[name]["command"]) != _benchmark(command):
-        raise ValueError(f"{path}: the section {name!r} is by {sections[name]['command']}; name another file")
     head = {"command": command, **provenance.stamp()}
+    if devices:
+        head["environment"]["devices"] = devices
+    at_end = provenance.commit.__wrapped__()
+    if at_end != head["environment"]["commit"]:
+        head["commit_at_end"] = at_end  # of processes that were started late
+    sections = _sections(path)  # read last, as another command may be writing other sections
+    _check_kind(path, sections, name, command)
     disk.write_json(path, sections | {name: head | figures})
+
+
+def _check_kind(path, sections, name, command):
+    there = sections[name]["command"] if name in sections else command
+    if _kind(there) != _kind(command):
+        raise ValueError(f"{path}: the section {name!r} is by {there}; name another file")
 
 
 def _sections(path):
@@ -53,6 +84,6 @@ def _sections(path):
     return sections
 
 
-def _benchmark(command):
-    """`python -m benchmarks.flags --turns=5` -> `benchmarks.flags`."""
-    return "".join(command.split()[2:3])
+def _kind(command):
+    """`python -m benchmarks.flags --device=gpu --turns=5` -> `python -m benchmarks.flags --device=gpu`."""
+    return re.sub(r" --\w+=\d+(?!\S)", "", command)

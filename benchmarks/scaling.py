@@ -29,6 +29,7 @@ from cnn_cases.training import processes, runtime
 JIT, ONE = "jax.jit", "1 device"
 DEVICES, PROCESSES = (2, 4), (2, 4)
 DEFAULT_CASES = ("ResNet-20", "ResNet-20, digits")
+CASES = [name for name, case in flags.CASES.items() if case.cpu_batch % max(*DEVICES, *PROCESSES) == 0]
 DEPTHS = (8, 20, 32, 44, 56, 110)
 DTYPE = "float32"
 
@@ -77,7 +78,12 @@ def _leave(group):
 
 
 def sharing(case, turns):
-    """Measures a case: {"batch_size": ..., "teams": {who: {"step_seconds", "ratio" to one device, ...}}}."""
+    """Measures a case.
+
+    Returns:
+      {"batch_size": ..., "teams": {who: {"step_seconds", "ratio" to one device, ...}}}, and the kind of the
+      device.
+    """
     groups, facts, rows = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for who, processes in teams().items():
@@ -95,7 +101,7 @@ def sharing(case, turns):
             "ratio": contenders.ratios(values, seconds[ONE]),
             "first_step_seconds": max(one["first_step_seconds"] for one in facts[who]),
         }
-    return {"batch_size": case.cpu_batch, "dtype": DTYPE, "teams": rows}
+    return {"batch_size": case.cpu_batch, "dtype": DTYPE, "teams": rows}, facts[ONE][0]["devices"]
 
 
 def depth_costs(depth, turns, kinds):
@@ -115,7 +121,9 @@ def depth_costs(depth, turns, kinds):
         }
         for kind, values in seconds.items()
     }
-    return {"batch_size": facts[throughput.OURS]["batch_size"], "dtype": DTYPE, "contenders": rows}
+    row = {"batch_size": facts[throughput.OURS]["batch_size"], "dtype": DTYPE, "contenders": rows}
+    peers = [kind for kind in kinds if kind != throughput.OURS]
+    return row | ({"torch": facts[peers[0]]["torch"]} if peers else {})
 
 
 def sharing_cells(rows):
@@ -147,27 +155,34 @@ def main():
     """Measures, prints the results, and writes them to --out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("sharing", "depth"), help="one of the two")
-    parser.add_argument("--cases", nargs="+", choices=flags.CASES, metavar="CASE", default=DEFAULT_CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", default=DEFAULT_CASES)
     parser.add_argument("--depths", nargs="+", type=int, choices=DEPTHS, default=DEPTHS)
     parser.add_argument("--turns", type=parsing.positive_number, default=5)
     parser.add_argument(
         "--out", type=record.output, help="a JSON file, of which each case and each depth is a section"
     )
     options = parser.parse_args()
+    cases = () if options.only == "depth" else options.cases
+    depths = () if options.only == "sharing" else options.depths
+    commands = {name: f"--only=sharing --cases {name!r}" for name in cases}
+    commands |= {f"depth {depth}": f"--only=depth --depths {depth}" for depth in depths}
+    commands = {
+        name: f"python -m benchmarks.scaling {one} --turns={options.turns}" for name, one in commands.items()
+    }
+    record.check(parser, options.out, commands)
     rows = {}
-    for name in () if options.only == "depth" else options.cases:
-        rows[name] = sharing(flags.CASES[name], options.turns)
+    for name in cases:
+        rows[name], devices = sharing(flags.CASES[name], options.turns)
         if options.out:
-            command = f"python -m benchmarks.scaling --only=sharing --cases {name!r} --turns={options.turns}"
-            record.write_section(options.out, name, command, rows[name])
+            record.write_section(options.out, name, commands[name], rows[name], devices)
     if rows:
         print(tables.markdown(sharing_cells(rows), words=(0,)), flush=True)
     rows, kinds = {}, [throughput.OURS, *(throughput.PEERS if importlib.util.find_spec("torch") else ())]
-    for depth in () if options.only == "sharing" else options.depths:
+    for depth in depths:
         rows[depth] = depth_costs(depth, options.turns, kinds)
         if options.out:
-            command = f"python -m benchmarks.scaling --only=depth --depths {depth} --turns={options.turns}"
-            record.write_section(options.out, f"depth {depth}", command, rows[depth])
+            section = f"depth {depth}"
+            record.write_section(options.out, section, commands[section], rows[depth])
     if rows:
         print(tables.markdown(depth_cells(rows)), flush=True)
 

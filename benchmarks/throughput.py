@@ -122,6 +122,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     facts = {
         "batch_size": batch_size,
         "platform": devices[0].platform,
+        "devices": [device.device_kind for device in devices],
         "resident_bytes": contenders.resident_bytes(),
     }
     model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
@@ -493,6 +494,13 @@ def main():
         parser.set_defaults(cases=QUICK, peers=["torch"], turns=3)
     options = parser.parse_args()
     contenders.check_installed(parser, options.peers)
+
+    def command(name):
+        flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
+        flags += f" --dtype={options.dtype} --turns={options.turns} --at_once={options.at_once}"
+        return f"python -m benchmarks.throughput {flags}"
+
+    record.check(parser, options.out, {name: command(name) for name in options.cases})
     rows, failed = {}, []
     for first in range(0, len(options.cases), options.at_once):
         names = options.cases[first : first + options.at_once]
@@ -504,9 +512,7 @@ def main():
             rows[name] = row
             _print({name: row})
             if options.out:
-                flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
-                flags += f" --dtype={options.dtype} --turns={options.turns} --at_once={options.at_once}"
-                record.write_section(options.out, name, f"python -m benchmarks.throughput {flags}", row)
+                record.write_section(options.out, name, command(name), row)
     if len(rows) > 1:
         _print(rows)
     if failed:

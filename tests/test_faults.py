@@ -5,6 +5,7 @@ import signal
 from types import SimpleNamespace
 
 import jax
+import pytest
 
 from benchmarks import faults
 from cnn_cases.training import loop, programs
@@ -53,3 +54,45 @@ def test_a_draft_that_a_killed_process_left_is_no_save(tmp_path):
     process = SimpleNamespace(poll=poll)
     assert faults.wait_for(process, tmp_path, "save", 0, random.Random(0))
     assert next(polls) == 5
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "code", "saved", "kept", "is_right"),
+    [
+        (signal.SIGKILL, "row", -9, None, [10], True),
+        (signal.SIGKILL, "row", 1, None, [10], False),
+        (signal.SIGTERM, "row", 143, 20, [10, 20], True),
+        (signal.SIGTERM, "row", 143, None, [10, 20], False),  # without a word
+        (signal.SIGTERM, "row", 143, 20, [10], False),  # without saving
+        (signal.SIGTERM, "row", 1, 20, [10, 20], False),
+        (signal.SIGTERM, "row", -15, None, [10], False),
+        (signal.SIGTERM, "start", -15, None, [], True),
+        (signal.SIGTERM, "start", 143, None, [], True),
+        (signal.SIGTERM, "start", 143, 20, [10], False),
+    ],
+)
+def test_a_process_has_to_end_as_the_signal_asks(number, moment, code, saved, kept, is_right):
+    assert faults._is_right(number, moment, code, saved, kept) == is_right
+
+
+def test_a_signal_that_does_nothing_ends_the_harness(tmp_path):
+    def survive(workdir, overrides, signals, rng):
+        del workdir, overrides, signals, rng
+        return []
+
+    with pytest.raises(RuntimeError, match="run 1 ended as if it had not been sent"):
+        faults.torment(tmp_path, [(signal.SIGTERM, "row")], OVERRIDES, disturb=survive)
+
+
+@pytest.mark.parametrize(("moment", "rows"), [("row", 3), ("evaluation", 5)])
+def test_an_evaluation_comes_after_a_row_of_training(moment, rows, tmp_path):
+    written = []
+
+    def poll():
+        kind = "validation/loss" if len(written) % 2 else "running/loss"
+        written.append(f'{{"step": {len(written)}, "{kind}": 1.0}}\n')
+        (tmp_path / "metrics.jsonl").write_text("".join(written))
+
+    rng = SimpleNamespace(uniform=lambda *_: 0.0, randint=lambda *_: 3)  # the third such row
+    assert faults.wait_for(SimpleNamespace(poll=poll), tmp_path, moment, 0, rng)
+    assert len(written) == rows + 1  # and the one that asks whether the process is still there

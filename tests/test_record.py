@@ -17,7 +17,33 @@ def test_a_section_takes_the_place_of_its_older_self_alone(tmp_path):
     assert {name: one["seconds"] for name, one in sections.items()} == {"LeNet-5": 3, "NIN": 2}
     with pytest.raises(ValueError, match=r"section 'NIN' is by python -m benchmarks\.flags; name another"):
         record.write_section(path, "NIN", "python -m benchmarks.throughput", {})
+    with pytest.raises(ValueError, match=r"section 'NIN' is by python -m benchmarks\.flags; name another"):
+        record.write_section(path, "NIN", "python -m benchmarks.flags --device=gpu --turns=5", {})
     assert json.loads(path.read_text()) == sections
+
+
+def test_a_section_of_another_command_is_refused_before_anything_is_measured(tmp_path, capsys):
+    path, parser = record.output(f"{tmp_path}/record.json"), argparse.ArgumentParser()
+    command = "python -m benchmarks.throughput --cases 'ResNet-20' --peers torch --dtype=float32 --turns=5"
+    record.write_section(path, "ResNet-20", command, {"seconds": 1})
+    record.check(parser, None, {"ResNet-20": "another"})
+    record.check(parser, path, {"ResNet-20": command.replace("=5", "=11"), "NIN": "another"})
+    with pytest.raises(SystemExit):
+        record.check(parser, path, {"NIN": "another", "ResNet-20": command.replace("float32", "bfloat16")})
+    assert "the section 'ResNet-20' is by python -m benchmarks.throughput --cases" in capsys.readouterr().err
+
+
+def test_a_section_names_the_devices_that_were_measured_and_a_commit_that_came_meanwhile(
+    tmp_path, monkeypatch
+):
+    path = record.output(f"{tmp_path}/record.json")
+    record.write_section(path, "one", "python -m benchmarks.flags", {})
+    monkeypatch.setattr(record.provenance.commit, "__wrapped__", lambda: "a later one")
+    record.write_section(path, "two", "python -m benchmarks.flags", {}, ["NVIDIA H200"])
+    one, two = json.loads(path.read_text()).values()
+    assert "commit_at_end" not in one
+    assert two["commit_at_end"] == "a later one"
+    assert two["environment"] == one["environment"] | {"devices": ["NVIDIA H200"]}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ def test_a_step_is_timed_by_jit_on_one_device_and_over_two_processes(monkeypatch
     monkeypatch.setattr(scaling, "teams", lambda: {who: teams[who] for who in wanted})
     monkeypatch.setattr(contenders, "SECONDS_A_TURN", 0.1)
     case = throughput.CASES["LeNet-5"]._replace(cpu_batch=8)
-    row = scaling.sharing(case, turns=2)
+    row, devices = scaling.sharing(case, turns=2)
+    assert devices == ["cpu"]
     assert tuple(row["teams"]) == wanted
     assert row["teams"][scaling.ONE]["ratio"] == {"median": 1.0, "lowest": 1.0, "highest": 1.0}
     head, line = scaling.sharing_cells({"LeNet-5": row})

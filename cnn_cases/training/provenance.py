@@ -29,6 +29,11 @@ PACKAGES = (
 )
 
 
+def note_code():
+    """Notes the code and its commit, for every `environment` of this process."""
+    commit(), _code()
+
+
 def stamp():
     """Returns {"date", "environment"}: when and where the figures of a record are measured."""
     return {"date": datetime.date.today().isoformat(), "environment": environment()}
@@ -41,7 +46,7 @@ def environment(devices=None):
       devices: those that are used, in all processes; None for all that there are.
     """
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "code": _code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -94,7 +99,7 @@ def _code():
 
 
 @functools.cache
-def _commit():
+def commit():
     """Returns the commit of this code; None if no git checkout tracks it.
 
     If Python files differ from the commit or are new, "-dirty-" and a checksum of these changes follow it.

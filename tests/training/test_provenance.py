@@ -8,7 +8,7 @@ from cnn_cases.training import provenance
 
 
 def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
-    commit_now = provenance._commit.__wrapped__
+    commit_now = provenance.commit.__wrapped__
     file = tmp_path / "cnn_cases/training/provenance.py"
     file.parent.mkdir(parents=True)
     file.write_text("")
