@@ -519,7 +519,7 @@ def draw(reports):
 
 def _short(number):
     """Formats a number with three digits and a unit: 15.5 G, 61.7 k, 850."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
     return str(number)

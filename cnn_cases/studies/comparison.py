@@ -121,7 +121,9 @@ def draw(rows, labels, titles):
       labels: the label of each row.
       titles: {metric: title of its panel}.
     """
-    figure = Figure(figsize=(4 + 3.2 * len(titles), 1.6 + 0.55 * len(rows)), layout="constrained")
+    tallest = max((label.count("\n") + 1 for label in labels), default=1)
+    height = 1.6 + max(0.55, 0.2 * tallest) * len(rows)
+    figure = Figure(figsize=(4 + 3.2 * len(titles), height), layout="constrained")
     axes = figure.subplots(1, len(titles), squeeze=False, sharex=True, sharey=True)[0]
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)

@@ -102,11 +102,13 @@ def table(record, form):
     code = ["code"] if any(row["code"] for row in rows) else []
     if form == "csv":
         whats = [f"{kind} {name} {what}" for kind, name in columns for what in ("mean", "std", "seeds")]
-        lines = [["depth", *code, *whats]]
+        counts = [f"{kind} diverged" for kind in kinds]
+        lines = [["depth", *code, *whats, *counts]]
         for row in rows:
             lines.append([row["depth"], *(row[key] for key in code)])
             for kind, name in columns:
                 lines[-1] += tables.statistics_of(row[f"{kind} {name}"])
+            lines[-1] += [row[count] or 0 for count in counts]  # no entry: no run of this kind
         return tables.render(lines, form)
     heads = [f"{kind} {titles[name]}{' %' * name.endswith('error')}" for kind, name in columns]
     lines = [["depth", *code, *heads]]

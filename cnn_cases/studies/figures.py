@@ -76,6 +76,8 @@ def draw_runs(
       band: whether to draw the band.
     """
     steps, mean, low, high = mean_curve([run for run in runs if run["status"] == "finished"], name)
+    if len(steps) == 1:
+        marker = marker or "."  # a line of one point is invisible
     every = max(1, -(-len(steps) // MAX_MARKERS))
     axis.plot(
         steps,

@@ -315,7 +315,16 @@ def draw_gradients(record):
             axis.grid(alpha=0.3)
             axis.set_title(f"{kind} nets" if at_start else f"{kind}-{deepest}", fontsize=11)
         row[0].set_ylabel(title)
-        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3)
+        # Of both panels, since a study that is not finished may have a line in one of them alone.
+        shown = {line.get_label(): line for axis in row for line in axis.lines}
+        row[1].legend(
+            shown.values(),
+            shown,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            frameon=False,
+            handlelength=3,
+        )
     figure.suptitle(
         _caption(record, f"mean of {record['num_batches']} batches in training mode"), fontsize=10
     )
@@ -337,6 +346,7 @@ def draw_responses(record):
         alpha, width = looks[depth]
         line = {"color": COLOURS[kind], "alpha": alpha, "linestyle": "--" if plain else "-"}
         line |= {"linewidth": width, "label": f"{kind}-{depth}"}
+        line |= {"zorder": 3 - depth / max(depths)}  # a wide line would hide the thin ones
         _draw_layers(original, seeds, **line)
         _draw_layers(ranked, -np.sort(-seeds, axis=1), **line)
     original.set(ylabel="standard deviation of the response", xlabel="convolution, counted from the input")

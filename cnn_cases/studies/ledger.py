@@ -279,13 +279,16 @@ def metric_of(row):
 def network(config):
     """`resnet_cifar, depth 20, plain`: the model's name and its settings, without those that are off.
 
-    It also names the layers that started from another run, and the frozen ones, if any.
+    It also names the compute type unless it is float32, the layers that started from another run, and the
+    frozen ones, if any.
     """
     words = [config["model"]["name"]]
     for key, value in config["model"].items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)  # 0 need not mean off
         if key != "name" and (value or is_number):
             words.append(key if value is True else f"{key} {value}")
+    if plan.lookup(config, "dtype") not in (None, "float32"):
+        words.append(config["dtype"])
     if plan.lookup(config, "start.workdir"):
         start = config["start"]
         words.append(f"{plan.text_of(start['layers'])} of {start['workdir']} ({start['step']})")
@@ -328,7 +331,15 @@ TITLES = (
 
 
 # Keys shown in another column.
-_SHOWN_ELSEWHERE = ("model.", "num_steps", "start.", "optimizer.frozen", "data.name", "data.splits.train")
+_SHOWN_ELSEWHERE = (
+    "model.",
+    "dtype",
+    "start.",
+    "optimizer.frozen",
+    "data.name",
+    "data.splits.train",
+    "num_steps",
+)
 SHORT = tuple(title for title in TITLES if title not in ("steps", "devices", "date"))
 
 

@@ -10,7 +10,7 @@ from bokeh.core.validation import silence
 from bokeh.core.validation.warnings import MISSING_RENDERERS
 from bokeh.embed import file_html
 from bokeh.layouts import column, gridplot
-from bokeh.models import CheckboxButtonGroup, CustomJS, HoverTool, InlineStyleSheet, Line
+from bokeh.models import CheckboxButtonGroup, CustomJS, HoverTool, InlineStyleSheet
 from bokeh.plotting import figure
 from bokeh.resources import INLINE
 from matplotlib.colors import to_hex, to_rgb
@@ -84,6 +84,7 @@ def to_html(record, panel_key=None, panels=None):
     )
     colors = [to_hex(color) for color in figures.shades(len(choices.points))]
     plots, lines = _plots(record, panels), []
+    hovered = {place: [] for place in plots}
     runs = [
         (code, point, run)
         for code, part in records.split_by_code(record).items()
@@ -103,11 +104,19 @@ def to_html(record, panel_key=None, panels=None):
         for line in drawn:
             line.tags = tags
         lines += drawn
-    for (quantity, _), plot in plots.items():
-        value = "@y{0.00} %" if quantity == "error" else "@y{0.0000}"
-        drawn = [renderer for renderer in plot.renderers if isinstance(renderer.glyph, Line)]
+        hovered[quantity, panel].append(drawn[0])
+    for (quantity, panel), plot in plots.items():
+        value = "@y{0.00} %" if quantity == "error" else "@y{%.4g}"
         tip = f"<b>$name</b><br>step @x, {quantity} {value}"
-        plot.add_tools(HoverTool(tooltips=tip, renderers=drawn, line_policy="nearest"))
+        formatters = {} if quantity == "error" else {"@y": "printf"}
+        plot.add_tools(
+            HoverTool(
+                tooltips=tip,
+                formatters=formatters,
+                renderers=hovered[quantity, panel],
+                line_policy="nearest",
+            )
+        )
     heading = f"{figures.describe_key(record, 'model.name')} on {figures.describe_key(record, 'data.name')}"
     plots = gridplot(
         list(plots.values()), ncols=len(panels), sizing_mode="stretch_width", toolbar_location="right"
@@ -170,14 +179,20 @@ def _plots(record, panels):
 
 
 def _draw(plot, run, name, style, dash):
-    """Draws the line of a curve, a dot if it has only one value, and a cross where a diverged run ends."""
+    """Draws the line of a curve, or a dot if it has only one value, and a cross where a diverged run ends.
+
+    Returns:
+      The renderers. The first one has all values; under the pointer, Bokeh finds no line of a single one.
+    """
     steps, values, _, _ = figures.mean_curve([run], name)
-    width = 1 if name.startswith("running/") else 2.4
-    drawn = [plot.line(steps, values, line_width=width, line_dash=dash, **style)]
+    drawn = []
+    if len(steps) > 1:
+        width = 1 if name.startswith("running/") else 2.4
+        drawn.append(plot.line(steps, values, line_width=width, line_dash=dash, **style))
+    elif run["status"] != "diverged":
+        drawn.append(plot.scatter(steps, values, size=7, **style))
     if run["status"] == "diverged":
         drawn.append(plot.scatter(steps[-1:], values[-1:], marker="x", size=11, line_width=2.5, **style))
-    elif len(steps) == 1:
-        drawn.append(plot.scatter(steps, values, size=7, **style))
     return drawn
 
 

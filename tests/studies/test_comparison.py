@@ -1,5 +1,6 @@
 import csv
 import io
+import itertools
 import math
 
 import numpy as np
@@ -243,6 +244,16 @@ def test_long_labels_take_no_room_from_the_panels(asking):
     figure = comparison.draw(rows, [90 * "long" for _ in rows], titles)
     figure.draw_without_rendering()
     assert min(axis.get_position().width * figure.get_figwidth() for axis in figure.axes) > 3
+
+
+@pytest.mark.parametrize("num_lines", [1, 4])
+def test_labels_of_several_lines_lie_apart(num_lines, asking):
+    rows = comparison.compare_study(asking)
+    label = "\n".join(num_lines * ["depth 20"])
+    figure = comparison.draw(rows, [label for _ in rows], {"test/error": "test"})
+    figure.draw_without_rendering()
+    extents = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(extents))
 
 
 def test_small_differences_have_room_beside_large_ones(asking):

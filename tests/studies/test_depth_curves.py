@@ -30,6 +30,8 @@ def test_the_csv_reads_back(record):
     assert float(rows[0]["plain test/error mean"]) == pytest.approx(0.3)
     assert float(rows[0]["plain train/error std"]) == pytest.approx(np.std([0.1, 0.3], ddof=1))
     assert rows[1]["plain train/error seeds"] == "1"
+    assert [row["plain diverged"] for row in rows] == ["0", "1"]
+    assert [row["residual diverged"] for row in rows] == ["0", "0"]
 
 
 def test_the_text_table_is_aligned(record):

@@ -52,6 +52,15 @@ def test_titles_have_all_values_of_what_a_grid_changes(record):
     assert figure.axes[0].get_ylabel() == "training loss (cross-entropy, nats; rbf_map, no unit)"
 
 
+def test_a_curve_of_one_value_is_a_dot(record):
+    for one in record["runs"]:
+        one["curves"] = {name: curve[-1:] for name, curve in one["curves"].items()}
+    for axis in figures.draw_curves(record).axes:
+        drawn = [line for line in axis.lines if len(line.get_xdata()) == 1 and line.get_linestyle() != ":"]
+        assert drawn
+        assert "None" not in {line.get_marker() for line in drawn}
+
+
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 15, 16, 23])
 def test_a_curve_has_few_markers(number, record):
     curve = [[step, 0.5] for step in range(number)]

@@ -245,6 +245,14 @@ def test_the_figures_show_the_measured_values(record):
     assert sorted(ranked.lines[0].get_ydata(), reverse=True) == list(ranked.lines[0].get_ydata())
 
 
+def test_a_legend_names_the_lines_of_both_panels(record):
+    record["states"] = [one for one in record["states"] if one["plain"] or one["step"] == 0]
+    for row in np.reshape(layer_signals.draw_gradients(record).axes, (3, 2)):
+        shown = [text.get_text() for text in row[1].get_legend().get_texts()]
+        assert shown == [line.get_label() for line in row[0].lines]
+        assert len(shown) >= len(row[1].lines)
+
+
 def test_a_report_lies_beside_the_runs(record, tmp_path):
     layer_signals.write_report(record, tmp_path / "layers")
     assert {path.name for path in (tmp_path / "layers").iterdir()} == {

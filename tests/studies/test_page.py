@@ -48,13 +48,15 @@ def models(text):
 
 
 def lines(text):
-    """{(name, what it is of): ([steps], [values], tags)} of the page's lines."""
+    """{name: [([steps], [values], tags, glyph)]} of all that the page shows values of under the pointer."""
+    by_id = {model["id"]: model for model in models(text)}
     result = {}
-    for model in models(text):
-        attributes = model.get("attributes", {})
-        if model["name"] == "GlyphRenderer" and attributes["glyph"]["name"] == "Line":
-            data = dict(attributes["data_source"]["attributes"]["data"]["entries"])
-            result.setdefault(attributes["name"], []).append((data["x"], data["y"], attributes["tags"]))
+    for model in by_id.values():
+        for shown in model["attributes"]["renderers"] if model["name"] == "HoverTool" else ():
+            renderer = by_id[shown["id"]]["attributes"]
+            data = dict(renderer["data_source"]["attributes"]["data"]["entries"])
+            found = data["x"], data["y"], renderer["tags"], renderer["glyph"]["name"]
+            result.setdefault(renderer["name"], []).append(found)
     return result
 
 
@@ -91,7 +93,7 @@ def test_the_tags_of_a_line_are_the_numbers_of_its_buttons(record):
         ["training", "test"],
     ]
     for name, curves in lines(text).items():
-        for _, _, tags in curves:
+        for _, _, tags, _ in curves:
             titles = [group["labels"][tag] for group, tag in zip(groups, tags, strict=True)]
             assert ", ".join(titles) == name
 
@@ -108,6 +110,17 @@ def test_a_page_of_another_study_has_a_button_for_each_point(record):
 
 def test_lines_of_two_commits_say_so(mixed):
     assert "depth 8, plain True, seed 1, test, bbbbbbb-dirty" in lines(page.to_html(mixed))
+
+
+def test_a_curve_of_one_value_is_a_dot_whose_value_is_under_the_pointer(record):
+    """Of a line of one point Bokeh would show nothing."""
+    for one in record["runs"]:
+        one["curves"]["test/error"] = one["curves"]["test/error"][-1:]
+    found = lines(page.to_html(record, "model.plain", PANELS))
+    for name, (errors, losses) in found.items():
+        single = name.endswith("test") or "depth 20, plain nets, seed 1" in name  # which diverged
+        assert (len(errors[0]), errors[3]) == ((1, "Scatter") if single else (2, "Line"))
+        assert len(losses[0]) == 2 or "depth 20, plain nets, seed 1" in name
 
 
 def test_a_diverged_run_is_told_of(record):
