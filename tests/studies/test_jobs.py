@@ -44,6 +44,13 @@ def test_runs_side_by_side_are_those_one_after_another_to_the_bit(one_after_anot
     assert all("(finished before)" in news for _, news in again)
 
 
+def test_processes_side_by_side_take_memory_of_an_accelerator_as_they_need_it(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")  # restored afterwards
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
+    jobs.share_accelerators()
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
 def test_processes_side_by_side_are_refused_on_a_tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(ValueError, match="cannot share a TPU; leave --jobs or --cluster=local out"):
