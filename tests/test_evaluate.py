@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,18 @@ def test_a_run_of_before_a_key_existed_and_on_other_devices_can_be_evaluated(tra
     assert (metrics["split"], metrics["protocol"]) == ("validation", "single")
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "num_microbatches", "count"), [(24, 1, 4), (24, 4, 3), (27, 1, 3), (25, 1, 1)]
+)
+def test_as_many_devices_evaluate_as_share_the_batches_of_the_run(
+    batch_size, num_microbatches, count, data_dir
+):
+    config = tiny_config(data_dir)
+    config.batch_size, config.num_microbatches = batch_size, num_microbatches
+    assert len(saved_runs.usable_devices(config)) == count
+    programs.check_numbers(config, count)
+
+
 def test_a_config_comes_back_as_it_was(trained, data_dir):
     config = tiny_config(data_dir)
     config.checkpoint.keep_last = 3
@@ -161,14 +174,14 @@ def test_a_config_comes_back_as_it_was(trained, data_dir):
             {"protocol": "multi_scale_dense"},
             r"workdir = .*: .*multi_scale_dense' has views of 27x27 .* cannot take",
         ),
-        ({"data_dir": "/nowhere"}, "data_dir='/nowhere'|/nowhere"),
+        ({"data_dir": "a file"}, "a file"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_and_nothing_written(arguments, message, trained, tmp_path):
     if "data_dir" in arguments:
-        arguments = {"data_dir": str(tmp_path / "file")}
+        arguments = {"data_dir": str(tmp_path / arguments["data_dir"])}
         pathlib.Path(arguments["data_dir"]).write_text("no directory")
-        message = str(tmp_path)
+        message = re.escape(arguments["data_dir"])
     before = contents(trained)
     with pytest.raises((ValueError, OSError), match=message):
         evaluate.evaluate_checkpoint(trained, out=str(tmp_path / "out"), **arguments)
@@ -231,6 +244,8 @@ def test_an_ensemble_answers_with_the_mean_of_its_networks_probabilities(trained
     text = evaluate.table(metrics)
     assert f"{twin}, step 12: accuracy {metrics['networks'][1]['accuracy']:.2%}" in text
     assert "2 networks, protocol 'single'" in text
+    again, _ = evaluate.evaluate_checkpoint(trained, twin, split="validation", out=tmp_path / "out")
+    assert again | {"seconds": None} == metrics | {"seconds": None}
 
 
 def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(trained, twin, tmp_path):

@@ -194,6 +194,14 @@ def test_lighting_adds_one_colour_an_image_spread_as_the_principal_colours_are()
     np.testing.assert_allclose(np.corrcoef(along.T), np.eye(3), atol=0.06)
 
 
+def test_the_principal_colours_of_imagenet_are_those_of_the_published_covariance():
+    values, vectors = augment.IMAGENET_BASIS
+    np.testing.assert_allclose(values, [0.2175, 0.0188, 0.0045])  # fb.resnet.torch, datasets/imagenet.lua
+    deviations = np.sqrt(np.diag(vectors * values @ vectors.T))
+    np.testing.assert_allclose(deviations, [0.284, 0.276, 0.290], atol=5e-4)  # of red, green and blue
+    assert (np.sign(vectors[:, 0]) == -1).all(), "the first colour is grey"
+
+
 def test_lighting_comes_after_the_other_changes_of_colours_and_is_not_clipped():
     image, basis = unit_images(), augment.IMAGENET_BASIS
     changes = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5}

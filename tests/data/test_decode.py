@@ -236,6 +236,11 @@ def test_far_smaller_images_are_means_of_all_pixels():
     assert abs(decode.resized(stripes, (0, 0, 64, 64), 8).mean() - 127.5) <= 0.5
 
 
+def test_images_of_three_times_the_side_are_means_too():
+    stripes = np.tile(np.uint8([[[0], [0], [240]]]), (24, 8, 1))
+    np.testing.assert_array_equal(decode.resized(stripes, (0, 0, 24, 24), 8), 80)
+
+
 def test_a_side_that_shrinks_is_averaged_where_the_other_grows():
     stripes = np.tile(np.uint8([[[0], [255]]]), (60, 240, 1))
     assert (

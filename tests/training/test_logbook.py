@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import pytest
 
+from benchmarks import faults
 from cnn_cases.training import logbook, provenance
 from configs import common
 
@@ -183,7 +184,8 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     write_rows(tmp_path, [1, 2])
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.name.startswith("events.out.tfevents")
-    assert b"running/loss" in events.read_bytes()
+    expected = {("running/loss", 1): [0.1], ("running/loss", 2): [0.2]}
+    assert faults.curves(tmp_path) == {key: pytest.approx(values) for key, values in expected.items()}
 
 
 def test_the_config_and_every_start_are_noted(tmp_path):

@@ -22,7 +22,7 @@ from cnn_cases import models
 from cnn_cases.models import layers
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, stopping
 from configs import resnet_digits
-from tests.conftest import example_of_step, interrupt, poisoned, stop_after, tiny_config
+from tests.conftest import example_of_step, interrupt, metrics_of, poisoned, stop_after, tiny_config
 
 
 def run(config, workdir, program=None):
@@ -120,6 +120,24 @@ class KilledError(BaseException):
 
 def kill():
     raise KilledError
+
+
+def test_the_seed_is_that_of_the_initial_values_and_of_the_batches(config, tmp_path, program):
+    config.seed = 5
+
+    def train(state, _arrays, batches):
+        seen.update(state=jax.device_get(state), index=np.asarray(batches["index"]))
+        raise KilledError
+
+    seen = {}
+    with pytest.raises(KilledError):
+        run(config, tmp_path, program._replace(train=train))
+    assert seen["state"].seed == 5
+    jax.tree.map(np.testing.assert_array_equal, seen["state"].params, program.init_state(5).params)
+    batch = next(program.feed.train_batches(5, 0))
+    np.testing.assert_array_equal(seen["index"].ravel(), batch["index"])
+    kernels = [program.init_state(seed).params["conv1"]["kernel"] for seed in (0, 5)]
+    assert not np.array_equal(*kernels)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 7, 8, 11])
@@ -633,6 +651,24 @@ def test_a_blow_up_in_the_last_update_is_not_called_finished_nor_saved(config, t
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "diverged"
 
 
+def test_a_state_that_its_last_update_broke_is_not_saved(config, tmp_path, program):
+    only_train(config)
+    config.checkpoint.every_steps = 4
+
+    def train(state, _arrays, batches):
+        step = state.step + 1
+        value = jnp.nan if int(step) == 4 else 0.0
+        broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), state.params)
+        del batches
+        return state.replace(step=step, params=broken), metrics_of(1.0)
+
+    with pytest.raises(
+        loop.DivergedError,
+        match="diverged at step 4: largest number of the state nan; there is no checkpoint yet",
+    ):
+        run(config, tmp_path, program._replace(train=train))
+
+
 def test_a_step_whose_numbers_go_wrong_is_skipped_if_the_config_says_so(
     config, tmp_path, program, monkeypatch
 ):
@@ -740,6 +776,14 @@ def test_a_checkpoint_of_a_signal_counts_its_own_rewinds(config, tmp_path, progr
     assert seed == loop.seed_of_batches(config.seed, [4, *[5] * loop.MAX_REWINDS], 5)
 
 
+def test_each_rewind_draws_other_batches_and_the_first_attempt_the_configs():
+    seeds = [loop.seed_of_batches(0, [4] * rewinds, 4) for rewinds in range(loop.MAX_REWINDS + 1)]
+    assert (seeds[0], len(set(seeds)), loop.MAX_REWINDS) == (0, 4, 3)
+    assert loop.seed_of_batches(0, [8], 4) == 0, "steps before the checkpoint are those of the first attempt"
+    assert loop.seed_of_batches(0, [4], 8) == seeds[1]
+    assert loop.seed_of_batches(1, [4], 4) != seeds[1]
+
+
 def losses_of(workdir):
     return [row["running/loss"] for row in rows(workdir) if "running/loss" in row]
 
@@ -793,6 +837,7 @@ def change(config, key, value):
         ("steps_per_call", -1, "steps_per_call = -1 must be 0 or more"),
         ("steps_per_call", 5, "num_steps = 12 must be a positive multiple of steps_per_call = 5"),
         ("steps_per_call", 4, "log_every_steps = 3 must be a positive multiple of steps_per_call = 4"),
+        ("steps_per_call", 3, "evaluation.every_steps = 4 must be .* multiple of steps_per_call = 3"),
         ("log_every_steps", 0, "log_every_steps = 0 must be a positive multiple"),
         ("checkpoint.keep_last", 0, "checkpoint.keep_last = 0 must be 1 or more"),
         ("checkpoint.every_steps", -4, "checkpoint.every_steps = -4 must be"),
@@ -908,13 +953,13 @@ def test_what_a_config_says_of_a_step_reaches_it(together, config, monkeypatch):
     monkeypatch.setattr(
         programs.steps, "make_train_steps", lambda *parts, **said: seen.update(said) or make(*parts, **said)
     )
-    config.loss.side_weight, config.ema_decay, config.num_microbatches = 0.3, 0.9, 3
+    config.loss.side_weight, config.ema_decay, config.num_microbatches = 0.7, 0.9, 3
     config.sync_batch_norm, config.on_nonfinite = together, "skip"
     config.optimizer.frozen = ("conv*",)
     programs.make_program(config, jax.devices()[:1])
     assert list(map(seen.pop("frozen"), ("conv1", "dense1"))) == [True, False]
     assert seen == {
-        "side_weight": 0.3,
+        "side_weight": 0.7,
         "num_microbatches": 3,
         "ema_decay": 0.9,
         "per_device_dropout": not together,

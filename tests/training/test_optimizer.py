@@ -134,6 +134,27 @@ def test_clipping_limits_the_gradient_with_its_weight_decay():
     np.testing.assert_allclose(values, [2 - 0.1 * 0.25], rtol=1e-5)
 
 
+def test_clipping_keeps_the_direction_of_the_whole_gradient():
+    params = {"kernel": jnp.float32(2), "bias": jnp.float32(1)}
+    tx = make_optimizer(lambda _: 0.1, **SGD | dict(momentum=0.0, clip_norm=1.0))
+    change, _ = tx.update({"kernel": jnp.float32(3), "bias": jnp.float32(4)}, tx.init(params), params)
+    np.testing.assert_allclose([change["kernel"], change["bias"]], [-0.06, -0.08], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_step_of_every_optimizer_has_its_own_learning_rate(name):
+    def changes(schedule):
+        tx, params = make_optimizer(schedule, **SGD | dict(name=name, momentum=0.0)), {"kernel": jnp.ones(1)}
+        state, found = tx.init(params), []
+        for _ in range(3):
+            change, state = tx.update({"kernel": jnp.ones(1)}, state, params)
+            found.append(change["kernel"].item())
+        return np.array(found)
+
+    falling = changes(lambda step: 0.1 / (1 + step))
+    np.testing.assert_allclose(falling, changes(lambda _: 0.1) / (1 + np.arange(3)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("grad", [3.0, 30.0])
 def test_every_optimizer_sees_no_more_of_a_gradient_than_the_limit(name, grad):
