@@ -119,7 +119,7 @@ def test_the_loss_falls_and_every_parameter_moves(case, data_dir, monkeypatch):
     train = devices.pmap_train(train_steps, device)
     state = init_state(model, tx, feed.image_shape, seed=0)
     state, arrays = devices.replicate((state, feed.arrays), device)
-    before = jax.device_get(state.params)
+    before = jax.device_get((state.params, state.batch_stats))
     losses, errors = [], []
     for batch in itertools.islice(feed.train_batches(0, 0), case.num_steps):
         batch = jax.tree.map(lambda leaf: leaf[None], batch)
@@ -130,5 +130,5 @@ def test_the_loss_falls_and_every_parameter_moves(case, data_dir, monkeypatch):
     assert np.mean(losses[-5:]) < 0.5 * losses[0], losses
     # A net that is blind to its images is wrong about three of four.
     assert np.mean(errors[-5:]) < 0.4, errors
-    unmoved = jax.tree.map(np.array_equal, before, jax.device_get(state.params))
+    unmoved = jax.tree.map(np.array_equal, before, jax.device_get((state.params, state.batch_stats)))
     assert not any(jax.tree.leaves(unmoved)), unmoved

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 
 import jax
@@ -196,6 +197,26 @@ def test_local_response_normalisation_belongs_to_the_papers_form(batch_norm, tim
     monkeypatch.setattr("cnn_cases.models.inception.local_response_norm", lambda x: seen.append(x.shape) or x)
     trace_initialisation(GoogLeNet(batch_norm), 224)
     assert seen == [(2, 56, 56, 64), (2, 56, 56, 192)][:times]
+
+
+def test_local_responses_are_normalised_on_both_sides_of_the_second_layer(monkeypatch):
+    """Figure 3: max pool, LRN, conv 1x1, conv 3x3, LRN, max pool."""
+    normalised, pooled = [], []
+
+    def norm(x):
+        normalised.append((x, x * 1))
+        return normalised[-1][1]
+
+    def pool(x, *rest, **settings):
+        pooled.append((x, halving_max_pool(x, *rest, **settings)))
+        return pooled[-1][1]
+
+    monkeypatch.setattr("cnn_cases.models.inception.local_response_norm", norm)
+    monkeypatch.setattr("cnn_cases.models.inception.halving_max_pool", pool)
+    seen = inputs_and_outputs(lambda: trace_initialisation(GoogLeNet(side_branches=False), 32))
+    chain = (pooled[0], normalised[0], seen["conv2_reduce"], seen["conv2"], normalised[1], pooled[1])
+    for (_, given), (taken, _) in itertools.pairwise(chain):
+        assert taken is given
 
 
 @pytest.mark.parametrize(("batch_norm", "window"), [(False, 3), (True, 2)])
@@ -406,6 +427,11 @@ def test_batch_normalisation_has_the_public_epsilon():
     assert {(norm.epsilon, norm.momentum) for norm in norms} == {(1e-3, 0.9)}
 
 
+def test_norms_take_the_statistics_of_the_batch_in_training():
+    calls = recorded_training(GoogLeNet(batch_norm=True), 79).values()
+    assert {m.use_running_average for m, *_ in calls if isinstance(m, BatchNorm)} == {False}
+
+
 def test_dropout_drops_in_training():
     calls = recorded_training(GoogLeNet(), 79)
     dropped = {path: given[1:] for path, (module, given, _) in calls.items() if isinstance(module, Dropout)}
@@ -419,6 +445,7 @@ def test_dense_layers_start_from_he_et_als_distribution():
     for layer in layers:
         kernel = layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32)
         np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / 100), rtol=0.03)
+        assert not layer.bias_init(jax.random.key(0), (5,), jnp.float32).any()
 
 
 def test_the_parts_of_a_module_stand_as_in_its_figure():

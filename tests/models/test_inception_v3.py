@@ -262,6 +262,11 @@ def test_batch_normalisation_has_the_public_epsilon():
     assert norms == {(1e-3, 0.9)}
 
 
+def test_norms_take_the_statistics_of_the_batch_in_training():
+    calls = recorded_training(InceptionV3(False), 75).values()
+    assert {m.use_running_average for m, *_ in calls if isinstance(m, BatchNorm)} == {False}
+
+
 def test_dropout_drops_in_training():
     calls = recorded_training(InceptionV3(False), 75).values()
     flags = [given[1:] for module, given, _ in calls if isinstance(module, Dropout)]
@@ -396,6 +401,7 @@ def test_dense_layers_start_from_he_et_als_distribution():
     for layer in layers:
         kernel = layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32)
         np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / 100), rtol=0.03)
+        assert not layer.bias_init(jax.random.key(0), (5,), jnp.float32).any()
 
 
 def test_the_stem_takes_maxima_and_the_side_branch_an_average():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from cnn_cases.models import fast
 from cnn_cases.models.layers import (
     BatchNorm,
     ConvUnit,
@@ -13,6 +14,7 @@ from cnn_cases.models.layers import (
     local_response_norm,
 )
 from tests.conftest import drawn
+from tests.models.tracing import inputs_and_outputs
 
 
 def drop(x, rate=0.5, train=True, axis_name=None, seed=0):
@@ -140,6 +142,30 @@ def test_a_conv_unit_ends_in_a_relu():
     np.testing.assert_array_equal(y, [[[[0, 2.5]]]])
 
 
+def test_a_conv_unit_normalises_what_it_convolves_and_cuts_what_it_has_normalised():
+    norm = functools.partial(BatchNorm, use_running_average=True, epsilon=1e-3)
+    unit, x = ConvUnit(3, (3, 3), norm=norm), drawn(0, 2, 5, 5, 3)
+    variables = jax.tree.map(lambda leaf: leaf + 0.5, unit.init(jax.random.key(0), x))
+    seen = inputs_and_outputs(lambda: unit.apply(variables, x))
+    convolved, (given, normalised) = seen["conv"][1], seen["norm"]
+    assert given is convolved
+    assert convolved.min() < 0
+    assert normalised.min() < 0
+    np.testing.assert_array_equal(seen[""][1], nn.relu(normalised))
+
+
+def test_a_conv_unit_pads_all_edges_alike_even_where_it_subsamples():
+    unit, x = ConvUnit(1, (7, 7), 2), jnp.zeros((1, 8, 8, 1))
+    with fast.written_for("tpu"):  # in a convolution of `lax`
+        program = jax.make_jaxpr(unit.init_with_output)(jax.random.key(0), x)
+    (padding,) = (
+        equation.params["padding"]
+        for equation in program.eqns
+        if equation.primitive.name == "conv_general_dilated"
+    )
+    assert padding == ((3, 3), (3, 3))
+
+
 def norms(train, **settings):
     """Ours and Flax's, with variables that are not those of the start."""
     ours = BatchNorm(use_running_average=not train, epsilon=1e-3, **settings)
@@ -182,13 +208,13 @@ def test_batch_normalisation_over_an_axis_is_that_of_the_whole_batch(num_parts):
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_normalisation_computes_in_float32(train):
     ours, _, x, variables = norms(train)
-    expected, _ = ours.apply(variables, x.astype(jnp.bfloat16), mutable=["batch_stats"])
-    found, updated = ours.clone(dtype=jnp.bfloat16).apply(
-        variables, x.astype(jnp.bfloat16), mutable=["batch_stats"]
-    )
+    x = x.astype(jnp.bfloat16)
+    expected, stats = ours.apply(variables, x.astype(jnp.float32), mutable=["batch_stats"])
+    found, updated = ours.clone(dtype=jnp.bfloat16).apply(variables, x, mutable=["batch_stats"])
     assert found.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+    jax.tree.map(np.testing.assert_array_equal, updated, stats)
 
 
 @pytest.mark.parametrize("mean", [10, 100])
@@ -221,5 +247,6 @@ def test_batch_normalisation_starts_from_mean_0_and_variance_1_whatever_it_is_sh
 def test_a_conv_unit_starts_as_he_et_al_draw_it_cut_off_at_two_deviations():
     variables = ConvUnit(64, (3, 3)).init(jax.random.key(0), jnp.zeros((1, 3, 3, 16)))
     kernel, deviation = variables["params"]["conv"]["kernel"], np.sqrt(2 / (3 * 3 * 16))
+    assert not variables["params"]["conv"]["bias"].any()
     assert np.std(kernel) == pytest.approx(deviation, rel=0.03)
     assert np.abs(kernel).max() < 2.3 * deviation  # of what is cut off, the deviation is 0.88 of the normal's

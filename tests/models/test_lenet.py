@@ -18,7 +18,7 @@ from cnn_cases.models.lenet import (
     digit_codes,
     squash,
 )
-from tests.conftest import drawn
+from tests.conftest import draw, drawn
 from tests.models.tracing import count, inputs_and_outputs
 
 
@@ -198,6 +198,19 @@ def test_weights_start_uniform_within_2_4_over_the_fan_in(variables):
                 assert 0.45 < share.mean() < 0.55, (layer, name)
 
 
+def test_small_layers_start_uniform_within_2_4_over_the_fan_in_too():
+    def limits(module, x):
+        params = module.init(jax.random.key(0), x)["params"]
+        return {name: np.abs(leaf).max() for name, leaf in params.items()}
+
+    many = Subsampling(), jnp.zeros((1, 2, 2, 500))
+    assert limits(*many) == {name: pytest.approx(2.4 / 4, rel=0.03) for name in ("coefficient", "bias")}
+    many = TableConv(((0,),) * 500), jnp.zeros((1, 5, 5, 1))
+    assert limits(*many) == {name: pytest.approx(2.4 / 25, rel=0.03) for name in ("kernel", "bias")}
+    colour = draw(LeNet5Original(), (32, 32, 3), 0)
+    assert np.abs(colour["params"]["c1"]["kernel"]).max() == pytest.approx(2.4 / 75, rel=0.03)
+
+
 def test_bitmap_codes_are_readable_and_far_apart():
     codes = digit_codes()
     assert codes.shape == (10, 7 * 12)
@@ -206,6 +219,8 @@ def test_bitmap_codes_are_readable_and_far_apart():
         ["#######"] * 2 + ["##...##"] + ["....##."] * 2 + ["...##.."] * 2 + ["..##..."] * 2 + [".##...."] * 3
     )
     assert ["".join("#" if ink > 0 else "." for ink in row) for row in codes[7].reshape(12, 7)] == seven
+    ink = [46, 35, 40, 37, 42, 46, 42, 36, 49, 42]
+    assert (codes > 0).sum(axis=1).tolist() == ink
     hamming = (84 - codes @ codes.T) / 2
     assert hamming[~np.eye(10, dtype=bool)].min() == 20
 

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.extend.core import Literal
 
 from cnn_cases.models import MODELS, make_model
+from cnn_cases.models.layers import BatchNorm
 
 SIZES = {
     "lenet5": (32, 32, 1),
@@ -31,7 +32,7 @@ def make(name, **settings):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_only_the_logits_have_the_compute_type(name):
+def test_layers_and_logits_have_the_compute_type_and_no_parameter_does(name):
     model = make(name, num_classes=7, dtype="bfloat16", **SHALLOW.get(name, {}))
 
     def apply():
@@ -40,7 +41,17 @@ def test_only_the_logits_have_the_compute_type(name):
         rngs = {"dropout": jax.random.key(1)}
         return variables, model.apply(variables, image, train=True, mutable=["batch_stats"], rngs=rngs)[0]
 
-    variables, all_logits = jax.eval_shape(apply)
+    computed = []
+
+    def note(function, args, kwargs, context):
+        y = function(*args, **kwargs)
+        if isinstance(context.module, nn.Conv | nn.Dense | BatchNorm) and context.method_name == "__call__":
+            computed.append(y.dtype.name)
+        return y
+
+    with nn.intercept_methods(note):
+        variables, all_logits = jax.eval_shape(apply)
+    assert set(computed) == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
     for logits in jax.tree.leaves(all_logits):  # those of the side branches, too
         assert logits.shape == (2, 7)

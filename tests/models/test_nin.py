@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.models.layers import Dropout
 from cnn_cases.models.nin import NIN, MLPConv, halving_max_pool
-from tests.models.tracing import count
+from tests.models.tracing import count, sources
 
 NETS = {"cifar": (NIN(), 32), "imagenet": (NIN(variant="imagenet", num_classes=1000), 224)}
 COUNTS = {
@@ -119,6 +120,21 @@ def test_half_of_the_pooled_maps_drops_out_in_training(trace, variant, dropped, 
     assert {(call.module.rate, call.module.axis_name, *call.flags) for call in dropouts} == {
         (0.5, axis_name, train)
     }
+
+
+@pytest.mark.parametrize(("variant", "number"), [("cifar", 2), ("imagenet", 3)])
+def test_maxima_of_3x3_pixels_lead_from_stage_to_stage(variant, number):
+    net, size = NETS[variant]
+    layers = costs.count(net, (size, size, 3))
+    pools = [(layer.kind, layer.kernel, layer.stride) for layer in layers if "pool" in layer.kind]
+    assert pools == [("max pool", (3, 3), (2, 2))] * number
+
+
+def test_each_stage_takes_what_dropout_has_left():
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    found = sources(lambda: jax.eval_shape(lambda x: NIN().init_with_output(keys, x, True), image))
+    assert found == {"mlpconv1": "", "mlpconv2": "dropout2", "mlpconv3": "dropout3"}
 
 
 @pytest.mark.parametrize(("variant", "smallest"), [("cifar", 4), ("imagenet", 39)])

@@ -600,16 +600,27 @@ def follows(seen, after, before, between=nn.relu):
     return np.allclose(seen[after][0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+def normalises(seen, block, *convolutions):
+    """Whether the norms of a block have the outputs of its convolutions, and nothing has come between."""
+    names = {f"conv{number}": f"norm{number}" for number in (1, 2, 3)} | {"projection": "projection_norm"}
+    return all(
+        follows(seen, f"{block}{names[conv]}", f"{block}{conv}", lambda maps: maps) for conv in convolutions
+    )
+
+
 def average(maps):
     return maps.mean(axis=(1, 2))
 
 
 def test_a_basic_net_has_relu_between_its_layers_and_averages_its_last_maps(image):
     seen = layers_of(CifarResNet(8, shortcut="B"), image)
+    assert normalises(seen, "", "conv1")
     assert follows(seen, "stage1_block1", "norm1")
     for stage in (1, 2, 3):
+        assert normalises(seen, f"stage{stage}_block1/", "conv1", "conv2")
         assert follows(seen, f"stage{stage}_block1/conv2", f"stage{stage}_block1/norm1")
     block = "stage2_block1"
+    assert normalises(seen, f"{block}/", "projection")
     total = seen[f"{block}/norm2"][1] + seen[f"{block}/projection_norm"][1]
     np.testing.assert_allclose(seen[block][1], nn.relu(total), rtol=1e-5, atol=1e-6)
     assert follows(seen, "logits", "stage3_block1", average)
@@ -617,6 +628,7 @@ def test_a_basic_net_has_relu_between_its_layers_and_averages_its_last_maps(imag
 
 def test_a_bottleneck_has_relu_between_its_layers(image):
     seen = layers_of(BottleneckBlock(4, 2, "B", False, CONV, NORM), image)
+    assert normalises(seen, "", "conv1", "conv2", "conv3", "projection")
     assert follows(seen, "conv2", "norm1")
     assert follows(seen, "conv3", "norm2")
     total = seen["norm3"][1] + seen["projection_norm"][1]
@@ -629,6 +641,7 @@ def test_an_imagenet_net_begins_with_relu_and_the_largest_and_ends_with_an_avera
     def pooled(maps):
         return nn.max_pool(nn.relu(maps), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
+    assert normalises(seen, "", "conv1")
     assert follows(seen, "stage1_block1", "norm1", pooled)
     assert follows(seen, "logits", "stage4_block2", average)
 
@@ -639,6 +652,9 @@ def test_a_preactivation_net_has_relu_after_every_norm(image):
         for layer in (1, 2, 3):
             block = f"stage{stage}_block1"
             assert follows(seen, f"{block}/conv{layer}", f"{block}/norm{layer}")
+        for layer in (1, 2):
+            assert follows(seen, f"{block}/norm{layer + 1}", f"{block}/conv{layer}", lambda maps: maps)
+    assert follows(seen, "final_norm", "stage3_block1", lambda maps: maps)
     assert follows(seen, "logits", "final_norm", lambda maps: average(nn.relu(maps)))
 
 
