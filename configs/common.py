@@ -5,8 +5,10 @@ The other configs change what their experiment needs and lock the result, so tha
 
 from ml_collections import ConfigDict
 
+from cnn_cases import checks
+
 IMAGENET2012_TRAIN = 1_281_167  # training examples
-PROTOCOLS = ("held_out", "full_train")  # see split_training_set
+TRAINING_SETS = ("held_out", "full_train")  # see split_training_set
 
 
 def get_config():
@@ -113,9 +115,9 @@ def get_config():
     config.optimizer.rate_factors = ()
     # Shell patterns of layer names: these layers' parameters are not trained; their batch statistics change.
     config.optimizer.frozen = ()
-    # Reaction to a loss, gradient or state that is not finite: "stop" the run; "skip" that step's update, up
-    # to ten in a row; or "rewind" to the last checkpoint and continue with other batches, up to three times
-    # from each checkpoint.
+    # Reaction to a loss, gradient or state that is not finite: "stop" the run; "skip" that step's update (ten
+    # in a row end the run); or "rewind" to the last checkpoint and continue with other batches, up to three
+    # times from each checkpoint.
     config.on_nonfinite = "stop"
     config.num_microbatches = 1  # parts of a device's share of the batch, computed one after another
     # Decay per step (lower in the first steps) of the exponential moving average of the parameters and
@@ -156,21 +158,21 @@ def get_config():
     return config
 
 
-def split_training_set(config, protocol, *, size, num_held_out):
+def split_training_set(config, training_set, *, size, num_held_out):
     """Sets the training and validation splits, so that no run trains on test images or chooses by them.
 
     Args:
-      protocol: the word after the colon in `--config=configs/<name>.py:<protocol>`. "held_out", the default,
+      training_set: the word after the colon in `--config=configs/<name>.py:<word>`. "held_out", the default,
         holds out the last `num_held_out` training images for validation. "full_train" trains on all of them;
         the run then evaluates only at the end and chooses no checkpoint.
       size: number of training images.
       num_held_out: number of validation images, for "held_out".
 
     Raises:
-      ValueError: the protocol is unknown.
+      ValueError: the word is unknown.
     """
-    check_choice("protocol", protocol, PROTOCOLS)
-    if protocol == "held_out":
+    checks.one_of("training_set", training_set, TRAINING_SETS)
+    if training_set == "held_out":
         config.data.splits.train = f"train[:{size - num_held_out}]"
         config.data.splits.validation = f"train[{size - num_held_out}:]"
         return
@@ -190,12 +192,6 @@ def follow_test_error(config):
     config.evaluation.final_splits = ("train", "test")
     config.checkpoint.best_on = ""
     config.checkpoint.keep_last = 1
-
-
-def check_choice(what, choice, known):
-    """Raises ValueError unless `choice`, the word after the colon in `--config=...:<choice>`, is known."""
-    if choice not in known:
-        raise ValueError(f"the config's {what} {choice!r} is unknown; known: {', '.join(known)}")
 
 
 def imagenet2012(config, *, image_size, batch_size, num_epochs):

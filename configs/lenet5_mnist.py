@@ -15,7 +15,7 @@ Result: 0.80, 0.84 and 0.83 % test error with seeds 0, 1 and 2; 160 to 204 s a r
 from configs import common
 
 
-def get_config(protocol="held_out"):
+def get_config(training_set="held_out"):
     """The lecture's LeNet-5 on MNIST."""
     config = common.get_config()
     config.num_steps = 8_600  # 20 epochs of 55,000 images
@@ -29,6 +29,6 @@ def get_config(protocol="held_out"):
     config.evaluation.every_steps = 430
     config.checkpoint.every_steps = 860
     config.log_every_steps = 100
-    common.split_training_set(config, protocol, size=60_000, num_held_out=5_000)
+    common.split_training_set(config, training_set, size=60_000, num_held_out=5_000)
     config.lock()
     return config

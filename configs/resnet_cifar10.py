@@ -32,7 +32,7 @@ The study has other depths and plain nets too. The whole schedule was not run in
 from configs import common
 
 
-def get_config(protocol="held_out"):
+def get_config(training_set="held_out"):
     """ResNet-20 on CIFAR-10."""
     config = common.get_config()
     config.num_steps = 64_000
@@ -53,6 +53,6 @@ def get_config(protocol="held_out"):
     config.evaluation.every_steps = 1_000
     config.checkpoint.every_steps = 4_000
     config.log_every_steps = 100
-    common.split_training_set(config, protocol, size=50_000, num_held_out=5_000)
+    common.split_training_set(config, training_set, size=50_000, num_held_out=5_000)
     config.lock()
     return config

@@ -25,7 +25,7 @@ Not run yet.
 from configs import common
 
 
-def get_config(protocol="held_out"):
+def get_config(training_set="held_out"):
     """Pre-activation ResNet-164 on CIFAR-10."""
     config = common.get_config()
     config.num_steps = 64_000
@@ -47,6 +47,6 @@ def get_config(protocol="held_out"):
     config.evaluation.every_steps = 1_000
     config.checkpoint.every_steps = 4_000
     config.log_every_steps = 100
-    common.split_training_set(config, protocol, size=50_000, num_held_out=5_000)
+    common.split_training_set(config, training_set, size=50_000, num_held_out=5_000)
     config.lock()
     return config

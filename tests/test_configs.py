@@ -48,7 +48,7 @@ def test_training_on_everything_has_to_be_asked_for(name):
     assert "test" not in held_out.evaluation.splits
     assert full.data.splits.to_dict() == {"train": "train", "validation": "", "test": "test"}
     programs.check_numbers(full, 1)
-    with pytest.raises(ValueError, match="protocol 'all' is unknown; known: held_out, full_train"):
+    with pytest.raises(ValueError, match="training_set = 'all' is unknown; known: held_out, full_train"):
         get_config("all")
 
 
@@ -104,7 +104,7 @@ def test_the_deepest_nets_on_cifar10_start_slowly_and_the_short_schedule_is_a_te
     short = get_config("short").base
     assert short.num_steps * 10 == get_config().base.num_steps
     assert short.optimizer == get_config().base.optimizer
-    with pytest.raises(ValueError, match="schedule 'shrot' is unknown; known: paper, short"):
+    with pytest.raises(ValueError, match="schedule = 'shrot' is unknown; known: paper, short"):
         get_config("shrot")
 
 

@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "cnn_cases.settings",
         "cnn_cases.tables",
     ),
-    "cnn_cases.studies": ("cnn_cases",),
+    "cnn_cases.studies": ("cnn_cases", "configs.common"),
     "cnn_cases.command": (
         "cnn_cases.settings",
         "cnn_cases.training.devices",

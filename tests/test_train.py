@@ -152,8 +152,11 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
         ),
         (["num_steps=4"], "error: unexpected arguments: num_steps=4"),
         (["--workdir="], "error: --workdir= names no directory"),
-        (["--workdir=~/a*b"], rf"error: {re.escape(str(pathlib.Path.home()))}/a\*b: .* must have no \*"),
-        (["--config=configs/lenet5_mnist.py:all"], "protocol 'all' is unknown; known: held_out, full_train"),
+        (["--workdir=~/a*b"], rf"error: workdir = {re.escape(str(pathlib.Path.home()))}/a\*b: .* have no \*"),
+        (
+            ["--config=configs/lenet5_mnist.py:all"],
+            "training_set = 'all' is unknown; known: held_out, full_train",
+        ),
         (["--config=configs/nope.py"], r"error: --config: No such file .*: 'configs/nope.py', seen from /"),
         (["--config.optimizer=3"], "error: --config.optimizer=3: config.optimizer is a group of keys"),
         (["--config.num_steps.x=3"], "num_steps.x=3: there is no such key; did you mean num_steps?"),

@@ -27,6 +27,7 @@ from flax import traverse_util
 from cnn_cases import parsing, settings, tables
 from cnn_cases.studies import plan, records
 from cnn_cases.training import disk, logbook
+from configs import common
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = ROOT / "README.md", ROOT / "docs/results.md"
@@ -75,7 +76,7 @@ PREACT = CROPS | {"model.name": "resnet_preact_cifar"}
 NIN = {"data.name": "cifar10", "model.name": "nin", "model.variant": "cifar"}
 IMAGENET = {"data.name": "imagenet2012"}
 IMAGENET_RESNET = IMAGENET | {"model.name": "resnet", "model.plain": False}
-EPOCH = 1_281_167  # training images of ImageNet 2012
+EPOCH = common.IMAGENET2012_TRAIN  # images
 LONGER = 1.05  # times a paper's examples, which allows for rounding to whole epochs and batches
 
 PUBLISHED = (

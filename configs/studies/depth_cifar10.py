@@ -20,6 +20,7 @@ zero (two CPU cores, 2026-11-28, results/depth_cifar10_1000_steps.json).
 
 from ml_collections import ConfigDict
 
+from cnn_cases import checks
 from configs import common, resnet_cifar10
 
 STEPS = {"paper": 64_000, "short": 6_400}
@@ -27,7 +28,7 @@ STEPS = {"paper": 64_000, "short": 6_400}
 
 def get_config(schedule="paper"):
     """The grid: every depth, plain and residual, with every seed."""
-    common.check_choice("schedule", schedule, STEPS)
+    checks.one_of("schedule", schedule, STEPS)
     config = ConfigDict()
     config.base = resnet_cifar10.get_config()
     with config.base.unlocked():
