@@ -110,16 +110,6 @@ def _parse(arguments):
         if "config" in flags.FLAGS:
             # The placeholder for a missing file raises an error only on access.
             hasattr(flags.FLAGS.config, "to_dict")
-        for name in {"workdir", "out"} & set(flags.FLAGS):
-            flag = flags.FLAGS[name]
-            several = isinstance(flag.value, list)  # the flag can be repeated
-            given = flag.value if several else [flag.value]
-            if name == "workdir" and "" in given:
-                _leave("error: --workdir= names no directory", 2)  # it would mean the current one
-            # A shell does not expand the ~ of --workdir=~/x.
-            given = [value and os.path.expanduser(value) for value in given]
-            flag.value = given if several else given[0]
-        return rest
     except SystemExit as leaving:  # absl's --help is no error
         asked = any(re.fullmatch(r"--?(help\w*|h|\?)", argument) for argument in arguments)
         sys.exit(0 if asked and leaving.code == 1 else leaving.code)
@@ -133,7 +123,16 @@ def _parse(arguments):
         _leave(f"error: {_plainer(f'{head} {others[-1].strip()}' if others else head)}", 2)
     except Exception as error:  # errors in a config file, and others that ml_collections does not handle
         _leave(f"error: {_plainer(_explained(error, arguments))}", 2)
-    return None
+    for name in {"workdir", "out"} & set(flags.FLAGS):
+        flag = flags.FLAGS[name]
+        several = isinstance(flag.value, list)  # the flag can be repeated
+        given = flag.value if several else [flag.value]
+        if name == "workdir" and "" in given:
+            _leave("error: --workdir= names no directory", 2)  # it would mean the current one
+        # A shell does not expand the ~ of --workdir=~/x.
+        given = [value and os.path.expanduser(value) for value in given]
+        flag.value = given if several else given[0]
+    return rest
 
 
 def _check_once(name, arguments):

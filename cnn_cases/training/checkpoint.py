@@ -27,6 +27,8 @@ DRAFTS = "*.orbax-checkpoint-tmp*"  # checkpoints that are not committed
 # Errors that do not mean a damaged file: no permission, too many open files, an unreachable file server.
 _NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
 
+SECONDS_TO_DELETE = 0.5  # time that another process may need to delete a checkpoint
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,13 +38,10 @@ def check_path(directory):
     Orbax treats a path as a pattern, TensorStore a backslash as a slash, and a bucket is not a directory.
     """
     if re.match(r"\w+:/", str(directory)):
-        raise ValueError(f"{directory}: a workdir must be a directory; mount the bucket first")
+        raise ValueError(f"workdir = {directory} must be a directory; mount the bucket first")
     path = str(pathlib.Path(directory).absolute())
     if set(path) & set("*?[\\"):
-        raise ValueError(f"{path}: the path of a workdir must have no *, ?, [ or backslash")
-
-
-SECONDS_TO_DELETE = 0.5  # time that another process may need to delete a checkpoint
+        raise ValueError(f"workdir = {path}: its path must have no *, ?, [ or backslash")
 
 
 class OtherStateError(ValueError):
@@ -156,11 +155,13 @@ class Checkpoints:
         except Exception as error:  # a failed write can make Orbax and TensorStore raise anything
             for draft in self._directory.glob(DRAFTS):
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
-            whole = sorted(int(path.name) for path in self._directory.glob("*") if path.name.isdecimal())
-            kept = f"the latest checkpoint is that of step {whole[-1]}" if whole else ""
+            kept = steps(self._directory)
+            latest = (
+                f"the latest checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
+            )
             raise OSError(
                 f"the checkpoint of step {step} could not be saved in {self._directory} "
-                f"({_reason(error)}); {kept or 'there is no checkpoint yet'}; start again to resume"
+                f"({_reason(error)}); {latest}; start again to resume"
             ) from error
 
     def restore(self, like):
@@ -233,10 +234,6 @@ class Checkpoints:
             # Orbax does not flush its files, and older checkpoints might be deleted before the system does.
             for path in (*checkpoint.rglob("*"), checkpoint):
                 disk.sync(path)
-
-    def all_steps(self):
-        """Returns the steps that have a checkpoint."""
-        return sorted(self._manager.all_steps())
 
     def close(self):
         """Waits for the save in progress, and closes the checkpoints.

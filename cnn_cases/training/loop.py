@@ -36,7 +36,7 @@ class Silence:
         return None
 
     write = progress = say = start = flush = close = start_profile = stop_profile = _nothing
-    save = note_error = wait = restore = all_steps = _nothing
+    save = note_error = wait = restore = _nothing
 
 
 def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
@@ -201,7 +201,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     restores step 200 with the first seed, and step 250 fails as before. If the run reaches step 300, the
     checkpoint there holds both lists. A signal saves one more checkpoint, to which the run may then rewind.
     """
-    nonfinite, rewound_to = [], []
+    running = RunningMetrics([], [], [])
     if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
         log.say(
             f"steps_per_call: {program.steps_per_call}, the largest number up to "
@@ -215,13 +215,15 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     while True:
         step, state, extra = _restore(config, program, state, log, checkpoints)
         saved = len(extra["nonfinite"])
-        nonfinite = extra["nonfinite"] + nonfinite[saved:]
-        if config.on_nonfinite == "rewind":
+        running = RunningMetrics(
+            extra["window"],
+            extra["nonfinite"] + running.nonfinite[saved:],
             # If a damaged checkpoint was skipped, the restored one is earlier than the one noted.
-            rewound_to = extra["rewound_to"] + [min(kept, step) for kept in rewound_to[saved:]]
-        seed = seed_of_batches(config.seed, rewound_to, step)
+            extra["rewound_to"] + [min(kept, step) for kept in running.rewound_to[saved:]],
+        )
+        seed = seed_of_batches(config.seed, running.rewound_to, step)
         if step:
-            rewinds = f", rewind {len(rewound_to)}" if rewound_to else ""
+            rewinds = f", rewind {len(running.rewound_to)}" if running.rewound_to else ""
             log.say(f"{workdir}: resuming after step {step}{rewinds}")
         else:
             log.say(f"{workdir}: {_described(config, program, state)}")
@@ -234,7 +236,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         program,
                         state.replace(seed=np.int32(seed)),
                         batches,
-                        RunningMetrics(extra["window"], nonfinite, rewound_to),
+                        running,
                         log=log,
                         checkpoints=checkpoints,
                         stop=stop,
@@ -243,13 +245,14 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             processes.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
             processes.from_lead(checkpoints.wait)
-            kept = max(processes.from_lead(checkpoints.all_steps), default=0)
+            steps = processes.from_lead(lambda: checkpoint.steps(workdir / "checkpoints"))
+            kept = max(steps, default=0)
             # This is the first failure after `kept` if `kept` is newer than the restored checkpoint.
-            before = len(nonfinite) - saved if kept == step else 0
-            nonfinite.append(error.step)
+            before = len(running.nonfinite) - saved if kept == step else 0
+            running.nonfinite.append(error.step)
             if config.on_nonfinite == "rewind" and before < MAX_REWINDS:
                 log.say(f"step {error.step}: {error}; going back to step {kept}")
-                rewound_to.append(kept)
+                running.rewound_to.append(kept)
                 state = None  # the previous one has been donated
                 continue
             return {
@@ -264,7 +267,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             "status": "finished",
             "step": config.num_steps,
             "metrics": final,
-            "nonfinite": nonfinite,
+            "nonfinite": running.nonfinite,
         }
 
 

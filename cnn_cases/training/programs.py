@@ -83,8 +83,10 @@ class Program(NamedTuple):
         Raises:
           ValueError: a pattern of `start.layers` matches no layer of the network; see also `trained_layers`.
         """
+        if not self.start["workdir"]:
+            return None
         transfer.check_patterns("start.layers", self.start["layers"], sorted(like.params))
-        return transfer.trained_layers(like, **self.start) if self.start["workdir"] else None
+        return transfer.trained_layers(like, **self.start)
 
     def starting_from(self, step):
         """Returns the same program, but starting from the checkpoint of `step` instead of the config's."""
@@ -428,7 +430,7 @@ def check_numbers(config, num_devices):
             f"evaluation.batch_size = {config.evaluation.batch_size} must be between 1 and "
             f"{MAX_EVAL_BATCH_SIZE:,}"
         )
-    devices_lib.check_batch_size("batch_size", config.batch_size, num_devices, config.num_microbatches)
+    devices_lib.check_batch_size(config.batch_size, num_devices, config.num_microbatches)
 
 
 def _are_ends(steps, num_steps, per_call):

@@ -899,16 +899,14 @@ def test_a_network_whose_answers_do_not_fit_the_classes_is_refused(config, tmp_p
 
 @pytest.mark.parametrize("name", ["train[:10%]", "runs\\x", "a*"])
 def test_a_workdir_whose_path_means_something_else_is_refused(name, config, tmp_path):
-    with pytest.raises(
-        ValueError, match=re.escape(f"{name}: the path of a workdir must have no *, ?, [ or b")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{name}: its path must have no *, ?, [ or b")):
         run(config, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "file:///tmp/run"])
 def test_a_workdir_that_is_no_directory_is_refused(workdir, config):
-    with pytest.raises(ValueError, match=r"a workdir must be a directory; mount the bucket first"):
+    with pytest.raises(ValueError, match=r"workdir = \w+:/+\S+ must be a directory; mount the bucket first"):
         run(config, workdir)
 
 
