@@ -28,11 +28,13 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of proc
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout_seconds",
-    100,
+    processes.HEARTBEAT_TIMEOUT_SECONDS,
     "Seconds of silence after which a process counts as dead and all others end.",
 )
 _MEETING = flags.DEFINE_integer(
-    "meeting_timeout_seconds", 300, "Seconds that a process waits for the others at the start."
+    "meeting_timeout_seconds",
+    processes.MEETING_TIMEOUT_SECONDS,
+    "Seconds that a process waits for the others at the start.",
 )
 
 

@@ -147,7 +147,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     )
     predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
     devices_of_all = len(devices_lib.of_all_processes(devices))
-    devices_lib.check_batch_size("batch_size", batch_size, devices_of_all)
+    devices_lib.check_batch_size(batch_size, devices_of_all)
     share = batch_size // devices_of_all
     arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
     state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)

@@ -43,7 +43,7 @@ def training_images(config, step):
     settings.check(config)
     programs.check_numbers(config, num_devices=1)
     if not 1 <= step <= config.num_steps:
-        raise ValueError(f"step = {step} must be from 1 to num_steps = {config.num_steps}")
+        raise ValueError(f"step = {step} must be between 1 and num_steps = {config.num_steps}")
     data = dict(**config.data) | {"normalization": "none"}
     feed = feeds.make_feed(**data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size)
     batches = feed.train_batches(config.seed, step - 1)
@@ -96,8 +96,6 @@ def main():
     """Draws the sheet."""
     config, step, count = flags.FLAGS.config, flags.FLAGS.step, flags.FLAGS.images
     out = pathlib.Path(flags.FLAGS.out)
-    if count < 1:
-        raise ValueError(f"images = {count} must be 1 or more")
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out = {out} must end in .png, .svg or .pdf")
     images, labels = training_images(config, step)
@@ -114,6 +112,6 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
     flags.DEFINE_string("out", "preview.png", "Where to write the sheet; .png, .svg or .pdf.")
     flags.DEFINE_integer("step", 1, "The number of the training step; the first is 1.")
-    flags.DEFINE_integer("images", 40, "How many images at most.")
+    flags.DEFINE_integer("images", 40, "How many images at most.", lower_bound=1)
     flags.mark_flag_as_required("config")
     command.run(main)

@@ -56,7 +56,7 @@ def test_a_class_may_be_called_by_what_it_costs(tmp_path):
 
 
 def test_a_step_before_the_first_is_refused(config):
-    with pytest.raises(ValueError, match="step = 0 must be from 1 to num_steps"):
+    with pytest.raises(ValueError, match="step = 0 must be between 1 and num_steps"):
         preview.training_images(config, step=0)
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jax.scipy.ndimage import map_coordinates
 
+from cnn_cases import checks
+
 # Each augmentation has its own stream of random numbers, so that switching one on does not change another.
 # Append new streams at the end, which leaves the existing ones unchanged.
 STREAMS = (
@@ -93,12 +95,12 @@ def check(settings, image_shape):
 
     for key in ("pad", "lighting", "shift", "shear", "elastic", "cutout", "mixup", "cutmix"):
         value = getattr(settings, key)
-        demand(value >= 0 and math.isfinite(value), key, "0 or more")
+        demand(value >= 0 and math.isfinite(value), key, "0 or more, and finite")
     for key in ("brightness", "contrast", "saturation"):
         demand(0 <= getattr(settings, key) <= 1, key, "in [0, 1]")
     for key in ("scale", "squeeze"):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
-    demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0")
+    demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0, and finite")
     side = min(height, width)
     # A wider Gaussian moves all pixels alike, and takes long to compute.
     demand(
@@ -106,7 +108,7 @@ def check(settings, image_shape):
         "elastic_sigma",
         f"at most {side}, the pixels of an image's side (data.image_size)",
     )
-    demand(settings.lighting_basis in BASES, "lighting_basis", f"one of {', '.join(BASES)}")
+    checks.one_of("data.augment.lighting_basis", settings.lighting_basis, BASES)
     for key in ("pad", "shift", "cutout"):
         allowed = f"at most {side}, the pixels of an image's side (data.image_size)"
         demand(getattr(settings, key) <= side, key, allowed)

@@ -133,7 +133,7 @@ def training_box(height, width, image_size, rng, crop):
 
     Args:
       height, width: of the image, in pixels.
-      image_size: height and width of the network's input, in pixels.
+      image_size: height and width of the resized crop, in pixels, without the border.
       rng: a NumPy generator.
       crop: the settings of `data.crop`, a mapping that has passed `check`.
 

@@ -8,17 +8,17 @@ import pathlib
 OWN_GROUPS, GROUPS = pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
 
 
-def check(num_images, shape, keys, times=1):
+def check(num_images, shape, keys, twice=False):
     """Raises ValueError if uint8 images do not fit into memory.
 
     Args:
       num_images, shape: the number of images, and (H, W, C) of each.
       keys: the config keys that the message says to change.
-      times: the number of copies held.
+      twice: whether two copies of them are held.
     """
-    wanted, there = times * num_images * math.prod(shape), available()
+    wanted, there = (1 + twice) * num_images * math.prod(shape), available()
     if wanted > there:
-        held = ", held twice," if times == 2 else ""
+        held = ", held twice," if twice else ""
         raise ValueError(
             f"{num_images:,} images of {'x'.join(map(str, shape))}{held} take {wanted / 1e9:,.1f} GB, and "
             f"this machine, container or job has {there / 1e9:,.1f} GB of memory; change {keys}"

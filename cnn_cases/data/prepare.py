@@ -16,10 +16,10 @@ def main(arguments=None):
         try:
             builder = sources.prepare(name, options.data_dir)
         except (ValueError, ConnectionError) as error:
-            print(f"prepare: error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"prepare: {name} is not prepared; the same command goes on with it", file=sys.stderr)
+            print(f"{name} is not prepared; the same command goes on with it", file=sys.stderr)
             sys.exit(130)
         print(f"{name} is prepared in {builder.data_path}")
 

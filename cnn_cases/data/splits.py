@@ -64,7 +64,7 @@ def check_resident(name, splits, data_dir="", image_size=0, border=0):
     shape = (*((image_size or side) + 2 * border for side in sides), channels)
     count = sum(end - start for split in splits.values() for _, start, end in _parts(builder, split))
     # Held twice: as loaded, for the next run of a study, and concatenated, for this run.
-    memory.check(count, shape, "data.image_size and data.border, or take data.feed = 'stream'", times=2)
+    memory.check(count, shape, "data.image_size and data.border, or take data.feed = 'stream'", twice=True)
 
 
 @functools.lru_cache(maxsize=4)

@@ -221,7 +221,7 @@ class StreamFeed:
         return self._pixels.evaluate(arrays, image)
 
     def prepare(self, arrays, batch, key):
-        """Inside the step: a batch -> image float32 [B, H, W, C], label int32 [B]; see `feeds`."""
+        """Inside the step: a batch -> image float32 [B, H, W, C], label or target; see `feeds`."""
         if key is None:
             return self.normalize(arrays, batch["image"]), batch["label"]
         return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)

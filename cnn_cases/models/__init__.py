@@ -34,47 +34,46 @@ MODELS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def make_model(name, *, num_classes, dtype, axis_name=None, **knobs):
-    """Returns the module registered as `name`, with its knobs set.
+def make_model(name, *, num_classes, dtype, axis_name=None, **settings):
+    """Returns the module registered as `name`, with its settings.
 
     Args:
       name: a key of MODELS.
       num_classes: length of the logits.
       dtype: compute type, a key of DTYPES.
       axis_name: the pmap axis over which the batch is split, for models with batch statistics or dropout.
-      **knobs: fields of this architecture, such as `depth`.
+      **settings: fields of this architecture, such as `depth`.
 
     Raises:
-      ValueError: `name`, `dtype` or a knob is unknown, or a knob or `num_classes` is invalid.
+      ValueError: `name`, `dtype` or a setting is unknown, or a setting or `num_classes` is invalid.
     """
     checks.one_of("model.name", name, MODELS)
     checks.one_of("dtype", dtype, DTYPES)
     if type(num_classes) is not int or num_classes < 1:
         raise ValueError(f"num_classes = {num_classes!r} must be a positive integer")
     fields = {field.name: field for field in dataclasses.fields(MODELS[name])}
-    settings = dict(num_classes=num_classes, dtype=DTYPES[dtype])
-    missing = [field for field in settings if field not in fields]
+    common = dict(num_classes=num_classes, dtype=DTYPES[dtype])
+    missing = [field for field in common if field not in fields]
     if missing:
         raise ValueError(f"model.name = {name!r}: the module needs the field {' and '.join(missing)}")
-    own = [field for field in fields if field not in {*settings, "axis_name", "parent", "name"}]
-    for knob in own:
-        defaults = fields[knob].default, fields[knob].default_factory
-        if knob not in knobs and all(default is dataclasses.MISSING for default in defaults):
-            raise ValueError(f"model.{knob} is missing: {name} has no default for it")
-    for knob, value in knobs.items():
-        if knob not in own:
+    own = [field for field in fields if field not in {*common, "axis_name", "parent", "name"}]
+    for key in own:
+        defaults = fields[key].default, fields[key].default_factory
+        if key not in settings and all(default is dataclasses.MISSING for default in defaults):
+            raise ValueError(f"model.{key} is missing: {name} has no default for it")
+    for key, value in settings.items():
+        if key not in own:
             raise ValueError(
-                f"model.{knob} = {value!r}: {name} has no such setting; its settings are: "
+                f"model.{key} = {value!r}: {name} has no such setting; its settings are: "
                 f"{', '.join(own) or 'none'}"
             )
         # Without this check, a value of the wrong type would fail far from its cause.
         # Behind `from __future__ import annotations`, the types of fields are their names.
-        expected = getattr(fields[knob].type, "__name__", fields[knob].type)
+        expected = getattr(fields[key].type, "__name__", fields[key].type)
         if expected in ("int", "bool", "str") and type(value).__name__ != expected:
-            raise ValueError(f"model.{knob} = {value!r} must be of type {expected}")
+            raise ValueError(f"model.{key} = {value!r} must be of type {expected}")
         if isinstance(value, list | dict):  # a Flax module must be hashable
-            raise ValueError(f"model.{knob} = {value!r} must be a number, a string or a tuple")
-        settings[knob] = value
+            raise ValueError(f"model.{key} = {value!r} must be a number, a string or a tuple")
     if "axis_name" in fields:
-        settings["axis_name"] = axis_name
-    return MODELS[name](**settings)
+        common["axis_name"] = axis_name
+    return MODELS[name](**common, **settings)

@@ -111,12 +111,7 @@ class VGG(nn.Module):
         check_dense_features(self.dense_features)
         last_map = self.image_size // 32
         check_image_size(f"VGG with model.image_size = {self.image_size}", x, last_map * 32)
-        conv = functools.partial(
-            Conv,
-            padding=0,
-            kernel_init=glorot,
-            dtype=self.dtype,
-        )
+        conv = functools.partial(Conv, padding=0, kernel_init=glorot, dtype=self.dtype)
         norm = batch_norm(train=train, epsilon=1e-5, dtype=self.dtype, axis_name=self.axis_name)
         for stage, (filters, sizes) in enumerate(zip(FILTERS, VARIANTS[self.variant], strict=True), start=1):
             for number, size in enumerate(sizes, start=1):

@@ -40,7 +40,7 @@ from cnn_cases.training import disk, provenance, runtime
 IMAGE_SHAPE = (28, 28, 192)
 REPEATS = 15
 
-COLOURS = {"naive": "#D55E00", "reduced": "#0072B2"}  # distinguishable with colour blindness
+COLOURS = dict(zip(("naive", "reduced"), figures.TWO_COLOURS, strict=True))
 
 
 class Network(nn.Module):

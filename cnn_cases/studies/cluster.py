@@ -202,9 +202,8 @@ class Training(Checkpointable):
           run_dir: its directory, with a config.json.
           visible_gpus: for a local job, CUDA_VISIBLE_DEVICES where it was submitted; None if it was not set.
         """
-        if (
-            os.environ["SUBMITIT_EXECUTOR"] == "local"
-        ):  # submitit hides all GPUs, and JAX looks for them later
+        # submitit hides all GPUs of a local job, and JAX looks for them later.
+        if os.environ["SUBMITIT_EXECUTOR"] == "local":
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             if visible_gpus is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus

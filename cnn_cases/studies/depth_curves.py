@@ -16,7 +16,7 @@ from cnn_cases import command, tables
 from cnn_cases.studies import comparison, figures, plan, records, report, sweep
 
 KINDS = {True: "plain", False: "residual"}
-COLOURS = {"plain": "#D55E00", "residual": "#0072B2"}  # distinguishable with colour blindness
+COLOURS = dict(zip(KINDS.values(), figures.TWO_COLOURS, strict=True))
 
 
 def _final_errors(record):

@@ -25,6 +25,7 @@ MAX_MARKERS = 8  # on one curve
 MAX_PANELS = 4  # side by side
 LONGEST = 36  # characters of a value
 WIDEST = 28  # characters in a line of a panel's title
+TWO_COLOURS = ("#D55E00", "#0072B2")  # distinguishable with colour blindness
 
 _TRAINING = ("running", "train")
 

@@ -70,7 +70,7 @@ def local_devices():
     return found
 
 
-def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
+def check_batch_size(batch_size, num_devices, num_microbatches=1):
     """Raises ValueError, naming the nearest sizes that work, unless the batch can be split evenly."""
     parts = num_devices * num_microbatches
     if batch_size < 1 or batch_size % parts:
@@ -80,7 +80,7 @@ def check_batch_size(key, batch_size, num_devices, num_microbatches=1):
         if num_microbatches > 1:
             over += f" and num_microbatches = {num_microbatches}"
         raise ValueError(
-            f"{key} = {batch_size} cannot be split evenly over {over}; "
+            f"batch_size = {batch_size} cannot be split evenly over {over}; "
             f"the nearest sizes that can: {' and '.join(map(str, nearest))}"
         )
 

@@ -9,6 +9,8 @@
     profile/           if the config sets profile_steps, for TensorBoard and Perfetto
     lock               held by the process that trains; names that process
 
+`checkpoint` adds checkpoints/, newest_checkpoint and, if it finds a damaged one, damaged/.
+
 A damaged file is an error that names the file; the remedy depends on the file.
 
 If several processes share a run, only process 0 writes; environment.json has the devices of all processes.
@@ -16,8 +18,8 @@ If several processes share a run, only process 0 writes; environment.json has th
 `running/` figures are means over the steps since the last row, in training mode and with augmentation; the
 figures of a split are an evaluation of the whole split. Its loss is the config's, with label smoothing and
 without side branches; that of a protocol, "<split>/<protocol>/loss", is -log of the true class's probability,
-as in `cnn_cases.evaluate`. Rows hold nothing that depends on the clock, so two runs of one config leave equal
-files.
+as in `cnn_cases.evaluate`. Rows hold nothing that depends on the clock, so two runs of one config leave the
+same metrics.jsonl.
 """
 
 import contextlib

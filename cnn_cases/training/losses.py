@@ -70,10 +70,10 @@ def of_classes(loss, num_classes):
 
 def cross_entropy(logits, label, smoothing=0.0):
     """Softmax cross-entropy, by default without label smoothing (Szegedy et al. 2015b, section 7)."""
-    log_chances = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     is_target = label.ndim == logits.ndim
-    of_label = (label * log_chances).sum(axis=-1) if is_target else _pick(log_chances, label)
-    return -(1 - smoothing) * of_label - smoothing * log_chances.mean(axis=-1)
+    of_label = (label * log_probs).sum(axis=-1) if is_target else _pick(log_probs, label)
+    return -(1 - smoothing) * of_label - smoothing * log_probs.mean(axis=-1)
 
 
 def rbf_mean_squared(logits, label):

@@ -61,7 +61,9 @@ def average_views(examples, views, run, *, batch_size, ahead=0):
             if len(waiting[view.shape]) == batch_size(view.shape):
                 start(view.shape)
     if not labels:
-        raise ValueError("there are no examples to evaluate: this part of data.splits is empty")
+        raise ValueError(
+            "there are no examples to evaluate: this process has none of this split, or all are damaged"
+        )
     for shape in list(waiting):
         start(shape)
     collect(0)

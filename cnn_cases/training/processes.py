@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 LOST = 4  # exit code after another process of the run is lost
+HEARTBEAT_TIMEOUT_SECONDS, MEETING_TIMEOUT_SECONDS = 100, 300  # unless others are given; see `join`
 
 # Seconds: between two signs of life; for process 0 to report that another process gives none; for the others
 # to end before process 0; and by which JAX, which aborts, waits longer than this module.
@@ -76,7 +77,8 @@ def own_gpus(environment):
 
     JAX gives the first task of Slurm or Open MPI on a node the first GPU that it sees, the second task the
     second, and so on. That leaves GPUs idle if there are fewer tasks, and finds none if Slurm shows each task
-    only its own GPU. This function divides the GPUs that all tasks of a node see evenly among them.
+    only its own GPU. This function divides the GPUs that all tasks of a node see evenly among them, if a
+    variable lists them; else each task has one.
 
     Args:
       environment: `os.environ`.
@@ -127,8 +129,8 @@ def join(
     coordinator_address=None,
     num_processes=None,
     process_id=None,
-    heartbeat_timeout_seconds=100,
-    meeting_timeout_seconds=300,
+    heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+    meeting_timeout_seconds=MEETING_TIMEOUT_SECONDS,
 ):
     """Connects this process to the other processes of its run, if there are any. Call it before JAX is used.
 

@@ -61,7 +61,7 @@ def _add_xla_flag(flag):
 def use_compilation_cache():
     """Makes JAX cache compiled programs for later starts.
 
-    The directory is ~/.cache/cnn_cases, or the value of JAX_COMPILATION_CACHE_DIR.
+    The directory is cnn_cases in XDG_CACHE_HOME or ~/.cache, or the value of JAX_COMPILATION_CACHE_DIR.
     JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

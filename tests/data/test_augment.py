@@ -489,7 +489,10 @@ def test_cutmix_takes_a_box_from_the_one_before_and_its_part_of_the_label():
     [
         ({"pad": -1}, "data.augment.pad = -1 must be 0 or more"),
         ({"lighting": float("nan")}, "data.augment.lighting = nan must be 0 or more"),
-        ({"lighting_basis": "cifar"}, "data.augment.lighting_basis = 'cifar' must be one of train, imagenet"),
+        (
+            {"lighting_basis": "cifar"},
+            "data.augment.lighting_basis = 'cifar' is unknown; known: train, imagenet",
+        ),
         ({"brightness": 1.5}, r"data.augment.brightness = 1.5 must be in \[0, 1\]"),
         ({"brightness": -0.1}, r"data.augment.brightness = -0.1 must be in \[0, 1\]"),
         ({"squeeze": 1.0}, r"data.augment.squeeze = 1.0 must be in \[0, 1\)"),

@@ -79,7 +79,7 @@ def test_the_preparation_command_ends_with_one_message(capsys):
     with pytest.raises(SystemExit) as end:
         prepare.main(["cifr10"])
     assert end.value.code == 2
-    assert re.match(r"prepare: error: .*'cifr10' is not a TFDS data set", capsys.readouterr().err)
+    assert re.match(r"error: .*'cifr10' is not a TFDS data set", capsys.readouterr().err)
 
 
 @pytest.fixture

@@ -31,9 +31,16 @@ def make(name, **settings):
     return make_model(name, **{"num_classes": 10, "dtype": "float32"} | settings)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_layers_and_logits_have_the_compute_type_and_no_parameter_does(name):
-    model = make(name, num_classes=7, dtype="bfloat16", **SHALLOW.get(name, {}))
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, SHALLOW.get(name, {})) for name in SIZES),
+        ("vgg", {"batch_norm": True}),
+        ("googlenet", {"batch_norm": True}),
+    ],
+)
+def test_layers_and_logits_have_the_compute_type_and_no_parameter_does(name, settings):
+    model = make(name, num_classes=7, dtype="bfloat16", **settings)
 
     def apply():
         image = jnp.zeros((2, *SIZES[name]))

@@ -652,6 +652,7 @@ def test_a_preactivation_net_has_relu_after_every_norm(image):
         for layer in (1, 2, 3):
             block = f"stage{stage}_block1"
             assert follows(seen, f"{block}/conv{layer}", f"{block}/norm{layer}")
+        np.testing.assert_array_equal(seen[f"{block}/norm1"][0], seen[block][0])
         for layer in (1, 2):
             assert follows(seen, f"{block}/norm{layer + 1}", f"{block}/conv{layer}", lambda maps: maps)
     assert follows(seen, "final_norm", "stage3_block1", lambda maps: maps)

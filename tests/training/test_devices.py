@@ -13,12 +13,12 @@ from cnn_cases.training import devices
 @pytest.mark.parametrize(("size", "nearest"), [(30, "28 and 32"), (3, "4"), (0, "4"), (-5, "4")])
 def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_sizes(size, nearest):
     with pytest.raises(ValueError, match=f"batch_size = {size} .* over 4 devices; .*: {nearest}$"):
-        devices.check_batch_size("batch_size", size, 4)
+        devices.check_batch_size(size, 4)
 
 
 @pytest.mark.parametrize("size", [4, 128])
 def test_a_batch_that_can_be_split_is_accepted(size):
-    devices.check_batch_size("batch_size", size, 4)
+    devices.check_batch_size(size, 4)
 
 
 def test_shards_keep_the_order_of_examples():

@@ -19,9 +19,9 @@ def test_cross_entropy_is_computed_in_float32(dtype):
 
 def test_label_smoothing_is_the_cross_entropy_against_the_smoothed_target():
     target = 0.9 * np.eye(3)[LABEL] + 0.1 / 3
-    log_chances = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
+    log_probs = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
     smooth = losses.make_loss(**SETTINGS | {"label_smoothing": 0.1})
-    np.testing.assert_allclose(smooth(LOGITS, LABEL), -(target * log_chances).sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(smooth(LOGITS, LABEL), -(target * log_probs).sum(axis=1), rtol=1e-5)
 
 
 def test_a_target_of_one_class_is_its_label_and_one_of_two_a_blend_of_both_losses():

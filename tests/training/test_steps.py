@@ -199,8 +199,8 @@ def test_the_average_net_follows_fast_at_first_and_is_what_is_evaluated():
     expected = cross_entropy(logits, arrays["label"]).sum()
     np.testing.assert_allclose(evaluate(state, arrays, batch)["loss"], expected, rtol=1e-5)
     predict = steps.make_predict_step(shifting, lambda _, image: image)
-    log_chances = jax.nn.log_softmax(logits)
-    np.testing.assert_allclose(predict(state, arrays, jnp.asarray(arrays["image"])), log_chances, rtol=1e-4)
+    log_probs = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(predict(state, arrays, jnp.asarray(arrays["image"])), log_probs, rtol=1e-4)
 
 
 def test_an_example_is_wrong_where_the_largest_logit_is_not_the_labels():
@@ -280,8 +280,8 @@ def test_log_probabilities_are_computed_in_float32_even_from_bfloat16_logits():
     logits = jnp.asarray([[5.0, 1.3, -0.7], [0.1, 0.2, 0.3]], jnp.bfloat16)
     predict = steps.make_predict_step(lambda *_, **__: logits, lambda _, image: image)
     _, _, state = problem()
-    log_chances = predict(state, {}, jnp.zeros((2, 1)))
-    assert log_chances.dtype == jnp.float32
+    log_probs = predict(state, {}, jnp.zeros((2, 1)))
+    assert log_probs.dtype == jnp.float32
     exact = np.asarray(logits, np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(log_chances, exact, rtol=1e-5)
+    np.testing.assert_allclose(log_probs, exact, rtol=1e-5)
