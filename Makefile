@@ -38,7 +38,7 @@ $(DATA_READY): requirements-data.txt requirements.txt
 
 define make_environment
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
-		|| { echo "Python 3.11 to 3.14 is needed, as in: make PYTHON=python3.13 demo"; exit 1; }
+		|| { echo "Python 3.11 to 3.14 is needed, as in PYTHON=python3.13; $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -m venv $(1) \
 		|| { rm -rf $(1); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)

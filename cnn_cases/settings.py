@@ -47,6 +47,7 @@ def _kinds(section, prefix=""):
 KEYS = _kinds(common.get_config().to_dict())
 KEYS["model"] = {"name": str, ...: object}  # `models` has the types of the architecture's own fields
 KEYS["data"]["splits"] = {"train": str, ...: str}
+STUDY_KEYS = {"base", "grid", "seeds"}  # `plan` explains them, and two that a study can do without
 NOT_OF_MODEL = {  # fields of a model that other keys, or the data, determine
     "num_classes": "there are as many classes as the data set has",
     "dtype": "the compute type is dtype, without model.",
@@ -63,7 +64,7 @@ def from_json(value):
 
 def is_study(config):
     """Whether a dict is the config of a study, not of a training run."""
-    return {"base", "grid", "seeds"} <= config.keys()
+    return config.keys() >= STUDY_KEYS
 
 
 def parts(config):

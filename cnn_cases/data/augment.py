@@ -94,13 +94,12 @@ def check(settings, image_shape):
             raise ValueError(f"data.augment.{key} = {getattr(settings, key)!r} must be {allowed}")
 
     for key in ("pad", "lighting", "shift", "shear", "elastic", "cutout", "mixup", "cutmix"):
-        value = getattr(settings, key)
-        demand(value >= 0 and math.isfinite(value), key, "0 or more, and finite")
+        checks.not_negative(f"data.augment.{key}", getattr(settings, key))
     for key in ("brightness", "contrast", "saturation"):
         demand(0 <= getattr(settings, key) <= 1, key, "in [0, 1]")
     for key in ("scale", "squeeze"):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
-    demand(0 < settings.elastic_sigma < math.inf, "elastic_sigma", "above 0, and finite")
+    checks.positive("data.augment.elastic_sigma", settings.elastic_sigma)
     side = min(height, width)
     # A wider Gaussian moves all pixels alike, and takes long to compute.
     demand(

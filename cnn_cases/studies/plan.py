@@ -82,10 +82,10 @@ def _override(config, where, key, value):
 
 def check(study):
     """Raises ValueError unless a study has what `expand` takes; does not check its base."""
-    missing = {"base", "grid", "seeds"} - set(study)
+    missing = settings.STUDY_KEYS - set(study)
     if missing:
         raise ValueError(f"this is no study config: {' and '.join(sorted(missing))} missing")
-    for key in set(study) - {"base", "grid", "seeds", "adjust", "compare"}:
+    for key in set(study) - settings.STUDY_KEYS - {"adjust", "compare"}:
         raise ValueError(
             f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
         )

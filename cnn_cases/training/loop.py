@@ -214,12 +214,12 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
         )
     while True:
         step, state, extra = _restore(config, program, state, log, checkpoints)
-        saved = len(extra["nonfinite"])
+        saved = len(extra.nonfinite)
         running = RunningMetrics(
-            extra["window"],
-            extra["nonfinite"] + running.nonfinite[saved:],
+            [*extra.window],
+            [*extra.nonfinite, *running.nonfinite[saved:]],
             # If a damaged checkpoint was skipped, the restored one is earlier than the one noted.
-            extra["rewound_to"] + [min(kept, step) for kept in running.rewound_to[saved:]],
+            [*extra.rewound_to, *(min(kept, step) for kept in running.rewound_to[saved:])],
         )
         seed = seed_of_batches(config.seed, running.rewound_to, step)
         if step:
@@ -227,7 +227,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             log.say(f"{workdir}: resuming after step {step}{rewinds}")
         else:
             log.say(f"{workdir}: {_described(config, program, state)}")
-        final = extra["final"]
+        final = extra.final
         try:
             if final is None:
                 with contextlib.closing(program.feed.train_batches(seed, step)) as batches:
@@ -241,7 +241,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         checkpoints=checkpoints,
                         stop=stop,
                     )
-                    final = training.run(step, evaluated=extra["evaluated"])
+                    final = training.run(step, evaluated=extra.evaluated)
             processes.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
             processes.from_lead(checkpoints.wait)
@@ -286,23 +286,16 @@ def _described(config, program, state):
 
 
 def _restore(config, program, state, log, checkpoints):
-    """Returns (step, state, extra) of the last checkpoint, and starts the log after that step.
+    """Returns (step, state, `Extra`) of the last checkpoint, and starts the log after that step.
 
     Process 0 reads the checkpoint for all processes.
     """
     like = state or program.shapes_of_state()
     restored = processes.lead_first(lambda: checkpoints.restore(like))
-    nothing = {
-        "window": [],
-        "nonfinite": [],
-        "rewound_to": [],
-        "evaluated": True,
-        "final": None,
-        "rows": None,
-    }
-    step, state, extra = restored or (0, state or program.init_state(config.seed), nothing)
-    step, extra = processes.from_lead(lambda: (step, extra))
-    processes.lead_first(lambda: log.start(step, extra["rows"]))
+    step, state, saved = restored or (0, state or program.init_state(config.seed), {})
+    step, saved = processes.from_lead(lambda: (step, saved))
+    extra = Extra(**saved)
+    processes.lead_first(lambda: log.start(step, extra.rows))
     return step, processes.broadcast(state), extra
 
 
@@ -316,6 +309,24 @@ def seed_of_batches(seed, rewound_to, step):
     """
     rewinds = sum(kept <= step for kept in rewound_to)
     return int(np.random.default_rng((seed, rewinds)).integers(2**31)) if rewinds else seed
+
+
+class Extra(NamedTuple):
+    """What a checkpoint holds besides the state; the defaults are those of a run that has not begun.
+
+    Attributes:
+      window, nonfinite, rewound_to: see `running.RunningMetrics`.
+      evaluated: whether the evaluation that was due at this step, if any, has been done.
+      final: the final evaluation, after the last step.
+      rows: the result of `logbook.Logbook.flush`.
+    """
+
+    window: Any = ()
+    nonfinite: Any = ()
+    rewound_to: Any = ()
+    evaluated: bool = True
+    final: Any = None
+    rows: Any = None
 
 
 class _Call(NamedTuple):
@@ -475,15 +486,15 @@ class _Training:
         self._collect()
         # A step's metrics are computed before its update, and the update itself may have gone wrong.
         check_finite(step, {"largest number of the state": max_abs(self._state)})
-        extra = {
-            "window": [*self._running.window],
-            "nonfinite": [*self._running.nonfinite],
-            "rewound_to": [*self._running.rewound_to],
-            "evaluated": values is not None,
-            "final": final,
-            "rows": self._log.flush(),
-        }
-        self._checkpoints.save(step, self._state, extra, self._error_of(step, values))
+        extra = Extra(
+            window=[*self._running.window],
+            nonfinite=[*self._running.nonfinite],
+            rewound_to=[*self._running.rewound_to],
+            evaluated=values is not None,
+            final=final,
+            rows=self._log.flush(),
+        )
+        self._checkpoints.save(step, self._state, extra._asdict(), self._error_of(step, values))
         self._restart_clock()
 
     def _error_of(self, step, values):

@@ -4,7 +4,6 @@ Instead of a label, `cross_entropy` also accepts a target float [B, K]: shares o
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +34,7 @@ def make_loss(*, name, label_smoothing, map_constant):
         raise ValueError(
             f"loss.label_smoothing = {label_smoothing} is for loss.name = 'cross_entropy', not {name!r}"
         )
-    if not 0 < map_constant < math.inf:
-        raise ValueError(f"loss.map_constant = {map_constant} must be above 0, and finite")
+    checks.positive("loss.map_constant", map_constant)
     if name == "cross_entropy":
         return functools.partial(cross_entropy, smoothing=label_smoothing)
     if name == "rbf_mean_squared":

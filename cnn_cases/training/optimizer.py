@@ -44,7 +44,7 @@ def make_schedule(
     """
     checks.one_of("schedule.name", name, SCHEDULES)
     checks.one_of("schedule.warmup", warmup, WARMUPS)
-    _positive("optimizer.learning_rate", learning_rate)
+    checks.positive("optimizer.learning_rate", learning_rate)
     if not all(a < b for a, b in itertools.pairwise((0, *boundaries, 1))):
         raise ValueError(f"schedule.boundaries = {boundaries} must be increasing fractions between 0 and 1")
     if len(factors) != len(boundaries):
@@ -57,9 +57,9 @@ def make_schedule(
             f"schedule.warmup_steps = {warmup_steps} must be 0 or more and below num_steps = {num_steps}"
         )
     for factor in factors:
-        _positive("schedule.factors", factor)
-    _positive("schedule.power", power)
-    _positive("schedule.warmup_factor", warmup_factor)
+        checks.positive("schedule.factors", factor)
+    checks.positive("schedule.power", power)
+    checks.positive("schedule.warmup_factor", warmup_factor)
 
     decay_steps = num_steps - warmup_steps
     if name == "constant":
@@ -136,17 +136,16 @@ def make_optimizer(
     for key, value in (("momentum", momentum), ("second_moment", second_moment)):
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{key} = {value} must be in [0, 1)")
-    for key, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"optimizer.{key} = {value} must be 0 or more, and finite")
-    _positive("optimizer.epsilon", epsilon)
+    checks.not_negative("optimizer.weight_decay", weight_decay)
+    checks.not_negative("optimizer.clip_norm", clip_norm)
+    checks.positive("optimizer.epsilon", epsilon)
     if len(rate_factors) != len(rate_patterns):
         raise ValueError(
             f"optimizer.rate_factors = {rate_factors} must have one number for each of "
             f"optimizer.rate_patterns = {rate_patterns}"
         )
     for factor in rate_factors:
-        _positive("optimizer.rate_factors", factor)
+        checks.positive("optimizer.rate_factors", factor)
 
     mask = None
     if frozen or decayed == "kernels":
@@ -210,8 +209,3 @@ def _is_decayed(params, *, kernels_only, frozen):
         return path[-1].key == "kernel" or not kernels_only
 
     return jax.tree.map_with_path(is_decayed, params)
-
-
-def _positive(key, value):
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} = {value} must be above 0, and finite")

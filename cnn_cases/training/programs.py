@@ -423,8 +423,7 @@ def check_numbers(config, num_devices):
                 f"but loss.name = {config.loss.name!r} supports only one class per example; set the first to "
                 "0 or the loss to 'cross_entropy'"
             )
-    if not 0 <= config.loss.side_weight < math.inf:
-        raise ValueError(f"loss.side_weight = {config.loss.side_weight} must be 0 or more, and finite")
+    checks.not_negative("loss.side_weight", config.loss.side_weight)
     if not 1 <= config.evaluation.batch_size <= MAX_EVAL_BATCH_SIZE:
         raise ValueError(
             f"evaluation.batch_size = {config.evaluation.batch_size} must be between 1 and "
