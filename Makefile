@@ -29,16 +29,17 @@ clean:
 	rm -rf $(VENV) $(DATA_VENV) .pytest_cache .ruff_cache
 
 $(READY): requirements.txt
-	$(call make_environment,$(VENV),$<)
+	$(call make_environment,$(VENV),$<,14)
 	touch $@
 
 $(DATA_READY): requirements-data.txt requirements.txt
-	$(call make_environment,$(DATA_VENV),$<)
+	$(call make_environment,$(DATA_VENV),$<,13)
 	touch $@
 
+# The directory, the requirements, and the last Python (3.x) for which all of them exist.
 define make_environment
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
-		|| { echo "Python 3.11 to 3.14 is needed, as in PYTHON=python3.13; $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not 11 <= sys.version_info.minor <= $(3))' \
+		|| { echo "Python 3.11 to 3.$(3) is needed, as in PYTHON=python3.13; $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -m venv $(1) \
 		|| { rm -rf $(1); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)

@@ -170,12 +170,15 @@ def _timed(commands, environment):
     return (seconds, cpu), [output for output, _ in outputs]
 
 
+def _peers_of(case, peers):
+    """Those of the peers that a case has, in the order of PEERS: a first start compiles for a later one."""
+    return [one for one in PEERS if one in peers and (one != TWO or case.jobs > 1)]
+
+
 def measure(name, turns, peers):
     """Measures one case; returns a dict that JSON can hold."""
     case = CASES[name]
-    # In the order of PEERS: a later start needs the first start, which compiles for it.
-    wanted = [one for one in PEERS if one in peers and (one != TWO or case.jobs > 1)]
-    found = {one: [] for one in (*OURS, *wanted)}
+    found = {one: [] for one in (*OURS, *_peers_of(case, peers))}
     platforms = {}
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
@@ -246,11 +249,11 @@ def main():
     first, later = PEERS[-2:]
     if later in options.peers and first not in options.peers:
         parser.error(f"--peers: {later!r} needs {first!r}, which compiles for it")
-    peers = " ".join(map(repr, options.peers))
-    commands = {
-        name: f"python -m benchmarks.end_to_end --cases {name!r} --peers {peers} --turns={options.turns}"
-        for name in options.cases
-    }
+    commands = {}
+    for name in options.cases:
+        peers = " ".join(map(repr, _peers_of(CASES[name], options.peers)))
+        given = f"--cases {name!r} --peers {peers} --turns={options.turns}"
+        commands[name] = f"python -m benchmarks.end_to_end {given}"
     record.check(parser, options.out, commands)
     jobs.share_accelerators()  # this process uses JAX too
     rows = {}

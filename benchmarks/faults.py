@@ -12,8 +12,8 @@ evaluation   within 0.02 s after a row of training, which an evaluation follows
 save         while a checkpoint is being written
 
 SIGKILL leaves a process no time for anything. After SIGTERM it has to save, which is timed, say at which step
-it did, and end with exit code 143. Before it trains, it ends at once; before Python has started up, the
-signal itself ends it. A signal that came too late, when the run was over, is sent to the next run instead.
+it did, and end with exit code 143. Before it trains, it ends at once; before its imports are done, the signal
+itself ends it. A signal that came too late, when the run was over, is sent to the next run instead.
 """
 
 import argparse
@@ -95,7 +95,9 @@ def disturb(workdir, overrides, signals, rng):
                     startup = sent - began
             else:
                 blow, code = None, process.wait()
-            if code == 0:  # the signal, if any, came too late and stays in the queue
+            # The signal, if any, came too late and stays in the queue.
+            over = code == 128 + signal.SIGTERM and (workdir / "result.json").exists()
+            if code == 0 or over:
                 return blows
             errors.seek(0)
             text = errors.read()

@@ -37,7 +37,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks import contenders
-from benchmarks.record import output, write_section
+from benchmarks.record import check, output, write_section
 from cnn_cases import parsing
 from cnn_cases.data import decode, feeds, sources, splits
 from cnn_cases.training import devices as devices_lib
@@ -335,9 +335,11 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the steps")
     parser.add_argument("--turns", type=parsing.positive_number, default=9)
     options = parser.parse_args()
+    wanted = [name for name in (*STEPS_A_TURN, "stream") if options.only in (None, name)]
+    check(parser, options.out, {name: _command(options, name) for name in wanted})
     runtime.choose_cpu_flags()
     for name, of_turn in STEPS_A_TURN.items():
-        if options.only in (None, name):
+        if name in wanted:
             num_steps = of_turn["cpu" if jax.default_backend() == "cpu" else "accelerator"]
             measure = resident_feed if name == "resident" else whole_training
             row = measure(options.data_dir, options.turns, num_steps, options.dtype)
@@ -345,7 +347,7 @@ def main():
             print(_line(f"{row['set']}, a fixed batch", row["fixed_seconds_a_step"], "s a step"))
             print(_line("overhead", row["overhead_percent"], "%"))
             _record(options, name, row)
-    if options.only in (None, "stream"):
+    if "stream" in wanted:
         rows = {}
         with tempfile.TemporaryDirectory() as directory:
             sets = [(sources.prepare(BenchmarkPhotos.name, directory).name, directory)]
@@ -359,12 +361,14 @@ def main():
         _record(options, "stream", {"peers": peers, "images_a_second_a_core": rows})
 
 
+def _command(options, name):
+    dtype = "" if name == "stream" else f" --dtype={options.dtype}"
+    return f"python -m benchmarks.pipeline --only={name} --turns={options.turns}{dtype}"
+
+
 def _record(options, name, figures):
     if options.out:
-        command = (
-            f"python -m benchmarks.pipeline --only={name} --turns={options.turns} --dtype={options.dtype}"
-        )
-        write_section(options.out, name, command, figures)
+        write_section(options.out, name, _command(options, name), figures)
 
 
 if __name__ == "__main__":

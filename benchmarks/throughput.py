@@ -496,7 +496,8 @@ def main():
     contenders.check_installed(parser, options.peers)
 
     def command(name):
-        flags = f"--cases {name!r} --peers {' '.join(options.peers)}"
+        peers = " ".join(one for one in PEERS if one in options.peers)
+        flags = f"--cases {name!r} --peers {peers}"
         flags += f" --dtype={options.dtype} --turns={options.turns} --at_once={options.at_once}"
         return f"python -m benchmarks.throughput {flags}"
 

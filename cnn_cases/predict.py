@@ -63,8 +63,8 @@ class TrainedNetwork:
           float64 [N, K]; each row sums to 1.
 
         Raises:
-          ValueError: an image has another type or shape, there are no images, the protocol does not suit the
-            network, or the network answers with NaN.
+          ValueError: an image has another type or shape, there are no images, or the protocol does not suit
+            the network.
         """
         channels = self.image_shape[-1]
         for number, image in enumerate(images):
@@ -96,10 +96,6 @@ class TrainedNetwork:
             functools.partial(self._predict, self.state, self._statistics),
             batch_size=batch_size,
         )
-        lost = np.isnan(probabilities).any(axis=1)
-        if lost.any():
-            number = lost.argmax()
-            raise ValueError(f"step {self.step} predicts NaN for image {number}; try another checkpoint")
         return probabilities
 
 
@@ -163,6 +159,9 @@ def main(paths):
                 errors.append(str(error))
         rows = network(images, given.protocol) if images else []
         for path, row in zip(read, rows, strict=True):
+            if np.isnan(row).any():
+                errors.append(f"{path}: step {network.step} predicts NaN; choose another one (--step)")
+                continue
             best = np.argsort(-row, kind="stable")[: given.top]
             print(f"{path}:", ", ".join(f"{network.class_names[k]} ({row[k]:.1%})" for k in best))
     if errors:

@@ -196,15 +196,22 @@ def test_files_are_read_a_few_at_a_time_and_answered_in_their_order(run, tmp_pat
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_an_answer_that_is_no_number_is_none(run, monkeypatch):
-    network = predict.load(run[0], 8)
+def test_an_answer_that_is_no_number_is_an_error_of_its_file(run, tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.png").write_text("no image")
 
-    def answer(_state, _arrays, images):
-        return jnp.full((len(images), 10), jnp.log(0.1)).at[1].set(jnp.nan)
+    def answer(_self, images, _protocol):
+        return np.full((len(images), 10), 0.1) * np.array([[1.0], [np.nan]])
 
-    monkeypatch.setattr(network, "_predict", answer)
-    with pytest.raises(ValueError, match="step 8 predicts NaN for image 1; try another checkpoint"):
-        network(np.zeros((3, 16, 16, 1), np.uint8))
+    monkeypatch.setattr(predict.TrainedNetwork, "__call__", answer)
+    given = SimpleNamespace(workdir=run[0], step="8", protocol="single", top=1)
+    monkeypatch.setattr(predict.flags, "FLAGS", given)
+    with pytest.raises(
+        ValueError, match=r"(?s)a\.png cannot be .*\n.*c\.png: step 8 predicts NaN; choose anot"
+    ):
+        predict.main([tmp_path / f"{name}.png" for name in "abc"])
+    assert capsys.readouterr().out == f"{tmp_path}/b.png: 0 (10.0%)\n"
 
 
 def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):

@@ -135,7 +135,9 @@ def open_split(name, split, data_dir=""):
 def _check_channels(name, builder):
     image = builder.info.features["image"]
     if image.shape[-1] not in (1, 3):
-        raise ValueError(f"the images of {name!r} are neither grey nor RGB: {image}")
+        raise ValueError(
+            f"the images of {name!r} are neither grey nor RGB: {image}; let its builder declare 1 or 3"
+        )
 
 
 def _check_labels(name, split, labels):

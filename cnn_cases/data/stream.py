@@ -137,7 +137,7 @@ class StreamFeed:
         memory.check(
             made_ahead // process_count + min(MAX_SAMPLE, len(records)),
             self.image_shape,
-            "batch_size, evaluation.batch_size, data.stream, data.image_size and data.border",
+            "data.stream.workers, data.stream.buffer, evaluation.batch_size, batch_size or data.image_size",
         )
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._workers, self._buffer = workers, buffer

@@ -294,7 +294,7 @@ def _restore(config, program, state, log, checkpoints):
     restored = processes.lead_first(lambda: checkpoints.restore(like))
     step, state, saved = restored or (0, state or program.init_state(config.seed), {})
     step, saved = processes.from_lead(lambda: (step, saved))
-    extra = Extra(**saved)
+    extra = Extra(**{key: saved[key] for key in Extra._fields}) if saved else Extra()
     processes.lead_first(lambda: log.start(step, extra.rows))
     return step, processes.broadcast(state), extra
 

@@ -300,7 +300,10 @@ def test_all_batches_that_are_made_in_advance_have_to_fit_into_memory(workers, b
         ({"stream.workers": 10**6}, "data.stream.workers = 1000000 must be .* at most 1024"),
         ({"stream.buffer": 0}, "data.stream.buffer = 0 must be 1 or more"),
         ({"stream.buffer": 10**6}, "data.stream.buffer = 1000000 must be .* at most 1024"),
-        ({"crop.name": "squeeze", "image_size": 8192, "stream.buffer": 1000}, "of memory; change batch_size"),
+        (
+            {"crop.name": "squeeze", "image_size": 8192, "stream.buffer": 1000},
+            "of memory; change data.stream.workers",
+        ),
         ({"stream.max_damaged": 1.0}, r"data.stream.max_damaged = 1.0 must be in \[0, 1\)"),
         (
             {"splits": {"train": "trian"}},
