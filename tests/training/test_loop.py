@@ -600,6 +600,7 @@ def test_computing_in_bfloat16_leaves_float32_parameters(data_dir, tmp_path):
     config.num_steps = 2
     config.dtype = "bfloat16"
     program = programs.make_program(config, jax.devices()[:1])
+    assert program.model.dtype == jnp.bfloat16
     run(config, tmp_path, program)
     state = last_state(tmp_path, program)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}

@@ -105,6 +105,24 @@ def test_processes_that_cannot_meet_are_refused(settings, message):
         processes.join(**(settings if "num_processes" in settings else whole | settings))
 
 
+@pytest.mark.parametrize(
+    ("platform", "cache"), [("gpu", {"jax_enable_compilation_cache": False}), ("tpu", {})]
+)
+def test_processes_that_join_take_their_gpus_and_compile_them_anew(platform, cache, monkeypatch):
+    """Of several processes with GPUs, those that find nothing in the cache would wait for ever."""
+    updates = {}
+    monkeypatch.setattr(processes.jax.config, "update", updates.__setitem__)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(processes.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(processes.faulthandler, "disable", lambda: None)
+    monkeypatch.setattr(processes, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(processes, "own_gpus", lambda _: "2,3")
+    monkeypatch.setattr(processes, "_watch", lambda _: None)
+    processes.join(coordinator_address="localhost:1234", num_processes=2, process_id=1)
+    gpus = dict.fromkeys(("jax_cuda_visible_devices", "jax_rocm_visible_devices"), "2,3")
+    assert updates == {"jax_enable_preemption_service": False} | gpus | cache
+
+
 def test_a_process_alone_leads_and_asks_nobody():
     assert processes.is_lead()
     assert processes.process() == (0, 1)
