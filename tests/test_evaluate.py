@@ -583,3 +583,20 @@ def test_the_surest_mistakes_come_first_and_no_right_answer_is_among_them():
     assert sorted(evaluate.pick(examples, [1, 3])) == [1, 3]
     assert next(examples)[0] == 5, "it does not read on"
     assert evaluate.draw_mistakes([], "none").axes
+
+
+def test_a_mistake_says_what_is_true_before_what_was_said(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate.preview, "draw_sheet", lambda _, titles, __: drawn.extend(titles))
+    evaluate.draw_mistakes([(np.zeros((2, 2, 1), np.uint8), "owl", "dog", 0.75)], "")
+    assert drawn == ["true owl\nsaid dog\n75.0%"]
+
+
+def test_the_figures_that_are_printed_are_called_by_their_names():
+    metrics = {
+        **{"split": "test", "examples_of": "digits test", "num_examples": 355, "step": 8},
+        **{"protocol": "single", "views_per_example": 1, "seconds": 0.5},
+        **{"accuracy": 0.5, "top_5_accuracy": 0.9, "loss": 1.25},
+    }
+    last = [line.split() for line in evaluate.table(metrics).splitlines()[-3:]]
+    assert last == [["accuracy", "50.00%"], ["top-5", "accuracy", "90.00%"], ["loss", "1.2500"]]

@@ -166,6 +166,11 @@ def test_what_takes_long_is_kept_under_a_key_of_the_images(settings):
 
     first, again, other = (shown(image, keep=keep) for image in (IMAGE, IMAGE.copy(), IMAGE[:9]))
     assert len(kept) == 2
+    for place in (0, -1):
+        changed = IMAGE.copy()
+        changed[place, -1, -1, -1] ^= 1
+        shown(changed, keep=keep)
+    assert len(kept) == 4
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, shown(IMAGE))
     assert not np.allclose(first, other)
@@ -297,3 +302,17 @@ def test_images_of_which_the_whitening_would_take_all_memory_are_refused():
         ValueError, match=r"'gcn_zca' is for images of at most 16,384 values; these of 128x129x1"
     ):
         make_pixels(np.zeros((1, 128, 129, 1), np.uint8), **OFF | {"normalization": "gcn_zca"})
+
+
+@pytest.mark.parametrize("constant", ["GCN_SCALE", "ZCA_BIAS"])
+def test_a_whitening_is_kept_under_a_key_of_its_constants(constant, monkeypatch):
+    keys = []
+
+    def keep(key, compute):
+        keys.append(key)
+        return compute()
+
+    for value in (1.0, 2.0):
+        monkeypatch.setattr(pixels_lib, constant, value)
+        make_pixels(IMAGE, **OFF | {"normalization": "gcn_zca"}, keep=keep)
+    assert len(set(keys)) == 2

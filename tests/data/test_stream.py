@@ -64,6 +64,10 @@ def test_a_stream_of_whole_images_is_the_resident_feed(feed_of, data_dir):
     resident, streamed = (feed_of(feed=feed, **settings) for feed in ("resident", "stream"))
     assert streamed.image_shape == resident.image_shape == (10, 10, 1)
     assert streamed.num_classes == resident.num_classes
+    for step in (0, 300):
+        np.testing.assert_array_equal(
+            streamed.training_examples(1, step), resident.training_examples(1, step)
+        )
     key = jax.random.key(0)
     for ours, theirs in zip(first_batches(streamed, 3), first_batches(resident, 3), strict=True):
         assert_equal(streamed.prepare({}, ours, key), resident.prepare(resident.arrays, theirs, key))

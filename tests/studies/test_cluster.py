@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from submitit.core.utils import JobPaths
@@ -342,3 +343,22 @@ def test_flags_of_a_cluster_need_one(command, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: partition = 'gpu' is for jobs of a cluster; name one with --cluster\n"
     assert not (tmp_path / "study").exists()
+
+
+def test_the_newest_job_is_that_of_the_last_submission(tmp_path):
+    for job, when in (("9", 200), ("10", 300), ("11", 100)):
+        path = tmp_path / f"{job}_submitted.pkl"
+        path.touch()
+        os.utime(path, (when, when))
+    assert cluster._newest_job(tmp_path).job_id == "10"
+    assert cluster._newest_job(tmp_path / "none") is None
+
+
+def test_a_job_is_gone_if_it_is_missed_twice(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cluster, "_POLL_SECONDS", 0)
+    monkeypatch.setitem(cluster._QUEUE_SECONDS, "slurm", 0)
+    monkeypatch.setattr(cluster, "_alive", lambda *_: asked.append(1) or set())
+    stop = SimpleNamespace(number=0)
+    assert list(cluster._ended({"a": JobPaths(tmp_path, "7")}, "slurm", stop)) == ["a"]
+    assert len(asked) == 2

@@ -47,6 +47,34 @@ def test_the_curves_show_plain_left_and_residual_right(record):
     assert thin.get_linewidth() < bold.get_linewidth()
 
 
+def test_training_is_thin_and_the_test_bold_and_the_loss_is_that_of_training(record):
+    for one in record["runs"]:
+        for name in ("error", "loss"):
+            one["curves"][f"test/{name}"] = [
+                [step, value + 0.05] for step, value in one["curves"][f"test/{name}"]
+            ]
+    thin, bold = depth_curves.draw_curves(record).axes[0].lines[:2]
+    np.testing.assert_allclose(thin.get_ydata(), [50, 20])
+    np.testing.assert_allclose(bold.get_ydata(), [55, 25])
+    assert thin.get_linewidth() < bold.get_linewidth()
+    np.testing.assert_allclose(depth_curves.draw_loss(record).axes[0].lines[0].get_ydata(), [1.51, 0.61])
+
+
+def test_errors_against_depth_are_means_between_the_least_and_the_greatest_seed(record):
+    training, test = depth_curves.draw_depth(record).axes
+    for axis, means in ((training, {"--": [20, 50], "-": [20, 5]}), (test, {"--": [30, 60], "-": [30, 15]})):
+        lines = [line for line in axis.lines if list(line.get_xdata()) == [8, 20]]
+        found = {
+            line.get_linestyle(): line.get_ydata() for line in lines if line.get_marker() in ("None", "")
+        }
+        assert found.keys() == means.keys()
+        for style, values in means.items():
+            np.testing.assert_allclose(found[style], values, atol=1e-9)
+    plain, residual = (band.get_datalim(training.transData) for band in training.collections)
+    np.testing.assert_allclose((plain.ymin, plain.ymax), (10, 50))
+    np.testing.assert_allclose((residual.ymin, residual.ymax), (0, 20), atol=1e-9)
+
+
 def test_the_errors_have_room_for_the_last_steps(record):
     def edges(record):
         curves, depth = depth_curves.draw_curves(record), depth_curves.draw_depth(record)

@@ -19,6 +19,14 @@ def test_a_curve_is_mean_least_and_greatest_in_percent(record):
     np.testing.assert_allclose([mean, low, high], [[50, 20], [50, 10], [50, 30]])
 
 
+def test_a_band_is_between_the_least_and_the_greatest_seed(record):
+    axis = Figure().subplots()
+    figures.draw_runs(axis, record["runs"][:2], "test/error", color="k")
+    band = axis.collections[0].get_datalim(axis.transData)
+    np.testing.assert_allclose((band.ymin, band.ymax), (10, 50))
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [50, 20])
+
+
 def test_losses_are_not_in_percent(record):
     assert figures.mean_curve(record["runs"][:1], "running/loss")[1] == [
         pytest.approx(1.51),

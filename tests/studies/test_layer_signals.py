@@ -240,8 +240,15 @@ def test_the_figures_show_the_measured_values(record):
     assert [axis.get_title() for axis in axes[:4]] == ["plain nets", "residual nets", "plain-8", "residual-8"]
     expected = layer_signals.pick(record, 8, True, 4, "gradient_norms").mean(axis=0)
     np.testing.assert_allclose(axes[2].lines[2].get_ydata(), expected)
+    for axis, plain in ((axes[0], True), (axes[1], False)):
+        expected = layer_signals.pick(record, 8, plain, 0, "gradient_norms").mean(axis=0)
+        np.testing.assert_allclose(axis.lines[0].get_ydata(), expected)
     original, ranked = layer_signals.draw_responses(record).axes
     assert [line.get_label() for line in original.lines] == ["plain-8", "residual-8"]
+    for line, plain in zip(original.lines, (True, False), strict=True):
+        first, last = (layer_signals.pick(record, 8, plain, step, "response_stds") for step in (2, 4))
+        assert not np.allclose(first, last)
+        np.testing.assert_allclose(line.get_ydata(), last.mean(axis=0))
     assert sorted(ranked.lines[0].get_ydata(), reverse=True) == list(ranked.lines[0].get_ydata())
 
 

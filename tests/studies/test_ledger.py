@@ -276,6 +276,34 @@ def test_nets_for_imagenet_have_the_errors_of_tables_2_and_3(plain, shortcut, er
             assert ledger.counterpart(config, f"{split}/ten_crop/error").error == error
 
 
+@pytest.mark.parametrize(
+    ("model", "data", "batch_size", "metric", "error", "examples"),
+    [
+        ({"name": "resnet_preact_cifar", "depth": 164}, DATA, 128, "test", 5.46, 64_000 * 128),
+        ({"name": "resnet_preact_cifar", "depth": 1001}, DATA, 128, "test", 4.92, 64_000 * 128),
+        ({"name": "resnet_preact_cifar", "depth": 1001}, DATA, 64, "test", 4.62, 200 * 50_000),
+        ({"name": "nin", "variant": "cifar"}, DATA, 128, "test", 8.81, 80_000 * 128),
+        ({"name": "nin", "variant": "cifar"}, {"name": "cifar10"}, 128, "test", 10.41, 80_000 * 128),
+        ({"name": "alexnet", "variant": "two_groups"}, {}, 128, "test/ten_crop", 40.7, 90 * 1_281_167),
+        ({"name": "vgg", "variant": "D"}, {}, 256, "test/multi_scale_dense", 24.8, 74 * 1_281_167),
+        ({"name": "vgg", "variant": "E"}, {}, 256, "test/multi_scale_dense", 24.8, 74 * 1_281_167),
+    ],
+)
+def test_figures_from_memory_are_those_of_their_papers_and_say_so(
+    model, data, batch_size, metric, error, examples
+):
+    config = {"model": model, "data": data or {"name": "imagenet2012"}, "batch_size": batch_size}
+    found = ledger.counterpart(config, f"{metric}/error")
+    assert (found.error, found.examples, found.recalled) == (error, examples, True)
+
+
+@pytest.mark.parametrize(("shortcut", "metric"), [("A", "ten_crop"), ("B", "ten_crop")])
+def test_nets_for_imagenet_were_trained_for_600_000_steps(shortcut, metric):
+    model = {"name": "resnet", "depth": 34, "plain": False, "shortcut": shortcut}
+    config = {"model": model, "data": {"name": "imagenet2012"}}
+    assert ledger.counterpart(config, f"test/{metric}/error").examples == 600_000 * 256
+
+
 def test_no_two_published_figures_are_of_the_same_runs():
     points = [(one.metric, *sorted(map(str, one.where.items()))) for one in ledger.PUBLISHED]
     assert len(set(points)) == len(points)

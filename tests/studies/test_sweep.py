@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from cnn_cases import saved_runs
 from cnn_cases.studies import report, sweep
 from cnn_cases.training import disk, programs, stopping
 from tests.conftest import metrics_of
@@ -143,8 +144,14 @@ def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
     assert len(losses) == 2
     assert first["metrics"]["test/loss"] == pytest.approx(first["curves"]["test/loss"][-1][1], rel=1e-5)
     assert record["config"]["base"]["num_steps"] == 4
+    assert record["config"]["base"]["data"]["data_dir"] == "", "a place on this machine"
     assert len(record["environments"]) == 1
     assert {tuple(run["environments"]) for run in record["runs"]} == {(0,)}
+
+
+def test_a_study_can_be_read_where_its_data_lie_elsewhere(finished, study):
+    assert saved_runs.load_study(finished).base.data.data_dir == study.base.data.data_dir != ""
+    assert saved_runs.load_study(finished, "/elsewhere").base.data.data_dir == "/elsewhere"
 
 
 def test_a_record_says_which_run_had_which_environment(finished, study, tmp_path):
