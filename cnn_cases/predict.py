@@ -81,8 +81,10 @@ class TrainedNetwork:
         store, view = inputs.make_preprocessing(
             self.image_shape, feed=data.feed, border=data.border, crop=dict(**data.crop)
         )
+        border = data.border if data.feed == "stream" else 0  # otherwise `store` adds it
+        shown = views.make_views(protocol, self.image_shape, view, border)
         shapes = programs.check_views(
-            self._predict, self.state, self._statistics, protocol, image_shape=self.image_shape, view=view
+            self._predict, self.state, self._statistics, protocol, self.image_shape, shown
         )
 
         def batch_size(shape):
@@ -92,7 +94,7 @@ class TrainedNetwork:
 
         probabilities, _ = predictions.average_views(
             ((store(image), 0) for image in images),
-            views.make_views(protocol, self.image_shape, view),
+            shown,
             functools.partial(self._predict, self.state, self._statistics),
             batch_size=batch_size,
         )

@@ -72,6 +72,17 @@ def test_raw_images_are_answered_as_the_stored_ones_that_they_become(data_dir, t
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_streams_border_is_around_the_views_in_an_evaluation_and_in_an_answer(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.num_steps = config.evaluation.every_steps = config.checkpoint.every_steps = 3
+    config.data.update(feed="stream", image_size=12, border=2)
+    loop.train_and_evaluate(config, tmp_path / "run", show_progress=False)
+    expected, images = evaluated(tmp_path / "run", config, "ten_crop", 3)
+    assert images[0].shape == (8, 8, 1)
+    found = predict.load(tmp_path / "run")(images[:20], "ten_crop")
+    np.testing.assert_allclose(found, expected[:20], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("content", ["[{", "[3]"])
 def test_a_damaged_note_of_the_code_is_told_and_no_hindrance(content, run, tmp_path, caplog):
     shutil.copytree(run[0], tmp_path / "run")

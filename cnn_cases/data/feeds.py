@@ -13,6 +13,7 @@ All feeds have the same interface:
     feed.examples(role)                   the examples of a split as they are stored, on the host
     feed.fingerprint()                    {role: [number of examples, checksum of all of them or of some]}
     feed.view(image)                      a stored image as evaluation shows it, on the host
+    feed.border                           zero pixels that `view` adds to every side of a stored image
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
                                           evaluation, which does not augment; in training the label can be
                                           a target, a share of each class (see `pixels.Pixels`)

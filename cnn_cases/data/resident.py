@@ -19,6 +19,7 @@ class ResidentFeed:
         `pixels`. Each image is a row, because a TPU pads height and width axes to its tiles, and would copy
         the whole set into that form at each call.
       image_shape: (H, W, C).
+      border: see `feeds`.
       num_classes: number of classes.
       num_train: number of training examples.
       statistics: those of `pixels`.
@@ -51,7 +52,7 @@ class ResidentFeed:
         self.num_train = len(splits["train"][0])
         order.check_batch_size(batch_size, self.num_train)
         self.num_classes = num_classes
-        self.image_shape = splits["train"][0].shape[1:]
+        self.image_shape, self.border = splits["train"][0].shape[1:], 0  # the images have theirs
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._share = process_index, process_count
         self._pixels, self.statistics = pixels, pixels.statistics

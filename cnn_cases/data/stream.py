@@ -79,6 +79,7 @@ class StreamFeed:
     Attributes:
       arrays: the arrays of `pixels` on the devices.
       image_shape: (H, W, C).
+      border: see `feeds`.
       num_classes: number of classes.
       num_train: number of training examples, including damaged ones.
       statistics: those of the result of `make_pixels`.
@@ -129,7 +130,7 @@ class StreamFeed:
             )
         order.check_batch_size(batch_size, len(records))
         channels, side = features["image"].shape[-1], image_size + 2 * border
-        self.image_shape = (side, side, channels)
+        self.image_shape, self.border = (side, side, channels), border
         self.num_classes, self.num_train = features["label"].num_classes, len(records)
         kept = workers * _QUEUES * (buffer + 1) if workers else buffer
         # Those of training stay while an evaluation makes its own.

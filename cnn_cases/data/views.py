@@ -38,13 +38,14 @@ GOOGLENET_SIDES = (256, 288, 320, 352)
 DENSE_STEP = 32  # pixels that five poolings reduce to one
 
 
-def make_views(protocol, image_shape, view):
+def make_views(protocol, image_shape, view, border=0):
     """Returns the function of a protocol that makes the views of an image.
 
     Args:
       protocol: a key of PROTOCOLS.
       image_shape: (H, W, C) of the images that the network was trained on.
       view: the feed's `view`, which "single" and "flip" use.
+      border: the feed's `border`: zero pixels that `view` adds to every side, and that all views get.
 
     Returns:
       uint8 [h, w, C] -> a list of uint8 views, of the same length for every image.
@@ -61,7 +62,11 @@ def make_views(protocol, image_shape, view):
             f"evaluation.protocol = {protocol!r} takes square crops, and this network was trained on images "
             f"of {height}x{width} pixels; use 'single' or 'flip'"
         )
-    return functools.partial(PROTOCOLS[protocol], crop=height)
+    make = functools.partial(PROTOCOLS[protocol], crop=height - 2 * border)
+    if not border:
+        return make
+    edge = (border, border)
+    return lambda image: [np.pad(one, (edge, edge, (0, 0))) for one in make(image)]
 
 
 def scaled(paper_side, crop):

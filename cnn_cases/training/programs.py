@@ -283,12 +283,13 @@ def check_protocol(program, state, protocol):
     """
     feed = program.feed
     predict = steps.make_predict_step(program.model.apply, feed.normalize)
-    return check_views(predict, state, feed.arrays, protocol, image_shape=feed.image_shape, view=feed.view)
+    shown = make_views(protocol, feed.image_shape, feed.view, feed.border)
+    return check_views(predict, state, feed.arrays, protocol, feed.image_shape, shown)
 
 
-def check_views(predict, state, arrays, protocol, *, image_shape, view):
-    """Does the same for a function of `steps.make_predict_step` and the `view` of a feed."""
-    shapes = [view.shape for view in make_views(protocol, image_shape, view)(np.zeros(image_shape, np.uint8))]
+def check_views(predict, state, arrays, protocol, image_shape, views):
+    """Does the same for a function of `steps.make_predict_step` and one of `views.make_views`."""
+    shapes = [view.shape for view in views(np.zeros(image_shape, np.uint8))]
     for shape in sorted(set(shapes) - {tuple(image_shape)}):
         try:
             jax.eval_shape(predict, state, arrays, jax.ShapeDtypeStruct((1, *shape), np.uint8))
@@ -342,7 +343,7 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
     examples = _stoppable(program.feed.examples(split), check_stop)
     return predictions.average_views(
         tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
-        make_views(protocol, program.feed.image_shape, program.feed.view),
+        make_views(protocol, program.feed.image_shape, program.feed.view, program.feed.border),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
         batch_size=lambda shape: num_devices * views_on_device(program, shape, batch_size),
         ahead=devices_lib.max_in_flight(program.devices),

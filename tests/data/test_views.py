@@ -166,3 +166,13 @@ def test_shrinking_takes_the_mean_over_areas():
     fine = np.tile(np.uint8([[0, 0, 0, 240]] * 2), (128, 64))[..., None]  # of 256x256, a line in four
     (seen,) = make_views("centre_crop", (56, 56, 1))(fine)  # of 64x64
     np.testing.assert_array_equal(seen, 60)
+
+
+def test_a_border_that_the_feed_adds_is_around_every_view():
+    image = smooth_image(40, 50)
+    for protocol in ("centre_crop", "ten_crop", "multi_scale_dense", "googlenet_144"):
+        inner = make_views(protocol, (28, 28, 3))(image)
+        framed = views.make_views(protocol, (32, 32, 3), None, border=2)(image)
+        for one, other in zip(framed, inner, strict=True):
+            np.testing.assert_array_equal(one[2:-2, 2:-2], other)
+            assert one.sum() == other.sum(), "zero around it"
