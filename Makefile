@@ -38,7 +38,7 @@ $(DATA_READY): requirements-data.txt requirements.txt
 
 # The directory, the requirements, and the last Python (3.x) for which all of them exist.
 define make_environment
-	@$(PYTHON) -c 'import sys; sys.exit(not 11 <= sys.version_info.minor <= $(3))' \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $(3)))' \
 		|| { echo "Python 3.11 to 3.$(3) is needed, as in PYTHON=python3.13; $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -m venv $(1) \
 		|| { rm -rf $(1); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }

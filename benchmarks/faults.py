@@ -51,9 +51,8 @@ OVERRIDES = {
     "checkpoint.every_steps": 20,
 }
 POLL_SECONDS = 0.001
-MOST_IN_VAIN = (
-    3  # runs whose first signal came too late, which happens where a start takes as long as the run
-)
+# Runs in a row whose first signal came too late, which happens where a start takes as long as the run.
+MOST_IN_VAIN = 3
 
 
 def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):

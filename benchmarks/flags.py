@@ -100,12 +100,12 @@ def measure(name, turns, device):
             try:
                 facts[one] = process.made.result()
                 groups[one] = [process]
-            except Exception as error:  # any failure of a contender; the other sets go on
-                if one == DEFAULTS:
-                    raise
+            except concurrent.futures.process.BrokenProcessPool:
                 rows[one] = "its process died, as where XLA does not know a flag"
-                if not isinstance(error, concurrent.futures.process.BrokenProcessPool):
-                    rows[one] = f"it failed: {error}"[:200]
+            except Exception as error:  # any other failure of a contender; the other sets go on
+                rows[one] = f"it failed: {error}"[:200]
+        if DEFAULTS in rows:  # to which the others are compared
+            raise RuntimeError(f"{name}, {DEFAULTS}: {rows[DEFAULTS]}")
         seconds = contenders.race(groups, "train", turns, device)
     for one, values in seconds.items():
         rows[one] = {

@@ -31,9 +31,10 @@ def check(parser, path, commands):
       path: the value of its option --out; None if it was not given.
       commands: {name of the section: command}, as for `write_section`.
     """
+    sections = _sections(path) if path else {}
     try:
-        for name, command in commands.items() if path else ():
-            _check_kind(path, _sections(path), name, command)
+        for name, command in commands.items():
+            _check_kind(path, sections, name, command)
     except ValueError as error:
         parser.error(str(error))
 

@@ -78,10 +78,9 @@ class TrainedNetwork:
         if not len(images):
             raise ValueError("there are no images")
         data = self.config.data
-        store, view = inputs.make_preprocessing(
+        store, view, border = inputs.make_preprocessing(
             self.image_shape, feed=data.feed, border=data.border, crop=dict(**data.crop)
         )
-        border = data.border if data.feed == "stream" else 0  # otherwise `store` adds it
         shown = views.make_views(protocol, self.image_shape, view, border)
         shapes = programs.check_views(
             self._predict, self.state, self._statistics, protocol, self.image_shape, shown

@@ -61,8 +61,8 @@ def make_preprocessing(image_shape, *, feed, border, crop):
       feed, border, crop: as in `feeds.make_feed`.
 
     Returns:
-      store: uint8 [h, w, C] -> the image as the feed's `examples` yield it; and view: a stored image -> the
-      image as the feed's `view` returns it, uint8 [H, W, C].
+      store: uint8 [h, w, C] -> the image as the feed's `examples` yield it; view: a stored image -> the image
+      as the feed's `view` returns it, uint8 [H, W, C]; and the feed's `border`, which `view` adds.
     """
     height, width = (side - 2 * border for side in image_shape[:2])
 
@@ -77,4 +77,4 @@ def make_preprocessing(image_shape, *, feed, border, crop):
             image = splits.resize(image, height, width)
         return np.pad(image, ((border, border), (border, border), (0, 0)))
 
-    return (keep, frame) if feed == "stream" else (fit, keep)
+    return (keep, frame, border) if feed == "stream" else (fit, keep, 0)

@@ -106,13 +106,11 @@ def to_html(record, panel_key=None, panels=None):
         lines += drawn
         hovered[quantity, panel].append(drawn[0])
     for (quantity, panel), plot in plots.items():
-        value = "@y{0.00} %" if quantity == "error" else "@y{%.4g}"
-        tip = f"<b>$name</b><br>step @x, {quantity} {value}"
-        formatters = {} if quantity == "error" else {"@y": "printf"}
+        value = "@y{%.2f} %" if quantity == "error" else "@y{%.4g}"
         plot.add_tools(
             HoverTool(
-                tooltips=tip,
-                formatters=formatters,
+                tooltips=f"<b>$name</b><br>step @x, {quantity} {value}",
+                formatters={"@y": "printf"},
                 renderers=hovered[quantity, panel],
                 line_policy="nearest",
             )

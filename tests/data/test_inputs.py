@@ -40,10 +40,11 @@ def test_a_stored_image_is_shown_as_it_lies_in_memory(data_dir):
     feed = feeds.make_feed(**config.data, **sizes)
     stored = feeds.make_feed(**(dict(**config.data) | {"border": 0, "image_size": 0}), **sizes)
     crop = dict(**config.data.crop)
-    store, view = inputs.make_preprocessing(feed.image_shape, feed="resident", border=2, crop=crop)
+    store, view, added = inputs.make_preprocessing(feed.image_shape, feed="resident", border=2, crop=crop)
     for (image, _), (expected, _) in zip(stored.examples("test"), feed.examples("test"), strict=True):
         assert image.shape == (8, 8, 1)
         np.testing.assert_array_equal(view(store(image)), expected)
+    assert added == feed.border == 0
 
 
 @pytest.mark.parametrize("border", [0, 2])
@@ -64,6 +65,7 @@ def test_an_image_is_shown_as_a_stream_shows_it(crop, border, photos_dir):
         batch_size=2,
         eval_batch_size=4,
     )
-    store, view = inputs.make_preprocessing(feed.image_shape, feed="stream", border=border, crop=crop)
+    store, view, added = inputs.make_preprocessing(feed.image_shape, feed="stream", border=border, crop=crop)
     for image, _ in feed.examples("train"):
         np.testing.assert_array_equal(view(store(image)), feed.view(image))
+    assert added == feed.border == border

@@ -9,7 +9,7 @@ from flax import linen as nn
 from cnn_cases.models import make_model
 from cnn_cases.models.alexnet import VARIANTS, AlexNet
 from cnn_cases.models.layers import Dropout, local_response_norm
-from tests.models.tracing import count, inputs_and_outputs, sources
+from tests.models.tracing import count, inputs_and_outputs, output_shapes, sources, variable_shapes
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "dense1", "dense2", "logits"]
 
@@ -44,9 +44,8 @@ def test_parameters_layer_by_layer(trace, variant, size, by_layer, total):
 
 
 def test_the_dense_layers_take_what_dropout_has_left():
-    image = jax.ShapeDtypeStruct((2, 67, 67, 3), jnp.float32)
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    found = sources(lambda: jax.eval_shape(lambda x: AlexNet().init_with_output(keys, x, True), image))
+    variables = variable_shapes(AlexNet(), 67)
+    found = sources(lambda: output_shapes(AlexNet(), variables, 67, train=True))
     assert (found["dense2"], found["logits"]) == ("dropout1", "dropout2")
 
 

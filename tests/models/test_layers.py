@@ -14,7 +14,7 @@ from cnn_cases.models.layers import (
     local_response_norm,
 )
 from tests.conftest import drawn
-from tests.models.tracing import inputs_and_outputs
+from tests.models.tracing import convolutions, inputs_and_outputs
 
 
 def drop(x, rate=0.5, train=True, axis_name=None, seed=0):
@@ -157,13 +157,8 @@ def test_a_conv_unit_normalises_what_it_convolves_and_cuts_what_it_has_normalise
 def test_a_conv_unit_pads_all_edges_alike_even_where_it_subsamples():
     unit, x = ConvUnit(1, (7, 7), 2), jnp.zeros((1, 8, 8, 1))
     with fast.written_for("tpu"):  # in a convolution of `lax`
-        program = jax.make_jaxpr(unit.init_with_output)(jax.random.key(0), x)
-    (padding,) = (
-        equation.params["padding"]
-        for equation in program.eqns
-        if equation.primitive.name == "conv_general_dilated"
-    )
-    assert padding == ((3, 3), (3, 3))
+        (convolution,) = convolutions(unit.init_with_output, jax.random.key(0), x)
+    assert convolution.params["padding"] == ((3, 3), (3, 3))
 
 
 def norms(train, **settings):

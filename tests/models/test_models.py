@@ -9,7 +9,9 @@ from jax.extend.core import Literal
 
 from cnn_cases.models import MODELS, make_model
 from cnn_cases.models.layers import BatchNorm
+from tests.models.tracing import recorded
 
+LAYERS = nn.Conv | nn.Dense | BatchNorm
 SIZES = {
     "lenet5": (32, 32, 1),
     "lenet5_1998": (32, 32, 1),
@@ -48,17 +50,10 @@ def test_layers_and_logits_have_the_compute_type_and_no_parameter_does(name, set
         rngs = {"dropout": jax.random.key(1)}
         return variables, model.apply(variables, image, train=True, mutable=["batch_stats"], rngs=rngs)[0]
 
-    computed = []
-
-    def note(function, args, kwargs, context):
-        y = function(*args, **kwargs)
-        if isinstance(context.module, nn.Conv | nn.Dense | BatchNorm) and context.method_name == "__call__":
-            computed.append(y.dtype.name)
-        return y
-
-    with nn.intercept_methods(note):
-        variables, all_logits = jax.eval_shape(apply)
-    assert set(computed) == {"bfloat16"}
+    shapes = []
+    calls = recorded(lambda: shapes.extend(jax.eval_shape(apply))).values()
+    assert {y.dtype.name for module, _, y in calls if isinstance(module, LAYERS)} == {"bfloat16"}
+    variables, all_logits = shapes
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
     for logits in jax.tree.leaves(all_logits):  # those of the side branches, too
         assert logits.shape == (2, 7)

@@ -8,7 +8,7 @@ from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.models.layers import Dropout
 from cnn_cases.models.nin import NIN, MLPConv, halving_max_pool
-from tests.models.tracing import count, sources
+from tests.models.tracing import count, output_shapes, sources, variable_shapes
 
 NETS = {"cifar": (NIN(), 32), "imagenet": (NIN(variant="imagenet", num_classes=1000), 224)}
 COUNTS = {
@@ -131,9 +131,7 @@ def test_maxima_of_3x3_pixels_lead_from_stage_to_stage(variant, number):
 
 
 def test_each_stage_takes_what_dropout_has_left():
-    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    found = sources(lambda: jax.eval_shape(lambda x: NIN().init_with_output(keys, x, True), image))
+    found = sources(lambda: output_shapes(NIN(), variable_shapes(NIN(), 32), 32, train=True))
     assert found == {"mlpconv1": "", "mlpconv2": "dropout2", "mlpconv3": "dropout3"}
 
 

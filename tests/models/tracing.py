@@ -32,6 +32,12 @@ def output_shapes(model, variables, size, train):
     return jax.eval_shape(lambda v, x: apply(model, v, x, train), variables, image_shape(size))
 
 
+def convolutions(function, *arguments):
+    """Every convolution of `lax` in the program of a function, as an equation of its jaxpr."""
+    equations = jax.make_jaxpr(function)(*arguments).eqns
+    return [one for one in equations if one.primitive.name == "conv_general_dilated"]
+
+
 def recorded(call):
     """Every module that `call` runs, the whole at "": path -> (module, arguments, output)."""
     found = {}
