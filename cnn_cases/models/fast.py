@@ -141,7 +141,7 @@ def conv_in_order(x, kernel, strides, pads):
     Returns:
       [B, H', W', F].
     """
-    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_ORDER)
+    return _conv_of_pairs(x, kernel, pads, strides=strides)
 
 
 def _conv_and_inputs(x, kernel, strides, pads):
@@ -157,14 +157,7 @@ def _conv_gradients(strides, pads, inputs, gradient):
         rest = x.shape[1 + axis] + low + high - window + 1 - reach  # unused starts after that
         pads_of_x.append((window - 1 - low, window - 1 - high + rest))
         pads_of_kernel.append((low, high - rest))
-    of_x = lax.conv_general_dilated(
-        gradient,
-        kernel[::-1, ::-1].swapaxes(2, 3),
-        (1, 1),
-        pads_of_x,
-        lhs_dilation=strides,
-        dimension_numbers=_ORDER,
-    )
+    of_x = _conv_of_pairs(gradient, kernel[::-1, ::-1].swapaxes(2, 3), pads_of_x, dilation=strides)
     of_kernel = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
         gradient.transpose(1, 2, 0, 3),
@@ -177,6 +170,25 @@ def _conv_gradients(strides, pads, inputs, gradient):
 
 
 conv_in_order.defvjp(_conv_and_inputs, _conv_gradients)
+
+
+def _conv_of_pairs(x, kernel, pads, *, strides=(1, 1), dilation=(1, 1)):
+    """A convolution that computes two neighbours in a row at once if there are few filters.
+
+    What two neighbours see is hardly wider than what one sees, and XLA's CPU library has half as many patches
+    to copy, each for twice as many filters. With the 16 filters of a ResNet for CIFAR-10 this takes a fifth
+    less time, although a quarter of the kernel is zeros; with 32 it takes longer.
+    """
+    width, filters = kernel.shape[1], kernel.shape[-1]
+    out_width = x.shape[2] + sum(pads[1]) - width + 1
+    if max(*strides, *dilation) > 1 or filters > 16 or out_width % 2:
+        return lax.conv_general_dilated(
+            x, kernel, strides, pads, lhs_dilation=dilation, dimension_numbers=_ORDER
+        )
+    band = _band(kernel, range(2), width + 1)
+    band = band.reshape(*band.shape[:3], 2 * filters)
+    pairs = lax.conv_general_dilated(x, band, (1, 2), pads, dimension_numbers=_ORDER)
+    return pairs.reshape(*pairs.shape[:2], out_width, filters)
 
 
 def _patches_and_matrix(x, kernel, strides, out_height, out_width):
