@@ -5,11 +5,11 @@
 prints the most likely classes of each image. It needs only the run's workdir, not the data set. In Python:
 
     network = predict.load("runs/lenet5")
-    probabilities = network(images)    # uint8 [N, H, W, C], or a list of [h, w, C] of any sizes -> [N, K]
+    probabilities = network(images)    # uint8 [N, h, w, C], or a list of [h, w, C] of any sizes -> [N, K]
     network.class_names[probabilities[0].argmax()]
 
-Images are cropped and resized as in evaluation. Nothing else is adapted: a network that was trained on white
-digits on black needs such images.
+Images are cropped and resized as in evaluation, and get the border of `data.border`, if any. Nothing else is
+adapted: a network that was trained on white digits on black needs such images.
 """
 
 import functools
@@ -34,7 +34,7 @@ class TrainedNetwork:
       config: of its run.
       step: of the checkpoint.
       class_names: of the K classes.
-      image_shape: (H, W, C) of the network's input.
+      image_shape: (H, W, C) of the network's input, including the border.
       model: the Linen module.
       state: a `TrainState` without the optimizer's part; `model` is applied to its `variables`.
     """
@@ -49,14 +49,23 @@ class TrainedNetwork:
         self._predict = jax.jit(steps.make_predict_step(model.apply, self._normalize))
 
     def normalize(self, images):
-        """Images as `model` takes them: uint8 [N, H, W, C] -> float32 [N, H, W, C]."""
+        """Turns images of `image_shape`, uint8 [N, H, W, C], into those that `model` takes, float32.
+
+        Raises:
+          ValueError: the images have another type or shape.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must be uint8 [N, {', '.join(map(str, self.image_shape))}]; they are {images.dtype} "
+                f"{list(images.shape)}"
+            )
         return self._normalize(self._statistics, images)
 
     def __call__(self, images, protocol="single"):
         """Predicts the probability of each class.
 
         Args:
-          images: uint8 [N, H, W, C], or a list of uint8 [h, w, C] of any sizes.
+          images: uint8 [N, h, w, C], or a list of uint8 [h, w, C] of any sizes, without a border.
           protocol: a key of `views.PROTOCOLS`.
 
         Returns:

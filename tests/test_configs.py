@@ -92,7 +92,9 @@ def test_a_config_of_several_seeds_is_named_with_its_choice_or_refused():
         "validation": "",
         "test": "test",
     }
-    with pytest.raises(ValueError, match="'resnet' is no config; name one after the colon: alexnet_digits, "):
+    with pytest.raises(
+        ValueError, match="'resnet' is no file of configs/; after the colon may follow: alexnet_digits, "
+    ):
         get_config("resnet")
 
 

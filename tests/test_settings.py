@@ -1,5 +1,7 @@
 """Every mistake in the keys or the types of a config has one message, which names the key."""
 
+import re
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -46,6 +48,15 @@ def test_a_mistake_is_named(section, key, value, message):
     config[section][key] = value
     with pytest.raises(ValueError, match=f"^{message}"):
         settings.check(ConfigDict(config))
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("seed", "seeds"), ("batch_size", "base.batch_size"), ("base.modl.depth", "base.model.depth")],
+)
+def test_a_mistaken_key_of_a_study_leads_to_the_nearest(key, near):
+    with pytest.raises(ValueError, match=f"there is no such key; did you mean {re.escape(near)}\\?$"):
+        settings.check_key(depth_digits.get_config(), key)
 
 
 @pytest.mark.parametrize("value", [(256,), (256, 256, 256), (256.0, 256.0), [256, 256]])

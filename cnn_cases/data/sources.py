@@ -69,8 +69,8 @@ def prepare(name, data_dir=""):
     """Downloads and prepares a data set, unless it is already prepared.
 
     Raises:
-      ValueError: there is no such data set, TensorFlow is missing, which TFDS needs to prepare its stock data
-        sets, or archives are missing that only the user may download.
+      ValueError: there is no such data set, a package is missing that TFDS needs to prepare it, or archives
+        that only the user may download.
       ConnectionError: the download failed.
     """
     builder = make_builder(name, data_dir)
@@ -85,7 +85,8 @@ def prepare(name, data_dir=""):
     downloader.MAX_RETRIES = 1  # by TFDS's default, a machine without network waits for minutes
     try:
         builder.download_and_prepare()
-    except AssertionError as error:  # what TFDS raises if a manual download is missing
+    # What TFDS raises if a manual download is missing, or a package that it needs to read an archive.
+    except (AssertionError, ImportError) as error:
         raise ValueError(f"{name!r} cannot be prepared in {builder.data_path}: {error}") from error
     except (OSError, DownloadError, NonMatchingChecksumError, ExtractError) as error:
         if (other := make_builder(name, data_dir)).is_prepared():  # another process was faster

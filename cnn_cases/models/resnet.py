@@ -332,7 +332,7 @@ def cifar_stages(x, block, blocks_per_stage, scan_blocks):
     """
     repeat = nn.scan(
         lambda block, x, _: (block(x), None),
-        variable_axes={"params": 0, "batch_stats": 0},
+        variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
         split_rngs={"params": True},
         length=blocks_per_stage - 1,
     )

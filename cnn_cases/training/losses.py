@@ -35,11 +35,11 @@ def make_loss(*, name, label_smoothing, map_constant):
             f"loss.label_smoothing = {label_smoothing} is for loss.name = 'cross_entropy', not {name!r}"
         )
     checks.positive("loss.map_constant", map_constant)
-    if name == "cross_entropy":
-        return functools.partial(cross_entropy, smoothing=label_smoothing)
-    if name == "rbf_mean_squared":
-        return rbf_mean_squared
-    return functools.partial(rbf_map, j=map_constant)
+    return {
+        "cross_entropy": functools.partial(cross_entropy, smoothing=label_smoothing),
+        "rbf_mean_squared": rbf_mean_squared,
+        "rbf_map": functools.partial(rbf_map, j=map_constant),
+    }[name]
 
 
 def of_classes(loss, num_classes):

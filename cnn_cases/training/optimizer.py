@@ -62,18 +62,19 @@ def make_schedule(
     checks.positive("schedule.warmup_factor", warmup_factor)
 
     decay_steps = num_steps - warmup_steps
-    if name == "constant":
-        main = optax.constant_schedule(learning_rate)
-    elif name == "piecewise":
-        drops = {}
-        for boundary, factor in zip(boundaries, factors, strict=True):
-            step = round(boundary * num_steps)
-            drops[step] = drops.get(step, 1) * factor  # in a short run, two may fall on one step
-        main = optax.piecewise_constant_schedule(learning_rate, drops)
-    elif name == "cosine":
-        main = _after(warmup_steps, optax.cosine_decay_schedule(learning_rate, decay_steps))
-    else:
-        main = _after(warmup_steps, optax.polynomial_schedule(learning_rate, 0.0, power, decay_steps))
+    match name:
+        case "constant":
+            main = optax.constant_schedule(learning_rate)
+        case "piecewise":
+            drops = {}
+            for boundary, factor in zip(boundaries, factors, strict=True):
+                step = round(boundary * num_steps)
+                drops[step] = drops.get(step, 1) * factor  # in a short run, two may fall on one step
+            main = optax.piecewise_constant_schedule(learning_rate, drops)
+        case "cosine":
+            main = _after(warmup_steps, optax.cosine_decay_schedule(learning_rate, decay_steps))
+        case "polynomial":
+            main = _after(warmup_steps, optax.polynomial_schedule(learning_rate, 0.0, power, decay_steps))
 
     if not warmup_steps:
         return main
@@ -155,19 +156,19 @@ def make_optimizer(
         chain.append(optax.add_decayed_weights(weight_decay, mask))
     if clip_norm:
         chain.append(optax.clip_by_global_norm(clip_norm))
-    if name == "sgd":
-        chain.append(optax.sgd(schedule, momentum or None, nesterov))
-    elif name == "rmsprop":
-        chain.append(
-            optax.rmsprop(schedule, second_moment, epsilon, 1.0, momentum=momentum or None, nesterov=nesterov)
-        )
-    else:
-        decay = weight_decay if name == "adamw" else 0.0
-        chain.append(
-            optax.adamw(
+    match name:
+        case "sgd":
+            update = optax.sgd(schedule, momentum or None, nesterov)
+        case "rmsprop":
+            update = optax.rmsprop(
+                schedule, second_moment, epsilon, 1.0, momentum=momentum or None, nesterov=nesterov
+            )
+        case "adam" | "adamw":
+            decay = weight_decay if name == "adamw" else 0.0
+            update = optax.adamw(
                 schedule, momentum, second_moment, epsilon, weight_decay=decay, mask=mask, nesterov=nesterov
             )
-        )
+    chain.append(update)
     if rate_patterns:
         chain.append(_multiply_rates(rate_patterns, rate_factors))
     return optax.chain(*chain)

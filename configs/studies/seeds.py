@@ -26,7 +26,7 @@ def get_config(which="lenet5_digits"):
     configs = pathlib.Path(__file__).parents[1].glob("[!_]*.py")
     files = sorted(path.stem for path in configs if path.stem != "common")
     if name not in files:
-        raise ValueError(f"{name!r} is no config; name one after the colon: {', '.join(files)}")
+        raise ValueError(f"{name!r} is no file of configs/; after the colon may follow: {', '.join(files)}")
     config = ConfigDict()
     config.base = importlib.import_module(f"configs.{name}").get_config(*([choice] if choice else []))
     config.grid = ()

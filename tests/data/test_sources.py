@@ -103,6 +103,11 @@ def tensorflow(monkeypatch):
             ValueError,
             "'mnist' cannot be prepared in .*Manual directory x",
         ),
+        (
+            ImportError("Please install scipy"),
+            ValueError,
+            "'mnist' cannot be prepared in .*Please install scipy",
+        ),
     ],
 )
 def test_a_failed_preparation_names_the_set_and_the_directory(

@@ -386,6 +386,18 @@ def test_scanned_blocks_compute_what_unrolled_ones_do(net, image):
     )
 
 
+def test_what_scanned_blocks_return_can_be_captured(image):
+    model = CifarResNet(20, scan_blocks=True)
+    captured = jax.eval_shape(
+        lambda key: model.init_with_output(
+            key, image, False, capture_intermediates=True, mutable=["params", "batch_stats", "intermediates"]
+        )[1]["intermediates"],
+        jax.random.key(0),
+    )
+    (activation,) = captured["stage1_blocks"]["conv2"]["__call__"]
+    assert activation.shape == (2, *image.shape[:3], 16)
+
+
 def test_scanned_blocks_are_stacked_and_start_from_different_values(image):
     model = CifarResNet(20, scan_blocks=True)
     block = jax.jit(lambda key: model.init(key, image, False)["params"]["stage1_blocks"])(jax.random.key(0))
