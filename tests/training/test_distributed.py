@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cnn_cases.training import logbook, loop, programs
-from configs import lenet5_digits
+from configs import lenet5_digits, resnet_digits
 from tests.conftest import XLA_FLAGS, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -248,14 +248,16 @@ def test_a_process_ends_with_its_code_where_nobody_reads_what_it_says():
     assert process.wait(100) == 5
 
 
-def test_four_processes_share_a_stream(config, tmp_path):
+def test_four_processes_share_a_stream_and_the_statistics_of_batches(data_dir, tmp_path):
+    config = resnet_digits.get_config()
+    config.model.depth, config.data.data_dir, config.data.image_size = 8, data_dir, 16
     config.num_steps, config.batch_size, config.log_every_steps = 3, 16, 1
     config.data.feed = "stream"
     config.data.crop.name, config.data.crop.eval_shorter_side = "area", 18
     config.evaluation.every_steps = config.checkpoint.every_steps = 0
     config.evaluation.splits, config.checkpoint.best_on = (), ""
     config.evaluation.final_splits, config.evaluation.batch_size = ("validation",), 48  # 185 examples
-    arguments = ["--config=configs/lenet5_digits.py", *flags_of(config, lenet5_digits.get_config())]
+    arguments = ["--config=configs/resnet_digits.py", *flags_of(config, resnet_digits.get_config())]
     outcome = job(4, tmp_path / "four", arguments)
     assert [code for code, _ in outcome] == [0] * 4, outcome
     program = programs.make_program(config, jax.devices()[:1])
