@@ -28,6 +28,7 @@ from cnn_cases import models
 from cnn_cases.data import feeds
 from cnn_cases.studies import comparison, depth_curves, ledger, records
 from cnn_cases.tables import mean_and_deviation
+from cnn_cases.training import runtime
 from configs import lenet5_digits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -431,6 +432,29 @@ def test_the_ledger_is_that_of_the_records(document):
     studies, _ = ledger.read_records(ROOT / "results")
     written = ledger.fill(document, ledger.collect(studies), ROOT / "results")
     assert document.read_text() == written, "run `python -m cnn_cases.studies.ledger --write`"
+
+
+# Python.
+
+
+def test_the_python_in_the_manual_runs(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("choose_cpu_flags", "use_compilation_cache"):
+        monkeypatch.setattr(runtime, name, lambda: None)
+    shorter = lenet5_digits.get_config()
+    shorter.data.data_dir = data_dir
+    shorter.num_steps = shorter.evaluation.every_steps = shorter.checkpoint.every_steps = 50
+    monkeypatch.setattr(lenet5_digits, "get_config", shorter.copy_and_resolve_references)
+    rows = [{"step": 10, "running/loss": 2.5}, {"step": 50, "running/loss": 1.5, "validation/error": 0.25}]
+    (tmp_path / "runs/lenet5").mkdir(parents=True)
+    (tmp_path / "runs/lenet5/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manual = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL):
+        exec(block, manual)
+    assert manual["curve"] == [(50, 0.25)]
+    assert manual["result"]["step"] == 50
+    assert [manual[name].shape for name in ("probabilities", "logits")] == [(5, 10), (5, 10)]
+    assert len(manual["names"]) == 5
 
 
 # Images of one's own.
