@@ -285,14 +285,23 @@ def test_an_ensemble_is_of_the_same_examples(change, message, trained, twin, tmp
         evaluate.evaluate_checkpoint(trained, tmp_path, out=tmp_path / "out")
 
 
-def test_the_command_takes_an_ensemble(trained, twin, tmp_path):
-    home, runs = {"HOME": str(trained.parent)}, (f"~/{trained.name}", str(twin))
-    command = [sys.executable, "-m", "cnn_cases.evaluate", *(f"--workdir={run}" for run in runs)]
-    options = {"cwd": ROOT, "env": os.environ | home, "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run([*command, f"--out={tmp_path}"], **options)
+def test_the_command_takes_an_ensemble(trained, twin, data_dir, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(trained, home / "moved")
+    text = (home / "moved/config.json").read_text()
+    assert data_dir in text
+    (home / "moved/config.json").write_text(text.replace(data_dir, str(tmp_path / "nowhere")))
+    command = [sys.executable, "-m", "cnn_cases.evaluate", "--workdir=~/moved", f"--workdir={twin}"]
+    command += ["--protocol=flip", "--split=validation", f"--data_dir={data_dir}", "--out=~/both"]
+    environment = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stderr
-    assert f"{trained}, step 12: accuracy " in done.stdout
-    assert "2 networks" in done.stdout
+    assert f"{home}/moved, step 12: accuracy " in done.stdout
+    assert "split 'validation' (digits validation), 185 examples" in done.stdout
+    assert "2 networks, protocol 'flip', views of each: 2" in done.stdout
+    assert f"results: {home}/both" in done.stdout
+    assert sorted(path.name for path in (home / "both").iterdir()) == FILES
 
 
 def test_an_ensemble_wants_to_know_where_its_files_go(trained, twin):
@@ -410,10 +419,10 @@ def test_a_rectangle_is_answered_by_the_mean_of_its_map_of_scores(small_vgg):
 
 
 def test_answers_that_are_no_numbers_are_refused(trained, monkeypatch):
-    monkeypatch.setattr(
-        programs, "predict", lambda *_, **__: (np.full((3, 10), np.nan), np.zeros(3, np.int32))
-    )
-    with pytest.raises(ValueError, match="step 12 predicts NaN for 3 of 3 images; choose another checkpoint"):
+    probabilities = np.full((3, 10), 0.1)
+    probabilities[1] = np.nan
+    monkeypatch.setattr(programs, "predict", lambda *_, **__: (probabilities, np.zeros(3, np.int32)))
+    with pytest.raises(ValueError, match="step 12 predicts NaN for 1 of 3 images; choose another checkpoint"):
         evaluate.evaluate_checkpoint(trained)
 
 
@@ -571,7 +580,9 @@ def test_few_classes_have_counts_and_names_and_many_have_room():
     names = [f"class {number}" for number in range(1000)]
     many = evaluate.draw_confusion(np.eye(1000, dtype=int), names, "").axes[0]
     assert not many.texts
-    assert len(many.get_xticks()) == 20
+    assert many.get_xticks().tolist() == many.get_yticks().tolist() == list(range(0, 1000, 50))
+    for labels in (many.get_xticklabels(), many.get_yticklabels()):
+        assert [text.get_text() for text in labels] == [f"class {number}" for number in range(0, 1000, 50)]
 
 
 def test_the_surest_mistakes_come_first_and_no_right_answer_is_among_them():

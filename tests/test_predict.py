@@ -1,5 +1,4 @@
 import collections
-import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +18,12 @@ from tests.conftest import tiny_config
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
-    """(workdir, config) of a tiny run."""
+    """(workdir, config) of a tiny run, whose last checkpoint is not the best."""
     config, workdir = tiny_config(data_dir), tmp_path_factory.mktemp("predict") / "run"
     config.evaluation.every_steps = config.log_every_steps = 6
     loop.train_and_evaluate(config, workdir, show_progress=False)
+    (workdir / "checkpoints/8" / checkpoint.LATER_ERROR).write_text("0")
+    assert checkpoint.find(workdir / "checkpoints", "best") == 8
     return workdir, config
 
 
@@ -170,7 +171,9 @@ def test_files_that_are_no_images_keep_no_other_from_its_answer(run, tmp_path):
     command = [sys.executable, "-m", "cnn_cases.predict", f"--workdir={run[0]}", text, image, "nowhere.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(rf"{image}: (\d \(\d+\.\d%\)(, )?){{3}}\n", done.stdout)
+    (chances,) = predict.load(run[0], 12)([predict.read_image(image, 1)])
+    best = sorted(range(10), key=lambda digit: -chances[digit])[:3]
+    assert done.stdout == f"{image}: {', '.join(f'{digit} ({chances[digit]:.1%})' for digit in best)}\n"
     for path in (text, "nowhere.png"):
         assert f"{path} cannot be read as an image" in done.stderr
 
@@ -228,6 +231,11 @@ def test_an_answer_that_is_no_number_is_an_error_of_its_file(run, tmp_path, monk
     assert capsys.readouterr().out == f"{tmp_path}/b.png: 0 (10.0%)\n"
 
 
+def test_a_command_without_images_is_refused():
+    with pytest.raises(ValueError, match="no images: list their files after the flags"):
+        predict.main([])
+
+
 def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, monkeypatch):
     workdir, config = run
     moved = tmp_path / "elsewhere"
@@ -237,7 +245,9 @@ def test_neither_the_data_set_nor_the_place_of_the_run_is_needed(run, tmp_path, 
     (moved / "config.json").write_text(text.replace(config.data.data_dir, str(tmp_path / "nowhere")))
     monkeypatch.delenv("TFDS_DATA_DIR")
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
-    np.testing.assert_array_equal(predict.load(moved)([image]), predict.load(workdir)([image]))
+    network = predict.load(moved)
+    assert network.step == 12
+    np.testing.assert_array_equal(network([image]), predict.load(workdir)([image]))
 
 
 def test_files_of_any_size_and_colour_are_read(run, tmp_path):
