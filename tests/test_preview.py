@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,12 @@ def test_a_sheet_has_a_place_for_every_image_and_few_empty_ones(count, places):
     assert [axis.get_title() for axis in drawn] == [str(n) for n in range(count)]
 
 
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.float32, 1)])
+def test_grey_goes_from_black_to_white(dtype, white):
+    (drawn,) = preview.draw_sheet([np.full((4, 5, 1), white // 2, dtype)], ["grey"], "a sheet").axes[0].images
+    assert drawn.get_clim() == (0, white)
+
+
 def test_a_class_may_be_called_by_what_it_costs(tmp_path):
     sheet = preview.draw_sheet([np.zeros((4, 5, 3), np.uint8)], ["true $5\nsaid $\\100"], "$a$")
     sheet.savefig(tmp_path / "sheet.svg")  # a formula would be drawn here, or refused
@@ -64,3 +72,29 @@ def test_a_seed_that_no_training_takes_is_refused_by_its_key(config):
     config.seed = -3
     with pytest.raises(ValueError, match=r"seed = -3 must be in \[0, 2\*\*31\)"):
         preview.training_images(config, step=1)
+
+
+def test_the_command_draws_the_first_images_of_the_step_that_is_asked_for(
+    config, tmp_path, monkeypatch, capsys
+):
+    sheets, draw_sheet = [], preview.draw_sheet
+    monkeypatch.setattr(preview, "draw_sheet", lambda *given: sheets.append(given) or draw_sheet(*given))
+    out = tmp_path / "sheets/four.png"
+    given = SimpleNamespace(config=config, step=4, images=5, out=str(out))
+    monkeypatch.setattr(preview.flags, "FLAGS", given)
+    preview.main()
+    images, labels = preview.training_images(config, step=4)
+    ((shown, titles, heading),) = sheets
+    np.testing.assert_array_equal(shown, images[:5])
+    assert titles == [str(label) for label in labels[:5]]
+    assert heading == "digits: images of training step 4, as the network is shown them"
+    assert capsys.readouterr().out == f"5 images of 16x16 pixels: {out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_kind_of_file_is_refused_before_anything_is_drawn(config, monkeypatch):
+    monkeypatch.setattr(preview, "training_images", lambda *_: pytest.fail("went on all the same"))
+    given = SimpleNamespace(config=config, step=1, images=5, out="sheet.txt")
+    monkeypatch.setattr(preview.flags, "FLAGS", given)
+    with pytest.raises(ValueError, match=r"out = sheet\.txt must end in \.png, \.svg or \.pdf"):
+        preview.main()

@@ -95,6 +95,28 @@ def test_the_command_prints_a_row_for_each_program():
     assert [len(row.split()) for row in rows[1:]] == [6, 6]
 
 
+def test_a_row_has_the_sizes_in_mib_and_the_time_of_a_compilation_that_no_cache_shortens(monkeypatch, capsys):
+    told, gib = [], 2**30
+
+    def rehearsals(_config, _devices):
+        assert told == [("jax_enable_compilation_cache", False)]
+        yield rehearse.Rehearsal("training", 4, 16, 0.5, gib, 3 * gib)
+
+    monkeypatch.setattr(jax.config, "update", lambda *pair: told.append(pair))
+    monkeypatch.setattr(rehearse, "rehearse", rehearsals)
+    monkeypatch.setattr(rehearse.flags, "FLAGS", types.SimpleNamespace(config=None, topology=None))
+    rehearse.main()
+    *_, head, row = capsys.readouterr().out.splitlines()
+    assert dict(zip(re.split(r" {2,}", head), row.split(), strict=True)) == {
+        "program": "training",
+        "batches a call": "4",
+        "images a device": "16",
+        "compilation s": "0.5",
+        "arguments MiB": "1,024.0",
+        "in all MiB": "3,072.0",
+    }
+
+
 @pytest.mark.parametrize("topology", ["", "v5e", "v5e-4", "V4:2x2x1", "v4=2x2x1"])
 def test_what_is_no_topology_is_refused(topology):
     with pytest.raises(ValueError, match=f"topology = '{topology}' must be a kind of TPU and the layout"):
