@@ -1,5 +1,6 @@
 """The command line as its user meets it."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -11,7 +12,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
+
+from cnn_cases import command
+from cnn_cases.training import runtime
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = [
@@ -28,9 +33,9 @@ SHORT = [
 
 
 def start(workdir, *arguments):
-    command = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
+    words = [sys.executable, "train.py", f"--workdir={workdir}", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
 
 
@@ -212,6 +217,34 @@ def test_help_has_the_flags_of_all_modules_and_is_no_error(tmp_path):
     assert re.findall(r"--(?:\[no\])?(figures_only|jobs|cluster|deterministic):", text) == [
         *("cluster", "deterministic", "figures_only", "jobs")
     ]
+
+
+def settings_here(output, arguments):
+    """What a command finds set before it computes, written to the file `output`."""
+
+    def main():
+        found = os.environ["XLA_FLAGS"].split(), jax.config.jax_compilation_cache_dir, gc.get_threshold()[0]
+        output.write_text(json.dumps(found))
+
+    os.environ["XLA_FLAGS"] = ""
+    sys.argv = ["command", *arguments]
+    command.run(main)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"), [([], []), (["--deterministic"], ["--xla_gpu_deterministic_ops=true"])]
+)
+def test_a_command_sets_up_its_process_before_it_computes(arguments, added, tmp_path, monkeypatch):
+    process = FORKS.Process(target=settings_here, args=(tmp_path / "found", arguments))
+    process.start()
+    process.join()
+    flags, cache, threshold = json.loads((tmp_path / "found").read_text())
+    monkeypatch.setenv("XLA_FLAGS", "")
+    runtime.choose_cpu_flags()
+    assert flags == [*os.environ["XLA_FLAGS"].split(), *added]
+    assert cache == jax.config.jax_compilation_cache_dir
+    assert cache.endswith("-16-threads")
+    assert threshold == 50_000
 
 
 def test_a_diverged_run_has_an_exit_code_of_its_own(tmp_path):

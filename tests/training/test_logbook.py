@@ -208,6 +208,8 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
         "code": "0123456789ab",
         "commit": "another",
         "cpus": 99,
+        "python": "9",
+        "matmul_precision": "highest",
         "versions": here["versions"] | {"jax": "9"},
     }
     monkeypatch.setattr(logbook, "environment", lambda _: other)
@@ -215,6 +217,8 @@ def test_other_code_at_a_restart_is_told(tmp_path, monkeypatch, caplog):
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith(f"{tmp_path} was last started with other code or packages: code: ")
+    assert f"; matmul_precision: {here['matmul_precision']!r} then, 'highest' now; " in message
+    assert f"; python: {here['python']!r} then, '9' now; " in message
     assert message.endswith(f"; versions.jax: {here['versions']['jax']!r} then, '9' now")
 
 

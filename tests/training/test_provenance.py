@@ -1,7 +1,9 @@
+import os
 import pathlib
 import shutil
 import subprocess
 
+import jax
 import pytest
 
 from cnn_cases.training import provenance
@@ -36,6 +38,8 @@ def test_the_commit_tells_one_local_change_from_another(tmp_path, monkeypatch):
         seen.add(commit_now())
     assert len(seen) == 5
     assert all(one.startswith(f"{commit}-dirty-") for one in seen - {commit})
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    assert commit_now().startswith(f"{commit}-dirty-")
 
 
 def test_the_code_is_what_a_training_runs(tmp_path, monkeypatch):
@@ -48,10 +52,10 @@ def test_the_code_is_what_a_training_runs(tmp_path, monkeypatch):
     (tmp_path / "cnn_cases/studies/page.py").write_text("")
     assert code_now() == code
     seen = {code}
-    for name in ("models/vgg.py", "data/new.py", "settings.py"):
+    for name in ("models/vgg.py", "data/new.py", "training/losses.py", "settings.py"):
         (tmp_path / "cnn_cases" / name).write_text("A = 1")
         seen.add(code_now())
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
@@ -67,3 +71,19 @@ def test_an_environment_names_the_processor():
         pytest.skip("this system does not tell the name of its processor")
     named = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
     assert named.endswith(f": {provenance.environment()['cpu_model']}")
+
+
+def test_an_environment_names_the_precision_that_was_asked_for():
+    with jax.default_matmul_precision("highest"):
+        assert provenance.environment()["matmul_precision"] == "highest"
+
+
+@pytest.mark.parametrize(("told", "threads"), [("5", 5), (None, 3), ("", 3), ("0", 3), ("many", 3)])
+def test_threads_are_as_many_as_told_or_else_as_the_cores_of_this_process(told, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    if told is None:
+        monkeypatch.delenv("PJRT_NPROC")
+    else:
+        monkeypatch.setenv("PJRT_NPROC", told)
+    assert provenance.cpu_threads() == threads

@@ -1,4 +1,5 @@
 import os
+import pathlib
 import re
 
 import jax
@@ -80,3 +81,20 @@ def test_who_keeps_nothing_compiled_keeps_nothing_side_by_side(monkeypatch):
     monkeypatch.setattr(jax.config, "update", pytest.fail)
     runtime.separate_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("key", "is_telling"),
+    [
+        *(("model name", True), ("flags", True)),
+        *(("Features", True), ("CPU implementer", True), ("CPU part", True)),
+        *(("processor", False), ("cpu MHz", False)),
+    ],
+)
+def test_kinds_of_cpus_differ_in_what_they_are_and_can(key, is_telling, monkeypatch):
+    kinds = set()
+    for value in ("1", "2"):
+        text = f"vendor_id\t: x\n{key}\t: {value}\nbugs\t: \n"
+        monkeypatch.setattr(pathlib.Path, "read_text", lambda _, text=text: text)
+        kinds.add(runtime._kind_of_cpu())
+    assert (len(kinds) == 2) == is_telling
