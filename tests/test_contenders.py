@@ -23,6 +23,7 @@ def _make(log):
         with open(log, "a") as file:
             file.write(f"{work} {os.environ['PART']}\n")
 
+    b"x" * 2**27  # as compilation takes memory, and returns it
     held = []
     facts = {"process": os.getpid(), "resident_bytes": contenders.resident_bytes()}
     return contenders.Network(
@@ -43,6 +44,10 @@ def test_each_has_a_process_and_an_environment_of_its_own(tmp_path):
         assert log.read_text() == "infer first\n" * 2
         # No device counts here: the process does three steps and one wait, which keeps 16 MiB.
         assert 2**24 <= one.peak().result() < 2**26
+        assert log.read_text() == "infer first\n" * 2 + "train first\n" * 3
+        # It finds nothing that an earlier benchmark compiled.
+        assert one.also(os.getenv, "JAX_ENABLE_COMPILATION_CACHE").result() == "false"
+        assert one.also(os.getenv, "TORCHINDUCTOR_FORCE_DISABLE_CACHES").result() == "1"
         assert one.also(os.getpid).result() == one.made.result()["process"]
 
 

@@ -1,7 +1,9 @@
 """The peers are the same networks, and the table says what was measured."""
 
 import concurrent.futures
+import functools
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,6 +18,78 @@ def test_a_peer_has_as_many_parameters_and_multiply_adds(name):
     assert origin in ("torchvision", "benchmarks.peers")
     # Weights are drawn: memory as it comes may hold denormal numbers, with which a CPU takes far longer.
     assert all(0.001 < weight.std() < 1 for weight in make_network().parameters() if weight.ndim > 1)
+
+
+def test_side_branches_are_counted_too():
+    # Szegedy et al. 2015 with two auxiliary classifiers; torch.utils.flop_counter finds the same.
+    counted = throughput.counts(throughput.CASES["GoogLeNet"])
+    assert counted == {"parameters": 13_378_280, "multiply_adds": 1_591_044_096}
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """A step of training, for `over_devices` of `throughput.ours`; it and inference compute nothing."""
+    train = mock.Mock(side_effect=lambda state, *_: (state, {}))
+    train.lower().compile().cost_analysis.return_value = {"flops": 16.0, "bytes accessed": 4.0}
+    monkeypatch.setattr(throughput.devices_lib, "pmap_predict", lambda *_: lambda *_: "log probabilities")
+    return train
+
+
+SMALL = throughput.CASES["LeNet-5"]._replace(cpu_batch=8)
+
+
+def test_our_step_weighs_side_branches_as_the_peer_does_and_is_counted_by_xla(train, monkeypatch):
+    make_train_steps = mock.Mock()
+    monkeypatch.setattr(throughput.steps, "make_train_steps", make_train_steps)
+    facts = throughput.ours(SMALL, "float32", over_devices=lambda *_: train).facts
+    assert make_train_steps.call_args.kwargs["side_weight"] == 0.3
+    assert (facts["xla_flops_a_step"], facts["xla_bytes_a_step"]) == (16, 4)
+
+
+def test_a_device_gets_its_share_of_the_batch(train, monkeypatch):
+    batch = mock.Mock(wraps=throughput._batch)
+    monkeypatch.setattr(throughput, "_batch", batch)
+    network = throughput.ours(SMALL, "float32", num_devices=2, over_devices=lambda *_: train)
+    assert network.facts["batch_size"] == 8
+    batch.assert_called_once_with(SMALL, 4)
+
+
+def test_inference_is_waited_for(train, monkeypatch):
+    network = throughput.ours(SMALL, "float32", over_devices=lambda *_: train)
+    waited_for = []
+    network.infer()
+    monkeypatch.setattr(throughput.jax, "block_until_ready", lambda last: waited_for.extend(last))
+    network.wait()
+    assert waited_for[1:] == ["log probabilities"]
+
+
+def test_each_kind_of_contender_is_made_as_it_says(monkeypatch):
+    calls = mock.Mock()
+    for owner, name in (
+        (throughput.runtime, "choose_cpu_flags"),
+        (throughput, "ours"),
+        (throughput, "theirs"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(calls, name))
+    for kind in (throughput.OURS, "torch", "torch.compile"):
+        throughput.make(SMALL, "float32", kind)
+    assert calls.mock_calls == [
+        mock.call.choose_cpu_flags(),
+        mock.call.ours(SMALL, "float32"),
+        mock.call.theirs(SMALL, "float32", compiled=False),
+        mock.call.theirs(SMALL, "float32", compiled=True),
+    ]
+
+
+def test_the_ceilings_are_of_a_product_and_of_a_copy_that_reads_and_writes(monkeypatch):
+    monkeypatch.setattr(throughput, "_best", lambda _: 1.0)
+    assert throughput.ceilings("float32") == (2 * 2048**3, 2 * 2**26)
+
+
+def test_the_best_of_the_repeats_counts(monkeypatch):
+    times = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert throughput._best(lambda: None, repeats=3) == 1.0
 
 
 def test_the_tables_have_a_ratio_and_the_costs_of_each_peer():
@@ -71,6 +145,8 @@ class Sham:
         self.made = self.done("made", {"platform": platform, "batch_size": 8, "first_step_seconds": 1.0})
         if kind != throughput.OURS:
             self.made.result().update(peer="benchmarks.peers", torch="2.0")
+        elif platform == "cpu":
+            self.made.result().update(xla_flops_a_step=16, xla_bytes_a_step=4)
 
     def done(self, what, value):
         self.log.append((what, self.kind, self.case.model["name"]))
@@ -91,7 +167,7 @@ class Sham:
         return self.done("peak", 1)
 
     def also(self, function, *_):
-        wanted = {throughput.counts: {"multiply_adds": 5}, throughput.ceilings: (1e6, 1e6)}
+        wanted = {throughput.counts: {"multiply_adds": 5}, throughput.ceilings: (1e6, 5e5)}
         return self.done(function.__name__, wanted[function])
 
 
@@ -109,6 +185,16 @@ def test_cases_that_are_made_at_once_are_measured_one_after_another(monkeypatch)
         assert row["train"][throughput.OURS]["images_a_second"]["median"] == pytest.approx(8_000)
         assert row["share_of_ceiling"] == pytest.approx(6 * 5 * 8_000 / 1e6)
         assert row["torch"] == "2.0"
+    assert ("infer", throughput.OURS, "nin") in Sham.log
+
+
+def test_on_a_cpu_the_bound_is_what_takes_longer_of_arithmetic_and_memory(monkeypatch):
+    monkeypatch.setattr(contenders, "Contender", functools.partial(Sham, platform="cpu"))
+    monkeypatch.setattr(Sham, "log", [])
+    ((_, row),) = throughput.measure(["NIN"], "float32", 1, [])
+    # 8 images take 16 operations, at 1e6 a second, and 4 bytes, at 5e5 a second.
+    assert row["bound_images_a_second"] == pytest.approx(500_000)
+    assert row["share_of_bound"] == pytest.approx(8_000 / 500_000)
 
 
 def test_a_case_alone_is_made_one_contender_after_another_and_none_on_another_device(monkeypatch):
