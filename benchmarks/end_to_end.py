@@ -33,6 +33,7 @@ from cnn_cases import parsing, tables
 from cnn_cases.data import splits
 from cnn_cases.studies import jobs, plan
 from cnn_cases.training import logbook, optimizer, provenance
+from configs import common
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -70,18 +71,32 @@ CASES = {
 OURS = ("first start", "later start")
 TWO = "torch, two processes"
 PEERS = ("torch", TWO, "torch.compile, first start", "torch.compile, later start")
+# `benchmarks.torch_training` does these in one way, that of `configs.common`.
+FIXED = (
+    *("start", "dtype", "data.feed", "data.crop", "data.normalization", "data.augment", "loss", "ema_decay"),
+    *("optimizer.name", "optimizer.nesterov", "optimizer.decayed", "optimizer.clip_norm"),
+    *("optimizer.rate_patterns", "optimizer.rate_factors", "optimizer.frozen"),
+)
 
 
 def settings_of(case, data):
-    """The settings of `benchmarks.torch_training` except `compiled`; writes the images to the file `data`."""
+    """The settings of `benchmarks.torch_training` except `compiled`; writes the images to the file `data`.
+
+    Raises:
+      ValueError: a config asks for what that script does not do.
+    """
     config = importlib.import_module(f"configs.{case.config}").get_config()
     configs = [run.config for run in plan.expand(config)] if "grid" in config else [config]
     config = configs[0]
     for key, value in case.overrides.items():
         config.update_from_flattened_dict({key: value})
+    for one in configs:
+        _check_fixed(one)
     arrays = {}
     for split, expression in config.data.splits.items():
-        image, label, _ = splits.load_split(config.data.name, expression, border=config.data.border)
+        image, label, _ = splits.load_split(
+            config.data.name, expression, config.data.data_dir, config.data.image_size, config.data.border
+        )
         arrays |= {f"{split}_image": image, f"{split}_label": label}
     np.savez(data, **arrays)
     schedule = optimizer.make_schedule(
@@ -99,6 +114,13 @@ def settings_of(case, data):
         "eval_batch_size": config.evaluation.batch_size,
         "networks": [(*case.peer(one), one.seed) for one in configs],
     }
+
+
+def _check_fixed(config):
+    config, usual = config.to_dict(), common.get_config().to_dict()
+    for key in FIXED:
+        if plan.lookup(config, key) != plan.lookup(usual, key):
+            raise ValueError(f"{key} = {plan.lookup(config, key)!r}, which the script in PyTorch does not do")
 
 
 class Outcome(NamedTuple):

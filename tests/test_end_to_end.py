@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import end_to_end
@@ -22,6 +23,30 @@ def test_the_peer_is_told_what_the_config_says(tmp_path):
     assert len(settings["rates"]) == config.num_steps
     assert settings["rates"][0] == pytest.approx(rate)
     assert settings["rates"][-1] == pytest.approx(rate / 100)
+
+
+def test_the_peer_gets_the_images_of_the_config(tmp_path):
+    overrides = {"data.data_dir": str(tmp_path / "sets"), "data.image_size": 16, "data.border": 1}
+    case = end_to_end.Case("resnet_digits", overrides, end_to_end._resnet)
+    end_to_end.settings_of(case, tmp_path / "data.npz")
+    with np.load(tmp_path / "data.npz") as arrays:
+        assert arrays["train_image"].shape == (1257, 18, 18, 1)
+    assert (tmp_path / "sets/digits").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "section"),
+    [
+        ("data.normalization", "pixel_mean", "data.normalization"),
+        ("data.augment.flip", True, "data.augment"),
+        ("loss.label_smoothing", 0.1, "loss"),
+        ("optimizer.nesterov", True, "optimizer.nesterov"),
+    ],
+)
+def test_a_config_that_the_peer_does_not_follow_is_refused(key, value, section, tmp_path):
+    case = end_to_end.Case("resnet_digits", {key: value}, end_to_end._resnet)
+    with pytest.raises(ValueError, match=f"^{section} = .*, which the script in PyTorch does not do"):
+        end_to_end.settings_of(case, tmp_path / "data.npz")
 
 
 def test_the_peer_of_a_study_trains_each_of_its_networks(tmp_path):
@@ -52,9 +77,10 @@ def test_a_process_that_fails_is_told_with_its_words():
 
 
 def test_seconds_and_cpu_seconds_are_those_of_the_processes():
-    commands = [["-c", f"import time; time.sleep(2); print({number})"] for number in (1, 2)]
+    work = "import time\nwhile time.process_time() < 0.2: sum(range(100_000))\ntime.sleep(2)\n"
+    commands = [["-c", f"{work}print({number})"] for number in (1, 2)]
     (seconds, cpu), outputs = end_to_end._timed(commands, {})
-    assert 4 > seconds > 2 > cpu  # the two slept at the same time
+    assert 4 > seconds > 2 > cpu > 0.3  # the two slept at the same time
     assert outputs == ["1\n", "2\n"]
 
 
@@ -63,6 +89,7 @@ def test_two_processes_train_all_networks_between_them(tmp_path, monkeypatch):
 
     def timed(commands, environment):
         assert environment["OMP_NUM_THREADS"] == str(provenance.cpu_threads() // 2)
+        assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache")
         for *_, path in commands:
             told.append(json.loads(path.read_text())["networks"])
         found = [{"platform": "cpu", "test": [0.1] * len(networks)} for networks in told]
@@ -70,9 +97,47 @@ def test_two_processes_train_all_networks_between_them(tmp_path, monkeypatch):
 
     monkeypatch.setattr(end_to_end, "_timed", timed)
     settings = {"networks": [["cifar_resnet", {"depth": depth}, 0] for depth in (8, 20, 32)]}
-    assert end_to_end._run_theirs(settings, tmp_path, tmp_path, 2) == (1.0, 2.0, 0.1, "cpu")
+    outcome = end_to_end._run_theirs(settings, tmp_path, tmp_path / "cache", 2)
+    assert outcome == (1.0, 2.0, 0.1, "cpu")
     assert [one for pair in itertools.zip_longest(*told) for one in pair if one] == settings["networks"]
     assert len(told) == 2
+
+
+def test_our_run_compiles_into_the_cache_that_it_is_given(tmp_path, monkeypatch):
+    def timed(commands, environment):
+        assert len(commands) == 1
+        assert environment == {
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+        }
+        return (1.0, 2.0), [""]
+
+    result = {"status": "finished", "step": 200, "seconds": 1.0, "metrics": {"test/error": 0.1}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "environment.json").write_text('[{"devices": ["cpu"]}]')
+    monkeypatch.setattr(end_to_end, "_timed", timed)
+    outcome = end_to_end._run_ours(end_to_end.CASES["ResNet-20, digits"], tmp_path, tmp_path / "cache")
+    assert outcome == (1.0, 2.0, 0.1, "cpu")
+
+
+def test_a_turn_begins_with_nothing_compiled_and_a_ratio_is_to_ours(monkeypatch):
+    caches = []
+
+    def run(seconds):
+        def note(_case_or_settings, _directory, cache, _processes=1):
+            caches.append(cache)
+            return end_to_end.Outcome(seconds, 2.0, 0.1, "cpu")
+
+        return note
+
+    monkeypatch.setattr(end_to_end, "_run_ours", run(1.0))
+    monkeypatch.setattr(end_to_end, "_run_theirs", run(2.0))
+    peers = ["torch.compile, first start", "torch.compile, later start"]
+    rows = end_to_end.measure("ResNet-20, digits", 2, peers)["contenders"]
+    assert rows["torch.compile, first start"]["ratio"] == {"first start": 2.0, "later start": 2.0}
+    first, later = caches[::2], caches[1::2]
+    assert first == later
+    assert len(set(first)) == 4  # of ours and of theirs, in each turn
 
 
 def test_a_gpu_is_not_compared_with_a_cpu(monkeypatch):
