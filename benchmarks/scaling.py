@@ -101,7 +101,8 @@ def sharing(case, turns):
             "ratio": contenders.ratios(values, seconds[ONE]),
             "first_step_seconds": max(one["first_step_seconds"] for one in facts[who]),
         }
-    return {"batch_size": case.cpu_batch, "dtype": DTYPE, "teams": rows}, facts[ONE][0]["devices"]
+    one = facts[ONE][0]
+    return {"batch_size": one["batch_size"], "dtype": DTYPE, "teams": rows}, one["devices"]
 
 
 def depth_costs(depth, turns, kinds):
