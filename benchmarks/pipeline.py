@@ -94,7 +94,7 @@ def resident_feed(data_dir, turns, steps_a_turn, dtype):
 def whole_training(data_dir, turns, steps_a_turn, dtype):
     """Like `resident_feed`, but includes the training loop around the feed."""
     on_cpu = jax.default_backend() == "cpu"
-    config = resnet_digits.get_config() if on_cpu else _cifar10_or_digits(data_dir)
+    config = _config(resnet_digits, data_dir) if on_cpu else _cifar10_or_digits(data_dir)
     config.dtype, config.num_steps = dtype, 2 * steps_a_turn
     config.evaluation.every_steps, config.checkpoint.every_steps = 0, steps_a_turn
     program = programs.make_program(config, jax.local_devices()[:1])
@@ -116,10 +116,15 @@ def whole_training(data_dir, turns, steps_a_turn, dtype):
 
 
 def _cifar10_or_digits(data_dir):
-    config = resnet_cifar10.get_config()
-    config.data.data_dir = data_dir
+    config = _config(resnet_cifar10, data_dir)
     prepared = sources.make_builder(config.data.name, data_dir).is_prepared()
-    return config if prepared else resnet_digits.get_config()
+    return config if prepared else _config(resnet_digits, data_dir)
+
+
+def _config(module, data_dir):
+    config = module.get_config()
+    config.data.data_dir = data_dir
+    return config
 
 
 def _clock(program):
