@@ -42,13 +42,12 @@ from PIL import Image
 
 from benchmarks import record
 from cnn_cases import parsing
-from cnn_cases.analysis import costs
-from cnn_cases.data import feeds, pixels
+from cnn_cases.data import feeds, pixels, sources
 from cnn_cases.studies import plan
 from cnn_cases.training import loop, programs
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
-TRAINING = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "common"))
+TRAINING = sorted(path.stem for path in ROOT.glob("[!_]*.py") if path.stem != "common")
 REAL = ("lenet5_digits", "lenet5_1998_digits", "resnet_digits", "resnet_preact_digits")  # train two steps
 SMALLEST_DEPTHS = {"resnet": 18, "resnet_cifar": 8, "resnet_preact_cifar": 11}
 SECONDS = 180  # time limit for each input
@@ -58,7 +57,9 @@ class Images:
     """A data set of a few blank images, so that a config builds without its own data set."""
 
     def __init__(self, name, count=2):
-        self.shape, self.num_classes = costs.DATA_SETS[name.partition("/")[0]]
+        with tempfile.TemporaryDirectory() as empty:  # what is prepared elsewhere may be in another format
+            features = sources.make_builder(name, empty).info.features
+        self.shape, self.num_classes = features["image"].shape, features["label"].num_classes
         self.count = count
 
     def load_split(self, name, split, data_dir, image_size, border):
@@ -118,7 +119,8 @@ def shortened(name):
     config["schedule"] |= {"warmup_steps": min(config["schedule"]["warmup_steps"], 1)}
     config["data"]["stream"] |= {"workers": 0}
     if "depth" in config["model"]:
-        config["model"]["depth"] = SMALLEST_DEPTHS[config["model"]["name"]]
+        model = config["model"]
+        model["depth"] = SMALLEST_DEPTHS.get(model["name"], model["depth"])
     return config
 
 
@@ -468,7 +470,8 @@ def main():
     for key, value in figures.items():
         print(f"{key}: {value}")
     if options.out:
-        command = f"python -m benchmarks.fuzz --inputs={tried} --seed={options.seed}"
+        minutes = f" --minutes={options.minutes}" if options.minutes != parser.get_default("minutes") else ""
+        command = f"python -m benchmarks.fuzz --inputs={tried}{minutes} --seed={options.seed}"
         record.write_section(options.out, "configs", command, figures)
     sys.exit(1 if wrong else 0)
 

@@ -1,9 +1,11 @@
 """The short version of `python -m benchmarks.fuzz`."""
 
 import functools
+import json
 import pathlib
 import random
 import tempfile
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -55,6 +57,39 @@ def test_what_is_let_through_is_found(monkeypatch, tmp_path):
     workdir = tmp_path / "run"
     found = {fuzz.try_config(rng, workdir, ["lenet5_digits"]).what for _ in range(20)}
     assert {"TypeError", "AttributeError"} & found
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [
+        ("digits", (8, 8, 1), 10),
+        ("cifar10:3.0.2", (32, 32, 3), 10),
+        ("imagenette/320px-v2", (None, None, 3), 10),
+        ("kmnist", (28, 28, 1), 10),  # no config has it yet
+    ],
+)
+def test_blank_images_are_like_those_of_any_data_set(name, shape, classes):
+    images = fuzz.Images(name)
+    assert (images.shape, images.num_classes) == (shape, classes)
+
+
+def test_a_network_whose_smallest_depth_is_not_listed_keeps_its_depth(monkeypatch):
+    assert fuzz.shortened("resnet_digits")["model"]["depth"] == 8
+    monkeypatch.setattr(fuzz, "SMALLEST_DEPTHS", {})
+    assert fuzz.shortened("resnet_digits")["model"]["depth"] == 20
+
+
+@pytest.mark.parametrize(("given", "told"), [([], ""), (["--minutes=90"], " --minutes=90")])
+def test_the_command_of_a_record_has_the_time_that_was_given(given, told, tmp_path, monkeypatch):
+    trained = fuzz.Outcome(kinds=[], keys=[], name="", what="trained", message="")
+    monkeypatch.setattr(fuzz, "try_config", lambda *_: trained)
+    monkeypatch.setattr(fuzz, "jax", mock.Mock())  # whose cache would be one that ends with the benchmark
+    out = tmp_path / "record.json"
+    monkeypatch.setattr("sys.argv", ["fuzz", "--inputs=2", *given, f"--out={out}"])
+    with pytest.raises(SystemExit, match="0"):
+        fuzz.main()
+    command = json.loads(out.read_text())["configs"]["command"]
+    assert command == f"python -m benchmarks.fuzz --inputs=2{told} --seed=0"
 
 
 @pytest.mark.parametrize(
