@@ -34,6 +34,26 @@ def test_what_may_not_come_of_damage_is_told(code, text, outcome, shop):
     assert judged["outcome"].startswith(outcome)
 
 
+def test_a_run_that_ends_otherwise_than_an_undisturbed_one_is_told(shop, monkeypatch):
+    monkeypatch.setattr(damage.faults, "differences", lambda *_: ["the final figures"])
+    judged = shop.judge(shop.undisturbed, damage.Run(0, "x: resuming after step 30"), {}, 30)
+    assert judged["outcome"].startswith("something else: the final figures differ")
+
+
+@pytest.mark.parametrize(("then", "is_right"), [("unharmed", True), ("refused", False)])
+def test_a_run_has_to_go_on_once_the_cause_is_gone(then, is_right, monkeypatch):
+    def do(shop):
+        del shop
+        return {"outcome": "refused", "message": "", "then": {"outcome": then}}
+
+    monkeypatch.setattr(damage, "can_mount", lambda: True)
+    monkeypatch.setattr(damage, "of_files", lambda: [])
+    monkeypatch.setattr(damage, "of_disks_and_processes", lambda: [("a full disk", "refused", do, True)])
+    ((found,), left_out) = damage.inflict(None)
+    assert found["is_right"] == is_right
+    assert left_out == []
+
+
 def test_a_changed_checkpoint_is_told(shop):
     judged = shop.judge(shop.undisturbed, damage.Run(2, "error: x"), {"30/checksums.json": b""}, 30)
     assert judged["outcome"] == "something else: it refused, and changed the checkpoints"

@@ -85,6 +85,17 @@ def test_a_signal_that_does_nothing_ends_the_harness(tmp_path, monkeypatch):
         faults.torment(tmp_path, [(signal.SIGTERM, "row")], OVERRIDES, disturb=survive)
 
 
+def test_a_run_that_left_something_else_ends_the_harness(tmp_path, monkeypatch):
+    def strike(workdir, overrides, signals, rng):
+        del workdir, overrides, rng
+        return [signals.popleft()] if signals else []
+
+    monkeypatch.setattr(faults, "differences", lambda *_: ["the final figures"])
+    outcome = faults.torment(tmp_path, [(signal.SIGTERM, "row")] * 2, OVERRIDES, disturb=strike)
+    assert outcome["differences"] == ["the final figures"]
+    assert outcome["runs"] == len(outcome["blows"]) == 1
+
+
 @pytest.mark.parametrize(("moment", "rows"), [("row", 3), ("evaluation", 5)])
 def test_an_evaluation_comes_after_a_row_of_training(moment, rows, tmp_path):
     written = []

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from unittest import mock
 
 import pytest
 
@@ -31,6 +32,13 @@ def test_a_section_of_another_command_is_refused_before_anything_is_measured(tmp
     with pytest.raises(SystemExit):
         record.check(parser, path, {"NIN": "another", "ResNet-20": command.replace("float32", "bfloat16")})
     assert "the section 'ResNet-20' is by python -m benchmarks.throughput --cases" in capsys.readouterr().err
+
+
+def test_the_code_is_noted_before_anything_is_measured(tmp_path, monkeypatch):
+    note = mock.Mock()
+    monkeypatch.setattr(record.provenance, "note_code", note)
+    record.output(f"{tmp_path}/record.json")
+    note.assert_called_once_with()
 
 
 def test_a_section_names_the_devices_that_were_measured_and_a_commit_that_came_meanwhile(
