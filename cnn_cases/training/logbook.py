@@ -35,13 +35,29 @@ import zlib
 
 import jax
 from flax import traverse_util
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from cnn_cases import settings
 from cnn_cases.training import disk
 from cnn_cases.training.provenance import environment, what_runs
+
+
+@contextlib.contextmanager
+def _hidden(name):
+    """Makes it seem inside as if the package `name` were not installed, unless it is already imported."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+with _hidden("torch"):  # tensorboardX would import it, which takes over a second, to plot its tensors
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
 
 GO_ON = "; to train its network further, start a new run from it with --config.start.workdir"
 ANEW = "delete it and start the run again, which rewrites it"

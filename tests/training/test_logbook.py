@@ -1,7 +1,9 @@
 import contextlib
 import json
 import os
+import pathlib
 import platform
+import subprocess
 import sys
 from unittest import mock
 
@@ -12,6 +14,7 @@ from benchmarks import faults
 from cnn_cases.training import logbook, provenance
 from configs import common
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = {"seed": 0, "optimizer": {"momentum": 0.9, "name": "sgd"}, "splits": ("test",)}
 
 
@@ -178,6 +181,19 @@ def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
             open_log(tmp_path, config)
     log.close()
     open_log(tmp_path).close()
+
+
+def test_pytorch_is_left_alone_where_it_is_installed(tmp_path):
+    (tmp_path / "torch.py").write_text("print('imported')")
+    program = "from cnn_cases.training import logbook; print('ready'); import torch"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("ready\nimported\n", "")
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
