@@ -33,7 +33,6 @@ import time
 
 import jax
 import numpy as np
-from tensorboardX.proto import event_pb2
 
 from benchmarks import record
 from cnn_cases import saved_runs
@@ -198,7 +197,10 @@ def curves(workdir):
     points = collections.defaultdict(list)
     for path in sorted((workdir / "tensorboard").iterdir()):
         for event in _events(path.read_bytes()):
-            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
+            if (
+                event.HasField("session_log")
+                and event.session_log.status == logbook.event_pb2.SessionLog.START
+            ):
                 for key in [key for key in points if key[1] >= event.step]:
                     del points[key]
             for value in event.summary.value:
@@ -214,7 +216,7 @@ def _events(content):
         data = content[place + 12 : place + 12 + length]
         if len(data) < length:
             return  # cut short by a kill
-        yield event_pb2.Event.FromString(data)
+        yield logbook.event_pb2.Event.FromString(data)
         place += 12 + length + 4
 
 

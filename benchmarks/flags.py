@@ -10,7 +10,7 @@ and are reported.
 """
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 from unittest import mock
 

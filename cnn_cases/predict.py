@@ -54,10 +54,11 @@ class TrainedNetwork:
         Raises:
           ValueError: the images have another type or shape.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+        if getattr(images, "dtype", None) != np.uint8 or images.shape[1:] != self.image_shape:
+            kind = " ".join(str(getattr(images, key, "")) for key in ("dtype", "shape"))
             raise ValueError(
-                f"images must be uint8 [N, {', '.join(map(str, self.image_shape))}]; they are {images.dtype} "
-                f"{list(images.shape)}"
+                f"images must be uint8 [N, {', '.join(map(str, self.image_shape))}]; they are a "
+                f"{type(images).__name__} {kind}"
             )
         return self._normalize(self._statistics, images)
 

@@ -394,7 +394,7 @@ def test_the_table_of_dtypes_is_that_of_its_records():
         config = f"[{path.stem}](../configs/{path.stem}.py)"
         lines.append(f"| {config} | {' | '.join(cells)} | {mean} ({low} to {high}) |")
     (table,) = (one for one in tables(ROOT / "docs/devices.md") if "float32" in one.titles)
-    assert len(lines) == len(table.rows) == 7
+    assert len(lines) == len(table.rows) > 0
     text = (ROOT / "docs/devices.md").read_text()
     assert [line for line in lines if line not in text] == []
 

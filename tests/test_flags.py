@@ -1,6 +1,6 @@
 """Sets of XLA's flags are compared with the defaults."""
 
-import concurrent.futures
+import concurrent.futures.process
 
 import pytest
 

@@ -56,8 +56,12 @@ def test_in_python_the_module_gives_the_same_answers(data_dir, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), np.uint8)
     logits = network.model.apply(network.state.variables, network.normalize(images), train=False)
     np.testing.assert_allclose(jax.nn.softmax(logits), network(images), rtol=1e-4, atol=1e-6)
-    for others in (images / np.float32(255), images[:, :8, :8]):
-        with pytest.raises(ValueError, match=r"uint8 \[N, 16, 16, 1\]; they are (float32|uint8) \[5, "):
+    for others, kind in (
+        (images / np.float32(255), r"ndarray float32 \(5, 16, 16, 1\)"),
+        (images[:, :8, :8], r"ndarray uint8 \(5, 8, 8, 1\)"),
+        (list(images), "list"),
+    ):
+        with pytest.raises(ValueError, match=rf"must be uint8 \[N, 16, 16, 1\]; they are a {kind}"):
             network.normalize(others)
 
 

@@ -69,7 +69,7 @@ def prepare(name, data_dir=""):
     """Downloads and prepares a data set, unless it is already prepared.
 
     Raises:
-      ValueError: there is no such data set, a package is missing that TFDS needs to prepare it, or archives
+      ValueError: there is no such data set, or TFDS lacks what it needs to prepare it: a package, or archives
         that only the user may download.
       ConnectionError: the download failed.
     """

@@ -98,7 +98,7 @@ def _conv_for_cpu(x, kernel, window_strides, padding):
       CIFAR-10, becomes the product of its strips with a banded matrix and takes a quarter to a half of the
       time. It takes a third of a second longer to compile, which does not pay off for a small batch.
     - With more channels or larger maps, XLA's own convolution is faster; `conv_in_order` keeps it fast inside
-      a loop.
+      a loop, and computes two neighbours at once if there are few filters.
     - Barriers make XLA keep the input and the output. Without them, it recomputes the transposed input for
       the gradient of the kernel, all the way back to the previous convolution or through all shortcuts of a
       stage, and likewise the gradient of the output: a step of ResNet-20 takes a quarter longer.
@@ -176,12 +176,12 @@ def _conv_of_pairs(x, kernel, pads, *, strides=(1, 1), dilation=(1, 1)):
     """A convolution that computes two neighbours in a row at once if there are few filters.
 
     What two neighbours see is hardly wider than what one sees, and XLA's CPU library has half as many patches
-    to copy, each for twice as many filters. With the 16 filters of a ResNet for CIFAR-10 this takes a fifth
+    to copy, each for twice as many filters. With the 16 filters of a ResNet for CIFAR-10 this takes a sixth
     less time, although a quarter of the kernel is zeros; with 32 it takes longer.
     """
     width, filters = kernel.shape[1], kernel.shape[-1]
     out_width = x.shape[2] + sum(pads[1]) - width + 1
-    if max(*strides, *dilation) > 1 or filters > 16 or out_width % 2:
+    if max(*strides, *dilation) > 1 or width < 3 or filters > 16 or out_width % 2:
         return lax.conv_general_dilated(
             x, kernel, strides, pads, lhs_dilation=dilation, dimension_numbers=_ORDER
         )

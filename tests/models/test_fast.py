@@ -138,9 +138,10 @@ def test_the_banded_product_is_the_convolution(size, channels, window, stride, p
     ("image_shape", "window", "strides", "padding"),
     [
         ((8, 9, 5), (3, 3), (1, 1), "SAME"),
-        ((8, 8, 5), (3, 3), (1, 1), "SAME"),  # of pairs of neighbours, as are the two below
+        ((8, 8, 5), (3, 3), (1, 1), "SAME"),  # of pairs of neighbours; of the next two, one of the gradients
         ((9, 8, 5), (2, 5), (1, 1), ((0, 2), (3, 0))),
-        ((6, 7, 4), (3, 4), (1, 1), ((4, 3), (0, 2))),  # the rows of the image cannot be cut into pairs
+        ((8, 8, 5), (3, 3), (1, 1), ((1, 1), (3, 1))),
+        ((6, 7, 4), (3, 4), (1, 1), ((4, 3), (0, 2))),  # and here the map alone
         ((8, 9, 5), (3, 3), (2, 2), ((1, 1), (1, 1))),  # of the width, no window is left over
         ((9, 8, 5), (2, 5), (1, 2), ((0, 2), (3, 0))),
         ((23, 23, 3), (7, 7), (2, 2), ((3, 3), (3, 3))),  # a ResNet's first, for ImageNet
@@ -165,18 +166,19 @@ def test_a_convolution_and_its_gradients_have_their_axes_in_order(image_shape, w
 
 
 @pytest.mark.parametrize(
-    ("channels", "filters", "width", "stride", "paired"),
+    ("channels", "filters", "window", "width", "stride", "paired"),
     [
-        (16, 16, 32, 1, [True, True]),  # the first stage of a ResNet for CIFAR-10
-        (16, 32, 32, 2, [False, False]),  # and the first layer of its second
-        (32, 32, 16, 1, [False, False]),
-        (17, 16, 8, 1, [True, False]),
-        (16, 17, 8, 1, [False, True]),
-        (8, 8, 9, 1, [False, False]),
+        (16, 16, 3, 32, 1, [True, True]),  # the first stage of a ResNet for CIFAR-10
+        (16, 32, 3, 32, 2, [False, False]),  # and the first layer of its second
+        (32, 32, 3, 16, 1, [False, False]),
+        (17, 16, 3, 8, 1, [True, False]),
+        (16, 17, 3, 8, 1, [False, True]),
+        (8, 8, 3, 9, 1, [False, False]),
+        (8, 8, 2, 8, 1, [False, False]),
     ],
 )
-def test_few_filters_are_computed_for_pairs_of_neighbours(channels, filters, width, stride, paired):
-    x, kernel = jnp.ones((2, 8, width, channels)), jnp.ones((3, 3, channels, filters))
+def test_few_filters_are_computed_for_pairs_of_neighbours(channels, filters, window, width, stride, paired):
+    x, kernel = jnp.ones((2, 8, width, channels)), jnp.ones((3, window, channels, filters))
 
     def loss(x, kernel):
         return conv_general_dilated(x, kernel, (stride, stride), "SAME", **PLAIN).sum()
