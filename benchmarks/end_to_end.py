@@ -73,18 +73,8 @@ TWO = "torch, two processes"
 PEERS = ("torch", TWO, "torch.compile, first start", "torch.compile, later start")
 # `benchmarks.torch_training` does these in one way, that of `configs.common`.
 FIXED = (
-    *(
-        "start",
-        "dtype",
-        "num_microbatches",
-        "evaluation.protocol",
-        "data.feed",
-        "data.crop",
-        "data.normalization",
-        "data.augment",
-        "loss",
-        "ema_decay",
-    ),
+    *("start", "dtype", "num_microbatches", "loss", "ema_decay", "evaluation.protocol"),
+    *("data.feed", "data.crop", "data.normalization", "data.augment"),
     *("optimizer.name", "optimizer.nesterov", "optimizer.decayed", "optimizer.clip_norm"),
     *("optimizer.rate_patterns", "optimizer.rate_factors", "optimizer.frozen"),
 )

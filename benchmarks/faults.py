@@ -38,6 +38,7 @@ from benchmarks import record
 from cnn_cases import saved_runs
 from cnn_cases.training import checkpoint, logbook, programs
 
+event_pb2 = logbook.event_pb2  # of tensorboardX, which would import PyTorch here
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
 MOMENTS = ("start", "step", "row", "evaluation", "save")
@@ -197,10 +198,7 @@ def curves(workdir):
     points = collections.defaultdict(list)
     for path in sorted((workdir / "tensorboard").iterdir()):
         for event in _events(path.read_bytes()):
-            if (
-                event.HasField("session_log")
-                and event.session_log.status == logbook.event_pb2.SessionLog.START
-            ):
+            if event.HasField("session_log") and event.session_log.status == event_pb2.SessionLog.START:
                 for key in [key for key in points if key[1] >= event.step]:
                     del points[key]
             for value in event.summary.value:
@@ -216,7 +214,7 @@ def _events(content):
         data = content[place + 12 : place + 12 + length]
         if len(data) < length:
             return  # cut short by a kill
-        yield logbook.event_pb2.Event.FromString(data)
+        yield event_pb2.Event.FromString(data)
         place += 12 + length + 4
 
 

@@ -55,11 +55,8 @@ class TrainedNetwork:
           ValueError: the images have another type or shape.
         """
         if getattr(images, "dtype", None) != np.uint8 or images.shape[1:] != self.image_shape:
-            kind = " ".join(str(getattr(images, key, "")) for key in ("dtype", "shape"))
-            raise ValueError(
-                f"images must be uint8 [N, {', '.join(map(str, self.image_shape))}]; they are a "
-                f"{type(images).__name__} {kind}"
-            )
+            shape = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must be uint8 [N, {shape}]; they are a {_kind(images)}")
         return self._normalize(self._statistics, images)
 
     def __call__(self, images, protocol="single"):
@@ -79,10 +76,7 @@ class TrainedNetwork:
         channels = self.image_shape[-1]
         for number, image in enumerate(images):
             if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[-1] != channels:
-                kind = " ".join(str(getattr(image, key, "")) for key in ("dtype", "shape"))
-                raise ValueError(
-                    f"image {number} must be uint8 [h, w, {channels}]; it is a {type(image).__name__} {kind}"
-                )
+                raise ValueError(f"image {number} must be uint8 [h, w, {channels}]; it is a {_kind(image)}")
             if not image.size:
                 raise ValueError(f"image {number} has no pixels: {image.shape}")
         if not len(images):
@@ -108,6 +102,11 @@ class TrainedNetwork:
             batch_size=batch_size,
         )
         return probabilities
+
+
+def _kind(value):
+    """The type of what is given for images and, if it is an array, its dtype and shape."""
+    return " ".join([type(value).__name__, *(str(getattr(value, key, "")) for key in ("dtype", "shape"))])
 
 
 def load(workdir, which="last"):

@@ -161,7 +161,7 @@ def _parts(builder, split, prefix=""):
         raise ValueError(f"{builder.data_path} has a split named {strange[0]!r}, which is not a word")
     try:
         absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except (ValueError, KeyError, NotImplementedError) as error:  # the last for a part of 'all'
+    except (ValueError, KeyError, NotImplementedError) as error:  # TFDS's last is for a part of 'all'
         raise ValueError(
             f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
             f"{', '.join(builder.info.splits)} ({error})"
