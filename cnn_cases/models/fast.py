@@ -194,8 +194,9 @@ def _conv_of_pairs(x, kernel, pads, *, strides=(1, 1), dilation=(1, 1)):
 def _patches_and_matrix(x, kernel, strides, out_height, out_width):
     """Returns the patches of output pixels as rows, and the kernel as a matrix: their product is the map."""
     height, width, channels, filters = kernel.shape
+    last = (out_height - 1) * strides[0], (out_width - 1) * strides[1]
     patches = [
-        x[:, i :: strides[0], j :: strides[1]][:, :out_height, :out_width]
+        lax.slice(x, (0, i, j, 0), (len(x), last[0] + i + 1, last[1] + j + 1, channels), (1, *strides, 1))
         for i in range(height)
         for j in range(width)
     ]
@@ -213,7 +214,8 @@ def _strips_and_band(x, kernel, strides, out_height, out_width):
     row_stride, stride = strides
     block = _block(out_width)
     reach = (block - 1) * stride + width
-    by_row = [x[:, i::row_stride][:, :out_height] for i in range(height)]
+    last = (out_height - 1) * row_stride
+    by_row = [lax.slice_in_dim(x, i, last + i + 1, row_stride, axis=1) for i in range(height)]
     strips = [
         [rows[:, :, left : left + reach].reshape(-1, out_height, 1, reach * channels) for rows in by_row]
         for left in range(0, out_width * stride, block * stride)
