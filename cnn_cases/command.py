@@ -24,8 +24,8 @@ import absl
 import ml_collections
 from absl import app, flags, logging
 
-from cnn_cases import settings
-from cnn_cases.training import devices, loop, processes, runtime, stopping
+from cnn_cases import settings, stopping
+from cnn_cases.training import devices, loop, processes, runtime
 
 _DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cnn_cases import replay
+from cnn_cases import replay, stopping
 from cnn_cases.data.resident import ResidentFeed
 from cnn_cases.models import lenet
-from cnn_cases.training import logbook, loop, programs, stopping
+from cnn_cases.training import logbook, loop, programs
 from configs import nin_digits
 from tests.conftest import example_of_step, poisoned, stop_after, tiny_config
 

@@ -16,7 +16,6 @@ import functools
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 import weakref
 import zlib
@@ -27,6 +26,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from cnn_cases import stopping
 from cnn_cases.data import decode, memory, order
 
 MAX_WORKERS = 1024  # one for each core of a large host, and more
@@ -393,11 +393,8 @@ def _first(iterator):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain passes absl's flags to its workers, even if they are unused
     resource_tracker.ensure_running()  # otherwise starting a worker would do so, and unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2})
-    try:
+    with stopping.blocked(*stopping.SIGNALS):
         return next(iterator)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_until_freed():

@@ -25,9 +25,9 @@ import submitit
 from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
 
-from cnn_cases import checks, saved_runs
+from cnn_cases import checks, saved_runs, stopping
 from cnn_cases.studies import jobs
-from cnn_cases.training import logbook, loop, processes, runtime, stopping
+from cnn_cases.training import logbook, loop, processes, runtime
 
 COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
 MAX_TIMEOUTS = 100  # per run, which resumes from a checkpoint after each

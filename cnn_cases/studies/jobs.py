@@ -15,7 +15,8 @@ import threading
 
 import jax
 
-from cnn_cases.training import devices, logbook, loop, processes, programs, provenance, runtime, stopping
+from cnn_cases import stopping
+from cnn_cases.training import devices, logbook, loop, processes, programs, provenance, runtime
 
 _POLL_SECONDS = 0.2
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_cases import settings
+from cnn_cases.stopping import InterruptedRun, stop_signals
 from cnn_cases.training import checkpoint, logbook, predictions, processes, programs, transfer
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training.checkpoint import Checkpoints, check_path
 from cnn_cases.training.provenance import environment, what_runs
 from cnn_cases.training.running import DivergedError, RunningMetrics, check_finite
-from cnn_cases.training.stopping import InterruptedRun, stop_signals
 
 MAX_REWINDS = 3  # to one checkpoint
 

@@ -22,6 +22,8 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from cnn_cases import stopping
+
 LOST = 4  # exit code after another process of the run is lost
 HEARTBEAT_TIMEOUT_SECONDS, MEETING_TIMEOUT_SECONDS = 100, 300  # unless others are given; see `join`
 
@@ -277,7 +279,7 @@ def _let_the_others_end():
     # On TPUs, the processes need not meet at process 0. No public name says where they meet.
     if distributed.global_state.service is not None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            for number in stopping.SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # there is nothing more to save
         time.sleep(_TO_END)
 

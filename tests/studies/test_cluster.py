@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from submitit.core.utils import JobPaths
 
+from cnn_cases import stopping
 from cnn_cases.studies import cluster, jobs, plan, sweep
-from cnn_cases.training import logbook, loop, programs, stopping
+from cnn_cases.training import logbook, loop, programs
 from tests.studies.conftest import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -12,8 +12,9 @@ import weakref
 import jax
 import pytest
 
+from cnn_cases import stopping
 from cnn_cases.studies import jobs, plan
-from cnn_cases.training import disk, processes, programs, provenance, runtime, stopping
+from cnn_cases.training import disk, processes, programs, provenance, runtime
 from tests.studies.conftest import tiny_study
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_cases import saved_runs
+from cnn_cases import saved_runs, stopping
 from cnn_cases.studies import report, sweep
-from cnn_cases.training import disk, programs, stopping
+from cnn_cases.training import disk, programs
 from tests.conftest import metrics_of
 from tests.studies.conftest import cells, tiny_study
 

@@ -18,9 +18,9 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from cnn_cases import models
+from cnn_cases import models, stopping
 from cnn_cases.models import layers
-from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, stopping
+from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs
 from configs import resnet_digits
 from tests.conftest import example_of_step, interrupt, metrics_of, poisoned, stop_after, tiny_config
 

@@ -6,11 +6,12 @@ import threading
 import time
 import types
 
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2  # the last is a scheduler's warning
 SAME_SIGNAL_SECONDS = 2  # see stop_signals
 
 
 class InterruptedRun(BaseException):
-    """SIGTERM, SIGINT or SIGUSR2 arrived and the run was saved; `signal_number` says which.
+    """One of SIGNALS arrived and the run was saved; `signal_number` says which.
 
     Like KeyboardInterrupt, it is not an error, and `except Exception` does not catch it.
     """
@@ -32,7 +33,7 @@ def blocked(*signals):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Records SIGTERM, SIGINT or SIGUSR2 (a scheduler's warning) instead of ending the process.
+    """Records one of SIGNALS instead of ending the process.
 
     A later signal acts as usual, unless it arrives within SAME_SIGNAL_SECONDS of the first: a scheduler may
     signal a process and its parent, which then passes the signal on.
@@ -51,7 +52,7 @@ def stop_signals():
             signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for number in SIGNALS:
             before[number] = signal.signal(number, note)
     try:
         yield stop
