@@ -208,4 +208,7 @@ def _place(rng, height, width, box_height, box_width):
 def file_of(record):
     """The name of the file that a record of a data set was made from; "" if the set does not hold it."""
     names = [record[key] for key in ("file_name", "image/filename") if key in record]
-    return names[0].decode() if names else ""
+    if not names:
+        return ""
+    # A set may call another thing so, such as a number.
+    return names[0].decode(errors="replace") if isinstance(names[0], bytes) else str(names[0])

@@ -29,7 +29,7 @@ from cnn_cases import checks
 from cnn_cases.data import decode, sources
 from cnn_cases.data.pixels import make_pixels
 from cnn_cases.data.resident import ResidentFeed
-from cnn_cases.data.splits import check_disjoint, check_resident, load_split, open_split
+from cnn_cases.data.splits import allow_open_files, check_disjoint, check_resident, load_split, open_split
 from cnn_cases.data.stream import StreamFeed, check_stream
 
 FEEDS = ("resident", "stream")
@@ -89,6 +89,7 @@ def make_feed(
         keep=functools.partial(sources.computed_once, name, data_dir),
     )
     check_disjoint(name, splits, data_dir)
+    allow_open_files(name, splits, data_dir)
     for key, size in (("batch_size", batch_size), ("evaluation.batch_size", eval_batch_size)):
         if size < 1 or size % process_count:
             raise ValueError(f"{key} = {size} must be a positive multiple of {process_count} (processes)")
@@ -115,6 +116,13 @@ def make_feed(
         )
     check_resident(name, splits, data_dir, image_size, border)
     loaded = {role: load_split(name, split, data_dir, image_size, border) for role, split in splits.items()}
+    sizes_of = {role: "x".join(map(str, images.shape[1:])) for role, (images, *_) in loaded.items()}
+    if len(set(sizes_of.values())) > 1:
+        raise ValueError(
+            f"the images of {name!r} differ in size ("
+            + ", ".join(f"data.splits.{role}: {size}" for role, size in sizes_of.items())
+            + "); set data.image_size to resize them"
+        )
     train_images, _, num_classes = loaded["train"]
     return ResidentFeed(
         {role: (images, labels) for role, (images, labels, _) in loaded.items()},

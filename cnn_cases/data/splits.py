@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import itertools
+import math
 import pathlib
 import re
+import resource
 import zlib
 
 import numpy as np
@@ -12,6 +14,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnn_cases.data import decode, memory, sources
+
+# array_record keeps every file open that it has read from. ImageNet has 1,088, and many systems let a process
+# open 1,024 unless it asks for more.
+OPEN_FILES = 10_240  # asked for: an ensemble opens the files once for each network
+OTHER_FILES = 256  # room for what else a process opens
 
 
 def check_disjoint(name, splits, data_dir=""):
@@ -45,6 +52,32 @@ def check_disjoint(name, splits, data_dir=""):
                 f"data.splits.{one} = {splits[one]!r} and data.splits.{other} = {splits[other]!r} share "
                 f"{shared} examples of {name!r}; an honest evaluation needs examples that were held out"
             )
+
+
+def allow_open_files(name, splits, data_dir=""):
+    """Lets this process, and those that it starts, have all files of splits open at once.
+
+    Args:
+      name, data_dir: see `sources.make_builder`.
+      splits: {role: TFDS split expression}.
+
+    Raises:
+      ValueError: the system does not allow so many, or a split cannot be read.
+    """
+    builder = sources.open_prepared(name, data_dir)
+    parts = [part for split in splits.values() for part in _parts(builder, split)]
+    num_files = sum(builder.info.splits[base].num_shards for base in {base for base, *_ in parts})
+    needed = num_files + len(parts) + OTHER_FILES  # parts that meet in a file both open it
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if needed > hard:
+        raise ValueError(
+            f"{name!r} has {num_files:,} files in {', '.join(splits.values())}, all of which a run has open "
+            f"at once, and this system lets a process open {hard:,} (`ulimit -Hn`); raise that limit, or "
+            "prepare the set with fewer shards"
+        )
+    if soft < (asked := min(hard, max(needed, OPEN_FILES))):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (asked, limits[1]))
 
 
 def check_resident(name, splits, data_dir="", image_size=0, border=0):
@@ -123,13 +156,34 @@ def open_split(name, split, data_dir=""):
     _check_channels(name, builder)
     _parts(builder, split)
     features = builder.info.features
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    source = _open(builder, split)
     try:
         first_label = source[0]["label"]
     except RuntimeError:
         return source, features  # the first record is damaged; its reader will report it
     _check_labels(name, split, first_label)
     return source, features
+
+
+def _open(builder, split):
+    """The records of a split; only their labels are decoded, since nothing here needs a mask or a sound."""
+    others = {name: feature for name, feature in builder.info.features.items() if name != "label"}
+    return builder.as_data_source(split, decoders={name: _as_stored(one) for name, one in others.items()})
+
+
+def _as_stored(feature):
+    """The decoders that leave a feature, and those of which it consists, as they are stored."""
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return {name: _as_stored(one) for name, one in feature.items()}
+    if isinstance(feature, tfds.features.Sequence):
+        return _as_stored(feature.feature)
+    return _AsStored()
+
+
+class _AsStored(tfds.decode.SkipDecoding):
+    """Also for features in a sequence, for which TFDS has it only with TensorFlow."""
+
+    decode_batch_example_np = decode_ragged_example_np = tfds.decode.SkipDecoding.decode_example_np
 
 
 def _check_channels(name, builder):
@@ -141,8 +195,14 @@ def _check_channels(name, builder):
 
 
 def _check_labels(name, split, labels):
-    if np.min(labels) < 0:  # what TFDS stores for missing labels, as in ImageNet's test split
+    missing = np.less(labels, 0)  # what TFDS stores for missing labels, as in ImageNet's test split
+    if np.all(missing):
         raise ValueError(f"split {split!r} of {name!r} has no labels")
+    if np.any(missing):
+        raise ValueError(
+            f"{missing.sum():,} of the {missing.size:,} examples in split {split!r} of {name!r} have no "
+            "label; data.feed = 'stream' can skip them (data.stream.max_damaged)"
+        )
 
 
 def _parts(builder, split, prefix=""):
@@ -171,7 +231,11 @@ def _parts(builder, split, prefix=""):
     for part in absolute:
         size = builder.info.splits[part.splitname].num_examples
         parts.append((part.splitname, part.from_ or 0, size if part.to is None else part.to))
-    if all(start >= end for _, start, end in parts):
+    if any(start > end for _, start, end in parts):  # some of TFDS's readers fail on it
+        raise ValueError(
+            f"{prefix or 'split '}{split!r} of {builder.info.name!r} has a part that ends before it starts"
+        )
+    if all(start == end for _, start, end in parts):
         raise ValueError(f"{prefix or 'split '}{split!r} of {builder.info.name!r} has no examples")
     return parts
 
@@ -209,7 +273,7 @@ def _examples(builder, split):
     """Yields image uint8 [H, W, C] and label of each example of a split, decoded as in a stream."""
     channels = builder.info.features["image"].shape[-1]
     try:
-        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        source = _open(builder, split)
         # Reading many at once is three times as fast as one by one; reading all at once fills the memory.
         for first in range(0, len(source), 1000):
             examples = source.__getitems__(range(first, min(first + 1000, len(source))))

@@ -282,3 +282,16 @@ def test_what_is_wrong_with_a_file_is_said():
         decode.decode(b"GIF", 3)
     with pytest.raises(ValueError, match="truncated"):
         decode.decode(encoded(0)[:-100], 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "file"),
+    [
+        ({"file_name": b"a.png"}, "a.png"),
+        ({"image/filename": b"\xe4.png"}, "\N{REPLACEMENT CHARACTER}.png"),
+        ({"file_name": 7}, "7"),
+        ({}, ""),
+    ],
+)
+def test_whatever_a_set_calls_the_name_of_a_file_can_be_in_a_message(record, file):
+    assert decode.file_of(record) == file

@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnn_cases.data import decode, feeds, memory, sources, splits
+from configs import common
 from tests.conftest import Bomb, tiny_config
 from tests.data import photos
 
@@ -324,8 +326,45 @@ def test_images_that_are_neither_grey_nor_in_colour_are_refused(channels, tmp_pa
         splits.load_split("unlike", "train", str(tmp_path))
 
 
-def prepare_unlike(data_dir, shape, sizes):
-    """Prepares a set whose builder declares one shape and whose images have others."""
+def test_how_many_examples_lack_a_label_is_said(tmp_path):
+    prepare_unlike(tmp_path, (None, None, 3), [(8, 8, 3)] * 9, unlabelled=2)
+    with pytest.raises(ValueError, match=r"2 of the 9 examples in split 'train' of 'unlike' have no label"):
+        splits.load_split("unlike", "train", str(tmp_path))
+
+
+def test_a_part_that_ends_before_it_starts_is_refused(data_dir):
+    with pytest.raises(ValueError, match=r"data.splits.test = .* of 'digits' has a part that ends before it"):
+        splits.check_disjoint("digits", {"test": "validation[5:3]+test"}, data_dir)
+
+
+def test_parts_whose_images_differ_in_size_are_told_of_with_the_remedy(data_dir, monkeypatch):
+    loaded = {"train": (np.zeros((9, 9, 9, 3), np.uint8), np.zeros(9, np.int32), 2)}
+    loaded["test"] = (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32), 2)
+    monkeypatch.setattr(feeds, "load_split", lambda _, split, *__: loaded[split])
+    settings = dict(**common.get_config().data) | {"splits": {"train": "train", "test": "test"}}
+    message = r"differ in size \(data.splits.train: 9x9x3, data.splits.test: 8x8x3\); set data.image_size"
+    with pytest.raises(ValueError, match=message):
+        feeds.make_feed(**settings | {"data_dir": data_dir}, batch_size=4, eval_batch_size=4)
+
+
+@pytest.mark.parametrize("feed", feeds.FEEDS)
+def test_what_else_a_set_has_is_not_decoded(feed, tmp_path):
+    broken = b"not an image"
+    others = {
+        "mask": (tfds.features.Image(shape=(None, None, 1)), broken),
+        "frames": (tfds.features.Sequence({"frame": tfds.features.Image()}), [{"frame": broken}] * 2),
+        "inner": (tfds.features.FeaturesDict({"image": tfds.features.Image()}), {"image": broken}),
+    }
+    prepare_unlike(tmp_path, (None, None, 3), [(8, 8, 3)] * 5, others=others)
+    assert len(list(feed_of_unlike(tmp_path, feed).examples("train"))) == 5
+
+
+def prepare_unlike(data_dir, shape, sizes, num_shards=None, others=None, unlabelled=0):
+    """Prepares a set whose builder declares one shape and whose images have others.
+
+    Its records also hold `others`, {name: (feature, value)}; the first `unlabelled` ones have no label.
+    """
+    others = others or {}
 
     class Unlike(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Images of several shapes."""
@@ -336,6 +375,7 @@ def prepare_unlike(data_dir, shape, sizes):
             features = {
                 "image": tfds.features.Image(shape=shape),
                 "label": tfds.features.ClassLabel(num_classes=2),
+                **{name: feature for name, (feature, _) in others.items()},
             }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -347,9 +387,36 @@ def prepare_unlike(data_dir, shape, sizes):
             for number, size in enumerate(sizes):
                 file = io.BytesIO()
                 Image.fromarray(np.zeros(size, np.uint8)).save(file, "PNG")
-                yield number, {"image": file.getvalue(), "label": 0}
+                values = {name: value for name, (_, value) in others.items()}
+                yield number, {"image": file.getvalue(), "label": -(number < unlabelled), **values}
 
-    Unlike(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    settings = tfds.download.DownloadConfig(num_shards=num_shards)
+    Unlike(data_dir=data_dir, file_format="array_record").download_and_prepare(download_config=settings)
+
+
+@pytest.mark.parametrize("feed", feeds.FEEDS)
+def test_a_set_can_have_more_files_than_a_process_may_open_unless_it_asks(feed, tmp_path):
+    prepare_unlike(tmp_path, (None, None, 3), [(8, 8, 3)] * 100, num_shards=100)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, before[1]))
+    try:
+        assert len(list(feed_of_unlike(tmp_path, feed).examples("train"))) == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_files_than_the_system_allows_are_refused(tmp_path, monkeypatch):
+    prepare_unlike(tmp_path, (None, None, 3), [(8, 8, 3)] * 30, num_shards=30)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 280))
+    with pytest.raises(ValueError, match=r"'unlike' has 30 files in train, .* lets a process open 280"):
+        feed_of_unlike(tmp_path, "stream")
+
+
+def feed_of_unlike(data_dir, feed, image_size=8, **splits):
+    config = common.get_config().data
+    config.update(dict(name="unlike", data_dir=str(data_dir), feed=feed, image_size=image_size))
+    settings = dict(**config) | {"splits": {"train": "train"} | splits}
+    return feeds.make_feed(**settings, batch_size=4, eval_batch_size=4)
 
 
 def test_photographs_are_resized_as_they_are_read(photos_dir, monkeypatch):
