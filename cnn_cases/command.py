@@ -13,11 +13,13 @@
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import re
 import signal
 import sys
+import sysconfig
 import traceback
 
 import absl
@@ -114,6 +116,10 @@ def _parse(arguments):
         asked = any(re.fullmatch(r"--?(help\w*|h|\?)", argument) for argument in arguments)
         sys.exit(0 if asked and leaving.code == 1 else leaving.code)
     except (flags.Error, OSError) as error:
+        # ml_collections raises a new error of the same type, which fails where that takes more than a text.
+        first = getattr(error.__context__, "__context__", None)
+        if isinstance(first, json.JSONDecodeError | UnicodeError):
+            _leave(f"error: {_plainer(_explained(first, arguments))}", 2)
         # The messages of ml_collections contain the whole traceback of an error in a config file and, for a
         # missing file, every place where it looked.
         not_found = r"(?s)Failed loading config file.*(No such file or directory: '.*')"
@@ -149,14 +155,18 @@ def _plainer(message):
 
 def _explained(error, arguments):
     """Describes an error in the config file or in an override of a key, in one line."""
+    # With the standard library, where an error may be raised far from the line of the config that caused it.
     libraries = [str(pathlib.Path(library.__file__).parent) for library in (absl, ml_collections)]
+    libraries += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         frames.append((error.filename, error.lineno))
     of_config = [
         frame for frame in frames if not frame[0].startswith((*libraries, "<")) and frame[0] != __file__
     ]
-    reason = " ".join(str(error.args[0] if error.args else error).split())
+    # As text, a KeyError has quotes and a SyntaxError its file and line.
+    is_plain = not isinstance(error, KeyError | SyntaxError)
+    reason = " ".join(str(error if is_plain or not error.args else error.args[0]).split())
     if of_config:
         path, line = of_config[-1]
         return f"{path}, line {line}: {type(error).__name__}: {reason}"

@@ -185,6 +185,18 @@ def test_a_mistake_is_answered_by_one_message(arguments, message, tmp_path):
         ("get_config = lambda: int('ten')", r"invalid literal for int\(\) with base 10: 'ten'"),
         ("def get_config():\n    return 1 / 0", "c.py, line 2: ZeroDivisionError: division by zero"),
         ("def get_config(:", "c.py, line 1: SyntaxError"),
+        (
+            "import subprocess\nget_config = lambda: subprocess.check_output(['false'])",
+            r"c.py, line 2: CalledProcessError: Command .*'false'.* returned non-zero",
+        ),
+        (
+            "import json\nget_config = lambda: json.loads('{1}')",
+            "c.py, line 2: JSONDecodeError: Expecting property name",
+        ),
+        (
+            "get_config = lambda: b'\\xff'.decode()",
+            "c.py, line 1: UnicodeDecodeError: 'utf-8' codec can't decode byte",
+        ),
         ("from configs import common\nget_config = lambda: common.get_config().nope", "c.py, line 2: .*nope"),
         (
             "get_config = lambda: {'num_steps': 1}",
