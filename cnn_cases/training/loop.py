@@ -513,8 +513,8 @@ class _Training:
 
 def _scores(probabilities, label):
     """Returns `predictions.scores` over all processes, each of which has predicted its own examples."""
-    own = len(label), predictions.scores(probabilities, label)
-    counts, parts = zip(*processes.gather(own), strict=True)
+    own = len(label), predictions.scores(probabilities, label) if len(label) else {}
+    counts, parts = zip(*(part for part in processes.gather(own) if part[0]), strict=True)
     if not parts[1:]:
         return parts[0]
     return {name: float(np.average([part[name] for part in parts], weights=counts)) for name in parts[0]}

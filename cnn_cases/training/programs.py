@@ -333,10 +333,7 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
       check_stop: called before each example; an exception that it raises ends the prediction.
 
     Returns:
-      probabilities float64 [N, K], label int32 [N], in the order of `feed.examples`.
-
-    Raises:
-      ValueError: this process has no example of the split.
+      See `predictions.average_views`; in the order of `feed.examples`.
     """
     num_devices = len(program.devices)
     hidden = not (show_progress and is_watched())

@@ -160,12 +160,14 @@ def test_two_processes_start_from_the_layers_of_another_training(digits, unbroke
     config = digits[0].copy_and_resolve_references()
     config.num_steps = 4
     config.start.workdir, config.optimizer.frozen = str(unbroken), ("conv1",)
+    config.data.splits.test = "test[:1]"  # process 1 has none to predict
     flags = flags_of(config, lenet5_digits.get_config())
     outcome = job(2, tmp_path / "two", ["--config=configs/lenet5_digits.py", *flags])
     assert [code for code, _ in outcome] == [0, 0], outcome
     program = programs.make_program(config, jax.devices()[:1])
     loop.train_and_evaluate(config, tmp_path / "one", program=program, show_progress=False)
     assert_alike(rows(tmp_path / "two"), rows(tmp_path / "one"))
+    assert "test/flip/error" in rows(tmp_path / "two")[-1]
     assert "starting from *" in outcome[0][1]
 
 
