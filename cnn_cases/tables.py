@@ -26,7 +26,8 @@ def aligned(rows, words=()):
 def markdown(rows, words=()):
     """Formats a table in Markdown; see `aligned`."""
     rule = [":---" if number in words else "---:" for number in range(len(rows[0]))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # as in the pattern conv[1|2]*
+    return "".join(f"| {' | '.join(row)} |\n" for row in (escaped[0], rule, *escaped[1:]))
 
 
 def comma_separated(rows):

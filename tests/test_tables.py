@@ -22,3 +22,7 @@ def test_csv_quotes_what_needs_it():
 )
 def test_a_spread_is_the_sample_deviation(values, text):
     assert tables.mean_and_deviation(values, digits=2) == text
+
+
+def test_a_bar_in_a_cell_of_markdown_ends_no_column():
+    assert tables.markdown([["frozen"], ["conv[1|2]*"]]).splitlines()[2] == r"| conv[1\|2]* |"

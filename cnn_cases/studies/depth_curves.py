@@ -150,6 +150,9 @@ def _draw_by_depth(record, draw_panel, **labels):
             axis.set_xticks(sorted({row["depth"] for row in rows}))
             axis.grid(alpha=0.3)
         axes[0].set(**labels)
+    depths = [row["depth"] for row in rows]
+    room = max(1, 0.05 * (max(depths) - min(depths)))
+    grid[0, 0].set_xlim(min(depths) - room, max(depths) + room)  # a depth without marks has its place, too
     for axis in grid[-1]:
         axis.set_xlabel("depth (weighted layers)")
     return figure, grid

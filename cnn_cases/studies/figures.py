@@ -227,7 +227,7 @@ def draw_curves(record):
                 )
         set_loss_axis(loss, record)
         error.set_ylabel("error (%)")
-        _scale_errors([error])
+        _scale_errors([error], [error])
         for axis in (loss, error):
             axis.set(xlabel="training step", xlim=(0, None))
             axis.grid(alpha=0.3)
@@ -244,16 +244,18 @@ def draw_curves(record):
     return figure
 
 
-def _scale_errors(axes):
+def _scale_errors(axes, labelled):
     """Scales the error axis that these axes share, from 0 to the largest error.
 
-    If some errors are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room.
+    If some errors are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room, and the label of each of the
+    axes `labelled` says so.
     """
     # Without the crosses at the upper edge.
     lines = [line for axis in axes for line in axis.lines if line.get_transform() == axis.transData]
     values = [value for line in lines for value in line.get_ydata()]
     if values and min(values) < 5:
-        stretch_small(axes[0])
+        for axis in labelled:
+            stretch_small(axis)
     axes[0].set_ylim(0, min(100, 1.05 * max(values, default=100)) or 1)
 
 
@@ -312,7 +314,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
                         band=bold,
                     )
             title = f"{title}, code {code}" if code else title
-            axis.set(title=textwrap.fill(title, WIDEST, break_on_hyphens=False))
+            axis.set_title(textwrap.fill(title, WIDEST, break_on_hyphens=False), parse_math=False)
             axis.grid(alpha=0.3)
     rows[0][0].set_xlim(0, None)  # for all panels; set last, since it ends at the longest curve
     for axis in rows[-1]:
@@ -362,7 +364,7 @@ def draw_errors_by(record, key, titles=None, names=None, top=None):
     for axes in rows:
         axes[0].set_ylabel("error (%)")
     if top is None:
-        _scale_errors(list(rows.flat))
+        _scale_errors(list(rows.flat), rows[:, 0])
     else:
         rows[0, 0].set_ylim(0, top)
     words = f"thin: training error, bold: {evaluated[0]} error" if evaluated else "training error"
@@ -400,6 +402,8 @@ def _add_legend_of_points(figure, record):
 def _add_legend_beside(figure, handles, **style):
     """Adds a legend on the right, and enlarges the figure if the legend would leave its panels no room."""
     legend = figure.legend(handles=handles, loc="outside right center", frameon=False, **style)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # two $ in the values of a grid are no formula
     extent = legend.get_window_extent()
     enlarge(figure, extent.width / figure.dpi - 2, extent.height / figure.dpi + 1)
 

@@ -21,6 +21,7 @@ import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
+from urllib import parse
 
 from flax import traverse_util
 
@@ -214,7 +215,7 @@ def collect(studies):
       studies: from `read_records`.
 
     Raises:
-      ValueError: two records hold the same run.
+      ValueError: two records hold the same run, or one holds it twice.
     """
     rows, records_of = {}, {}
     for name, record in studies.items():
@@ -228,6 +229,11 @@ def collect(studies):
             # By their texts: a package that another one stands in for has no version to compare.
             group = json.dumps([recipe(config), sorted(starts, key=repr)], sort_keys=True)
             row = rows.setdefault(group, Row([], point, config, [], []))
+            if records_of.get((group, run["seed"])) == name:
+                raise ValueError(
+                    f"{name}: seed {run['seed']} of {network(config)} ran more than once, at points that "
+                    "differ only in keys on which no result should depend; remove this record"
+                )
             if (group, run["seed"]) in records_of:
                 raise ValueError(
                     f"seed {run['seed']} of {network(config)} is in {records_of[group, run['seed']]} and "
@@ -384,7 +390,9 @@ def table(rows, place="results", short=False):
                 f"{sum(values) / len(values) - published.error:+.2f}" if published and values else "",
                 hardware(row.environments),
                 dates(row.runs),
-                ", ".join(f"[{name.removesuffix('.json')}]({place}/{name})" for name in row.names),
+                ", ".join(
+                    f"[{name.removesuffix('.json')}]({place}/{parse.quote(name)})" for name in row.names
+                ),
             ]
         )
     shown = [TITLES.index(title) for title in (SHORT if short else TITLES)]

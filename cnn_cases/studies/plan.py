@@ -17,6 +17,7 @@ Points are dicts {key of the grid: value}.
 import collections
 import copy
 import itertools
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from cnn_cases import settings
+
+LONGEST_NAME = 255  # bytes of a file's name, on Linux and macOS
 
 
 class Run(NamedTuple):
@@ -70,6 +73,12 @@ def expand(study):
     name, times = collections.Counter(run.name for run in runs).most_common(1)[0]
     if times > 1:
         raise ValueError(f"grid: {times} runs would have the name {name}; change the values that make it")
+    for run in runs:  # now, not when its directory is to be made, after hours of other runs
+        if len(os.fsencode(run.name)) > LONGEST_NAME:
+            raise ValueError(
+                f"grid: the name of a run would have more than {LONGEST_NAME} bytes, which is too long for "
+                f"its directory: {run.name[:60]}...; use fewer keys or shorter values"
+            )
     return runs
 
 

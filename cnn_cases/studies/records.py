@@ -73,6 +73,10 @@ def _check_parts(record, study):
     for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
         if plan.lookup(study["base"], key) is None:
             raise ValueError(f"config: base has no {key}")
+    for key, kind in (("num_steps", int), ("batch_size", int), ("data.augment", dict)):
+        value = plan.lookup(study["base"], key)
+        if type(value) is not kind and value is not None:  # the first two are there, see above
+            raise ValueError(f"config: base.{key} = {value!r} is no {kind.__name__}")
 
 
 def _check_runs(record):
@@ -104,7 +108,8 @@ def _wrong(record, run):
     if not isinstance(run.get("date", ""), str):
         yield "date", run["date"], "a text"
     starts = run["environments"]
-    if not (isinstance(starts, list) and starts and all(start in numbers for start in starts)):
+    are_numbers = isinstance(starts, list) and all(type(start) is int for start in starts)
+    if not (are_numbers and starts and all(start in numbers for start in starts)):
         yield "environments", starts, f"numbers of environments, which are below {len(numbers)}"
     figures = [("curves", _is_curve, "pairs of a step and a finite number")]
     if run["status"] == "finished":
@@ -125,7 +130,7 @@ def _is_curve(value):
 
 def _is_number(value):
     try:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer that is too large for a float
         return False
 

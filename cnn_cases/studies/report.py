@@ -7,9 +7,17 @@ from cnn_cases import tables
 from cnn_cases.studies import figures, plan, records
 from cnn_cases.training import disk
 
+# What some reports have and others lack.
+_NOT_OF_ALL = (
+    *("comparison.csv", "comparison.md"),
+    *(f"{name}.{kind}" for name in ("loss", "depth", "difference") for kind in ("png", "svg")),
+)
+
 
 def write(record, workdir, texts, drawings, panel_key=None, panels=None):
     """Writes record.json, curves.csv, curves.html (the page), and the study's own tables and figures.
+
+    Tables and figures that only the report before had, for example of a larger part of the grid, are removed.
 
     Args:
       record: see `records`.
@@ -21,6 +29,10 @@ def write(record, workdir, texts, drawings, panel_key=None, panels=None):
     from cnn_cases.studies import page  # not above, since each process of `--jobs` would wait for Bokeh too
 
     workdir = pathlib.Path(workdir)
+    if (workdir / "record.json").exists():  # otherwise they are no report's
+        for name in _NOT_OF_ALL:
+            if name.partition(".")[0] not in texts.keys() | drawings.keys():
+                (workdir / name).unlink(missing_ok=True)
     for name, make in texts.items():
         disk.write_text(workdir / f"{name}.csv", make("csv"))
         disk.write_text(workdir / f"{name}.md", make("markdown"))

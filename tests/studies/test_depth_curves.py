@@ -239,3 +239,13 @@ def test_a_report_is_files_for_people_and_programs(record, tmp_path):
         *("difference.png", "difference.svg", "loss.png", "loss.svg"),
     }
     assert all(path.stat().st_size > 100 for path in tmp_path.iterdir())
+
+
+def test_a_depth_without_pairs_is_not_at_the_edge(record):
+    for one in record["runs"]:
+        if one["model.depth"] == 20:
+            one["status"] = "diverged"
+    for axis in depth_curves.draw_difference(record).axes:
+        low, high = axis.get_xlim()
+        assert low < 8
+        assert high > 20

@@ -221,3 +221,22 @@ def test_where_all_errors_are_zero_the_axis_has_room(record):
         one["curves"] |= {name: [[10, 0.0], [20, 0.0]] for name in ("running/error", "test/error")}
     _, error = figures.draw_curves(record).axes
     assert error.get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "draw", [figures.draw_curves, lambda record: figures.draw_loss_by(record, "start.workdir")]
+)
+def test_a_dollar_in_a_value_is_no_formula(record, draw, tmp_path):
+    frozen, starts = (("[$c{]onv1", "[$d]ense"), ("conv1",)), ("$x{$", "y")
+    record["config"]["grid"] = [["optimizer.frozen", frozen], ["start.workdir", starts]]
+    record["runs"] = record["runs"][:4]
+    for number, one in enumerate(record["runs"]):
+        one |= {"optimizer.frozen": frozen[number // 2], "start.workdir": starts[number % 2]}
+    figures.save(draw(record), tmp_path / "figure")
+
+
+def test_each_row_of_codes_says_where_its_axis_is_logarithmic(mixed):
+    figure = figures.draw_errors_by(mixed, "model.plain")
+    told = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+    assert len(told) == 2
+    assert all("then logarithmic" in label for label in told)

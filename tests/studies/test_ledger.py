@@ -395,3 +395,16 @@ def test_a_key_that_a_record_lacks_counts_as_zero():
     for augment in ({"flip": True, "pad": 4}, {"flip": True}, {"pad": 4}):
         found = ledger.counterpart({"model": model, "data": DATA | {"augment": augment}}, "test/error")
         assert (found is not None) == (len(augment) == 2)
+
+
+def test_a_record_whose_grid_no_result_depends_on_is_told_so():
+    one = record(outcome(0, 0.08))
+    one["config"]["grid"] = [["log_every_steps", [5, 10]]]
+    one["runs"] = [one["runs"][0] | {"log_every_steps": every} for every in (5, 10)]
+    with pytest.raises(ValueError, match=r"^one\.json: seed 0 of resnet_cifar.* ran more than once"):
+        table(one=one)
+
+
+def test_a_link_to_a_record_holds_no_space():
+    (line,) = ledger.table(ledger.collect({"my study.json": record(outcome(0, 0.08))}))[1:]
+    assert line[-1] == "[my study](results/my%20study.json)"

@@ -148,3 +148,17 @@ def test_the_summary_has_the_longest_of_the_runs(record):
     for one in record["runs"]:
         one["num_steps"] = 20
     assert "of up to 2,000 steps." in page.to_html(record)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 9])
+def test_the_text_of_a_button_can_be_read(number, record):
+    record["config"]["grid"] = [["model.depth", list(range(number))]]
+    record["runs"] = [record["runs"][0] | {"model.depth": depth} for depth in range(number)]
+    style = r"nth-child\(\d\) \{ background: (#\w{6}); color: (black|white);"
+    pairs = re.findall(style, page.to_html(record))
+    assert len(pairs) == number
+    for color, ink in pairs:
+        channels = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        light = 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05  # as WCAG 2 defines it
+        assert (light / 0.05 if ink == "black" else 1.05 / light) > 4.4

@@ -106,3 +106,9 @@ def test_only_a_key_of_the_grid_can_be_compared(record, compare, known):
 )
 def test_short_names_tell_the_keys_apart(keys, names):
     assert list(plan.short_names(keys).values()) == names
+
+
+def test_a_name_that_is_too_long_for_a_directory_is_refused_before_anything_runs(data_dir):
+    study = tiny_study(data_dir, grid=(("optimizer.frozen", (("conv1",), ("conv1", "conv2") * 20)),))
+    with pytest.raises(ValueError, match="grid: the name of a run would have more than 255 bytes"):
+        plan.expand(study)

@@ -140,3 +140,21 @@ def test_a_point_and_a_seed_run_once_by_each_code(mixed, tmp_path):
     path.write_text(json.dumps(mixed | {"runs": [*mixed["runs"], again]}))
     with pytest.raises(ValueError, match=r"runs\[\d+\] is a duplicate, of the same code and with seed 0"):
         records.read(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda record: record["runs"][0].update(environments=[0.0]), r"runs\[0\]: environments = \[0.0\]"),
+        (lambda record: record["runs"][0]["metrics"].update({"test/error": True}), "test/error = True"),
+        (lambda record: record["config"]["base"].update(num_steps="20"), "base.num_steps = '20' is no int"),
+        (lambda record: record["config"]["base"].update(batch_size="32"), "base.batch_size = '32' is no int"),
+        (lambda record: record["config"]["base"]["data"].update(augment=5), "base.data.augment = 5 is no"),
+    ],
+)
+def test_a_part_of_another_type_is_named(record, damage, message, tmp_path):
+    damage(record)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        records.read(path)

@@ -375,3 +375,21 @@ def test_the_table_for_programs_has_fractions_and_numbers(record, tmp_path):
     assert (shallow["seeds"], shallow["train/error seeds"], shallow["diverged"]) == ("2", "2", "0")
     assert float(deep["train/error mean"]) == 0.5
     assert (deep["train/error std"], deep["train/error seeds"], deep["diverged"]) == ("", "1", "1")
+
+
+def test_a_report_keeps_nothing_of_the_one_before_it(record, tmp_path):
+    whole = record["config"] | {"compare": "model.plain"}
+    kept, foreign = tmp_path / "kept", tmp_path / "foreign"
+    for directory in (kept, foreign):
+        directory.mkdir()
+    sweep.write_report(record | {"config": whole}, kept)
+    assert (kept / "comparison.md").exists()
+    assert (kept / "difference.png").exists()
+    part = whole | {"grid": [["model.depth", [8, 20]], ["model.plain", [True]]]}
+    record |= {"config": part, "runs": [one for one in record["runs"] if one["model.plain"]]}
+    sweep.write_report(record, kept)
+    names = {"table.md", "table.csv", "curves.csv", "curves.png", "curves.svg", "curves.html", "record.json"}
+    assert {path.name for path in kept.iterdir()} == names
+    (foreign / "loss.png").write_text("of something else")
+    sweep.write_report(record, foreign)
+    assert (foreign / "loss.png").exists()
