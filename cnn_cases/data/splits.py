@@ -224,7 +224,7 @@ def _parts(builder, split, prefix=""):
     except (ValueError, KeyError, NotImplementedError) as error:  # TFDS's last is for a part of 'all'
         raise ValueError(
             f"{prefix or 'split '}{split!r} of {builder.info.name!r} cannot be read: it has "
-            f"{', '.join(builder.info.splits)} ({error})"
+            f"{', '.join(builder.info.splits)} ({' '.join(str(error).split())})"
             + ("; name others, as in 'train[90%:]', or '' to leave this split out" if prefix else "")
         ) from error
     parts = []

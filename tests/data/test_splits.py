@@ -189,6 +189,11 @@ def test_a_part_of_all_is_refused_with_the_splits_that_have_parts(data_dir):
         splits.load_split("digits", "all[:90%]", data_dir)
 
 
+def test_what_is_wrong_with_a_split_is_said_in_one_line(data_dir):
+    with pytest.raises(ValueError, match=r"^data.splits.test = 'train\[:5%' of 'digits' cannot .*\Z"):
+        splits.check_disjoint("digits", {"test": "train[:5%"}, data_dir)
+
+
 def test_parts_of_several_splits_are_joined_in_order(data_dir):
     both, labels, _ = splits.load_split("digits", "test[5:]+train[:3]", data_dir)
     test, _, _ = splits.load_split("digits", "test", data_dir)
