@@ -580,6 +580,10 @@ def main(arguments=None):
     parser.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text")
     parser.add_argument("--figure", type=_figure_path, metavar="FILE", help="a .png or .svg file to draw")
     options = parser.parse_args(arguments)
+    keys = [key for key, _ in options.set]
+    for key in keys:
+        if keys.count(key) > 1:
+            parser.error(f"--set {key} is given more than once")
     with parsing.one_message():
         reports = [
             analyse(path, options.image_shape, options.num_classes, options.batch_size, options.set)

@@ -230,6 +230,7 @@ def draw_curves(record):
         _scale_errors([error], [error])
         for axis in (loss, error):
             axis.set(xlabel="training step", xlim=(0, None))
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         if code:
@@ -319,6 +320,7 @@ def draw_panels(record, curves, key, titles=None, names=None):
     rows[0][0].set_xlim(0, None)  # for all panels; set last, since it ends at the longest curve
     for axis in rows[-1]:
         axis.set_xlabel("training step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     handles = []
     for point, color, marker in looks:
         runs = [run for run in record["runs"] if tuple(run[one] for one in others) == point]

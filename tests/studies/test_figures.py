@@ -216,6 +216,16 @@ def test_long_texts_are_shortened_where_that_leaves_them_apart():
     assert figures.shortened(threefold) == {text: text for text in threefold}
 
 
+@pytest.mark.parametrize(
+    "draw", [figures.draw_curves, lambda record: figures.draw_errors_by(record, "model.plain")]
+)
+def test_there_is_no_half_of_a_step(record, draw):
+    for one in record["runs"]:
+        one["curves"] = {name: [[1, 0.5], [3, 0.4]] for name in one["curves"]}
+    for axis in draw(record).axes:
+        assert all(tick == round(tick) for tick in axis.get_xticks())
+
+
 def test_where_all_errors_are_zero_the_axis_has_room(record):
     for one in record["runs"]:
         one["curves"] |= {name: [[10, 0.0], [20, 0.0]] for name in ("running/error", "test/error")}
