@@ -1,6 +1,6 @@
 """Runs a sweep: every point of a grid of config keys with every seed, each a run that can be resumed.
 
-    python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/lenet5
+    python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/seeds
 
 prints a table of the final metrics and writes it (table.md), with the curves (curves.png, curves.svg and the
 page curves.html), a comparison in pairs (comparison.md, difference.png) if the study defines one, and all

@@ -1,7 +1,7 @@
 """Any training config with three seeds; the name of its file follows the colon.
 
 Command: python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist \
-             --workdir=runs/lenet5_mnist
+             --workdir=runs/seeds_lenet5_mnist
 
 The argument of that config, if it takes one, follows another colon, as in seeds.py:resnet_cifar10:full_train.
 `--config.seeds="(3, 4)"` sets other seeds, and `--config.base.<key>` sets any key of the config.
