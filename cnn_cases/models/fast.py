@@ -1,7 +1,9 @@
 """Some of Flax's operations, rewritten so that XLA runs them faster, with the same values and gradients.
 
 On a CPU or GPU, some of them have no forward-mode derivative, which `jax.jvp` and Hessian-vector products
-need: trace such computations inside `written_for("tpu")`, which selects Flax's operations.
+need: trace such computations inside `written_for("tpu")`, which selects Flax's operations. Where a map or a
+gradient holds a NaN or an infinity, pixels beside those that see it can become NaN, too: some of these forms
+multiply it by zeros.
 
 You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated` and
 `max_pool` for `nn.max_pool`. `docs/speed.md` has the measurements.
@@ -14,11 +16,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
 _WORTH_A_BAND = 10_000_000  # multiplications from which on a band pays off; see `_conv_for_cpu`
 _ORDER = ("NHWC", "HWIO", "NHWC")  # axis order of images, kernel and result
+_OPTIONS = {"lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count", "precision"}
 _FILTERS_AT_ONCE = 64  # that a GPU's matrix units compute; see `conv_of_wide_pixels`
 
 _written_for = contextvars.ContextVar("written_for", default=None)
@@ -53,30 +57,26 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     - On a CPU and a TPU, a grouped convolution becomes one convolution for each group. On a CPU, the gradient
       of a kernel in two groups takes fifteen times as long as those of two kernels. On a TPU, the change
       makes a step of AlexNet with two groups an eighth shorter, by the compiler's estimate.
-    - Dilated convolutions, which no network of this package has, keep `lax`'s form.
+    - Others than those of the networks here keep `lax`'s form; see `_is_like_ours`.
 
     Without `options`, nothing is dilated and there is one group.
 
     Shapes: x [B, H, W, C], kernel [h, w, C / groups, F] -> [B, H', W', F].
 
     Raises:
-      ValueError: the maps have no pixels.
+      ValueError: the maps are smaller than the kernel.
     """
     undilated = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
     options = undilated | {"dimension_numbers": _ORDER} | options
-    if 0 in x.shape[1:3]:
-        raise ValueError(
-            f"a feature map of {x.shape[1]}x{x.shape[2]} pixels is empty: the images are too small for "
-            "this network (data.image_size, data.border)"
-        )
+    if not _is_like_ours(x, kernel, options):
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+    _check_fits(x, kernel.shape[:2], window_strides, padding)
     groups = options["feature_group_count"]
     if groups > 1 and (is_for_cpu() or platform() == "tpu"):
         options |= {"feature_group_count": 1}
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
         parts = [conv_general_dilated(*part, window_strides, padding, **options) for part in parts]
         return jnp.concatenate(parts, axis=-1)
-    if any(dilation > 1 for dilation in (*options["lhs_dilation"], *options["rhs_dilation"])):
-        return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     if is_for_cpu():
         return _conv_for_cpu(x, kernel, window_strides, padding)
     if platform() == "gpu":
@@ -85,6 +85,25 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
         if size > 1:
             return conv_of_wide_pixels(x, kernel, pads, size, **options)
     return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+
+
+def _is_like_ours(x, kernel, options):
+    """Returns whether a convolution is of the kind that the networks here have, and so can be rewritten.
+
+    It has two spatial axes, no dilation, this axis order and only options that `nn.Conv` passes. Its arrays'
+    types give all sizes, which `jax.export` can leave open, and no split over the devices of a mesh, as they
+    do under `jax.set_mesh`: only `lax`'s own operation knows how its result is split then.
+    """
+    orders = (options["dimension_numbers"], _ORDER)
+    types = [jax.typeof(array) for array in (x, kernel)]
+    return (
+        kernel.ndim == 4
+        and options.keys() <= _OPTIONS
+        and len({lax.conv_dimension_numbers(x.shape, kernel.shape, order) for order in orders}) == 1
+        and max(*options["lhs_dilation"], *options["rhs_dilation"]) == 1
+        and all(isinstance(size, int) for one in types for size in one.shape)
+        and not any(axis for one in types for axis in one.sharding.spec)
+    )
 
 
 def _conv_for_cpu(x, kernel, window_strides, padding):
@@ -166,7 +185,17 @@ def _conv_gradients(strides, pads, inputs, gradient):
         rhs_dilation=strides,
         dimension_numbers=_ORDER,
     )
-    return of_x, of_kernel.transpose(1, 2, 0, 3)
+    return _summed_as(x, of_x), _summed_as(kernel, of_kernel.transpose(1, 2, 0, 3))
+
+
+def _summed_as(value, gradient):
+    """Returns the gradient of `value`; inside `jax.shard_map`, its sum over the devices that share `value`.
+
+    JAX does so in the gradients of its own operations, of which an addition is one, and leaves it to others.
+    """
+    if jax.typeof(gradient) == jax.typeof(value):
+        return gradient
+    return jax.vjp(lambda value: value + gradient, value)[1](gradient)[0]
 
 
 conv_in_order.defvjp(_conv_and_inputs, _conv_gradients)
@@ -296,7 +325,11 @@ def max_pool(x, window_shape, strides, padding="VALID"):
 
     Returns:
       [B, H', W', C].
+
+    Raises:
+      ValueError: the maps are smaller than the window.
     """
+    _check_fits(x, window_shape, strides, padding)
     if is_for_cpu():
         pool = max_pool_by_shifts
     elif platform() == "gpu":
@@ -345,9 +378,10 @@ def _largest_and_place(x, geometry):
         x[:, row : row + ends[0] : strides[0], column : column + ends[1] : strides[1]]
         for row, column in itertools.product(*map(range, window_shape))
     ]
-    largest, place = cells[0], jnp.zeros(cells[0].shape, jnp.uint8)
-    for number, cell in enumerate(cells[1:], start=1):
-        place = jnp.where(_is_larger(largest, cell), place, jnp.uint8(number))
+    numbers = np.arange(len(cells), dtype=np.min_scalar_type(len(cells) - 1))  # a byte for up to 16x16 cells
+    largest, place = cells[0], jnp.zeros(cells[0].shape, numbers.dtype)
+    for number, cell in zip(numbers[1:], cells[1:], strict=True):
+        place = jnp.where(_is_larger(largest, cell), place, number)
         largest = _larger(largest, cell)
     return largest, place
 
@@ -373,6 +407,17 @@ def _pads(x, window_shape, strides, padding):
     if isinstance(padding, str):
         return lax.padtype_to_pads(x.shape[1:3], window_shape, strides, padding)
     return padding
+
+
+def _check_fits(x, window_shape, strides, padding):
+    """Raises ValueError if no window fits: the result would be an empty map, and its mean NaN."""
+    sides = zip(x.shape[1:3], _pads(x, window_shape, strides, padding), window_shape, strict=True)
+    if any(side + sum(edges) < window for side, edges, window in sides):
+        raise ValueError(
+            f"a feature map of {x.shape[1]}x{x.shape[2]} pixels is smaller than a window of "
+            f"{window_shape[0]}x{window_shape[1]}: the images are too small for this network "
+            "(data.image_size, data.border)"
+        )
 
 
 def _larger(a, b):

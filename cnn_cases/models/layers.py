@@ -46,10 +46,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x):
         """[..., C] -> [..., C]; statistics of a channel are over all other axes."""
         channels = x.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
-        scale = self.param("scale", self.scale_init, channels)
-        bias = self.param("bias", nn.initializers.zeros, channels)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", self.scale_init, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
         x = x.astype(jnp.float32)
         if self.use_running_average:
             mean, var = running_mean.value, running_var.value

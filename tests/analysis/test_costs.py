@@ -324,7 +324,7 @@ def test_a_layer_may_take_and_give_several_maps_and_be_called_by_keywords():
 
 def test_a_map_without_pixels_is_refused():
     conv = Conv(4, (3, 3), padding=1)
-    with pytest.raises(ValueError, match="a feature map of 0x6 pixels is empty: the images are too small"):
+    with pytest.raises(ValueError, match="a feature map of 0x6 pixels is smaller than a window of 3x3"):
         alone(nn.Sequential([lambda x: x[:, 6:], conv]), (6, 6, 4))
 
 

@@ -2,11 +2,13 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_cases.models import fast
 from cnn_cases.models.fast import conv_general_dilated, max_pool
@@ -217,6 +219,103 @@ def test_what_goes_into_a_convolution_is_not_computed_again_for_its_gradient():
     x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     program = jax.jit(jax.grad(loss)).lower(kernel, x).compile().as_text()
     assert len(re.findall(r" maximum\(", program)) == 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_shard_map_sums_the_gradients_over_the_parts_of_a_batch(platform):
+    def loss(kernel, x):
+        y = nn.relu(conv_general_dilated(x, kernel, (1, 1), "SAME", **PLAIN))
+        return (max_pool(y, (2, 2), (2, 2)) ** 2).sum()
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+    whole, parts = PartitionSpec(), PartitionSpec("batch")
+    kernel, x = drawn(0, 3, 3, 4, 8), drawn(1, 4, 8, 8, 4)
+    gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(whole, parts), out_specs=whole)
+    with fast.written_for(platform):
+        found = jax.jit(gradient)(kernel, x)
+    np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_batch_may_be_split_over_a_mesh_by_its_type(platform, groups):
+    def loss(kernel, x):
+        options = PLAIN | {"feature_group_count": groups}
+        y = nn.relu(conv_general_dilated(x, kernel, (1, 1), "SAME", **options))
+        return (max_pool(y, (2, 2), (2, 2)) ** 2).sum()
+
+    kernel, x = drawn(0, 3, 3, 4 // groups, 8), drawn(1, 4, 8, 8, 4)
+    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2])
+    with fast.written_for(platform), jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(loss))(
+            jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())),
+            jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch"))),
+        )
+    np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    ("side", "channels", "filters"), [(14, 6, 16), (8, 16, 16), (2, 16, 16)], ids=["band", "wide", "patches"]
+)
+def test_a_network_can_be_exported_for_batches_of_any_size(platform, side, channels, filters):
+    kernel, x = drawn(0, 3, 3, channels, filters), drawn(1, 3, side, side, channels)
+
+    def network(x):
+        return max_pool(conv_general_dilated(x, kernel, (1, 1), "SAME", **PLAIN), (2, 2), (2, 2))
+
+    any_batch = jax.export.symbolic_shape(f"batch, {side}, {side}, {channels}")
+    with fast.written_for(platform):
+        exported = jax.export.export(jax.jit(network))(jax.ShapeDtypeStruct(any_batch, jnp.float32))
+    np.testing.assert_allclose(exported.call(x), jax.jit(network)(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_max_pool_has_windows_of_more_cells_than_a_byte_can_number(backend):
+    x = drawn(0, 1, 17, 17, 3)
+    places = jax.jit(jax.grad(lambda x: max_pool(x, (17, 17), (1, 1)).sum()))
+    with fast.written_for(backend):
+        np.testing.assert_array_equal(places(x), x == x.max((1, 2), keepdims=True))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    ("x_shape", "kernel_shape", "options"),
+    [
+        ((4, 8, 8, 3), (3, 3, 3, 4), {"batch_group_count": 2}),
+        ((4, 8, 8, 3), (3, 3, 3, 4), {"preferred_element_type": jnp.float32}),
+        ((4, 8, 8, 3), (1, 1, 3, 4), {"preferred_element_type": jnp.float32}),
+        ((4, 3, 8, 8), (4, 3, 3, 3), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
+        ((4, 8, 3), (3, 3, 4), {"dimension_numbers": ("NWC", "WIO", "NWC")}),
+        ((4, 8, 6, 7, 3), (3, 3, 3, 3, 4), {"dimension_numbers": ("NDHWC", "DHWIO", "NDHWC")}),
+    ],
+    ids=str,
+)
+def test_what_is_not_rewritten_is_xla_s(x_shape, kernel_shape, options, platform):
+    x, kernel = (drawn(0, *shape).astype(jnp.bfloat16) for shape in (x_shape, kernel_shape))
+    strides = (1,) * (len(x_shape) - 2)
+    options = {"dimension_numbers": PLAIN["dimension_numbers"]} | options
+    with fast.written_for(platform):
+        ones = dict(lhs_dilation=strides, rhs_dilation=strides)
+        ours = conv_general_dilated(x, kernel, strides, "VALID", **ones, **options)
+    xla = lax.conv_general_dilated(x, kernel, strides, "VALID", **options)
+    assert (ours.shape, ours.dtype) == (xla.shape, xla.dtype)
+    np.testing.assert_array_equal(ours, xla)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 3, 8)])
+def test_a_window_larger_than_the_map_is_an_error(platform, shape):
+    x, kernel = jnp.ones(shape), jnp.ones((5, 5, 8, 4))
+    message = (
+        f"a feature map of 3x{shape[2]} pixels is smaller than a window of 5x5: the images are too small"
+    )
+    with fast.written_for(platform):
+        with pytest.raises(ValueError, match=message):
+            conv_general_dilated(x, kernel, (1, 1), "VALID")
+        with pytest.raises(ValueError, match=message):
+            max_pool(x, (5, 5), (1, 1))
+        assert conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1))).shape == (1, 1, shape[2] - 2, 4)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

@@ -239,6 +239,14 @@ def test_batch_normalisation_starts_from_mean_0_and_variance_1_whatever_it_is_sh
     np.testing.assert_array_equal(stats["batch_stats"]["var"], 1)
 
 
+def test_batch_normalisation_is_float32_even_where_jax_has_float64():
+    with jax.enable_x64(True):
+        norm, x = BatchNorm(use_running_average=False, epsilon=1e-5), jnp.ones((4, 3), jnp.float32)
+        variables = norm.init(jax.random.key(0), x)
+        _, updated = norm.apply(variables, x, mutable=["batch_stats"])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((variables, updated))} == {"float32"}
+
+
 def test_a_conv_unit_starts_as_he_et_al_draw_it_cut_off_at_two_deviations():
     variables = ConvUnit(64, (3, 3)).init(jax.random.key(0), jnp.zeros((1, 3, 3, 16)))
     kernel, deviation = variables["params"]["conv"]["kernel"], np.sqrt(2 / (3 * 3 * 16))
