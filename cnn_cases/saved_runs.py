@@ -69,7 +69,8 @@ def read_starts(workdir):
     except ValueError as error:
         logging.getLogger(__name__).warning("%s. The code and data may differ from the run's", error)
         return []
-    logbook.warn_of_changes(workdir, starts, provenance.environment())
+    # The first use of devices, which may be missing.
+    logbook.warn_of_changes(workdir, starts, provenance.environment(devices.local_devices()))
     return starts
 
 

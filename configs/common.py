@@ -59,7 +59,7 @@ def get_config():
     config.data.stream = ConfigDict()  # for the feed "stream"
     # Processes that make training batches; 0: threads of this process, enough for a few cores. Workers keep
     # up to workers * (2 * buffer + 2) batches in shared memory (/dev/shm), which may be too small in a
-    # container (see `docker run --shm-size`).
+    # container (see `docker run --shm-size`); a run whose batches cannot fit is refused.
     config.data.stream.workers = 0
     # Batches that each worker makes in advance; without workers, the number of threads, one batch each.
     # Evaluation always uses max(buffer, workers) threads.

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,14 @@ def test_other_code_is_told(run, monkeypatch, caplog):
     monkeypatch.setattr(provenance, "_code", lambda: "0123456789ab")
     predict.load(run[0])
     assert "was last started with other code or packages: code: " in caplog.text
+
+
+def test_a_device_that_is_not_there_is_told(run, monkeypatch):
+    for name in ("devices", "local_devices"):
+        missing = RuntimeError("Unable to initialize backend 'cuda'")
+        monkeypatch.setattr(jax, name, mock.Mock(side_effect=missing))
+    with pytest.raises(ValueError, match=r"JAX finds no such device here \(Unable to initialize backend"):
+        predict.load(run[0])
 
 
 def test_a_protocol_that_the_network_cannot_take_is_refused(run):

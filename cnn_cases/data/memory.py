@@ -6,6 +6,7 @@ import os
 import pathlib
 
 OWN_GROUPS, GROUPS = pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
+SHARED = pathlib.Path("/dev/shm")  # on Linux
 
 
 def check(num_images, shape, keys, twice=False):
@@ -23,6 +24,28 @@ def check(num_images, shape, keys, twice=False):
             f"{num_images:,} images of {'x'.join(map(str, shape))}{held} take {wanted / 1e9:,.1f} GB, and "
             f"this machine, container or job has {there / 1e9:,.1f} GB of memory; change {keys}"
         )
+
+
+def check_shared(num_images, shape, keys):
+    """Raises ValueError if uint8 images do not fit into shared memory; see `check`.
+
+    Its size counts, not what is free: what a killed run has left there may be about to be freed.
+    """
+    wanted, there = num_images * math.prod(shape), shared()
+    if there is not None and wanted > there:
+        raise ValueError(
+            f"{num_images:,} images of {'x'.join(map(str, shape))} take {wanted / 1e6:,.1f} MB of shared "
+            f"memory, and {SHARED} has {there / 1e6:,.1f} MB; enlarge it (`docker run --shm-size`), or "
+            f"change {keys}"
+        )
+
+
+def shared():
+    """The size of the shared memory of this machine or container, in bytes; None if it is not limited."""
+    if not SHARED.is_dir():
+        return None
+    system = os.statvfs(SHARED)
+    return system.f_blocks * system.f_frsize or None  # 0: no limit of its own
 
 
 def available():

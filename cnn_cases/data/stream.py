@@ -16,6 +16,8 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
+import signal
 import threading
 import weakref
 import zlib
@@ -39,6 +41,12 @@ _QUEUES = 2
 MAX_WAIT = 10  # seconds for a thread that only unlinks files
 _CROP_STREAM = 1  # separates the random numbers of crops from those of the order
 _ENDLESS = 2**62  # batches
+# Signals by which the system ends a worker for lack of memory.
+_DEATHS = {
+    signal.SIGBUS: f"{memory.SHARED} is full, or a file of the data set became shorter (SIGBUS); enlarge it "
+    "(`docker run --shm-size`), remove what killed runs have left there, or use fewer data.stream.workers",
+    signal.SIGKILL: "perhaps for lack of memory (SIGKILL); use fewer data.stream.workers",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +148,12 @@ class StreamFeed:
             self.image_shape,
             "data.stream.workers, data.stream.buffer, evaluation.batch_size, batch_size or data.image_size",
         )
+        if workers:
+            memory.check_shared(
+                kept * batch_size // process_count,
+                self.image_shape,
+                "data.stream.workers (0 needs none), data.stream.buffer, batch_size or data.image_size",
+            )
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._workers, self._buffer = workers, buffer
         self._share = process_index, process_count
@@ -242,13 +256,15 @@ class StreamFeed:
             if workers:
                 stack.callback(_wait_until_freed)
             iterator = stack.enter_context(contextlib.closing(iter(batches)))
-            batch = _first(iterator) if workers else next(iterator, None)
+            with _deaths_explained():
+                batch = _first(iterator) if workers else next(iterator, None)
             while batch:
                 if workers:  # their batches lie in shared memory, which a copy frees at once
                     batch = {name: np.array(leaf) for name, leaf in batch.items()}
                 self._note(role, batch.pop("damaged").tolist())
                 yield batch
-                batch = next(iterator, None)
+                with _deaths_explained():
+                    batch = next(iterator, None)
 
     def _note(self, role, indices):
         """Warns of newly found damaged records; raises ValueError if there are too many in all."""
@@ -395,6 +411,21 @@ def _first(iterator):
     resource_tracker.ensure_running()  # otherwise starting a worker would do so, and unblock the signals
     with stopping.blocked(*stopping.SIGNALS):
         return next(iterator)
+
+
+@contextlib.contextmanager
+def _deaths_explained():
+    """Turns grain's error for a worker that the system has killed into one that says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"terminated unexpectedly with exit code -(\d+)\b", str(error))
+        reason = _DEATHS.get(found and int(found[1]))
+        if reason is None:
+            raise
+        raise ChildProcessError(
+            f"a worker of data.stream was killed: {reason}; start again to resume"
+        ) from error
 
 
 def _wait_until_freed():

@@ -35,7 +35,7 @@ from cnn_cases.analysis import costs
 from cnn_cases.models.inception import TABLE_1, InceptionModule, NaiveInceptionModule
 from cnn_cases.models.layers import ConvUnit
 from cnn_cases.studies import figures
-from cnn_cases.training import disk, provenance, runtime
+from cnn_cases.training import devices, disk, provenance, runtime
 
 IMAGE_SHAPE = (28, 28, 192)
 REPEATS = 15
@@ -238,6 +238,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     runtime.choose_cpu_flags()  # as a training run does
     with parsing.one_message():
+        devices.local_devices()  # or a message that there are none
         record = measure(options.batch_size)
         write_report(record, options.workdir)
         print(table(record))

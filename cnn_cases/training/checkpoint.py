@@ -36,12 +36,23 @@ def check_path(directory):
     """Raises ValueError if checkpoints in this directory could not be saved or read.
 
     Orbax treats a path as a pattern, TensorStore a backslash as a slash, and a bucket is not a directory.
+    TensorStore also takes the UTF-8 bytes of a path, and Python those of the locale: if they differ, the
+    values of a checkpoint would lie in another directory than the checkpoint.
     """
     if re.match(r"\w+:/", str(directory)):
         raise ValueError(f"workdir = {directory} must be a directory; mount the bucket first")
     path = str(pathlib.Path(directory).absolute())
     if set(path) & set("*?[\\"):
         raise ValueError(f"workdir = {path}: its path must have no *, ?, [ or backslash")
+    try:
+        is_utf8 = path.encode() == os.fsencode(path)
+    except UnicodeEncodeError:  # bytes that are no letters in this locale
+        is_utf8 = False
+    if not is_utf8:
+        raise ValueError(
+            f"workdir = {path!a}: its path must be UTF-8, and this process takes the names of files for "
+            f"{sys.getfilesystemencoding()}; use ASCII letters alone, or a UTF-8 locale (PYTHONUTF8=1)"
+        )
 
 
 class OtherStateError(ValueError):

@@ -55,13 +55,17 @@ def environment(devices=None):
         "devices": [device.device_kind for device in devices or jax.devices()],
         # None is JAX's own choice: bfloat16 on TPUs, TF32 on GPUs that have it.
         "matmul_precision": jax.config.jax_default_matmul_precision,
+        # Other random numbers mean another augmentation and dropout; and x64 has other rounding.
+        "random_numbers": jax.config.jax_default_prng_impl,
+        "partitionable": jax.config.jax_threefry_partitionable,
+        "x64": jax.config.jax_enable_x64,
         "versions": {package: _version(package) for package in PACKAGES},
     }
 
 
 def what_runs(environment):
     """Returns the part of an `environment` that should be the same in all processes and starts of a run."""
-    names = ("code", "python", "versions", "matmul_precision")
+    names = ("code", "python", "versions", "matmul_precision", "random_numbers", "partitionable", "x64")
     return {name: environment[name] for name in names if name in environment}
 
 

@@ -1,4 +1,5 @@
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,3 +20,15 @@ def test_a_container_has_the_memory_that_it_was_given(name, tmp_path, monkeypatc
     assert memory.available() >= whole
     (own.parent / file).write_text("123456\n")
     assert memory.available() == 123456
+
+
+def test_batches_of_workers_have_to_fit_into_shared_memory(monkeypatch):
+    def limit(blocks):
+        monkeypatch.setattr(memory.os, "statvfs", lambda _: SimpleNamespace(f_blocks=blocks, f_frsize=4096))
+
+    limit(2**14)  # 64 MiB, as in a container of Docker
+    memory.check_shared(2**10, (128, 128, 4), "data.stream.workers")
+    with pytest.raises(ValueError, match=r"/dev/shm has 67.1 MB; .* or change data.stream.workers"):
+        memory.check_shared(2**10 + 1, (128, 128, 4), "data.stream.workers")
+    limit(0)  # no limit
+    memory.check_shared(2**30, (128, 128, 4), "data.stream.workers")

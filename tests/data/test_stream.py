@@ -274,6 +274,25 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
     np.testing.assert_array_equal(seen[0], sample["image"][sample["mask"] == 1])
 
 
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(feed_of, monkeypatch):
+    monkeypatch.setattr(stream.memory, "shared", lambda: 24 * 6 * 16 * 16 * 3 - 1)
+    feed_of(**{"stream.workers": 0})
+    with pytest.raises(ValueError, match=r"144 images of 16x16x3 take 0.1 MB of shared memory"):
+        feed_of(**{"stream.workers": 4, "stream.buffer": 2})
+
+
+@pytest.mark.parametrize(("code", "reason"), [(-7, "/dev/shm is full"), (-9, "for lack of memory")])
+def test_a_worker_that_the_system_kills_is_explained_in_one_line(code, reason):
+    told = rf"a worker of data.stream was killed: .*{reason}"
+    with pytest.raises(ChildProcessError, match=told), stream._deaths_explained():
+        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search ...")
+
+
+def test_other_errors_of_workers_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="exit code 1"), stream._deaths_explained():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code 1. Search ...")
+
+
 @pytest.mark.parametrize(("workers", "batches"), [(0, 2), (4, 24)])
 def test_all_batches_that_are_made_in_advance_have_to_fit_into_memory(workers, batches, feed_of, monkeypatch):
     checked = []

@@ -1,5 +1,7 @@
 import json
+from unittest import mock
 
+import jax
 import pytest
 
 from cnn_cases.studies import bottleneck
@@ -84,6 +86,16 @@ def test_bad_input_is_answered_by_one_message(options, message, record, monkeypa
         bottleneck.main(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_told_in_one_message(monkeypatch, capsys):
+    missing = RuntimeError("Unable to initialize backend 'cuda'")
+    monkeypatch.setattr(jax, "local_devices", mock.Mock(side_effect=missing))
+    monkeypatch.setattr(bottleneck, "measure", mock.Mock(side_effect=missing))
+    with pytest.raises(SystemExit) as stop:
+        bottleneck.main([])
+    assert stop.value.code == 2
+    assert "JAX finds no such device here" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_measurement_with_one_message(monkeypatch, capsys):

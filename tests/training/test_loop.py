@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from typing import Any
 
 import jax
@@ -903,6 +904,21 @@ def test_a_workdir_whose_path_means_something_else_is_refused(name, config, tmp_
     with pytest.raises(ValueError, match=re.escape(f"{name}: its path must have no *, ?, [ or b")):
         run(config, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"), [("\udce9", "utf-8"), ("\xe9", "latin-1"), ("\udce9", "ascii")]
+)
+def test_a_workdir_whose_path_is_not_utf8_is_refused(name, encoding, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode(encoding, "surrogateescape"))
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    with pytest.raises(ValueError, match=rf"its path must be UTF-8, .* names of files for {encoding}; use"):
+        run(config, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_may_have_letters_of_any_language(tmp_path):
+    checkpoint.check_path(tmp_path / "Pr\xfcfung \u8a66\u9a13")
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run", "file:///tmp/run"])

@@ -78,6 +78,17 @@ def test_an_environment_names_the_precision_that_was_asked_for():
         assert provenance.environment()["matmul_precision"] == "highest"
 
 
+def test_settings_of_jax_that_change_the_random_numbers_or_the_rounding_are_told():
+    before = provenance.what_runs(provenance.environment())
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True):
+        now = provenance.what_runs(provenance.environment())
+    assert {name: now[name] for name in now if now[name] != before[name]} == {
+        "random_numbers": "rbg",
+        "partitionable": False,
+        "x64": True,
+    }
+
+
 @pytest.mark.parametrize(("told", "threads"), [("5", 5), (None, 3), ("", 3), ("0", 3), ("many", 3)])
 def test_threads_are_as_many_as_told_or_else_as_the_cores_of_this_process(told, threads, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 7}, raising=False)
