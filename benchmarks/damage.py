@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks import faults, record
+from benchmarks import children, faults, record
 from cnn_cases.training import checkpoint
 
 ROOT = faults.ROOT
@@ -148,11 +148,9 @@ class Workshop:
         self.train(self.undisturbed)
         while steps_of(self.stopped)[-1:] in ([], [OVERRIDES["num_steps"]]):  # the kill came too late
             shutil.rmtree(self.stopped, ignore_errors=True)
-            process = self.start(self.stopped)
-            # A kill between a checkpoint's commit and its note would leave the note one checkpoint behind.
-            _until(lambda: noted(self.stopped) >= 30, process)
-            process.kill()
-            process.communicate()
+            with children.ended(self.start(self.stopped)) as process:
+                # A kill between a checkpoint's commit and its note would leave the note one behind.
+                _until(lambda: noted(self.stopped) >= 30, process)
 
     def start(self, workdir):
         """Starts a process that trains in `workdir`."""
@@ -168,12 +166,11 @@ class Workshop:
 
     def wait(self, process):
         """Waits for a process; returns its `Run`."""
-        try:
-            out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            return Run(-signal.SIGKILL, f"did not end within {TIMEOUT_SECONDS} s")
+        with children.ended(process):
+            try:
+                out, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                return Run(-signal.SIGKILL, f"did not end within {TIMEOUT_SECONDS} s")
         return Run(process.returncode, out + errors)
 
     def judge(self, workdir, run, before, newest_step):
@@ -345,13 +342,13 @@ def deleted_meanwhile(shop, what):
     """Deletes the workdir, or a part of it, while its run trains."""
     workdir = shop.directory / "deleted"
     shutil.rmtree(workdir, ignore_errors=True)
-    process = shop.start(workdir)
-    _until(lambda: steps_of(workdir)[-1:] >= [20], process)
-    process.send_signal(signal.SIGSTOP)
-    remove(workdir / what)
-    before = contents(workdir / "checkpoints")
-    process.send_signal(signal.SIGCONT)
-    run, after = shop.wait(process), contents(workdir / "checkpoints")
+    with children.ended(shop.start(workdir)) as process:
+        _until(lambda: steps_of(workdir)[-1:] >= [20], process)
+        process.send_signal(signal.SIGSTOP)
+        remove(workdir / what)
+        before = contents(workdir / "checkpoints")
+        process.send_signal(signal.SIGCONT)
+        run, after = shop.wait(process), contents(workdir / "checkpoints")
     outcome = shop.judge(workdir, run, after, 0)
     # It saves until it finds out, and deletes the oldest checkpoints then.
     changed = [name for name, data in before.items() if after.get(name, data) != data]
@@ -366,15 +363,13 @@ def two_at_once(shop):
     shutil.copytree(shop.stopped, workdir)
     step, before = steps_of(workdir)[-1], contents(workdir / "checkpoints")
     (workdir / "lock").unlink()
-    first = shop.start(workdir)
-    _until(lambda: (workdir / "lock").exists() and (workdir / "lock").read_text(), first)
-    first.send_signal(signal.SIGSTOP)
-    second = shop.train(workdir)
+    with children.ended(shop.start(workdir)) as first:
+        _until(lambda: (workdir / "lock").exists() and (workdir / "lock").read_text(), first)
+        first.send_signal(signal.SIGSTOP)
+        second = shop.train(workdir)
     outcome = shop.judge(workdir, second, before, step)
     if f"process {first.pid} on {platform.node()}" not in "".join(second.lines):
         outcome["outcome"] = "something else: the message does not name the first process"
-    first.kill()
-    first.communicate()
     step = steps_of(workdir)[-1]
     return outcome | {"then": shop.judge(workdir, shop.train(workdir), {}, step)}
 
@@ -519,6 +514,7 @@ def main():
     options = parser.parse_args()
     if options.only and options.out:
         parser.error("--out replaces the results of all kinds of damage; leave --only out")
+    children.end_on_sigterm()
     with tempfile.TemporaryDirectory() as directory:
         found, left_out = inflict(Workshop(directory), options.only)
     if not found:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import contenders, record
+from benchmarks import children, contenders, record
 from cnn_cases import parsing, tables
 from cnn_cases.data import splits
 from cnn_cases.studies import jobs, plan
@@ -179,11 +179,8 @@ def _timed(commands, environment):
         )
         for command in commands
     ]
-    try:
+    with children.ended(*running):
         outputs = [process.communicate() for process in running]
-    finally:
-        for process in running:
-            process.kill()  # no effect on one that has ended
     seconds = time.perf_counter() - began
     for command, process, (_, errors) in zip(commands, running, outputs, strict=True):
         if process.returncode:
@@ -277,8 +274,9 @@ def main():
         peers = " ".join(map(repr, _peers_of(CASES[name], options.peers)))
         given = f"--cases {name!r} --peers {peers} --turns={options.turns}"
         commands[name] = f"python -m benchmarks.end_to_end {given}"
-    record.check(parser, options.out, commands)
+    children.end_on_sigterm()
     jobs.share_accelerators()  # this process uses JAX too
+    record.check(parser, options.out, commands, record.devices_here)
     rows = {}
     for name in options.cases:
         rows[name] = measure(name, options.turns, options.peers)

@@ -1,9 +1,10 @@
 """What a training run survives: `python -m benchmarks.faults [--kills=50] [--terms=10] [--out=FILE.json]`.
 
 A real `train.py` process is killed and restarted again and again until its run ends; then all that the run
-left is compared with an undisturbed run: the parameters and the optimizer's state bit by bit, the rows of
-metrics.jsonl byte by byte, the curves of TensorBoard point by point, and the final metrics. If a run ends
-before all signals were sent, another run begins. The signals come at these moments, in turn:
+left is compared with an undisturbed run: the parameters and the optimizer's state bit by bit, in the last and
+in the best checkpoint, the rows of metrics.jsonl byte by byte, the curves of TensorBoard point by point, and
+the final metrics. If a run ends before all signals were sent, another run begins. The signals come at these
+moments, in turn:
 
 start        any time between the start of the process and its first rows, imports and compilation included
 step         any time within 0.2 s after a row of metrics
@@ -13,7 +14,8 @@ save         while a checkpoint is being written
 
 SIGKILL leaves a process no time for anything. After SIGTERM it has to save, which is timed, say at which step
 it did, and end with exit code 143. Before it trains, it ends at once; before its imports are done, the signal
-itself ends it. A signal that came too late, when the run was over, is sent to the next run instead.
+itself ends it. A signal that came too late, when the run was over, is sent to the next run instead; in the
+first half of the run none is too late, and one that does nothing then ends the harness.
 """
 
 import argparse
@@ -34,7 +36,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks import record
+from benchmarks import children, record
 from cnn_cases import saved_runs
 from cnn_cases.training import checkpoint, logbook, programs
 
@@ -80,12 +82,15 @@ def disturb(workdir, overrides, signals, rng):
     """
     blows, startup = [], 5.0
     while True:
-        with (workdir.parent / f"{workdir.name}.log").open("w+") as errors:
-            process = start(workdir, overrides, errors)
+        with (
+            (workdir.parent / f"{workdir.name}.log").open("w+") as errors,
+            children.ended(start(workdir, overrides, errors)) as process,
+        ):
             began, blow = time.monotonic(), signals[0] if signals else None
             rows = workdir / "metrics.jsonl"
             if blow and wait_for(process, workdir, blow[1], startup, rng):
                 number, moment = blow
+                done = _last_step(rows)
                 process.send_signal(number)
                 sent = time.monotonic()
                 code = process.wait()
@@ -97,6 +102,8 @@ def disturb(workdir, overrides, signals, rng):
             # The signal, if any, came too late and stays in the queue.
             over = code == 128 + signal.SIGTERM and (workdir / "result.json").exists()
             if code == 0 or over:
+                if blow and done < overrides["num_steps"] // 2:
+                    raise RuntimeError(f"{blow} after step {done} did not end the process")
                 return blows
             errors.seek(0)
             text = errors.read()
@@ -104,18 +111,21 @@ def disturb(workdir, overrides, signals, rng):
             saved = int(saved[1]) if saved else None
             if not blow or not _is_right(*blow, code, saved, checkpoint.steps(workdir / "checkpoints")):
                 raise RuntimeError(f"exit code {code} after {blow}, saved: {saved}: {text[-2000:]}")
-            steps = [row["step"] for row in logbook.read_rows(rows)]
             blows.append(
                 {
                     "signal": signal.Signals(number).name,
                     "moment": moment,
-                    "step": max(steps, default=0),
+                    "step": _last_step(rows),
                     "exit_code": code,
                     "seconds": round(seconds, 2),
                     "saved": saved,
                 }
             )
             signals.popleft()
+
+
+def _last_step(rows):
+    return max((row["step"] for row in logbook.read_rows(rows)), default=0)
 
 
 def _is_right(number, moment, code, saved, kept):
@@ -178,10 +188,34 @@ def differences(one, other):
     if results[0]["metrics"] != results[1]["metrics"]:
         found.append("the final figures")
     step, like = _end((one / "config.json").read_text(), one)
-    states = [checkpoint.read(workdir / "checkpoints", step, like) for workdir in (one, other)]
-    leaves = zip(*(jax.tree_util.tree_leaves_with_path(state) for state in states), strict=True)
-    found += [jax.tree_util.keystr(path) for (path, a), (_, b) in leaves if not np.array_equal(a, b)]
+    saved = [workdir / "checkpoints" for workdir in (one, other)]
+    found += _different_leaves(saved, step, like)
+    best = [_best(directory) for directory in saved]
+    if best[0] != best[1]:
+        found.append(f"the best checkpoint: step {best[0]} and {best[1]}")
+    elif best[0] not in (None, step):
+        found += [f"{leaf} of the best checkpoint" for leaf in _different_leaves(saved, best[0], like)]
     return found
+
+
+def _different_leaves(directories, step, like):
+    """The names of the arrays that differ in any bit between two checkpoints of the same step."""
+    states = [checkpoint.read(directory, step, like) for directory in directories]
+    leaves = zip(*(jax.tree_util.tree_leaves_with_path(state) for state in states), strict=True)
+    return [jax.tree_util.keystr(path) for (path, a), (_, b) in leaves if _bits(a) != _bits(b)]
+
+
+def _bits(leaf):
+    leaf = np.asarray(leaf)
+    return leaf.dtype, leaf.shape, leaf.tobytes()  # 0.0 == -0.0, though their bits differ
+
+
+def _best(directory):
+    """The step of the best checkpoint; None if no checkpoint has an error of an evaluation."""
+    try:
+        return checkpoint.find(directory, "best")
+    except ValueError:
+        return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -262,6 +296,7 @@ def main():
     options = parser.parse_args()
     if min(options.kills, options.terms) < 0 or not options.kills + options.terms:
         parser.error("--kills and --terms must be 0 or more, and one of them above 0")
+    children.end_on_sigterm()
     numbers = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
     planned = list(zip(numbers, itertools.cycle(MOMENTS), strict=False))
     with tempfile.TemporaryDirectory() as directory:

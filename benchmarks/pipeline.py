@@ -37,7 +37,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks import contenders
-from benchmarks.record import check, output, write_section
+from benchmarks.record import check, devices_here, output, write_section
 from cnn_cases import parsing
 from cnn_cases.data import decode, feeds, sources, splits
 from cnn_cases.training import devices as devices_lib
@@ -341,7 +341,7 @@ def main():
     parser.add_argument("--turns", type=parsing.positive_number, default=9)
     options = parser.parse_args()
     wanted = [name for name in (*STEPS_A_TURN, "stream") if options.only in (None, name)]
-    check(parser, options.out, {name: _command(options, name) for name in wanted})
+    check(parser, options.out, {name: _command(options, name) for name in wanted}, devices_here)
     runtime.choose_cpu_flags()
     for name, of_turn in STEPS_A_TURN.items():
         if name in wanted:

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks import faults, record
+from benchmarks import children, faults, record
 from cnn_cases.training import logbook
 from cnn_cases.training.processes import LOST
 
@@ -118,13 +118,8 @@ def disturb(workdir, overrides, blows, rng):
 @contextlib.contextmanager
 def _started(*arguments):
     """The processes of `start_all`, which do not outlive the block."""
-    processes = start_all(*arguments)
-    try:
+    with children.ended(*start_all(*arguments)) as processes:
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def _wait_for(process, workdir, moment, rng):
@@ -231,6 +226,7 @@ def main():
         "--out", type=record.output, help="a JSON file, of which it writes the section 'processes'"
     )
     options = parser.parse_args()
+    children.end_on_sigterm()
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         outcomes = refused(directory)

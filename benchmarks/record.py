@@ -24,19 +24,27 @@ def output(text):
     return path
 
 
-def check(parser, path, commands):
+def check(parser, path, commands, devices=None):
     """Ends the command of an argparse parser, before it measures, if a section holds what others measured.
 
     Args:
       path: the value of its option --out; None if it was not given.
       commands: {name of the section: command}, as for `write_section`.
+      devices: a function that returns the kinds of the devices to measure; None: `write_section` checks them.
     """
     sections = _sections(path) if path else {}
     try:
         for name, command in commands.items():
             _check_kind(path, sections, name, command)
+            if devices and name in sections:
+                _check_devices(path, sections, name, devices())
     except ValueError as error:
         parser.error(str(error))
+
+
+def devices_here():
+    """The kinds of the devices of this process, for `check`; JAX must not have reserved their memory."""
+    return provenance.environment()["devices"]
 
 
 def write_section(path, name, command, figures, devices=None):
@@ -51,16 +59,18 @@ def write_section(path, name, command, figures, devices=None):
 
     Raises:
       ValueError: the file holds something else, or its section of this name is by another benchmark, or by
-        the same with other flags than numbers.
+        the same with other flags than numbers, or on other devices.
     """
     head = {"command": command, **provenance.stamp()}
     if devices:
         head["environment"]["devices"] = devices
+    devices = head["environment"]["devices"]
     at_end = provenance.commit.__wrapped__()
     if at_end != head["environment"]["commit"]:
         head["commit_at_end"] = at_end  # of processes that were started late
     sections = _sections(path)  # read last, as another command may be writing other sections
     _check_kind(path, sections, name, command)
+    _check_devices(path, sections, name, devices)
     disk.write_json(path, sections | {name: head | figures})
 
 
@@ -68,6 +78,16 @@ def _check_kind(path, sections, name, command):
     there = sections[name]["command"] if name in sections else command
     if _kind(there) != _kind(command):
         raise ValueError(f"{path}: the section {name!r} is by {there}; name another file")
+
+
+def _check_devices(path, sections, name, devices):
+    """Raises ValueError if a section is of other devices: its command may be the same on all of them."""
+    there = sections.get(name, {}).get("environment", {}).get("devices", devices)
+    if there != devices:
+        raise ValueError(
+            f"{path}: the section {name!r} is of {', '.join(there)}, and this is {', '.join(devices)}; "
+            "name another file"
+        )
 
 
 def _sections(path):
@@ -79,7 +99,7 @@ def _sections(path):
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not (
         isinstance(sections, dict)
-        and all(isinstance(one, dict) and "command" in one for one in sections.values())
+        and all(isinstance(one, dict) and isinstance(one.get("command"), str) for one in sections.values())
     ):
         raise ValueError(f"{path} has other things than sections of benchmarks; name another file")
     return sections

@@ -35,6 +35,7 @@ from benchmarks import contenders, record
 from cnn_cases import parsing, tables
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
+from cnn_cases.studies import jobs
 from cnn_cases.training import devices as devices_lib
 from cnn_cases.training import losses, optimizer, processes, runtime, steps
 from cnn_cases.training.state import init_state
@@ -501,7 +502,9 @@ def main():
         flags += f" --dtype={options.dtype} --turns={options.turns} --at_once={options.at_once}"
         return f"python -m benchmarks.throughput {flags}"
 
-    record.check(parser, options.out, {name: command(name) for name in options.cases})
+    jobs.share_accelerators()  # this process uses JAX too, for the record
+    commands = {name: command(name) for name in options.cases}
+    record.check(parser, options.out, commands, record.devices_here)
     rows, failed = {}, []
     for first in range(0, len(options.cases), options.at_once):
         names = options.cases[first : first + options.at_once]

@@ -17,6 +17,17 @@ def test_growth_is_per_thousand_steps_after_the_warm_up():
     }
 
 
+@pytest.mark.parametrize(("files_a_step", "code"), [(0.1, "growing: files with the feed resident"), (0, 0)])
+def test_files_that_become_more_are_an_error(files_a_step, code, monkeypatch):
+    samples = [(step, 100.0, 5 + files_a_step * step, 3) for step in range(0, 1000, 100)]
+    monkeypatch.setattr(endurance, "measure", lambda *_: samples)
+    monkeypatch.setattr(endurance, "FEEDS", {"resident": {}})
+    monkeypatch.setattr("sys.argv", ["endurance", "--steps=1000"])
+    with pytest.raises(SystemExit) as leaving:
+        endurance.main()
+    assert leaving.value.code == code
+
+
 def test_a_run_that_is_over_too_soon_for_a_slope_is_told():
     with pytest.raises(ValueError, match="steps = 20 are over too soon for samples"):
         endurance.summary([(0, 1.0, 1, 1), (10, 1.0, 1, 1), (20, 1.0, 1, 1)], 20)

@@ -1,14 +1,19 @@
 """The short version of `python -m benchmarks.faults`."""
 
+import collections
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import faults
-from cnn_cases.training import loop, programs
+from cnn_cases.training import checkpoint, loop, programs
 
 OVERRIDES = {
     "model.depth": 8,
@@ -36,6 +41,42 @@ def test_what_differs_is_found(config, tmp_path):
     found = faults.differences(tmp_path / "one", tmp_path / "other")
     assert {"the rows of metrics.jsonl", "the curves of TensorBoard", "the final figures"} <= set(found)
     assert any("params" in line for line in found)
+
+
+def test_another_best_checkpoint_and_a_single_bit_are_found(config, tmp_path, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    program = programs.make_program(config, jax.devices()[:1])
+    loop.train_and_evaluate(config, one, program=program, show_progress=False)
+    shutil.copytree(one, other)
+    assert faults.differences(one, other) == []
+    for workdir, step in ((one, 12), (other, 8)):
+        (workdir / f"checkpoints/{step}" / checkpoint.LATER_ERROR).write_text("-1.0")
+    assert faults.differences(one, other) == ["the best checkpoint: step 12 and 8"]
+    states = iter([{"bias": np.float32([0.0, 1.0])}, {"bias": np.float32([-0.0, 1.0])}])
+    monkeypatch.setattr(faults.checkpoint, "read", lambda *_: next(states))
+    assert "['bias']" in faults.differences(one, other)
+
+
+def test_a_signal_that_is_ignored_long_before_the_end_ends_the_harness(tmp_path, monkeypatch):
+    code = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+workdir = pathlib.Path(sys.argv[1])
+workdir.mkdir()
+with (workdir / "metrics.jsonl").open("w") as rows:
+    for step in range(1, 9):
+        rows.write(f'{{"step": {step}, "running/loss": 1.0}}\\n')
+        rows.flush()
+        time.sleep(0.1)
+"""
+
+    def start(workdir, *_):
+        return subprocess.Popen([sys.executable, "-c", code, workdir])
+
+    monkeypatch.setattr(faults, "start", start)
+    signals = collections.deque([(signal.SIGTERM, "row")])
+    with pytest.raises(RuntimeError, match=r"after step \d did not end the process"):
+        faults.disturb(tmp_path / "run", {"num_steps": 40}, signals, random.Random(0))
 
 
 def test_a_draft_that_a_killed_process_left_is_no_save(tmp_path):

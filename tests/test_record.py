@@ -54,11 +54,24 @@ def test_a_section_names_the_devices_that_were_measured_and_a_commit_that_came_m
     assert two["environment"] == one["environment"] | {"devices": ["NVIDIA H200"]}
 
 
+def test_a_section_of_other_devices_stays(tmp_path, capsys):
+    path, command = record.output(f"{tmp_path}/record.json"), "python -m benchmarks.throughput --turns=5"
+    record.write_section(path, "NIN", command, {"seconds": 1}, ["NVIDIA H200"])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="section 'NIN' is of NVIDIA H200, and this is cpu; name another"):
+        record.write_section(path, "NIN", command, {"seconds": 2}, ["cpu"])
+    assert path.read_bytes() == before
+    with pytest.raises(SystemExit):
+        record.check(argparse.ArgumentParser(), path, {"NIN": command}, lambda: ["cpu"])
+    assert "section 'NIN' is of NVIDIA H200, and this is cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is no JSON"),
         ("[]", "has other things than sections"),
+        ('{"NIN": {"command": null}}', "has other things than sections"),
         ('{"config": {}, "runs": []}', "has other things than sections"),
     ],
 )
