@@ -137,7 +137,7 @@ def _seeds(steps, workdir, config, saved, diverged):
                 f"step = {steps.stop}: with on_nonfinite = 'rewind' the run may have gone back, and there is "
                 f"no checkpoint of step {last} or later to tell; name a step up to {max(saved, default=0)}"
             )
-        rewound_to = checkpoint.read_extra(workdir / "checkpoints", after)["rewound_to"]
+        rewound_to = loop.extra_of(checkpoint.read_extra(workdir / "checkpoints", after), after).rewound_to
     return {
         done: diverged["seed_of_batches"]
         if diverged and done >= diverged["checkpoint"]

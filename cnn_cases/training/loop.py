@@ -115,9 +115,11 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
 
 
 def _check_alike(config):
-    """Raises ValueError unless all processes of a run have the same config, code and packages."""
+    """Raises ValueError unless a run's processes have the same config, code, packages and devices."""
     if not processes.is_one_of_several():
         return
+    # First: nothing can be gathered from processes with different numbers of devices.
+    devices_lib.of_all_processes(devices_lib.local_devices())
     ours = what_runs(environment())
     lead, *others = processes.gather({"config": config.to_dict()} | ours)
     # profile_steps must agree, too: a process waits for its devices there and would get out of step.
@@ -294,7 +296,7 @@ def _restore(config, program, state, log, checkpoints):
     restored = processes.lead_first(lambda: checkpoints.restore(like))
     step, state, saved = restored or (0, state or program.init_state(config.seed), {})
     step, saved = processes.from_lead(lambda: (step, saved))
-    extra = Extra(**{key: saved[key] for key in Extra._fields}) if saved else Extra()
+    extra = extra_of(saved, step) if saved else Extra()
     processes.lead_first(lambda: log.start(step, extra.rows))
     return step, processes.broadcast(state), extra
 
@@ -327,6 +329,21 @@ class Extra(NamedTuple):
     evaluated: bool = True
     final: Any = None
     rows: Any = None
+
+
+def extra_of(saved, step):
+    """Returns the `Extra` of a checkpoint; raises ValueError if older code saved it, with fewer keys.
+
+    No default can stand in for a missing key: without `rows`, for example, all rows would be dropped.
+    """
+    missing = [key for key in Extra._fields if key not in saved]
+    if missing:
+        raise ValueError(
+            f"the checkpoint of step {step} was saved by older code, without {', '.join(missing)}: this code "
+            "can evaluate it, but not resume from it; use the code that saved it (see environment.json), or "
+            "start another run from it with --config.start.workdir"
+        )
+    return Extra(**{key: saved[key] for key in Extra._fields})
 
 
 class _Call(NamedTuple):

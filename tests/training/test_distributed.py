@@ -288,6 +288,16 @@ def test_processes_of_different_configs_and_packages_are_refused(digits, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_with_different_numbers_of_devices_are_refused(digits, tmp_path):
+    two = {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=2"}
+    one = {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=1"}
+    for code, errors in job(2, tmp_path / "run", digits[1], own_environment={0: one, 1: two}):
+        assert code == 2, errors
+        assert "must have the same number of devices; they have [1, 2]" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_read_other_data_are_refused(digits, data_dir, tmp_path):
     programs.make_program(digits[0])  # leaves the decoded set there
     shutil.copytree(data_dir, tmp_path / "tfds")

@@ -320,6 +320,22 @@ def test_deleted_checkpoints_do_not_make_a_run_start_anew(config, tmp_path, prog
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("missing", [("rewound_to", "evaluated"), ("rows",)])
+def test_a_checkpoint_of_older_code_is_refused_in_one_line(missing, config, tmp_path, program, monkeypatch):
+    as_dict = loop.Extra._asdict
+
+    def as_older_code_did(extra):
+        return {key: value for key, value in as_dict(extra).items() if key not in missing}
+
+    monkeypatch.setattr(loop.Extra, "_asdict", as_older_code_did)
+    with pytest.raises(KilledError):
+        run(config, tmp_path, stop_after(program, 6, kill))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    with pytest.raises(ValueError, match=f"step 4 was saved by older code, without {', '.join(missing)}:"):
+        run(config, tmp_path, program)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
+
+
 def test_names_of_splits_that_would_leave_the_workdir_are_refused(config):
     with config.unlocked():
         config.data.splits["/x"] = "test"
