@@ -341,8 +341,8 @@ def main():
     parser.add_argument("--turns", type=parsing.positive_number, default=9)
     options = parser.parse_args()
     wanted = [name for name in (*STEPS_A_TURN, "stream") if options.only in (None, name)]
+    runtime.choose_cpu_flags()  # first: the check may use JAX
     check(parser, options.out, {name: _command(options, name) for name in wanted}, devices_here)
-    runtime.choose_cpu_flags()
     for name, of_turn in STEPS_A_TURN.items():
         if name in wanted:
             num_steps = of_turn["cpu" if jax.default_backend() == "cpu" else "accelerator"]

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import pipeline
+from benchmarks import pipeline, record
 from configs import resnet_digits
 
 
@@ -43,3 +43,15 @@ def test_the_digits_are_those_of_the_directory_that_was_given(measure, tmp_path,
         measure(str(tmp_path), 1, 4, "float32")
     data = make_program.call_args.args[0].data
     assert (data.name, data.data_dir) == ("digits", str(tmp_path))  # CIFAR-10 is not there
+
+
+def test_the_flags_are_chosen_before_the_check_of_a_record_uses_jax(tmp_path, monkeypatch):
+    path, chosen = tmp_path / "record.json", []
+    command = "python -m benchmarks.pipeline --only=resident --dtype=float32 --turns=9"
+    record.write_section(path, "resident", command, {}, ["another device"])
+    monkeypatch.setattr(pipeline.runtime, "choose_cpu_flags", lambda: chosen.append(True))
+    monkeypatch.setattr(pipeline, "devices_here", lambda: ["cpu"] if chosen else pytest.fail("too early"))
+    monkeypatch.setattr("sys.argv", ["pipeline", "--only=resident", f"--out={path}"])
+    monkeypatch.setattr(pipeline, "resident_feed", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(SystemExit):
+        pipeline.main()
