@@ -7,9 +7,9 @@ import sys
 
 @contextlib.contextmanager
 def ended(*processes):
-    """Yields the processes (a single one as itself); they do not outlive the block, however that ends."""
+    """Yields the processes as a tuple; they do not outlive the block, however that ends."""
     try:
-        yield processes if processes[1:] else processes[0]
+        yield processes
     finally:
         for process in processes:
             with process:  # closes its pipes and waits

@@ -148,7 +148,7 @@ class Workshop:
         self.train(self.undisturbed)
         while steps_of(self.stopped)[-1:] in ([], [OVERRIDES["num_steps"]]):  # the kill came too late
             shutil.rmtree(self.stopped, ignore_errors=True)
-            with children.ended(self.start(self.stopped)) as process:
+            with children.ended(self.start(self.stopped)) as (process,):
                 # A kill between a checkpoint's commit and its note would leave the note one behind.
                 _until(lambda: noted(self.stopped) >= 30, process)
 
@@ -342,7 +342,7 @@ def deleted_meanwhile(shop, what):
     """Deletes the workdir, or a part of it, while its run trains."""
     workdir = shop.directory / "deleted"
     shutil.rmtree(workdir, ignore_errors=True)
-    with children.ended(shop.start(workdir)) as process:
+    with children.ended(shop.start(workdir)) as (process,):
         _until(lambda: steps_of(workdir)[-1:] >= [20], process)
         process.send_signal(signal.SIGSTOP)
         remove(workdir / what)
@@ -363,7 +363,7 @@ def two_at_once(shop):
     shutil.copytree(shop.stopped, workdir)
     step, before = steps_of(workdir)[-1], contents(workdir / "checkpoints")
     (workdir / "lock").unlink()
-    with children.ended(shop.start(workdir)) as first:
+    with children.ended(shop.start(workdir)) as (first,):
         _until(lambda: (workdir / "lock").exists() and (workdir / "lock").read_text(), first)
         first.send_signal(signal.SIGSTOP)
         second = shop.train(workdir)

@@ -51,7 +51,7 @@ def measure(workdir, overrides):
     samples = []
     with (
         (workdir.parent / f"{workdir.name}.log").open("w+") as errors,
-        children.ended(faults.start(workdir, overrides, errors, config=CONFIG)) as process,
+        children.ended(faults.start(workdir, overrides, errors, config=CONFIG)) as (process,),
     ):
         family = psutil.Process(process.pid)
         while process.poll() is None:

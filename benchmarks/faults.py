@@ -84,13 +84,13 @@ def disturb(workdir, overrides, signals, rng):
     while True:
         with (
             (workdir.parent / f"{workdir.name}.log").open("w+") as errors,
-            children.ended(start(workdir, overrides, errors)) as process,
+            children.ended(start(workdir, overrides, errors)) as (process,),
         ):
             began, blow = time.monotonic(), signals[0] if signals else None
             rows = workdir / "metrics.jsonl"
             if blow and wait_for(process, workdir, blow[1], startup, rng):
                 number, moment = blow
-                done = _last_step(rows)
+                done = last_step(rows)
                 process.send_signal(number)
                 sent = time.monotonic()
                 code = process.wait()
@@ -115,7 +115,7 @@ def disturb(workdir, overrides, signals, rng):
                 {
                     "signal": signal.Signals(number).name,
                     "moment": moment,
-                    "step": _last_step(rows),
+                    "step": last_step(rows),
                     "exit_code": code,
                     "seconds": round(seconds, 2),
                     "saved": saved,
@@ -124,7 +124,8 @@ def disturb(workdir, overrides, signals, rng):
             signals.popleft()
 
 
-def _last_step(rows):
+def last_step(rows):
+    """The last step in a file metrics.jsonl; 0 if it has none yet."""
     return max((row["step"] for row in logbook.read_rows(rows)), default=0)
 
 

@@ -15,7 +15,6 @@ undisturbed run of four processes. A process with another config or package vers
 
 import argparse
 import collections
-import contextlib
 import os
 import pathlib
 import re
@@ -26,7 +25,6 @@ import tempfile
 import time
 
 from benchmarks import children, faults, record
-from cnn_cases.training import logbook
 from cnn_cases.training.processes import LOST
 
 COUNT = 4
@@ -105,7 +103,7 @@ def disturb(workdir, overrides, blows, rng):
     """
     done = []
     while True:
-        with _started(workdir, overrides) as processes:
+        with children.ended(*start_all(workdir, overrides)) as processes:
             if blows and _wait_for(processes[blows[0][2]], workdir, blows[0][1], rng):
                 done.append(_strike(processes, workdir, *blows.popleft()))
                 continue
@@ -113,13 +111,6 @@ def disturb(workdir, overrides, blows, rng):
             if codes != [0] * COUNT:
                 raise RuntimeError(f"exit codes {codes}: {_said(workdir, range(COUNT))}")
             return done
-
-
-@contextlib.contextmanager
-def _started(*arguments):
-    """The processes of `start_all`, which do not outlive the block."""
-    with children.ended(*start_all(*arguments)) as processes:
-        yield processes
 
 
 def _wait_for(process, workdir, moment, rng):
@@ -141,7 +132,7 @@ def _strike(processes, workdir, number, moment, struck):
     name = signal.Signals(number).name
     bound = BOUNDS["before" if moment == "import" else "after"]
     others = [index for index in range(COUNT) if index != struck]
-    step = max((row["step"] for row in logbook.read_rows(workdir / "metrics.jsonl")), default=0)
+    step = faults.last_step(workdir / "metrics.jsonl")
     processes[struck].send_signal(number)
     sent = time.monotonic()
     while any(processes[index].poll() is None for index in others) and time.monotonic() < sent + bound:
@@ -197,7 +188,7 @@ def refused(directory):
     for name, (own_flags, own_environment) in ways.items():
         workdir = directory / name
         began = time.monotonic()
-        with _started(workdir, OVERRIDES, own_flags, own_environment) as processes:
+        with children.ended(*start_all(workdir, OVERRIDES, own_flags, own_environment)) as processes:
             codes = [process.wait() for process in processes]
         texts = {
             _log_of(workdir, index).read_text().partition("error: ")[2].strip() for index in range(COUNT)

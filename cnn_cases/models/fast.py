@@ -70,21 +70,20 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     options = undilated | {"dimension_numbers": _ORDER} | options
     if not _is_like_ours(x, kernel, options):
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
-    _check_fits(x, kernel.shape[:2], window_strides, padding)
+    pads = _pads(x, kernel.shape[:2], window_strides, padding)
     groups = options["feature_group_count"]
     if groups > 1 and (is_for_cpu() or platform() == "tpu"):
         options |= {"feature_group_count": 1}
         parts = zip(jnp.split(x, groups, axis=-1), jnp.split(kernel, groups, axis=-1), strict=True)
-        parts = [conv_general_dilated(*part, window_strides, padding, **options) for part in parts]
+        parts = [conv_general_dilated(*part, window_strides, pads, **options) for part in parts]
         return jnp.concatenate(parts, axis=-1)
     if is_for_cpu():
-        return _conv_for_cpu(x, kernel, window_strides, padding)
+        return _conv_for_cpu(x, kernel, window_strides, pads)
     if platform() == "gpu":
-        pads = _pads(x, kernel.shape[:2], window_strides, padding)
         size = _pixels_in_one(x, kernel, pads) if max(window_strides) == groups == 1 else 1
         if size > 1:
             return conv_of_wide_pixels(x, kernel, pads, size, **options)
-    return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
+    return lax.conv_general_dilated(x, kernel, window_strides, pads, **options)
 
 
 def _is_like_ours(x, kernel, options):
@@ -106,7 +105,7 @@ def _is_like_ours(x, kernel, options):
     )
 
 
-def _conv_for_cpu(x, kernel, window_strides, padding):
+def _conv_for_cpu(x, kernel, window_strides, pads):
     """A convolution in operations that XLA runs fast on a CPU.
 
     Times were measured on two cores in November 2026; `docs/speed.md` has those of whole networks.
@@ -125,7 +124,6 @@ def _conv_for_cpu(x, kernel, window_strides, padding):
     keep = lax.optimization_barrier
     x = keep(x)
     height, width, channels, filters = kernel.shape
-    pads = _pads(x, (height, width), window_strides, padding)
     padded = [sum(edges) + size for edges, size in zip(pads, x.shape[1:3], strict=True)]
     out_height, out_width = (
         (size - window) // stride + 1
@@ -329,14 +327,14 @@ def max_pool(x, window_shape, strides, padding="VALID"):
     Raises:
       ValueError: the maps are smaller than the window.
     """
-    _check_fits(x, window_shape, strides, padding)
+    pads = _pads(x, window_shape, strides, padding)
     if is_for_cpu():
         pool = max_pool_by_shifts
     elif platform() == "gpu":
         pool = max_pool_by_place
     else:
         pool = nn.max_pool
-    return pool(x, window_shape, strides, padding=padding)
+    return pool(x, window_shape, strides, padding=pads)
 
 
 def max_pool_by_shifts(x, window_shape, strides, padding):
@@ -404,20 +402,21 @@ _largest.defvjp(_largest_and_place, _gather_gradients)
 
 
 def _pads(x, window_shape, strides, padding):
+    """Returns the pixels of padding, ((above, below), (left, right)).
+
+    Raises ValueError if no window fits: the result would be an empty map, and its mean NaN.
+    """
+    pads = padding
     if isinstance(padding, str):
-        return lax.padtype_to_pads(x.shape[1:3], window_shape, strides, padding)
-    return padding
-
-
-def _check_fits(x, window_shape, strides, padding):
-    """Raises ValueError if no window fits: the result would be an empty map, and its mean NaN."""
-    sides = zip(x.shape[1:3], _pads(x, window_shape, strides, padding), window_shape, strict=True)
+        pads = lax.padtype_to_pads(x.shape[1:3], window_shape, strides, padding)
+    sides = zip(x.shape[1:3], pads, window_shape, strict=True)
     if any(side + sum(edges) < window for side, edges, window in sides):
         raise ValueError(
             f"a feature map of {x.shape[1]}x{x.shape[2]} pixels is smaller than a window of "
             f"{window_shape[0]}x{window_shape[1]}: the images are too small for this network "
             "(data.image_size, data.border)"
         )
+    return pads
 
 
 def _larger(a, b):
