@@ -117,7 +117,7 @@ def whole_training(data_dir, turns, steps_a_turn, dtype):
 
 def _cifar10_or_digits(data_dir):
     config = _config(resnet_cifar10, data_dir)
-    prepared = sources.make_builder(config.data.name, data_dir).is_prepared()
+    prepared = sources.is_prepared(sources.make_builder(config.data.name, data_dir))
     return config if prepared else _config(resnet_digits, data_dir)
 
 
@@ -356,7 +356,7 @@ def main():
         rows = {}
         with tempfile.TemporaryDirectory() as directory:
             sets = [(sources.prepare(BenchmarkPhotos.name, directory).name, directory)]
-            if sources.make_builder("imagenette/320px-v2", options.data_dir).is_prepared():
+            if sources.is_prepared(sources.make_builder("imagenette/320px-v2", options.data_dir)):
                 sets.append(("imagenette/320px-v2", options.data_dir))
             for name, data_dir in sets:
                 rows[name] = streams(name, data_dir, options.turns, batches_a_turn=8)

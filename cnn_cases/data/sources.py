@@ -44,14 +44,15 @@ def make_builder(name, data_dir):
             f"data.name = {name!r} is not a name of a TFDS data set, such as 'mnist', "
             "'imagenette/320px-v2' or 'digits:1.0.0'"
         )
-    data_dir = os.path.expanduser(data_dir)  # a shell does not expand the ~ of --data_dir=~/x
+    # A shell does not expand the ~ of --data_dir=~/x, and TFDS that of $TFDS_DATA_DIR only in some places.
+    data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
     if re.match(r"\w+:/", data_dir):
         raise ValueError(f"data.data_dir = {data_dir!r} must be a directory; mount the bucket first")
     try:
         # array_record files can be read without TensorFlow.
-        return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        place = os.path.abspath(data_dir or tfds.core.constants.DATA_DIR)
+        place = os.path.abspath(data_dir)
         raise ValueError(
             f"data.name = {name!r} is not a TFDS data set, and none of that name is prepared in "
             f"data.data_dir = {place!r}; known: {', '.join(BUNDLED)} and the names that "
@@ -71,10 +72,10 @@ def prepare(name, data_dir=""):
     Raises:
       ValueError: there is no such data set, or TFDS lacks what it needs to prepare it: a package, or archives
         that only the user may download.
-      ConnectionError: the download failed.
+      ConnectionError: the download failed, or the set could not be written.
     """
     builder = make_builder(name, data_dir)
-    if builder.is_prepared():
+    if is_prepared(builder):
         return builder
     stock = type(builder).__module__.startswith("tensorflow_datasets.")
     if stock and importlib.util.find_spec("tensorflow") is None:
@@ -88,13 +89,19 @@ def prepare(name, data_dir=""):
     # What TFDS raises if a manual download is missing, or a package that it needs to read an archive.
     except (AssertionError, ImportError) as error:
         raise ValueError(f"{name!r} cannot be prepared in {builder.data_path}: {error}") from error
-    except (OSError, DownloadError, NonMatchingChecksumError, ExtractError) as error:
-        if (other := make_builder(name, data_dir)).is_prepared():  # another process was faster
+    # RuntimeError: what array_record raises if the disk is full.
+    except (OSError, RuntimeError, DownloadError, NonMatchingChecksumError, ExtractError) as error:
+        if is_prepared(other := make_builder(name, data_dir)):  # another process was faster
             return other
         raise ConnectionError(
             f"{name!r} could not be prepared in {builder.data_path}: {type(error).__name__}: {error}"
         ) from error
     return builder
+
+
+def is_prepared(builder):
+    """Returns whether a set is prepared; TFDS's own function reads a bracket in its path as a pattern."""
+    return (pathlib.Path(builder.data_path) / "dataset_info.json").exists()
 
 
 def open_prepared(name, data_dir=""):
@@ -104,7 +111,7 @@ def open_prepared(name, data_dir=""):
       ValueError: the data set is unknown or not prepared, or lacks classes or images of one byte per channel.
     """
     builder = make_builder(name, data_dir)
-    if not builder.is_prepared():
+    if not is_prepared(builder):
         if builder.name not in BUNDLED:
             where = f" DATA_DIR={shlex.quote(data_dir)}" if data_dir else ""
             raise ValueError(

@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 import resource
+import tokenize
 import zlib
 
 import numpy as np
@@ -313,8 +314,8 @@ def _decode_once(builder, base):
         images, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
         if (images.shape, images.dtype, labels.shape) == (shape, np.uint8, shape[:1]):
             return images, labels
-    except (OSError, ValueError, EOFError):
-        pass  # missing or incomplete
+    except (OSError, ValueError, EOFError, tokenize.TokenError):
+        pass  # missing, incomplete or with a damaged header, which NumPy reads as Python's tokens
     arrays = _decode(builder, base)
     for name, path, array in zip(("image", "label"), paths, arrays, strict=True):
         sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))

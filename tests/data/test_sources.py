@@ -24,15 +24,20 @@ def test_an_unknown_set_is_refused():
 
 def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    builder = sources.make_builder("digits", "~/sets")
-    assert pathlib.Path(builder.data_path).is_relative_to(tmp_path / "sets")
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "~/default")  # $TFDS_DATA_DIR
+    for data_dir, place in (("~/sets", "sets"), ("", "default")):
+        builder = sources.make_builder("digits", data_dir)
+        assert pathlib.Path(builder.data_path).is_relative_to(tmp_path / place)
 
 
-def test_a_bucket_is_no_directory():
+@pytest.mark.parametrize("given", [True, False])
+def test_a_bucket_is_no_directory(given, monkeypatch):
+    if not given:
+        monkeypatch.setattr(tfds.core.constants, "DATA_DIR", "gs://bucket/tfds")  # $TFDS_DATA_DIR
     with pytest.raises(
         ValueError, match=r"data.data_dir = 'gs://bucket/tfds' must be a directory; mount the bucket first"
     ):
-        splits.load_split("digits", "train", "gs://bucket/tfds")
+        splits.load_split("digits", "train", "gs://bucket/tfds" if given else "")
 
 
 def test_a_set_that_is_not_prepared_is_refused_without_a_try_at_the_network(tmp_path, monkeypatch):
@@ -48,6 +53,13 @@ def test_the_digits_are_prepared_on_first_use(name, tmp_path):
     images, _, _ = splits.load_split(name, "test", str(tmp_path))
     assert len(images) == 355
     assert (tmp_path / "digits" / "1.0.0" / "dataset_info.json").exists()
+
+
+def test_the_name_of_a_directory_is_no_pattern(tmp_path, monkeypatch):
+    directory = str(tmp_path / "sets [1]")
+    sources.prepare("digits", directory)
+    monkeypatch.setattr(sources, "BUNDLED", ())  # which are prepared on first use
+    assert len(splits.load_split("digits", "test", directory)[0]) == 355
 
 
 def test_preparing_and_reading_load_no_tensorflow(tmp_path):
@@ -97,6 +109,11 @@ def tensorflow(monkeypatch):
     [
         (ConnectionError("no route to host"), ConnectionError, "'mnist' could not be prepared in .*no route"),
         (OSError("disk full"), ConnectionError, "'mnist' could not be prepared in .*disk full"),
+        (
+            RuntimeError("write() failed: No space left on device"),  # array_record's
+            ConnectionError,
+            "'mnist' could not be prepared in .*No space left",
+        ),
         (DownloadError("404"), ConnectionError, "'mnist' could not be prepared in .*DownloadError: 404"),
         (
             AssertionError("Manual directory x"),
@@ -130,7 +147,7 @@ def test_a_set_that_another_process_prepares_meanwhile_will_do(tmp_path, monkeyp
         raise OSError("Directory not empty")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", come_second)
-    assert sources.prepare("digits", str(tmp_path)).is_prepared()
+    assert sources.is_prepared(sources.prepare("digits", str(tmp_path)))
 
 
 def test_a_missing_tensorflow_is_told_before_anything_is_downloaded(tmp_path, monkeypatch):

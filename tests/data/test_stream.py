@@ -375,6 +375,7 @@ def test_a_set_without_labels_or_with_other_images_is_refused(features, message,
     monkeypatch.setattr(splits, "_parts", lambda *_: [("test", 0, 1)])
     builder.as_data_source.return_value = [{"image": b"", "label": -1}]
     monkeypatch.setattr(sources, "make_builder", lambda *_: builder)
+    monkeypatch.setattr(sources, "is_prepared", lambda _: True)
     with pytest.raises(ValueError, match=message):
         splits.open_split("photos", "test")
 
