@@ -10,6 +10,7 @@ A job gets the run's directory and reads config.json from it; no config is pickl
 has ended, and the queue whether it has died: sacct, which submitit would ask, is not on every cluster.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -178,13 +179,24 @@ def _submit(run_dir, folder, cluster):
         slurm_srun_args=[f"--cpus-per-task={cpus}"] if cpus else None,
     )
     # A local job inherits the mask, so like a Slurm job it survives Ctrl-C and the end of the terminal.
-    with stopping.blocked(signal.SIGINT, signal.SIGHUP):
+    with stopping.blocked(signal.SIGINT, signal.SIGHUP), _outside_of_a_job():
         try:
             job = executor.submit(Training(), str(run_dir), os.environ.get("CUDA_VISIBLE_DEVICES"))
         except submitit_utils.FailedJobError as error:
             raise ValueError(f"{run_dir.name} could not be submitted: {str(error).strip()}") from error
     _submitted.append(job)
     return job.paths
+
+
+@contextlib.contextmanager
+def _outside_of_a_job():
+    """Hides the Slurm job in which this command may run: sbatch would pass its variables on to srun."""
+    hidden = {name for name in os.environ if name.startswith("SLURM_")} - {"SLURM_CONF"}
+    hidden = {name: os.environ.pop(name) for name in hidden}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 class Training(Checkpointable):

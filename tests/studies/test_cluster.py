@@ -254,6 +254,20 @@ def test_what_is_not_asked_for_is_left_to_the_cluster(data_dir, tmp_path):
     assert "--time=60\n" in script
 
 
+def test_a_job_knows_nothing_of_the_job_that_submits_it(slurm, data_dir, tmp_path, monkeypatch):
+    (slurm / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/env; echo Submitted batch job 7\n")
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "3")
+    with pytest.raises(ChildProcessError, match="1 of 1 runs failed"):
+        list(cluster.run_on_cluster(runs_of(data_dir)[:1], tmp_path / "study", cluster.Cluster("slurm")))
+    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SBATCH_"))} == {
+        "SLURM_CONF",
+        "SBATCH_ACCOUNT",
+    }
+    assert os.environ["SLURM_NTASKS"] == "3"
+
+
 def test_a_queue_that_cannot_be_asked_does_not_kill_its_jobs(slurm, tmp_path):
     paths = [JobPaths(tmp_path, "7"), JobPaths(tmp_path, "8")]
     (slurm / "squeue").write_text("#!/bin/sh\necho 8\n")
