@@ -166,8 +166,10 @@ def describe_key(record, key):
 
 
 def describe_data(record):
-    """The data set and the batch size with which the networks of a study were trained."""
-    return f"{describe_key(record, 'data.name')}, batches of {describe_key(record, 'batch_size')}"
+    """The data set, with its part if that is not the whole, and the batch size of a study's training."""
+    part = describe_key(record, "data.splits.train")
+    data = describe_key(record, "data.name") + (f" ({part})" if part != "train" else "")
+    return f"{data}, batches of {describe_key(record, 'batch_size')}"
 
 
 def loss_label(record):

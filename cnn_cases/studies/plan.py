@@ -213,13 +213,13 @@ def short_names(keys):
     return names
 
 
-_VAGUE = ("start.", "data.splits.")  # without them a key such as `workdir` or `train` says too little
+_VAGUE = re.compile(r"start\.|data\.splits\.|.*\.name$")  # `workdir`, `train` or `name` alone say too little
 
 
 def titles_of(keys):
     """{key: its name in a table or a legend}."""
     short = short_names(keys)
-    return {key: key.removeprefix("data.") if key.startswith(_VAGUE) else short[key] for key in keys}
+    return {key: key.replace("data.splits.", "splits.") if _VAGUE.match(key) else short[key] for key in keys}
 
 
 def text_of(value):

@@ -146,6 +146,12 @@ def test_every_record_of_a_study_can_be_drawn(name, tmp_path):
     assert (tmp_path / "curves.svg").stat().st_size > 10_000
 
 
+def test_titles_tell_the_part_of_the_data_on_which_the_networks_were_trained(record):
+    record["config"]["base"]["data"]["splits"]["train"] = "train[:1000]"
+    figure = figures.draw_errors_by(record, "model.depth")
+    assert figure.get_suptitle().startswith("digits (train[:1000]), batches of 32; ")
+
+
 def test_a_key_can_have_panels_and_the_others_colours(record):
     figure = figures.draw_errors_by(record, "model.depth")
     assert [axis.get_title() for axis in figure.axes] == ["depth 8", "depth 20"]

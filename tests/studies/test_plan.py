@@ -108,6 +108,12 @@ def test_short_names_tell_the_keys_apart(keys, names):
     assert list(plan.short_names(keys).values()) == names
 
 
+def test_titles_say_what_a_name_or_a_split_is_of():
+    keys = ["model.name", "model.depth", "data.splits.train", "start.workdir"]
+    titles = ["model.name", "depth", "splits.train", "start.workdir"]
+    assert list(plan.titles_of(keys).values()) == titles
+
+
 def test_a_name_that_is_too_long_for_a_directory_is_refused_before_anything_runs(data_dir):
     study = tiny_study(data_dir, grid=(("optimizer.frozen", (("conv1",), ("conv1", "conv2") * 20)),))
     with pytest.raises(ValueError, match="grid: the name of a run would have more than 255 bytes"):
