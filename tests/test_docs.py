@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks import report
 from cnn_cases import models
 from cnn_cases.data import feeds
-from cnn_cases.studies import comparison, depth_curves, ledger, records
+from cnn_cases.studies import comparison, depth_curves, ledger, plan, records
 from cnn_cases.tables import mean_and_deviation
 from cnn_cases.training import runtime
 from configs import lenet5_digits
@@ -455,6 +455,14 @@ def test_the_python_in_the_manual_runs(data_dir, tmp_path, monkeypatch):
     assert manual["result"]["step"] == 50
     assert [manual[name].shape for name in ("probabilities", "logits")] == [(5, 10), (5, 10)]
     assert len(manual["names"]) == 5
+
+
+def test_the_study_in_the_manual_is_one_that_the_suite_accepts():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/studies.md").read_text(), re.DOTALL)
+    manual = {}
+    exec(block, manual)
+    assert len(plan.expand(manual["get_config"]())) == 12
+    assert "\nCommand: python " in (manual.get("__doc__") or "")  # see tests/test_configs.py
 
 
 # Images of one's own.
