@@ -46,7 +46,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases import checks
-from cnn_cases.models.fast import max_pool
+from cnn_cases.models.fast import max_pool, relu
 from cnn_cases.models.layers import Conv, Dropout, check_dense_features, check_image_size, local_response_norm
 
 
@@ -126,17 +126,17 @@ class AlexNet(nn.Module):
         def pool(x):
             return max_pool(x, (3, 3), (2, 2))
 
-        x = nn.relu(conv(1, 11, stride=4, padding=variant.padding, bias=0)(x))
+        x = relu(conv(1, 11, stride=4, padding=variant.padding, bias=0)(x))
         x = pool(norm(x))
-        x = nn.relu(conv(2, 5, stride=1, padding=2, bias=1)(x))
+        x = relu(conv(2, 5, stride=1, padding=2, bias=1)(x))
         x = pool(norm(x))
-        x = nn.relu(conv(3, 3, stride=1, padding=1, bias=0)(x))
-        x = nn.relu(conv(4, 3, stride=1, padding=1, bias=1)(x))
-        x = nn.relu(conv(5, 3, stride=1, padding=1, bias=1)(x))
+        x = relu(conv(3, 3, stride=1, padding=1, bias=0)(x))
+        x = relu(conv(4, 3, stride=1, padding=1, bias=1)(x))
+        x = relu(conv(5, 3, stride=1, padding=1, bias=1)(x))
         x = pool(x)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(dense(self.dense_features, "dense1", bias=1)(x))
+        x = relu(dense(self.dense_features, "dense1", bias=1)(x))
         x = Dropout(0.5, self.axis_name, name="dropout1")(x, train)
-        x = nn.relu(dense(self.dense_features, "dense2", bias=1)(x))
+        x = relu(dense(self.dense_features, "dense2", bias=1)(x))
         x = Dropout(0.5, self.axis_name, name="dropout2")(x, train)
         return dense(self.num_classes, "logits", bias=0)(x)

@@ -5,8 +5,8 @@ need: trace such computations inside `written_for("tpu")`, which selects Flax's 
 gradient holds a NaN or an infinity, pixels beside those that see it can become NaN, too: some of these forms
 multiply it by zeros.
 
-You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated` and
-`max_pool` for `nn.max_pool`. `docs/speed.md` has the measurements.
+You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated`,
+`max_pool` for `nn.max_pool` and `relu` for `nn.relu`. `docs/speed.md` has the measurements.
 """
 
 import contextlib
@@ -52,8 +52,9 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """`lax.conv_general_dilated`, written so that XLA runs it and its gradients fast.
 
     - On a CPU, `_conv_for_cpu` replaces it.
-    - On a GPU, if there are few filters, `conv_of_wide_pixels` joins neighbours in a row into one pixel with
-      all their channels.
+    - On a GPU, a kernel as large as the map is a dense layer, and becomes a matrix product: cuDNN needs the
+      kernel transposed, which costs VGG's first dense layer 1.4 GB of memory traffic a step. If there are few
+      filters, `conv_of_wide_pixels` joins neighbours in a row into one pixel with all their channels.
     - On a CPU and a TPU, a grouped convolution becomes one convolution for each group. On a CPU, the gradient
       of a kernel in two groups takes fifteen times as long as those of two kernels. On a TPU, the change
       makes a step of AlexNet with two groups an eighth shorter, by the compiler's estimate.
@@ -67,7 +68,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
       ValueError: the maps are smaller than the kernel.
     """
     undilated = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
-    options = undilated | {"dimension_numbers": _ORDER} | options
+    options = undilated | {"dimension_numbers": _ORDER, "precision": None} | options
     if not _is_like_ours(x, kernel, options):
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     pads = _pads(x, kernel.shape[:2], window_strides, padding)
@@ -80,6 +81,9 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
     if is_for_cpu():
         return _conv_for_cpu(x, kernel, window_strides, pads)
     if platform() == "gpu":
+        if x.shape[1:] == kernel.shape[:-1] and not any(map(any, pads)):
+            matrix = kernel.reshape(-1, kernel.shape[-1])
+            return jnp.dot(x.reshape(len(x), -1), matrix, precision=options["precision"])[:, None, None]
         size = _pixels_in_one(x, kernel, pads) if max(window_strides) == groups == 1 else 1
         if size > 1:
             return conv_of_wide_pixels(x, kernel, pads, size, **options)
@@ -307,6 +311,24 @@ def _pixels_in_one(x, kernel, pads):
     out_width = x.shape[2] + sum(pads[1]) - width + 1
     fits = x.shape[2] % size == 0 and (x.shape[2] // size + sum(whole) - reach + 1) * size == out_width
     return size if fits else 1
+
+
+@jax.custom_jvp
+def relu(x):
+    """`nn.relu` whose gradient is computed from the result, for sums: those of a convolution and a bias, say.
+
+    Value and gradient are the same. Nobody then needs x: on a GPU, the convolution itself adds the bias and
+    applies the ReLU, and memory holds one map instead of two. After batch normalisation, `nn.relu` is better:
+    the gradient of the norm reads its input anyway, from which XLA computes x again.
+    """
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_and_change(values, changes):
+    result = relu(*values)
+    # Not `result > 0`, which XLA simplifies to `x > 0`.
+    return result, jnp.where(result != 0, *changes, 0)
 
 
 def max_pool(x, window_shape, strides, padding="VALID"):

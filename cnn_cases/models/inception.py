@@ -47,7 +47,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.fast import max_pool
+from cnn_cases.models.fast import max_pool, relu
 from cnn_cases.models.layers import (
     ConvUnit,
     Dropout,
@@ -157,7 +157,7 @@ class SideBranch(nn.Module):
         x = nn.avg_pool(x, (5, 5), (3, 3))
         x = self.unit(128, (1, 1), name="conv")(x)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(self.dense(1024, name="dense")(x))
+        x = relu(self.dense(1024, name="dense")(x))
         x = Dropout(0.7, self.axis_name, name="dropout")(x, train)
         return self.dense(self.num_classes, name="logits")(x)
 

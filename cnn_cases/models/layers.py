@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from cnn_cases.models.fast import conv_general_dilated, max_pool, platform
+from cnn_cases.models.fast import conv_general_dilated, max_pool, platform, relu
 
 MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times as many as in the papers
 
@@ -116,17 +116,44 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
       The normalised activations, [..., C], of x's type.
     """
     assert n % 2 == 1, n
+    return (_normalised_from_input if platform() == "gpu" else _normalised)(x, k, n, alpha, beta)
+
+
+def _normalised(x, k, n, alpha, beta):
     a = x.astype(jnp.float32)
+    return (a * (k + alpha * _sum_of_neighbours(a * a, n)) ** -beta).astype(x.dtype)
+
+
+def _sum_of_neighbours(x, n):
     # Not a sum of n shifted copies: its gradient takes four times as long on a CPU.
     ones, zeros = (1,) * (x.ndim - 1), ((0, 0),) * (x.ndim - 1)
-    squares = lax.reduce_window(
-        a * a, 0.0, lax.add, (*ones, n), window_strides=(*ones, 1), padding=(*zeros, (n // 2, n // 2))
+    return lax.reduce_window(
+        x, 0.0, lax.add, (*ones, n), window_strides=(*ones, 1), padding=(*zeros, (n // 2, n // 2))
     )
-    normalised = (a * (k + alpha * squares) ** -beta).astype(x.dtype)
-    if platform() == "gpu":
-        # Otherwise XLA may recompute the power for each cell of each window of a pooling that follows.
-        normalised = lax.optimization_barrier(normalised)
-    return normalised
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _normalised_from_input(x, k, n, alpha, beta):
+    """`_normalised` with little memory traffic: its gradient keeps x alone, and nothing in float32."""
+    # The barrier keeps XLA from recomputing the power for each cell of each window of a pooling that follows.
+    return lax.optimization_barrier(_normalised(x, k, n, alpha, beta))
+
+
+def _normalised_and_input(x, *constants):
+    return _normalised_from_input(x, *constants), x
+
+
+def _gradient_from_input(k, n, alpha, beta, x, gradient):
+    # Without this barrier, XLA would keep the power, in float32, for here; without the other, its derivative.
+    x, gradient = lax.optimization_barrier((x, gradient))
+    a, g = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    denominator = k + alpha * _sum_of_neighbours(a * a, n)
+    by_sum = lax.optimization_barrier((g * a * denominator ** (-beta - 1)).astype(x.dtype))
+    by_sum = _sum_of_neighbours(by_sum.astype(jnp.float32), n)
+    return ((g * denominator**-beta - 2 * alpha * beta * a * by_sum).astype(x.dtype),)
+
+
+_normalised_from_input.defvjp(_normalised_and_input, _gradient_from_input)
 
 
 class Dropout(nn.Module):
@@ -193,6 +220,4 @@ class ConvUnit(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        if self.norm is not None:
-            x = self.norm(name="norm")(x)
-        return nn.relu(x)
+        return relu(x) if self.norm is None else nn.relu(self.norm(name="norm")(x))

@@ -48,7 +48,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from cnn_cases.models.fast import conv_general_dilated
+from cnn_cases.models.fast import conv_general_dilated, relu
 from cnn_cases.models.layers import Conv, check_image_size
 
 # Table I: the maps of S2 that feed each of C3's sixteen maps.
@@ -131,13 +131,13 @@ class LeNet5(nn.Module):
         """
         del train  # no layer behaves differently in training
         check_image_size("LeNet-5", x, 16)
-        x = nn.relu(Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
+        x = relu(Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
-        x = nn.relu(Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
+        x = relu(Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(120, dtype=self.dtype, name="dense1")(x))
-        x = nn.relu(nn.Dense(84, dtype=self.dtype, name="dense2")(x))
+        x = relu(nn.Dense(120, dtype=self.dtype, name="dense1")(x))
+        x = relu(nn.Dense(84, dtype=self.dtype, name="dense2")(x))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
 
 

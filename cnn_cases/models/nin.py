@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases import checks
+from cnn_cases.models.fast import relu
 from cnn_cases.models.layers import Conv, Dropout, check_image_size, halving_max_pool
 
 
@@ -66,11 +67,11 @@ class MLPConv(nn.Module):
             kernel_size=(self.kernel_size, self.kernel_size), strides=self.stride, padding=self.padding
         )
         x = Conv(self.filters[0], **spatial, kernel_init=normals[0], dtype=self.dtype, name="conv")(x)
-        x = nn.relu(x)
+        x = relu(x)
         x = Conv(self.filters[1], (1, 1), kernel_init=normals[1], dtype=self.dtype, name="mlp1")(x)
-        x = nn.relu(x)
+        x = relu(x)
         x = Conv(self.filters[2], (1, 1), kernel_init=normals[2], dtype=self.dtype, name="mlp2")(x)
-        return nn.relu(x)
+        return relu(x)
 
 
 class Stage(NamedTuple):

@@ -76,7 +76,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases import checks
-from cnn_cases.models.fast import max_pool
+from cnn_cases.models.fast import max_pool, relu
 from cnn_cases.models.layers import Conv, batch_norm
 
 SHORTCUTS = {
@@ -164,7 +164,7 @@ class BasicBlock(nn.Module):
         y = self.norm(scale_init=last_gamma(self.zero_init_last_gamma), name="norm2")(y)
         if not self.plain:
             y = y + shortcut_branch(x, y.shape[-1], self.stride, self.shortcut, self.conv, self.norm)
-        return nn.relu(y)
+        return relu(y)
 
 
 class BottleneckBlock(nn.Module):
@@ -198,7 +198,7 @@ class BottleneckBlock(nn.Module):
         y = self.norm(scale_init=last_gamma(self.zero_init_last_gamma), name="norm3")(y)
         if not self.plain:
             y = y + shortcut_branch(x, y.shape[-1], self.stride, self.shortcut, self.conv, self.norm)
-        return nn.relu(y)
+        return relu(y)
 
 
 # Table 1: the kind of block and the number of blocks in each stage.

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases import checks
-from cnn_cases.models.fast import max_pool
+from cnn_cases.models.fast import max_pool, relu
 from cnn_cases.models.layers import (
     Conv,
     Dropout,
@@ -116,15 +116,13 @@ class VGG(nn.Module):
         for stage, (filters, sizes) in enumerate(zip(FILTERS, VARIANTS[self.variant], strict=True), start=1):
             for number, size in enumerate(sizes, start=1):
                 x = conv(filters, (size, size), padding=size // 2, name=f"conv{stage}_{number}")(x)
-                if self.batch_norm:
-                    x = norm(name=f"norm{stage}_{number}")(x)
-                x = nn.relu(x)
+                x = nn.relu(norm(name=f"norm{stage}_{number}")(x)) if self.batch_norm else relu(x)
             if self.variant == "A-LRN" and stage == 1:
                 x = local_response_norm(x)
             x = max_pool(x, (2, 2), (2, 2))
         x = conv(self.dense_features, (last_map, last_map), kernel_init=glorot_dense, name="dense1")(x)
-        x = Dropout(0.5, self.axis_name, name="dropout1")(nn.relu(x), train)
+        x = Dropout(0.5, self.axis_name, name="dropout1")(relu(x), train)
         x = conv(self.dense_features, (1, 1), name="dense2")(x)
-        x = Dropout(0.5, self.axis_name, name="dropout2")(nn.relu(x), train)
+        x = Dropout(0.5, self.axis_name, name="dropout2")(relu(x), train)
         x = conv(self.num_classes, (1, 1), name="logits")(x)
         return x.mean(axis=(1, 2))

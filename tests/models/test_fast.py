@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_cases.models import fast
-from cnn_cases.models.fast import conv_general_dilated, max_pool
+from cnn_cases.models.fast import conv_general_dilated, max_pool, relu
 from cnn_cases.models.resnet import CifarResNet
 from tests.conftest import drawn
 
@@ -101,6 +101,37 @@ def test_wide_pixels_are_for_plain_convolutions(strides, options, monkeypatch):
     channels = 8 // options.get("feature_group_count", 1)
     kernel = 0.1 * drawn(1, 3, 3, channels, 16)
     assert_same_convolution(x, kernel, strides, "SAME", options)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("image_shape", "groups", "strides", "padding", "is_dense"),
+    [
+        ((7, 7, 6), 1, (1, 1), "VALID", True),  # as in VGG
+        ((7, 7, 6), 1, (4, 4), ((0, 0), (0, 0)), True),
+        ((7, 7, 6), 2, (1, 1), "VALID", False),
+        ((7, 7, 6), 1, (1, 1), ((0, 1), (0, 0)), False),
+        ((7, 8, 6), 1, (1, 1), "VALID", False),
+    ],
+    ids=str,
+)
+def test_a_kernel_as_large_as_the_map_is_a_matrix_on_a_gpu(image_shape, groups, strides, padding, is_dense):
+    x, kernel = drawn(0, 3, *image_shape), 0.1 * drawn(1, 7, 7, 6 // groups, 4)
+    options = {"feature_group_count": groups}
+    assert_same_convolution(x, kernel, strides, padding, options)
+    ours = functools.partial(conv_general_dilated, **PLAIN | options)
+    program = str(jax.make_jaxpr(lambda x, kernel: ours(x, kernel, strides, padding))(x, kernel))
+    assert ("conv_general_dilated" not in program) == is_dense
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_matrix_product_is_as_precise_as_its_convolution_was_to_be():
+    dense = functools.partial(conv_general_dilated, **PLAIN, precision=lax.Precision.HIGHEST)
+    program = jax.make_jaxpr(lambda x: dense(x, jnp.ones((3, 3, 2, 4)), (1, 1), "VALID"))(
+        jnp.ones((1, 3, 3, 2))
+    )
+    (product,) = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+    assert product.params["precision"] == (lax.Precision.HIGHEST,) * 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -358,6 +389,21 @@ def test_max_pool_has_no_scatter_on_a_cpu_or_gpu_and_is_flax_s_on_a_tpu(backend,
     gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((0, 1), (0, 1))).sum())
     with fast.written_for(backend):
         assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_is_flax_s_with_all_its_derivatives(dtype):
+    x = jnp.concatenate([drawn(0, 1000), jnp.zeros(2), -jnp.zeros(2), jnp.array([jnp.inf, -jnp.inf])])
+    x, change = x.astype(dtype), drawn(1, *x.shape).astype(dtype)
+    for derive in (
+        lambda f: f(x),
+        lambda f: jax.jvp(f, (x,), (change,))[1],
+        lambda f: jax.vjp(f, x)[1](change)[0],
+        lambda f: jax.grad(lambda x: jax.grad(lambda x: (f(x) ** 3).sum())(x[:-2]).sum())(x),
+    ):
+        ours, flax = derive(relu), derive(nn.relu)
+        assert ours.dtype == flax.dtype == dtype
+        np.testing.assert_array_equal(ours, flax)
 
 
 def test_layers_are_written_for_the_devices_that_jax_has_unless_told_otherwise():

@@ -107,6 +107,19 @@ def test_response_norm_has_the_gradient_of_the_papers_formula(backend, monkeypat
     np.testing.assert_allclose(gradient, 1 / s - 2 * a * a.sum() / s**2, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.01)])
+def test_on_a_gpu_the_gradient_of_response_norm_keeps_its_input_alone(dtype, tolerance):
+    x, gradient = 50 * drawn(0, 2, 3, 4, 16).astype(dtype), drawn(1, 2, 3, 4, 16).astype(dtype)
+    expected = jax.vjp(local_response_norm, x.astype(jnp.float32))[1](gradient.astype(jnp.float32))[0]
+    with fast.written_for("gpu"):
+        _, pull = jax.vjp(local_response_norm, x)
+        (kept,) = jax.tree.leaves(pull)
+        (found,) = pull(gradient)
+    np.testing.assert_array_equal(kept, x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
 def unit_shapes(unit, height, width):
     x = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     y, variables = jax.eval_shape(unit.init_with_output, jax.random.key(0), x)
