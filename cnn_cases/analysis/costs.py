@@ -51,11 +51,13 @@ from matplotlib.figure import Figure
 
 from cnn_cases import parsing, settings, tables
 from cnn_cases.models import fast, make_model
-from cnn_cases.models.layers import BatchNorm
+from cnn_cases.models.layers import BatchNorm, Conv, Dense
 
 KINDS = {
+    Conv: "conv",
     nn.Conv: "conv",
     nn.ConvTranspose: "transposed conv",
+    Dense: "dense",
     nn.Dense: "dense",
     nn.DenseGeneral: "dense",
     BatchNorm: "batch norm",

@@ -47,7 +47,14 @@ from flax import linen as nn
 
 from cnn_cases import checks
 from cnn_cases.models.fast import max_pool, relu
-from cnn_cases.models.layers import Conv, Dropout, check_dense_features, check_image_size, local_response_norm
+from cnn_cases.models.layers import (
+    Conv,
+    Dense,
+    Dropout,
+    check_dense_features,
+    check_image_size,
+    local_response_norm,
+)
 
 
 class Variant(NamedTuple):
@@ -118,7 +125,7 @@ class AlexNet(nn.Module):
 
         def dense(features, name, bias):
             bias_init = nn.initializers.constant(bias)
-            return nn.Dense(features, kernel_init=normal, bias_init=bias_init, dtype=self.dtype, name=name)
+            return Dense(features, kernel_init=normal, bias_init=bias_init, dtype=self.dtype, name=name)
 
         def norm(x):
             return local_response_norm(x) if variant.response_norm else x

@@ -50,6 +50,7 @@ from flax import linen as nn
 from cnn_cases.models.fast import max_pool, relu
 from cnn_cases.models.layers import (
     ConvUnit,
+    Dense,
     Dropout,
     batch_norm,
     check_image_size,
@@ -141,7 +142,7 @@ class SideBranch(nn.Module):
     """An auxiliary classifier on a map in the middle of the trunk, used in training only.
 
     Attributes:
-      unit, dense: `ConvUnit` and `nn.Dense` with the network's settings.
+      unit, dense: `ConvUnit` and `Dense` with the network's settings.
       num_classes: length of the logits.
       axis_name: as in `GoogLeNet`.
     """
@@ -196,7 +197,7 @@ class GoogLeNet(nn.Module):
             check_image_size("GoogLeNet with its side branches (model.side_branches)", x, 79)
         norm = batch_norm(train=train, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name)
         unit = functools.partial(ConvUnit, norm=norm if self.batch_norm else None, dtype=self.dtype)
-        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
+        dense = functools.partial(Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
 
         x = halving_max_pool(unit(64, (7, 7), 2, name="conv1")(x))
         if not self.batch_norm:

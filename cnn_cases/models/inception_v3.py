@@ -56,7 +56,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases.models.fast import max_pool
-from cnn_cases.models.layers import ConvUnit, Dropout, batch_norm, check_image_size
+from cnn_cases.models.layers import ConvUnit, Dense, Dropout, batch_norm, check_image_size
 
 # Filters of the pool projection in the modules of figure 5, and `filters` of the modules of figure 6.
 FIGURE_5 = {"5b": 32, "5c": 64, "5d": 64}
@@ -201,7 +201,7 @@ class SideBranch(nn.Module):
     """An auxiliary classifier on the last 17x17 maps, used in training only (figure 8).
 
     Attributes:
-      unit, dense: `ConvUnit` and `nn.Dense` with the network's settings.
+      unit, dense: `ConvUnit` and `Dense` with the network's settings.
       num_classes: length of the logits.
     """
 
@@ -249,7 +249,7 @@ class InceptionV3(nn.Module):
             check_image_size("Inception-v3 with its side branch (model.side_branches)", x, 299)
         norm = batch_norm(train=train, epsilon=1e-3, dtype=self.dtype, axis_name=self.axis_name)
         unit = functools.partial(ConvUnit, norm=norm, dtype=self.dtype)
-        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
+        dense = functools.partial(Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
 
         x = unit(32, (3, 3), 2, (0, 0), name="conv1a")(x)
         x = unit(32, (3, 3), 1, (0, 0), name="conv2a")(x)

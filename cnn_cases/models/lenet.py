@@ -49,7 +49,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from cnn_cases.models.fast import conv_general_dilated, relu
-from cnn_cases.models.layers import Conv, check_image_size
+from cnn_cases.models.layers import Conv, Dense, broadcast_like, check_image_size
 
 # Table I: the maps of S2 that feed each of C3's sixteen maps.
 C3_INPUTS = (
@@ -136,9 +136,9 @@ class LeNet5(nn.Module):
         x = relu(Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
         x = nn.avg_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
-        x = relu(nn.Dense(120, dtype=self.dtype, name="dense1")(x))
-        x = relu(nn.Dense(84, dtype=self.dtype, name="dense2")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
+        x = relu(Dense(120, dtype=self.dtype, name="dense1")(x))
+        x = relu(Dense(84, dtype=self.dtype, name="dense2")(x))
+        return Dense(self.num_classes, dtype=self.dtype, name="logits")(x)
 
 
 class Subsampling(nn.Module):
@@ -156,8 +156,8 @@ class Subsampling(nn.Module):
         init = uniform_by_fan_in(4)
         coefficient = self.param("coefficient", init, x.shape[-1:])
         bias = self.param("bias", init, x.shape[-1:])
-        x, coefficient, bias = promote_dtype(x, coefficient, bias, dtype=self.dtype)
-        return 4 * nn.avg_pool(x, (2, 2), (2, 2)) * coefficient + bias
+        x = 4 * nn.avg_pool(x.astype(self.dtype), (2, 2), (2, 2))
+        return x * broadcast_like(coefficient, x) + broadcast_like(bias, x)
 
 
 class TableConv(nn.Module):
@@ -179,11 +179,12 @@ class TableConv(nn.Module):
         fan_in = 5 * 5 * np.array([len(row) for row in self.inputs])
         kernel = self.param("kernel", uniform_by_fan_in(fan_in[targets]), (5, 5, len(sources)))
         bias = self.param("bias", uniform_by_fan_in(fan_in), (len(self.inputs),))
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
         # One ordinary convolution, with zeros for the missing connections, instead of sixteen.
         dense = jnp.zeros((5, 5, x.shape[-1], len(self.inputs)), kernel.dtype)
         dense = dense.at[:, :, sources, targets].set(kernel)
-        return conv_general_dilated(x, dense, (1, 1), "VALID") + bias
+        y = conv_general_dilated(x, dense, (1, 1), "VALID")
+        return y + broadcast_like(bias, y)
 
 
 class RBF(nn.Module):
@@ -244,7 +245,7 @@ class LeNet5Original(nn.Module):
 
         c1 = Conv(6, (5, 5), padding="VALID", **paper_init(5 * 5 * x.shape[-1]), name="c1")
         c5 = Conv(120, (5, 5), padding="VALID", **paper_init(5 * 5 * 16), name="c5")
-        f6 = nn.Dense(84, **paper_init(120), name="f6")
+        f6 = Dense(84, **paper_init(120), name="f6")
         x = squash(c1(x))
         x = squash(Subsampling(self.dtype, name="s2")(x))
         x = squash(TableConv(C3_INPUTS, self.dtype, name="c3")(x))

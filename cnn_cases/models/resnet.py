@@ -77,7 +77,7 @@ from flax import linen as nn
 
 from cnn_cases import checks
 from cnn_cases.models.fast import max_pool, relu
-from cnn_cases.models.layers import Conv, batch_norm
+from cnn_cases.models.layers import Conv, Dense, batch_norm
 
 SHORTCUTS = {
     "A": "identity, subsampled and padded with zero channels where the shape changes",
@@ -272,7 +272,7 @@ class ResNet(nn.Module):
                     name=f"stage{stage}_block{block}",
                 )(x)
         x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
+        return Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
 
 
 class PreactBlock(nn.Module):
@@ -382,7 +382,7 @@ class CifarResNet(nn.Module):
         block = functools.partial(BasicBlock, shortcut=self.shortcut, plain=self.plain, conv=conv, norm=norm)
         x = cifar_stages(x, block, blocks_per_stage, self.scan_blocks)
         x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
+        return Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
 
 
 class PreactCifarResNet(nn.Module):
@@ -416,4 +416,4 @@ class PreactCifarResNet(nn.Module):
         x = cifar_stages(x, block, blocks_per_stage, self.scan_blocks)
         x = nn.relu(norm(name="final_norm")(x))
         x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)
+        return Dense(self.num_classes, kernel_init=gaussian_he, dtype=self.dtype, name="logits")(x)

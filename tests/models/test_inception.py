@@ -17,7 +17,7 @@ from cnn_cases.models.inception import (
     SideBranch,
     halving_max_pool,
 )
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dense, Dropout
 from tests.models.tracing import (
     apply,
     count,
@@ -440,7 +440,7 @@ def test_dropout_drops_in_training():
 
 def test_dense_layers_start_from_he_et_als_distribution():
     calls = recorded_training(GoogLeNet(), 79)
-    layers = [module for module, *_ in calls.values() if isinstance(module, nn.Dense)]
+    layers = [module for module, *_ in calls.values() if isinstance(module, Dense)]
     assert len(layers) == 1 + 2 * 2
     for layer in layers:
         kernel = layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32)
@@ -478,7 +478,7 @@ def test_the_parts_of_googlenet_stand_as_in_the_table():
 
 
 def test_a_side_branch_averages_and_has_relu_before_its_logits():
-    side = SideBranch(ConvUnit, nn.Dense, 3, None)
+    side = SideBranch(ConvUnit, Dense, 3, None)
     random = np.random.default_rng(0)
     x = random.normal(0, 1, (2, 8, 8, 4)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: side.init(jax.random.key(0), x, False), x)

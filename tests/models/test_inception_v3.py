@@ -18,7 +18,7 @@ from cnn_cases.models.inception_v3 import (
     SideBranch,
     avg_pool_same,
 )
-from cnn_cases.models.layers import BatchNorm, ConvUnit, Dropout
+from cnn_cases.models.layers import BatchNorm, ConvUnit, Dense, Dropout
 from tests.models.tracing import (
     apply,
     count,
@@ -385,7 +385,7 @@ def test_the_last_map_is_averaged():
 
 
 def test_the_side_branch_averages_before_and_after_its_convolutions():
-    side, random = SideBranch(ConvUnit, nn.Dense, 3), np.random.default_rng(0)
+    side, random = SideBranch(ConvUnit, Dense, 3), np.random.default_rng(0)
     x = random.normal(0, 1, (2, 20, 20, 4)).astype(np.float32)
     shapes = jax.eval_shape(lambda x: side.init(jax.random.key(0), x), x)
     variables = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
@@ -396,7 +396,7 @@ def test_the_side_branch_averages_before_and_after_its_convolutions():
 
 
 def test_dense_layers_start_from_he_et_als_distribution():
-    layers = [m for m, *_ in recorded_training(InceptionV3(), 299).values() if isinstance(m, nn.Dense)]
+    layers = [m for m, *_ in recorded_training(InceptionV3(), 299).values() if isinstance(m, Dense)]
     assert len(layers) == 2
     for layer in layers:
         kernel = layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32)

@@ -9,10 +9,13 @@ from flax import linen as nn
 from cnn_cases.models import fast
 from cnn_cases.models.layers import (
     BatchNorm,
+    Conv,
     ConvUnit,
+    Dense,
     Dropout,
     local_response_norm,
 )
+from cnn_cases.models.lenet import Subsampling, TableConv
 from tests.conftest import drawn
 from tests.models.tracing import convolutions, inputs_and_outputs
 
@@ -118,6 +121,51 @@ def test_on_a_gpu_the_gradient_of_response_norm_keeps_its_input_alone(dtype, tol
     np.testing.assert_array_equal(kept, x)
     assert found.dtype == dtype
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("ours", "flax", "arguments"),
+    [
+        (Conv, nn.Conv, dict(features=6, kernel_size=(3, 5))),
+        (Conv, nn.Conv, dict(features=6, kernel_size=(5, 5), strides=2, padding="VALID")),
+        (Conv, nn.Conv, dict(features=6, kernel_size=(3, 3), strides=(2, 1), padding=1, use_bias=False)),
+        (Conv, nn.Conv, dict(features=6, kernel_size=(3, 1), padding=(1, 0), feature_group_count=2)),
+        (Conv, nn.Conv, dict(features=6, kernel_size=(3, 3), padding=((0, 2), (1, 1)))),
+        (Dense, nn.Dense, dict(features=6)),
+    ],
+    ids=str,
+)
+def test_layers_have_the_variables_and_the_values_of_flax_s(ours, flax, arguments, dtype):
+    arguments |= {} if "use_bias" in arguments else {"bias_init": nn.initializers.normal(1)}
+    x = drawn(0, 2, 9, 8, 4)
+    (one, variables), (other, expected) = (
+        layer(**arguments, dtype=dtype).init_with_output(jax.random.key(0), x) for layer in (ours, flax)
+    )
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    assert one.dtype == dtype
+    np.testing.assert_allclose(
+        one.astype(float), other.astype(float), rtol=1e-5 if dtype == jnp.float32 else 0.02
+    )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Conv(2, (1, 1)), Dense(2), Subsampling(), TableConv(((0,), (1,)))],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_gradients_of_few_parameters_are_summed_in_float32(layer):
+    """In bfloat16, 1 added to 256 is 256, so a sum of ones would not grow further."""
+    layer = layer.copy(dtype=jnp.bfloat16)
+    x = jnp.ones((8, 68, 68, 2))
+    variables = layer.init(jax.random.key(0), x)
+    gradients = jax.jit(jax.grad(lambda variables: layer.apply(variables, x).astype(jnp.float32).sum()))(
+        variables
+    )
+    places = jax.eval_shape(layer.apply, variables, x).size // 2
+    np.testing.assert_allclose(gradients["params"]["bias"], places, rtol=0.01)
+    if "coefficient" in gradients["params"]:
+        np.testing.assert_allclose(gradients["params"]["coefficient"], 4 * places, rtol=0.01)
 
 
 def unit_shapes(unit, height, width):

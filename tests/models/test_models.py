@@ -8,10 +8,10 @@ from flax import linen as nn
 from jax.extend.core import Literal
 
 from cnn_cases.models import MODELS, make_model
-from cnn_cases.models.layers import BatchNorm
+from cnn_cases.models.layers import BatchNorm, Conv, Dense
 from tests.models.tracing import recorded
 
-LAYERS = nn.Conv | nn.Dense | BatchNorm
+LAYERS = Conv | Dense | BatchNorm
 SIZES = {
     "lenet5": (32, 32, 1),
     "lenet5_1998": (32, 32, 1),

@@ -2,11 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
-from cnn_cases.models.layers import Dropout
+from cnn_cases.models.layers import Conv, Dropout
 from cnn_cases.models.nin import NIN, MLPConv, halving_max_pool
 from tests.models.tracing import count, output_shapes, sources, variable_shapes
 
@@ -102,7 +101,7 @@ def test_logits_are_the_mean_of_the_last_maps_and_never_negative(trace):
 )
 def test_initialisation_is_that_of_the_authors(trace, variant, stds):
     _, calls = trace(*NETS[variant])
-    layers = [call.module for call in calls if isinstance(call.module, nn.Conv)]
+    layers = [call.module for call in calls if isinstance(call.module, Conv)]
     kernels = [layer.kernel_init(jax.random.key(0), (100, 100), jnp.float32) for layer in layers]
     np.testing.assert_allclose([np.std(kernel) for kernel in kernels], stds, rtol=0.05)
     assert not any(layer.bias_init(jax.random.key(0), (5,), jnp.float32).any() for layer in layers)

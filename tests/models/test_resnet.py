@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from cnn_cases.models import fast, make_model
-from cnn_cases.models.layers import BatchNorm
+from cnn_cases.models.layers import BatchNorm, Conv, Dense
 from cnn_cases.models.resnet import (
     IMAGENET_DEPTHS,
     BasicBlock,
@@ -478,7 +478,7 @@ def test_convolutions_start_with_he_initialisation(cifar8):
 @pytest.mark.parametrize("net", SMALLEST)
 def test_every_convolution_and_dense_layer_starts_with_he_initialisation(trace, net):
     _, calls = trace(net(), 32)
-    modules = [call.module for call in calls if isinstance(call.module, nn.Conv | nn.Dense)]
+    modules = [call.module for call in calls if isinstance(call.module, Conv | Dense)]
     assert modules[-1].name == "logits"
     for start in {module.kernel_init for module in modules}:
         kernel = start(jax.random.key(0), (50, 400), jnp.float32)

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from cnn_cases.models import make_model, vgg
-from cnn_cases.models.layers import BatchNorm, Dropout, local_response_norm
+from cnn_cases.models.layers import BatchNorm, Conv, Dropout, local_response_norm
 from cnn_cases.models.vgg import VARIANTS, VGG, glorot_dense
 from tests.models.tracing import count, inputs_and_outputs, trace_initialisation
 
@@ -67,7 +67,7 @@ def test_shapes_of_vgg_16_are_those_of_the_lecture(trace):
             expected.append(((side, side, channels), (side, side, filters)))
             channels = filters
     expected += [((7, 7, 512), (1, 1, 4096)), ((1, 1, 4096), (1, 1, 4096)), ((1, 1, 4096), (1, 1, 1000))]
-    assert [call.shapes for call in calls if isinstance(call.module, nn.Conv)] == expected
+    assert [call.shapes for call in calls if isinstance(call.module, Conv)] == expected
 
 
 def test_c_ends_its_last_three_stages_with_a_1x1_convolution(trace):
@@ -165,7 +165,7 @@ def test_the_first_dense_layer_starts_as_a_dense_layer_does(trace):
 def test_convolutions_start_as_glorot_draws_them_with_zero_biases(trace):
     _, calls = trace(VGG(variant="A"), 224)
     bound = np.sqrt(6 / (9 * (20 + 30)))
-    for conv in (call.module for call in calls if isinstance(call.module, nn.Conv)):
+    for conv in (call.module for call in calls if isinstance(call.module, Conv)):
         assert not conv.bias_init(jax.random.key(0), (5,), jnp.float32).any()
         if conv.name != "dense1":
             kernel = conv.kernel_init(jax.random.key(0), (3, 3, 20, 30), jnp.float32)
