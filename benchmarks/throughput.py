@@ -10,10 +10,11 @@ Each contender has a separate process; when all are made, of one case or of seve
 Contenders that are made at the same time share the device while XLA and cuDNN choose kernels by timing them,
 and may choose worse ones. Values are medians over the turns, with the lowest and the highest; a ratio is the
 median of the ratios of the turns. `share_of_ceiling` is the share of the device's ceiling, a large matrix
-product of the same type measured in the same run. On a CPU, `bound` is the number of images per second at
-which the arithmetic or the memory traffic that XLA counts for its program would use all that was measured of
-the device (on a GPU XLA counts neither for cuDNN and cuBLAS). `peak_bytes` is the peak memory of training,
-parameters included: on a GPU as the framework counts it, on a CPU as the growth of the process.
+product of the same type measured in the same run. `bound` is the number of images per second at which the
+arithmetic or the memory traffic of our program would use all that was measured of the device: on a CPU as XLA
+counts them, on a GPU the multiply-adds and the traffic that `benchmarks.kernels` counts. `peak_bytes` is the
+peak memory of training, parameters included: on a GPU as the framework counts it, on a CPU as the growth of
+the process.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import contenders, record
+from benchmarks import contenders, kernels, record
 from cnn_cases import parsing, tables
 from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
@@ -126,26 +127,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         "devices": [device.device_kind for device in devices],
         "resident_bytes": contenders.resident_bytes(),
     }
-    model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
-    tx = optimizer.make_optimizer(
-        lambda _: LEARNING_RATE,
-        name="sgd",
-        momentum=MOMENTUM,
-        nesterov=False,
-        second_moment=0.999,
-        epsilon=1e-8,
-        weight_decay=WEIGHT_DECAY,
-        decayed="all",
-        clip_norm=0.0,
-    )
-    train_steps = steps.make_train_steps(
-        model.apply,
-        tx,
-        lambda arrays, _, __: (arrays["image"], arrays["label"]),
-        losses.make_loss(name="cross_entropy", label_smoothing=0.0, map_constant=1.0),
-        devices_lib.AXIS,
-        side_weight=SIDE_WEIGHT,
-    )
+    model, tx, train_steps = training(case, dtype)
     predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
     devices_of_all = len(devices_lib.of_all_processes(devices))
     devices_lib.check_batch_size(batch_size, devices_of_all)
@@ -156,10 +138,9 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     began = time.perf_counter()
     train = over_devices(train_steps, devices)
     # With several processes, pmap can only be compiled by a call (JAX 0.10).
-    if facts["platform"] == "cpu" and not processes.is_one_of_several():
-        counted = train.lower(state, arrays, nothing).compile().cost_analysis()  # not compiled again below
-        counted = counted[0] if isinstance(counted, list) else counted
-        facts |= {"xla_flops_a_step": counted["flops"], "xla_bytes_a_step": counted["bytes accessed"]}
+    if facts["platform"] in ("cpu", "gpu") and not processes.is_one_of_several():
+        compiled = train.lower(state, arrays, nothing).compile()  # not compiled again below
+        facts |= _counted(compiled, facts["platform"])
     predict = devices_lib.pmap_predict(predict_step, devices)
     last = [train(state, arrays, nothing)]
     jax.block_until_ready(last)
@@ -182,6 +163,40 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         return (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     return contenders.Network(train_once, infer_once, wait, peak_bytes, facts)
+
+
+def _counted(compiled, platform):
+    if platform == "gpu":
+        traffic = kernels.of_program(compiled.as_text())
+        return {"kernels_a_step": traffic.kernels, "bytes_a_step": traffic.bytes}
+    counted = compiled.cost_analysis()
+    counted = counted[0] if isinstance(counted, list) else counted
+    return {"xla_flops_a_step": counted["flops"], "xla_bytes_a_step": counted["bytes accessed"]}
+
+
+def training(case, dtype):
+    """Makes the network, its optimizer, and `steps.make_train_steps` for images that are on the device."""
+    model = make_model(**case.model, num_classes=case.num_classes, dtype=dtype, axis_name=devices_lib.AXIS)
+    tx = optimizer.make_optimizer(
+        lambda _: LEARNING_RATE,
+        name="sgd",
+        momentum=MOMENTUM,
+        nesterov=False,
+        second_moment=0.999,
+        epsilon=1e-8,
+        weight_decay=WEIGHT_DECAY,
+        decayed="all",
+        clip_norm=0.0,
+    )
+    train_steps = steps.make_train_steps(
+        model.apply,
+        tx,
+        lambda arrays, _, __: (arrays["image"], arrays["label"]),
+        losses.make_loss(name="cross_entropy", label_smoothing=0.0, map_constant=1.0),
+        devices_lib.AXIS,
+        side_weight=SIDE_WEIGHT,
+    )
+    return model, tx, train_steps
 
 
 def theirs(case, dtype, *, compiled):
@@ -382,11 +397,17 @@ def _measure_made(case, dtype, turns, processes):
     achieved = 3 * 2 * row["multiply_adds"] * rate
     row["flops_a_second"] = achieved
     row["share_of_ceiling"] = achieved / matrix
-    if facts[OURS]["platform"] == "cpu":
+    platform = facts[OURS]["platform"]
+    if platform == "cpu":
         row |= {key: facts[OURS][key] for key in ("xla_flops_a_step", "xla_bytes_a_step")}
-        bound = row["batch_size"] / max(row["xla_flops_a_step"] / matrix, row["xla_bytes_a_step"] / copy)
-        row["bound_images_a_second"], row["share_of_bound"] = bound, rate / bound
-    return row
+        operations, moved = row["xla_flops_a_step"], row["xla_bytes_a_step"]
+    elif platform == "gpu":
+        row |= {key: facts[OURS][key] for key in ("kernels_a_step", "bytes_a_step")}
+        operations, moved = 3 * 2 * row["multiply_adds"] * row["batch_size"], row["bytes_a_step"]
+    else:
+        return row
+    bound = row["batch_size"] / max(operations / matrix, moved / copy)
+    return row | {"bound_images_a_second": bound, "share_of_bound": rate / bound}
 
 
 def _rates(seconds, batch_size):

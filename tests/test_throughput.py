@@ -131,7 +131,7 @@ def test_the_tables_have_a_ratio_and_the_costs_of_each_peer():
         "share of ceiling": "25%",
         "share of bound": "50%",
     }
-    del row["share_of_bound"]  # as on a GPU
+    del row["share_of_bound"]  # as on a TPU
     assert throughput.cost_cells({"ResNet-20": row}) == [head[:-1], line[:-1]]
 
 
@@ -147,6 +147,8 @@ class Sham:
             self.made.result().update(peer="benchmarks.peers", torch="2.0")
         elif platform == "cpu":
             self.made.result().update(xla_flops_a_step=16, xla_bytes_a_step=4)
+        elif platform == "gpu":
+            self.made.result().update(kernels_a_step=3, bytes_a_step=200)
 
     def done(self, what, value):
         self.log.append((what, self.kind, self.case.model["name"]))
@@ -195,6 +197,16 @@ def test_on_a_cpu_the_bound_is_what_takes_longer_of_arithmetic_and_memory(monkey
     # 8 images take 16 operations, at 1e6 a second, and 4 bytes, at 5e5 a second.
     assert row["bound_images_a_second"] == pytest.approx(500_000)
     assert row["share_of_bound"] == pytest.approx(8_000 / 500_000)
+
+
+def test_on_a_gpu_the_bound_has_the_networks_multiply_adds_and_the_traffic_of_its_kernels(monkeypatch):
+    monkeypatch.setattr(contenders, "Contender", Sham)
+    monkeypatch.setattr(Sham, "log", [])
+    ((_, row),) = throughput.measure(["NIN"], "float32", 1, [])
+    # 8 images take 8 * 5 multiply-adds, thrice, at 1e6 operations a second, and 200 bytes, at 5e5 a second.
+    assert row["bound_images_a_second"] == pytest.approx(8 / (200 / 5e5))
+    assert row["share_of_bound"] == pytest.approx(8_000 / 20_000)
+    assert row["kernels_a_step"] == 3
 
 
 def test_a_case_alone_is_made_one_contender_after_another_and_none_on_another_device(monkeypatch):
