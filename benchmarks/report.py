@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 
-from benchmarks import end_to_end, flags, scaling, throughput
+from benchmarks import end_to_end, flags, scaling, throughput, traffic
 from cnn_cases import tables
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,6 +30,7 @@ TABLES = {
     "Costs": ("throughput_cpu", throughput.cost_cells, (0,)),
     "Images a second on an H100": ("throughput_h100", throughput.cells, (0,)),
     "Costs on an H100": ("throughput_h100", throughput.cost_cells, (0,)),
+    "Traffic on an H200": ("traffic_h200", traffic.cells, (0,)),
     "Flags": ("xla_flags_cpu", flags.cells, (0,)),
     "Whole processes": ("end_to_end_cpu", end_to_end.cells, (0, 1)),
     "Sharing": ("scaling_cpu", _sharing, (0,)),
