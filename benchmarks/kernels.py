@@ -63,8 +63,8 @@ def _of_computation(computations, name):
             kernels, moved = kernels + inner.kernels, moved + inner.bytes
         elif one.opcode not in _FREE and not one.opcode.endswith("-done"):
             shape = one.shape
-            if one.opcode == "custom-call":  # its last result is the workspace
-                shape = re.sub(r", u8\[\d*\][^,]*\)$", ")", shape)
+            if one.opcode == "custom-call":  # its last result is the workspace, u8 of cuDNN and s8 of cuBLAS
+                shape = re.sub(r", [us]8\[\d*\][^,]*\)$", ")", shape)
             read = sum(_size(instructions[operand].shape) for operand in dict.fromkeys(one.operands))
             kernels, moved = kernels + 1, moved + read + _size(shape)
     return Traffic(kernels, moved)

@@ -54,6 +54,13 @@ def test_each_array_of_each_kernel_counts_once():
     assert kernels.of_program(PROGRAM) == (4, CONV + FUSION + SQUARE + COPY)
 
 
+def test_the_workspace_of_cublas_does_not_count_either():
+    conv = 'u8[1048576]{0}) custom-call(%x, %kernel), custom_call_target="__cudnn$conv"'
+    product = 's8[4194304]{0}) custom-call(%x, %kernel), custom_call_target="__cublas$lt$matmul"'
+    assert conv in PROGRAM
+    assert kernels.of_program(PROGRAM.replace(conv, product)) == kernels.of_program(PROGRAM)
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -30,7 +30,8 @@ class Conv(nn.Module):
 
     Attributes:
       features, kernel_size, strides, padding, feature_group_count, use_bias, kernel_init, bias_init: as in
-        `nn.Conv`, whose parameters have the same names, shapes and initial values.
+        `nn.Conv`, whose parameters have the same names, shapes and initial values. `kernel_size` is a pair,
+        and `padding` is with zeros: neither "CIRCULAR" nor "REFLECT".
       dtype: compute type; parameters are float32.
     """
 

@@ -190,8 +190,12 @@ def _submit(run_dir, folder, cluster):
 
 @contextlib.contextmanager
 def _outside_of_a_job():
-    """Hides the Slurm job in which this command may run: sbatch would pass its variables on to srun."""
-    hidden = {name for name in os.environ if name.startswith("SLURM_")} - {"SLURM_CONF"}
+    """Hides the Slurm job in which this command may run: sbatch would pass its variables on to srun.
+
+    What tells Slurm's commands where their cluster is, and who asks, stays.
+    """
+    kept = {"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT"}
+    hidden = {name for name in os.environ if name.startswith("SLURM_")} - kept
     hidden = {name: os.environ.pop(name) for name in hidden}
     try:
         yield

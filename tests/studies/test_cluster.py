@@ -256,15 +256,13 @@ def test_what_is_not_asked_for_is_left_to_the_cluster(data_dir, tmp_path):
 
 def test_a_job_knows_nothing_of_the_job_that_submits_it(slurm, data_dir, tmp_path, monkeypatch):
     (slurm / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/env; echo Submitted batch job 7\n")
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONF", "SBATCH_ACCOUNT"):
+    kept = {"SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT", "SBATCH_ACCOUNT"}
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", *kept):
         monkeypatch.setenv(name, "3")
     with pytest.raises(ChildProcessError, match="1 of 1 runs failed"):
         list(cluster.run_on_cluster(runs_of(data_dir)[:1], tmp_path / "study", cluster.Cluster("slurm")))
     names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
-    assert {name for name in names if name.startswith(("SLURM_", "SBATCH_"))} == {
-        "SLURM_CONF",
-        "SBATCH_ACCOUNT",
-    }
+    assert {name for name in names if name.startswith(("SLURM_", "SBATCH_"))} == kept
     assert os.environ["SLURM_NTASKS"] == "3"
 
 
