@@ -21,8 +21,9 @@ def libtpu():
 
 
 def test_a_rehearsal_has_the_programs_of_a_training_and_the_memory_of_one_device(config):
+    config.batch_size = 96  # whose activations take more memory than the gradients
     training, evaluation = rehearse.rehearse(config, jax.devices()[:2])
-    assert (training.program, training.steps, training.images) == ("training", 1, 12)
+    assert (training.program, training.steps, training.images) == ("training", 1, 48)
     assert (evaluation.program, evaluation.steps, evaluation.images) == ("evaluation", 1, 100)
     whole, _ = rehearse.rehearse(config, jax.devices()[:1])
     for one in (training, evaluation):
