@@ -53,8 +53,9 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
 
     - On a CPU, `_conv_for_cpu` replaces it.
     - On a GPU, a kernel as large as the map is a dense layer, and becomes a matrix product: cuDNN needs the
-      kernel transposed, which costs VGG's first dense layer 1.4 GB of memory traffic a step. If there are few
-      filters, `conv_of_wide_pixels` joins neighbours in a row into one pixel with all their channels.
+      kernel transposed, which costs VGG's dense layers 2.2 GB of memory traffic a step (`docs/speed.md`). If
+      there are few filters, `conv_of_wide_pixels` joins neighbours in a row into one pixel with all their
+      channels.
     - On a CPU and a TPU, a grouped convolution becomes one convolution for each group. On a CPU, the gradient
       of a kernel in two groups takes fifteen times as long as those of two kernels. On a TPU, the change
       makes a step of AlexNet with two groups an eighth shorter, by the compiler's estimate.
