@@ -40,6 +40,11 @@ GPUS = {
 }
 
 
+def has_compiler():
+    """Returns whether JAX for CUDA is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
 def measure(case, dtype, device):
     """Compiles the training step of one of `throughput.CASES`; returns a dict that JSON can hold."""
     with fast.written_for("gpu"):
@@ -83,7 +88,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--out", type=record.output, help="a JSON file, of which each case is a section")
     options = parser.parse_args()
-    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    if not has_compiler():
         parser.error(f'this needs the compiler for GPUs: pip install "jax[cuda12]=={jax.__version__}"')
     jax.config.update("jax_platforms", "cpu")  # for all but the compiler
     (device,) = topologies.get_topology_desc(
