@@ -27,6 +27,7 @@ PACKAGES = (
     "opencv-python-headless",
     "simplejpeg",
 )
+CPUINFO = pathlib.Path("/proc/cpuinfo")  # of Linux, where `platform` often does not know the processor
 
 
 def note_code():
@@ -78,11 +79,16 @@ def cpu_threads():
 
 
 def _cpu_model():
-    """Returns the processor's name for itself; None if the system does not tell it."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")  # of Linux, where `platform` often does not know the name
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return named[1] if named else platform.processor() or None
+    """Returns the processor's name for itself; None if the system does not tell it.
+
+    On x86 with the numbers of its family and model: in a virtual machine, generations that differ in their
+    vector instructions, and so in rounding and speed, can have one name.
+    """
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    if told.keys() >= {"model name", "cpu family", "model"}:
+        return "{model name} (family {cpu family}, model {model})".format_map(told)
+    return told.get("model name") or platform.processor() or None
 
 
 def _version(package):

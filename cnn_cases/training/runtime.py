@@ -94,7 +94,7 @@ def separate_compilation_cache():
 
 def _kind_of_cpu():
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = provenance.CPUINFO.read_text().splitlines()
     except OSError:
         lines = [f"model name: {platform.processor()}"]
     telling = ("model name", "flags", "Features", "CPU implementer", "CPU part")  # on x86, and on ARM

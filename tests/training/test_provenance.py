@@ -65,12 +65,25 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
     assert versions["no-such-package"] is None
 
 
-def test_an_environment_names_the_processor():
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if not (cpuinfo.exists() and "model name" in cpuinfo.read_text()):
-        pytest.skip("this system does not tell the name of its processor")
-    named = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-    assert named.endswith(f": {provenance.environment()['cpu_model']}")
+@pytest.mark.parametrize(
+    ("cpuinfo", "named"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n",
+            "AMD EPYC (family 26, model 2)",
+        ),
+        ("model name\t: ARMv7 Processor rev 4 (v7l)\n", "ARMv7 Processor rev 4 (v7l)"),
+        ("processor\t: 0\nCPU part\t: 0xd0c\n", "that of the platform"),
+        (None, "that of the platform"),
+    ],
+)
+def test_an_environment_names_the_processor(monkeypatch, tmp_path, cpuinfo, named):
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    monkeypatch.setattr(provenance, "CPUINFO", file)
+    monkeypatch.setattr(provenance.platform, "processor", lambda: "that of the platform")
+    assert provenance.environment()["cpu_model"] == named
 
 
 def test_an_environment_names_the_precision_that_was_asked_for():
