@@ -6,7 +6,8 @@ gradient holds a NaN or an infinity, pixels beside those that see it can become 
 multiply it by zeros.
 
 You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated`,
-`max_pool` for `nn.max_pool` and `relu` for `nn.relu`. `docs/speed.md` has the measurements.
+`matrix_product` for `@`, `max_pool` for `nn.max_pool` and `relu` for `nn.relu`. `docs/speed.md` has the
+measurements.
 """
 
 import contextlib
@@ -94,19 +95,27 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
 def _is_like_ours(x, kernel, options):
     """Returns whether a convolution is of the kind that the networks here have, and so can be rewritten.
 
-    It has two spatial axes, no dilation, this axis order and only options that `nn.Conv` passes. Its arrays'
-    types give all sizes, which `jax.export` can leave open, and no split over the devices of a mesh, as they
-    do under `jax.set_mesh`: only `lax`'s own operation knows how its result is split then.
+    It has two spatial axes, no dilation, this axis order and only options that `nn.Conv` passes.
     """
     orders = (options["dimension_numbers"], _ORDER)
-    types = [jax.typeof(array) for array in (x, kernel)]
     return (
         kernel.ndim == 4
         and options.keys() <= _OPTIONS
         and len({lax.conv_dimension_numbers(x.shape, kernel.shape, order) for order in orders}) == 1
         and max(*options["lhs_dilation"], *options["rhs_dilation"]) == 1
-        and all(isinstance(size, int) for one in types for size in one.shape)
-        and not any(axis for one in types for axis in one.sharding.spec)
+        and _are_whole(x, kernel)
+    )
+
+
+def _are_whole(*arrays):
+    """Returns whether the arrays' types give all sizes, and no split over the devices of a mesh.
+
+    `jax.export` can leave sizes open. Under `jax.set_mesh` types tell a split, and only operations of `lax`
+    know how their results are split then.
+    """
+    types = [jax.typeof(array) for array in arrays]
+    return all(isinstance(size, int) for one in types for size in one.shape) and not any(
+        axis for one in types for axis in one.sharding.spec
     )
 
 
@@ -143,7 +152,7 @@ def _conv_for_cpu(x, kernel, window_strides, pads):
         return keep(conv_in_order(x, kernel, tuple(window_strides), tuple(map(tuple, pads))))
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, matrix = factors(x, kernel, window_strides, out_height, out_width)
-    return keep(keep(rows) @ keep(matrix)).reshape(-1, out_height, out_width, filters)
+    return keep(matrix_product(keep(rows), keep(matrix))).reshape(-1, out_height, out_width, filters)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -221,6 +230,47 @@ def _conv_of_pairs(x, kernel, pads, *, strides=(1, 1), dilation=(1, 1)):
     band = band.reshape(*band.shape[:3], 2 * filters)
     pairs = lax.conv_general_dilated(x, band, (1, 2), pads, dimension_numbers=_ORDER)
     return pairs.reshape(*pairs.shape[:2], out_width, filters)
+
+
+def matrix_product(x, matrix):
+    """`x @ matrix`, written so that XLA computes its gradients fast on a CPU.
+
+    Each gradient is a product with a transposed factor, or the transpose of such a product. XLA always takes
+    the first form, in which the kernel of a dense layer is transposed: for VGG-16 and two images, that was a
+    third of a training step. Here the form with less to transpose is taken. Barriers keep XLA from joining
+    transposition and product again.
+
+    Shapes: x [..., C], matrix [C, F] -> [..., F].
+    """
+    if is_for_cpu() and x.ndim == 2 and _are_whole(x, matrix):
+        return _product(x, matrix)
+    return x @ matrix
+
+
+@jax.custom_vjp
+def _product(rows, matrix):
+    return rows @ matrix
+
+
+def _product_and_factors(rows, matrix):
+    return rows @ matrix, (rows, matrix)
+
+
+def _product_gradients(factors, gradient):
+    keep = lax.optimization_barrier
+    rows, matrix = factors
+    if gradient.size + rows.size < matrix.size:
+        of_rows = keep(matrix @ keep(gradient.T)).T
+    else:
+        of_rows = gradient @ keep(matrix.T)
+    if gradient.size + matrix.size < rows.size:
+        of_matrix = keep(keep(gradient.T) @ rows).T
+    else:
+        of_matrix = keep(rows.T) @ gradient
+    return _summed_as(rows, of_rows), _summed_as(matrix, of_matrix)
+
+
+_product.defvjp(_product_and_factors, _product_gradients)
 
 
 def _patches_and_matrix(x, kernel, strides, out_height, out_width):

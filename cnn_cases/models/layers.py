@@ -11,7 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from cnn_cases.models.fast import conv_general_dilated, max_pool, platform, relu
+from cnn_cases.models.fast import conv_general_dilated, matrix_product, max_pool, platform, relu
 
 MAX_DENSE_FEATURES = 16_384  # of a hidden dense layer: four times as many as in the papers
 
@@ -80,8 +80,7 @@ class Dense(nn.Module):
         """[..., C] -> [..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-        y = x @ kernel
+        y = matrix_product(*promote_dtype(x, kernel, dtype=self.dtype))
         return y + broadcast_like(bias, y)
 
 
@@ -189,7 +188,8 @@ def local_response_norm(x, k=2.0, n=5, alpha=1e-4, beta=0.75):
 
 def _normalised(x, k, n, alpha, beta):
     a = x.astype(jnp.float32)
-    return (a * (k + alpha * _sum_of_neighbours(a * a, n)) ** -beta).astype(x.dtype)
+    # On a CPU, XLA's own power takes almost four times as long.
+    return (a * jnp.exp(-beta * jnp.log(k + alpha * _sum_of_neighbours(a * a, n)))).astype(x.dtype)
 
 
 def _sum_of_neighbours(x, n):
