@@ -49,6 +49,15 @@ def is_for_cpu():
     return platform() == "cpu"
 
 
+def keep(x):
+    """Returns x, which XLA's CPU compiler then stores instead of computing it again wherever it is used.
+
+    For the sum in a residual block, that would go back to the first block of the stage: the sum of the block
+    before, on which it depends, is computed again as well.
+    """
+    return lax.optimization_barrier(x) if is_for_cpu() else x
+
+
 def conv_general_dilated(x, kernel, window_strides, padding, **options):
     """`lax.conv_general_dilated`, written so that XLA runs it and its gradients fast.
 
@@ -131,11 +140,10 @@ def _conv_for_cpu(x, kernel, window_strides, pads):
       time. It takes a third of a second longer to compile, which does not pay off for a small batch.
     - With more channels or larger maps, XLA's own convolution is faster; `conv_in_order` keeps it fast inside
       a loop, and computes two neighbours at once if there are few filters.
-    - Barriers make XLA keep the input and the output. Without them, it recomputes the transposed input for
-      the gradient of the kernel, all the way back to the previous convolution or through all shortcuts of a
-      stage, and likewise the gradient of the output: a step of ResNet-20 takes a fifth longer.
+    - The input and the output are kept, see `keep`. XLA would recompute the transposed input for the gradient
+      of the kernel, all the way back to the previous convolution, and likewise the gradient of the output: a
+      step of ResNet-20 takes a fifth longer.
     """
-    keep = lax.optimization_barrier
     x = keep(x)
     height, width, channels, filters = kernel.shape
     padded = [sum(edges) + size for edges, size in zip(pads, x.shape[1:3], strict=True)]
@@ -181,6 +189,8 @@ def _conv_and_inputs(x, kernel, strides, pads):
 
 def _conv_gradients(strides, pads, inputs, gradient):
     x, kernel = inputs
+    # XLA would transpose x right after the forward convolution, and store it twice until this one.
+    x, gradient = lax.optimization_barrier((x, gradient))
     pads_of_x, pads_of_kernel = [], []
     for axis, (stride, (low, high)) in enumerate(zip(strides, pads, strict=True)):
         window = kernel.shape[axis]
@@ -257,8 +267,8 @@ def _product_and_factors(rows, matrix):
 
 
 def _product_gradients(factors, gradient):
-    keep = lax.optimization_barrier
     rows, matrix = factors
+    rows, gradient = keep((rows, gradient))  # as in `_conv_gradients`
     if gradient.size + rows.size < matrix.size:
         of_rows = keep(matrix @ keep(gradient.T)).T
     else:
@@ -369,10 +379,11 @@ def relu(x):
     """`nn.relu` whose gradient is computed from the result, for sums: those of a convolution and a bias, say.
 
     Value and gradient are the same. Nobody then needs x: on a GPU, the convolution itself adds the bias and
-    applies the ReLU, and memory holds one map instead of two. After batch normalisation, `nn.relu` is better:
-    the gradient of the norm reads its input anyway, from which XLA computes x again.
+    applies the ReLU, and memory holds one map instead of two. On a CPU, the result is kept, see `keep`. After
+    batch normalisation, `nn.relu` is better: the gradient of the norm reads its input anyway, from which XLA
+    computes x again.
     """
-    return jnp.maximum(x, 0)
+    return keep(jnp.maximum(x, 0))
 
 
 @relu.defjvp

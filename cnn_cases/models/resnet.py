@@ -76,7 +76,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cnn_cases import checks
-from cnn_cases.models.fast import max_pool, relu
+from cnn_cases.models.fast import keep, max_pool, relu
 from cnn_cases.models.layers import Conv, Dense, batch_norm
 
 SHORTCUTS = {
@@ -303,7 +303,7 @@ class PreactBlock(nn.Module):
         y = self.conv(self.filters, (3, 3), padding=1, name="conv2")(y)
         y = nn.relu(self.norm(name="norm3")(y))
         y = self.conv(4 * self.filters, (1, 1), padding=0, name="conv3")(y)
-        return x + y
+        return keep(x + y)
 
 
 def cifar_blocks_per_stage(depth, layers):
