@@ -128,7 +128,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         "resident_bytes": contenders.resident_bytes(),
     }
     model, tx, train_steps = training(case, dtype)
-    predict_step = steps.make_predict_step(model.apply, lambda _, image: image)
+    predict_step = steps.make_predict_step(model.apply, lambda arrays, _: arrays["image"])
     devices_of_all = len(devices_lib.of_all_processes(devices))
     devices_lib.check_batch_size(batch_size, devices_of_all)
     share = batch_size // devices_of_all
@@ -145,7 +145,6 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     last = [train(state, arrays, nothing)]
     jax.block_until_ready(last)
     facts["first_step_seconds"] = time.perf_counter() - began
-    images = jnp.repeat(arrays["image"][None], len(devices), axis=0)
     wait_each = devices_lib.max_in_flight(devices) == 0
 
     def wait():
@@ -157,7 +156,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
             wait()
 
     def infer_once():
-        last[1:] = [predict(last[0][0], {}, images)]
+        last[1:] = [predict(last[0][0], arrays, nothing)]
 
     def peak_bytes():
         return (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
