@@ -6,8 +6,8 @@ gradient holds a NaN or an infinity, pixels beside those that see it can become 
 multiply it by zeros.
 
 You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated`,
-`matrix_product` for `@`, `max_pool` for `nn.max_pool` and `relu` for `nn.relu`. `docs/speed.md` has the
-measurements.
+`matrix_product` for `@`, `max_pool` for `nn.max_pool`, `relu` for `nn.relu`, and `keep(x)` for x.
+`docs/speed.md` has the measurements.
 """
 
 import contextlib
@@ -189,7 +189,7 @@ def _conv_and_inputs(x, kernel, strides, pads):
 
 def _conv_gradients(strides, pads, inputs, gradient):
     x, kernel = inputs
-    # XLA would transpose x right after the forward convolution, and store it twice until this one.
+    # XLA would transpose x right after the forward convolution, and store both forms until here.
     x, gradient = lax.optimization_barrier((x, gradient))
     pads_of_x, pads_of_kernel = [], []
     for axis, (stride, (low, high)) in enumerate(zip(strides, pads, strict=True)):
