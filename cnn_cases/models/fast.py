@@ -190,7 +190,7 @@ def _conv_and_inputs(x, kernel, strides, pads):
 def _conv_gradients(strides, pads, inputs, gradient):
     x, kernel = inputs
     # XLA would transpose x right after the forward convolution, and store both forms until here.
-    x, gradient = lax.optimization_barrier((x, gradient))
+    x, gradient = keep((x, gradient))
     pads_of_x, pads_of_kernel = [], []
     for axis, (stride, (low, high)) in enumerate(zip(strides, pads, strict=True)):
         window = kernel.shape[axis]
