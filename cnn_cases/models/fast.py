@@ -427,14 +427,14 @@ def max_pool_by_shifts(x, window_shape, strides, padding):
     Value and gradient are the same; the gradient goes to the first of equal cells. The barriers around it
     keep XLA from recomputing it for its gradient.
     """
-    x = lax.optimization_barrier(x)
+    x = keep(x)
     pads = _pads(x, window_shape, strides, padding)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     for axis, window, stride in ((2, window_shape[1], strides[1]), (1, window_shape[0], strides[0])):
         last = x.shape[axis] - window
         shifts = [lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(window)]
         x = functools.reduce(_larger, shifts)
-    return lax.optimization_barrier(x)
+    return keep(x)
 
 
 def max_pool_by_place(x, window_shape, strides, padding):
