@@ -26,11 +26,13 @@ class Network(NamedTuple):
     """A network in a Contender's process: functions that start a step or a pass, and one that waits for it.
 
     Attributes:
-      train: () -> None, starts a training step.
+      train: () -> None, starts a call that does `steps_per_call` training steps.
       infer: () -> None, starts an inference pass.
       wait: () -> None, returns when all started work is done.
       peak_bytes: () -> peak memory of the device; None where it is not counted.
-      facts: a dict that JSON can hold: "first_step_seconds", including compilation, and more.
+      facts: a dict that JSON can hold: "first_step_seconds", until the first call is done, including
+        compilation, and more.
+      steps_per_call: see `train`.
     """
 
     train: Any
@@ -38,14 +40,20 @@ class Network(NamedTuple):
     wait: Any
     peak_bytes: Any
     facts: dict
+    steps_per_call: int = 1
 
     def seconds(self, work, count):
-        """The seconds of `count` steps or passes; `work` is "train" or "infer"."""
+        """The seconds of `count` steps or passes; `work` is "train" or "infer".
+
+        If that is not a whole number of calls, it is measured on the next larger one.
+        """
+        a_call = self.steps_per_call if work == "train" else 1
+        calls = -(-count // a_call)
         began = time.perf_counter()
-        for _ in range(count):
+        for _ in range(calls):
             getattr(self, work)()
         self.wait()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) * count / (calls * a_call)
 
     def peak(self):
         """Peak bytes of the device or, where it does not count them, of this process during some steps.

@@ -4,7 +4,8 @@ Every architecture, in training (a whole step: forward, backward, SGD with momen
 inference, on data that is on the device already. The peer is the same network in PyTorch, eager and with
 torch.compile, channels last, under autocast if the type is bfloat16: torchvision's if it is installed and has
 the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be equal in
-number. This project does not require PyTorch: pip install torch.
+number. On a CPU, a call of ours does as many steps as in a training run: ten on images of up to 32x32 pixels,
+which are resident there, and one on larger ones. This project does not require PyTorch: pip install torch.
 
 Each contender has a separate process; when all are made, of one case or of several, they take turns.
 Contenders that are made at the same time share the device while XLA and cuDNN choose kernels by timing them,
@@ -38,7 +39,7 @@ from cnn_cases.analysis import costs
 from cnn_cases.models import make_model
 from cnn_cases.studies import jobs
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import losses, optimizer, processes, runtime, steps
+from cnn_cases.training import losses, optimizer, processes, programs, runtime, steps
 from cnn_cases.training.state import init_state
 
 SIDE_WEIGHT = 0.3
@@ -126,6 +127,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         "platform": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "resident_bytes": contenders.resident_bytes(),
+        "steps_per_call": _steps_per_call(case, devices[0].platform),
     }
     model, tx, train_steps = training(case, dtype)
     predict_step = steps.make_predict_step(model.apply, lambda arrays, _: arrays["image"])
@@ -134,23 +136,29 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     share = batch_size // devices_of_all
     arrays = devices_lib.replicate(_batch(case, share), devices)  # the same images for all devices
     state = devices_lib.replicate(init_state(model, tx, case.image_shape, 0), devices)
-    nothing = np.zeros((len(devices), 1, 1), np.int32)  # one step per device; its images are in `arrays`
+    steps_per_call = facts["steps_per_call"]
+    # One batch per device and step; its images are in `arrays`.
+    nothing = np.zeros((len(devices), steps_per_call, 1), np.int32)
+    # With several processes, pmap can only be compiled by a call (JAX 0.10).
+    is_counted = facts["platform"] in ("cpu", "gpu") and not processes.is_one_of_several()
     began = time.perf_counter()
     train = over_devices(train_steps, devices)
-    # With several processes, pmap can only be compiled by a call (JAX 0.10).
-    if facts["platform"] in ("cpu", "gpu") and not processes.is_one_of_several():
+    if is_counted and steps_per_call == 1:
         compiled = train.lower(state, arrays, nothing).compile()  # not compiled again below
         facts |= _counted(compiled, facts["platform"])
     predict = devices_lib.pmap_predict(predict_step, devices)
     last = [train(state, arrays, nothing)]
     jax.block_until_ready(last)
     facts["first_step_seconds"] = time.perf_counter() - began
+    if is_counted and steps_per_call > 1:  # what one step does, outside of a loop
+        compiled = train.lower(last[0][0], arrays, nothing[:, :1]).compile()
+        facts |= _counted(compiled, facts["platform"])
     wait_each = devices_lib.max_in_flight(devices) == 0
 
     def wait():
         jax.block_until_ready(last)
 
-    def train_once():
+    def train_some():
         last[0] = train(last[0][0], arrays, nothing)
         if wait_each:
             wait()
@@ -161,7 +169,17 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
     def peak_bytes():
         return (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
 
-    return contenders.Network(train_once, infer_once, wait, peak_bytes, facts)
+    return contenders.Network(train_some, infer_once, wait, peak_bytes, facts, steps_per_call)
+
+
+def _steps_per_call(case, platform):
+    """As many as in a long training run: images of up to 32x32 pixels are resident, larger ones are streamed.
+
+    One on accelerators, where the host starts a call while the one before is computed.
+    """
+    if platform != "cpu" or max(case.image_shape) > 32:
+        return 1
+    return programs.max_steps_per_call(platform)
 
 
 def _counted(compiled, platform):
@@ -385,7 +403,7 @@ def _measure_made(case, dtype, turns, processes):
         row[work] = _rates(seconds, facts[OURS]["batch_size"])
     row |= processes[OURS].also(counts, case).result()
     matrix, copy = processes[OURS].also(ceilings, dtype).result()
-    row["batch_size"] = facts[OURS]["batch_size"]
+    row |= {key: facts[OURS][key] for key in ("batch_size", "steps_per_call")}
     for kind in facts.keys() - {OURS}:
         row |= {key: facts[kind][key] for key in ("peer", "torch")}
     row["first_step_seconds"] = {kind: round(found["first_step_seconds"], 2) for kind, found in facts.items()}

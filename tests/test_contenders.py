@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -29,6 +30,18 @@ def _make(log):
     return contenders.Network(
         lambda: note("train"), lambda: note("infer"), lambda: held.append(b"x" * 2**24), lambda: None, facts
     )
+
+
+def test_steps_are_measured_in_whole_calls(monkeypatch):
+    times, calls = iter([0.0, 8.0] * 3), []
+    monkeypatch.setattr(contenders, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    network = contenders.Network(
+        lambda: calls.append("train"), lambda: calls.append("infer"), lambda: None, None, {}, 4
+    )
+    assert network.seconds("train", 8) == 8
+    assert network.seconds("train", 5) == 5  # of 8 s for 8 steps
+    assert network.seconds("infer", 2) == 8
+    assert calls == ["train"] * 4 + ["infer"] * 2
 
 
 def _refuse():

@@ -54,6 +54,19 @@ def test_a_device_gets_its_share_of_the_batch(train, monkeypatch):
     batch.assert_called_once_with(SMALL, 4)
 
 
+def test_small_images_are_trained_ten_steps_per_call_on_a_cpu(train):
+    def shapes(case):
+        """Those of the batches in a call that trains, and in the program whose operations are counted."""
+        train.reset_mock()
+        network = throughput.ours(case, "float32", over_devices=lambda *_: train)
+        assert network.facts["steps_per_call"] == network.steps_per_call
+        return [one.call_args.args[2].shape for one in (train, train.lower)]
+
+    assert shapes(SMALL) == [(1, 10, 1), (1, 1, 1)]
+    assert shapes(SMALL._replace(image_shape=(36, 36, 1))) == [(1, 1, 1), (1, 1, 1)]
+    assert throughput._steps_per_call(SMALL, "gpu") == 1
+
+
 def test_inference_is_waited_for(train, monkeypatch):
     network = throughput.ours(SMALL, "float32", over_devices=lambda *_: train)
     waited_for = []
@@ -142,7 +155,8 @@ class Sham:
 
     def __init__(self, _make, case, _dtype, kind, platform="gpu"):
         self.case, self.kind = case, kind
-        self.made = self.done("made", {"platform": platform, "batch_size": 8, "first_step_seconds": 1.0})
+        facts = {"platform": platform, "batch_size": 8, "steps_per_call": 1, "first_step_seconds": 1.0}
+        self.made = self.done("made", facts)
         if kind != throughput.OURS:
             self.made.result().update(peer="benchmarks.peers", torch="2.0")
         elif platform == "cpu":

@@ -99,6 +99,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
+    assert "epochs, on 4 x cpu, 4 steps per call" in errors
     assert "SIGTERM: saved after step" in errors
     saved = int(errors.split("saved after step ")[1].split(";")[0])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(saved)]

@@ -204,11 +204,6 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
     checkpoint there holds both lists. A signal saves one more checkpoint, to which the run may then rewind.
     """
     running = RunningMetrics([], [], [])
-    if not config.steps_per_call and programs.may_loop(config, program.devices[0].platform):
-        log.say(
-            f"steps_per_call: {program.steps_per_call}, the largest number up to "
-            f"{programs.MAX_STEPS_PER_CALL} that divides all intervals of the run"
-        )
     if not _measures_all_saved(config):
         log.say(
             "checkpoint.best_on: only checkpoints at whose step "
@@ -274,14 +269,15 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
 
 
 def _described(config, program, state):
-    """Returns a summary such as `resnet_cifar, 272,474 parameters, 5.1 epochs, on 2 x cpu`."""
+    """Returns a summary: `resnet_cifar, 272,474 parameters, 5.1 epochs, on 2 x cpu, 10 steps per call`."""
     devices = collections.Counter(
         device.device_kind for device in devices_lib.of_all_processes(program.devices)
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     where = " and ".join(f"{number} x {kind}" for kind, number in devices.items())
     epochs = config.num_steps * config.batch_size / program.feed.num_train
-    words = f"{config.model.name}, {count:,} parameters, {epochs:,.1f} epochs, on {where}"
+    steps = f"{program.steps_per_call} step{'s' if program.steps_per_call > 1 else ''} per call"
+    words = f"{config.model.name}, {count:,} parameters, {epochs:,.1f} epochs, on {where}, {steps}"
     if config.start.workdir:
         words += f", starting from {', '.join(config.start.layers)} of {config.start.workdir}"
     return words
@@ -362,7 +358,8 @@ class _StoppedError(Exception):
 class _Training:
     """The steps of a run from a checkpoint on, and the rows, evaluations and checkpoints that are due.
 
-    A few calls are sent to the devices before earlier results are back, so they do not wait for the host.
+    A few calls are sent to accelerators before earlier results are back, so they do not wait for the host.
+    On a CPU that would gain nothing, and a signal would wait for them.
     """
 
     def __init__(self, config, program, state, batches, running, *, log, checkpoints, stop):
@@ -374,7 +371,8 @@ class _Training:
         several = processes.is_one_of_several()
         self._of_all = devices_lib.pmap_max(program.devices) if several else None
         self._heard = 0  # the signal that any process received, as of the last collected call
-        self._max_in_flight = devices_lib.max_in_flight(program.devices)
+        on_cpu = program.devices[0].platform == "cpu"
+        self._max_in_flight = 0 if on_cpu else devices_lib.max_in_flight(program.devices)
         self._in_flight = collections.deque()
         self._restart_clock()
 

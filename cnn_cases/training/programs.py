@@ -29,7 +29,8 @@ from cnn_cases.training.state import init_state, shapes_of_state
 MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
-MAX_STEPS_PER_CALL = 50  # if the config does not say; a signal waits for three calls in flight
+# If the config does not say. A signal waits for the calls in flight: one on a CPU, elsewhere up to three.
+MAX_STEPS_PER_CALL, MAX_STEPS_PER_CALL_ON_CPU = 50, 10
 
 
 class Program(NamedTuple):
@@ -189,10 +190,10 @@ def make_network(config, num_classes):
 def steps_per_call(config, platform):
     """Returns how many steps one call to the devices does.
 
-    If the config says 0, it is 1 on a CPU, where a call costs little and a loop takes longer to compile, and
-    1 with a stream, since the images of all steps would be in memory at once. Otherwise it is the largest
-    number up to MAX_STEPS_PER_CALL that divides all intervals of the run, so that one launch serves many
-    steps.
+    If the config says 0, it is 1 with a stream, since the images of all steps would be in memory at once.
+    Otherwise it is the largest number up to `max_steps_per_call` that divides all intervals of the run. So
+    one launch serves many steps, and on a CPU the memory of their activations is asked for, and cleared by
+    the operating system, only once.
 
     Args:
       config: from `configs/`.
@@ -200,16 +201,16 @@ def steps_per_call(config, platform):
     """
     if config.steps_per_call:
         return config.steps_per_call
-    if not may_loop(config, platform):
+    if config.data.feed == "stream":
         return 1
     others = config.evaluation.every_steps, config.checkpoint.every_steps  # gcd ignores a 0
     common = math.gcd(config.num_steps, config.log_every_steps, *others)
-    return max(count for count in range(1, MAX_STEPS_PER_CALL + 1) if common % count == 0)
+    return max(count for count in range(1, max_steps_per_call(platform) + 1) if common % count == 0)
 
 
-def may_loop(config, platform):
-    """Returns whether several steps per call could be useful; see `steps_per_call`."""
-    return platform != "cpu" and config.data.feed != "stream"
+def max_steps_per_call(platform):
+    """Returns how many steps one call may do if the config does not say."""
+    return MAX_STEPS_PER_CALL_ON_CPU if platform == "cpu" else MAX_STEPS_PER_CALL
 
 
 def check(config, devices=None):

@@ -120,7 +120,7 @@ def finished(data_dir, tmp_path_factory):
         def train(state, *_):  # nothing is compiled for it
             return state, metrics_of(float("nan"))
 
-        return program._replace(train=train)
+        return program._replace(train=train, steps_per_call=1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "make_program", make)

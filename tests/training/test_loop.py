@@ -378,7 +378,9 @@ def test_an_open_number_of_steps_a_call_goes_by_the_device_and_the_intervals(con
         return programs.steps_per_call(changed, platform)
 
     assert chosen() == chosen("tpu") == 50
-    assert chosen("cpu") == 1
+    assert chosen("cpu") == 10
+    assert chosen("cpu", **{"evaluation.every_steps": 25}) == 5
+    assert chosen("cpu", **{"data.feed": "stream"}) == 1
     assert chosen(**{"data.feed": "stream"}) == 1
     assert chosen(**{"evaluation.every_steps": 0}) == 50
     assert chosen(**{"evaluation.every_steps": 25}) == 25
