@@ -2,11 +2,11 @@
 
 Milliseconds of a training step with XLA's defaults, with the flags that `runtime.choose_cpu_flags` or, on a
 GPU, `runtime.make_deterministic` sets, and with other flags that might help; on a CPU also with Flax's own
-convolutions and pooling in place of those of `cnn_cases.models.fast`, and with memory in huge pages. Each set
-of flags has a separate process that compiles once, on a GPU at the same time as the other sets; then the
-processes take turns. Values are medians over the turns with the lowest and the highest; a ratio is the median
-over the turns of the ratio to the defaults. Flags that this version of XLA does not know end their process
-and are reported.
+convolutions and pooling in place of those of `cnn_cases.models.fast`, with a single step in each call, and
+with memory in huge pages. Each set of flags has a separate process that compiles once, on a GPU at the same
+time as the other sets; then the processes take turns. Values are medians over the turns with the lowest and
+the highest; a ratio is the median over the turns of the ratio to the defaults. Flags that this version of XLA
+does not know end their process and are reported.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from cnn_cases.models import fast
 from cnn_cases.training import runtime
 
 DEFAULTS, FLAX, HUGE_PAGES = "defaults", "chosen, Flax's layers", "chosen, huge pages"
+ONE_STEP = "chosen, one step per call"
 YNNPACK, BARRIERS = runtime.CPU_FLAGS
 _CHOSEN = " ".join(f"--{name}={value}" for name, value in runtime.CPU_FLAGS.items())
 FLAGS = {
@@ -27,6 +28,7 @@ FLAGS = {
         DEFAULTS: "",
         "chosen": _CHOSEN,
         FLAX: _CHOSEN,
+        ONE_STEP: _CHOSEN,
         HUGE_PAGES: _CHOSEN,
         "no barriers": f"--{YNNPACK}={runtime.CPU_FLAGS[YNNPACK]}",
         "nothing by YNNPACK": f"--{YNNPACK}= --{BARRIERS}={runtime.CPU_FLAGS[BARRIERS]}",
@@ -69,11 +71,11 @@ DEFAULT_CASES = {
 }
 
 
-def ours(case, dtype, layers_of_flax):
-    """`throughput.ours`, with Flax's own layers if `layers_of_flax`."""
-    for_cpu = fast.is_for_cpu() and not layers_of_flax
+def ours(case, dtype, flags):
+    """`throughput.ours` for a set of flags: FLAX has Flax's own layers, ONE_STEP one step per call."""
+    for_cpu = fast.is_for_cpu() and flags != FLAX
     with mock.patch.object(fast, "is_for_cpu", return_value=for_cpu):
-        return throughput.ours(case, dtype)
+        return throughput.ours(case, dtype, steps_per_call=1 if flags == ONE_STEP else 0)
 
 
 def measure(name, turns, device):
@@ -91,8 +93,7 @@ def measure(name, turns, device):
                 "JAX_PLATFORMS": PLATFORMS[device],
                 "GLIBC_TUNABLES": GLIBC_HUGE_PAGES if one == HUGE_PAGES else "",
             }
-            arguments = CASES[name], DTYPES[device], one == FLAX
-            process = contenders.Contender(ours, *arguments, environment=environment)
+            process = contenders.Contender(ours, CASES[name], DTYPES[device], one, environment=environment)
             made[one] = stack.enter_context(process)
             if device == "cpu":  # the compilations would share its cores
                 concurrent.futures.wait([process.made])

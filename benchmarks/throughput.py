@@ -106,12 +106,13 @@ PEERS = ("torch", "torch.compile")
 QUICK = ("LeNet-5", "NIN", "ResNet-20")
 
 
-def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
+def ours(case, dtype, *, steps_per_call=0, num_devices=1, over_devices=devices_lib.pmap_train):
     """This project's training step and inference: a `contenders.Network`.
 
     Args:
       case: a Case.
       dtype: "float32" or "bfloat16".
+      steps_per_call: training steps in a call; 0: see `_steps_per_call`.
       num_devices: how many devices of this process share the work, with those of other processes.
       over_devices: (train_steps, devices) -> the jitted function.
 
@@ -127,7 +128,7 @@ def ours(case, dtype, *, num_devices=1, over_devices=devices_lib.pmap_train):
         "platform": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "resident_bytes": contenders.resident_bytes(),
-        "steps_per_call": _steps_per_call(case, devices[0].platform),
+        "steps_per_call": steps_per_call or _steps_per_call(case, devices[0].platform),
     }
     model, tx, train_steps = training(case, dtype)
     predict_step = steps.make_predict_step(model.apply, lambda arrays, _: arrays["image"])

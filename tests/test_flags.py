@@ -46,7 +46,10 @@ def test_a_ratio_is_to_the_defaults_and_unknown_flags_are_told(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("layers_of_flax", "for_cpu"), [(True, False), (False, True)])
-def test_flax_s_layers_take_the_place_of_those_for_cpus(layers_of_flax, for_cpu, monkeypatch):
-    monkeypatch.setattr(throughput, "ours", lambda *_: fast.is_for_cpu())
-    assert flags.ours(flags.CASES["ResNet-20"], "float32", layers_of_flax) == for_cpu
+@pytest.mark.parametrize(
+    ("name", "for_cpu", "steps_per_call"),
+    [(flags.FLAX, False, 0), (flags.ONE_STEP, True, 1), ("chosen", True, 0)],
+)
+def test_layers_and_steps_per_call_are_those_of_the_set(name, for_cpu, steps_per_call, monkeypatch):
+    monkeypatch.setattr(throughput, "ours", lambda *_, steps_per_call: (fast.is_for_cpu(), steps_per_call))
+    assert flags.ours(flags.CASES["ResNet-20"], "float32", name) == (for_cpu, steps_per_call)

@@ -358,8 +358,8 @@ class _StoppedError(Exception):
 class _Training:
     """The steps of a run from a checkpoint on, and the rows, evaluations and checkpoints that are due.
 
-    A few calls are sent to accelerators before earlier results are back, so they do not wait for the host.
-    On a CPU that would gain nothing, and a signal would wait for them.
+    A few calls are sent to the devices before earlier results are back, so they do not wait for the host. On
+    a CPU, calls of several steps take so long that this would gain nothing, and a signal would wait for them.
     """
 
     def __init__(self, config, program, state, batches, running, *, log, checkpoints, stop):
@@ -371,8 +371,8 @@ class _Training:
         several = processes.is_one_of_several()
         self._of_all = devices_lib.pmap_max(program.devices) if several else None
         self._heard = 0  # the signal that any process received, as of the last collected call
-        on_cpu = program.devices[0].platform == "cpu"
-        self._max_in_flight = 0 if on_cpu else devices_lib.max_in_flight(program.devices)
+        long_calls = program.devices[0].platform == "cpu" and program.steps_per_call > 1
+        self._max_in_flight = 0 if long_calls else devices_lib.max_in_flight(program.devices)
         self._in_flight = collections.deque()
         self._restart_clock()
 

@@ -29,7 +29,7 @@ from cnn_cases.training.state import init_state, shapes_of_state
 MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
-# If the config does not say. A signal waits for the calls in flight: one on a CPU, elsewhere up to three.
+# If the config does not say. A signal waits for one call on a CPU, and for up to three on accelerators.
 MAX_STEPS_PER_CALL, MAX_STEPS_PER_CALL_ON_CPU = 50, 10
 
 
