@@ -47,8 +47,8 @@ from configs import common, resnet_cifar10, resnet_digits
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
 PEERS = ("tensorflow-cpu", "torch", "pillow")
-STEPS_A_TURN = {
-    "resident": {"cpu": 4, "accelerator": 500},
+STEPS_A_TURN = {  # whole calls
+    "resident": {"cpu": 10, "accelerator": 500},
     "training": {"cpu": 500, "accelerator": 4000},
 }
 

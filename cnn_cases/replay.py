@@ -5,7 +5,7 @@
 The default step is the one at which the run diverged. The replay reads the last checkpoint before it, and
 repeats the steps in between and then the step itself: once as in the run and, if any number is not finite,
 once more with JAX's `debug_nans`. On a CPU, with as many threads as the run had, the numbers are bitwise
-those of the run; other devices may round differently, not least since runs there do several steps per call.
+those of a run with one step per call; other devices, and calls of several steps, may round differently.
 Nothing is written.
 """
 

@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 
 from benchmarks import pipeline, record
-from configs import resnet_digits
+from cnn_cases.training import programs
+from configs import resnet_cifar10, resnet_digits
 
 
 def test_the_overhead_is_the_extra_time_in_percent(monkeypatch):
@@ -33,6 +34,13 @@ def test_a_call_of_several_steps_counts_as_several(monkeypatch):
     calls.clear()
     assert run() == pytest.approx(0.5)  # 3 s for 6 steps
     assert calls == ["batch"] * 3
+
+
+@pytest.mark.parametrize("config", [resnet_cifar10.get_config(), resnet_digits.get_config()])
+@pytest.mark.parametrize("of_turn", pipeline.STEPS_A_TURN.values(), ids=pipeline.STEPS_A_TURN)
+def test_a_turn_is_of_whole_calls(of_turn, config):
+    assert of_turn["cpu"] % programs.steps_per_call(config, "cpu") == 0
+    assert of_turn["accelerator"] % programs.steps_per_call(config, "gpu") == 0
 
 
 @pytest.mark.parametrize("measure", [pipeline.resident_feed, pipeline.whole_training])
