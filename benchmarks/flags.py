@@ -72,10 +72,13 @@ DEFAULT_CASES = {
 
 
 def ours(case, dtype, flags):
-    """`throughput.ours` for a set of flags: FLAX has Flax's own layers, ONE_STEP one step per call."""
+    """`throughput.ours` for a set of flags: FLAX has Flax's own layers, and ONE_STEP one step per call.
+
+    FLAX has one step per call, too: in a loop, the gradients of Flax's convolutions take many times as long.
+    """
     for_cpu = fast.is_for_cpu() and flags != FLAX
     with mock.patch.object(fast, "is_for_cpu", return_value=for_cpu):
-        return throughput.ours(case, dtype, steps_per_call=1 if flags == ONE_STEP else 0)
+        return throughput.ours(case, dtype, steps_per_call=1 if flags in (FLAX, ONE_STEP) else 0)
 
 
 def measure(name, turns, device):

@@ -48,7 +48,7 @@ def test_a_ratio_is_to_the_defaults_and_unknown_flags_are_told(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "for_cpu", "steps_per_call"),
-    [(flags.FLAX, False, 0), (flags.ONE_STEP, True, 1), ("chosen", True, 0)],
+    [(flags.FLAX, False, 1), (flags.ONE_STEP, True, 1), ("chosen", True, 0)],
 )
 def test_layers_and_steps_per_call_are_those_of_the_set(name, for_cpu, steps_per_call, monkeypatch):
     monkeypatch.setattr(throughput, "ours", lambda *_, steps_per_call: (fast.is_for_cpu(), steps_per_call))
