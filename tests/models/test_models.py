@@ -52,6 +52,8 @@ def test_layers_and_logits_have_the_compute_type_and_no_parameter_does(name, set
 
     shapes = []
     calls = recorded(lambda: shapes.extend(jax.eval_shape(apply))).values()
+    # In a loop over steps on a CPU, the gradients of Flax's own convolutions take many times as long.
+    assert not [module for module, _, _ in calls if isinstance(module, nn.Conv)], "take layers.Conv"
     assert {y.dtype.name for module, _, y in calls if isinstance(module, LAYERS)} == {"bfloat16"}
     variables, all_logits = shapes
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
