@@ -140,18 +140,15 @@ def ours(case, dtype, *, steps_per_call=0, num_devices=1, over_devices=devices_l
     steps_per_call = facts["steps_per_call"]
     # One batch per device and step; its images are in `arrays`.
     nothing = np.zeros((len(devices), steps_per_call, 1), np.int32)
-    # With several processes, pmap can only be compiled by a call (JAX 0.10).
-    is_counted = facts["platform"] in ("cpu", "gpu") and not processes.is_one_of_several()
     began = time.perf_counter()
     train = over_devices(train_steps, devices)
-    if is_counted and steps_per_call == 1:
-        compiled = train.lower(state, arrays, nothing).compile()  # not compiled again below
-        facts |= _counted(compiled, facts["platform"])
     predict = devices_lib.pmap_predict(predict_step, devices)
     last = [train(state, arrays, nothing)]
     jax.block_until_ready(last)
     facts["first_step_seconds"] = time.perf_counter() - began
-    if is_counted and steps_per_call > 1:  # what one step does, outside of a loop
+    # With several processes, pmap can only be compiled by a call (JAX 0.10).
+    if facts["platform"] in ("cpu", "gpu") and not processes.is_one_of_several():
+        # One step is counted, outside of a loop; if that is what a call does, nothing is compiled again.
         compiled = train.lower(last[0][0], arrays, nothing[:, :1]).compile()
         facts |= _counted(compiled, facts["platform"])
     wait_each = devices_lib.max_in_flight(devices) == 0
