@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from cnn_cases import models, stopping
 from cnn_cases.models import layers
-from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs
+from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, running
 from configs import resnet_digits
 from tests.conftest import example_of_step, interrupt, metrics_of, poisoned, stop_after, tiny_config
 
@@ -89,6 +89,28 @@ def test_what_a_row_needs_waits_for_no_later_step(config, tmp_path):
     rates = [index for index, (what, _) in enumerate(calls) if what == "rate"]
     assert [calls[index][1] for index in rates] == [3, 6, 9, 12]
     assert all(calls[index - 1] == ("train", calls[index][1]) for index in rates)
+
+
+@pytest.mark.parametrize(("steps_per_call", "at_once"), [(1, 3), (2, 1)])
+def test_calls_are_sent_ahead_unless_each_is_long(steps_per_call, at_once, config, tmp_path, monkeypatch):
+    config.steps_per_call = steps_per_call
+    config.log_every_steps = config.evaluation.every_steps = config.checkpoint.every_steps = config.num_steps
+    program = programs.make_program(config, jax.devices()[:1])
+    calls = []  # +1 for each that is sent, -1 for each whose metrics are read
+    add = running.RunningMetrics.add
+
+    def train(*arguments):
+        calls.append(1)
+        return program.train(*arguments)
+
+    def read(*arguments):
+        calls.append(-1)
+        return add(*arguments)
+
+    monkeypatch.setattr(running.RunningMetrics, "add", read)
+    run(config, tmp_path, program._replace(train=train))
+    assert max(itertools.accumulate(calls)) == at_once
+    assert sum(calls) == 0
 
 
 def test_a_finished_run_without_its_config_is_nobodys(config, tmp_path, program):
