@@ -207,7 +207,8 @@ def _conv_gradients(strides, pads, inputs, gradient):
         rhs_dilation=strides,
         dimension_numbers=_ORDER,
     )
-    return _summed_as(x, of_x), _summed_as(kernel, of_kernel.transpose(1, 2, 0, 3))
+    # Not the x from the barrier, which takes the gradient's type: it may be shared by fewer devices.
+    return _summed_as(inputs[0], of_x), _summed_as(kernel, of_kernel.transpose(1, 2, 0, 3))
 
 
 def _summed_as(value, gradient):
@@ -277,7 +278,7 @@ def _product_gradients(factors, gradient):
         of_matrix = keep(keep(gradient.T) @ rows).T
     else:
         of_matrix = keep(rows.T) @ gradient
-    return _summed_as(rows, of_rows), _summed_as(matrix, of_matrix)
+    return _summed_as(factors[0], of_rows), _summed_as(matrix, of_matrix)  # as in `_conv_gradients`
 
 
 _product.defvjp(_product_and_factors, _product_gradients)

@@ -324,6 +324,30 @@ def test_shard_map_sums_the_gradients_over_the_parts_of_a_batch(platform):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, kernel: conv_general_dilated(x, kernel, (1, 1), "SAME"), matrix_product],
+    ids=["conv_general_dilated", "matrix_product"],
+)
+def test_shard_map_sums_the_gradients_over_the_parts_of_a_kernel(function, platform):
+    """Each device has some of the filters, and all have the same input."""
+
+    def loss(x, kernel):
+        return (function(x, kernel) ** 2).sum()
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("filters",))
+    if function is matrix_product:
+        x, kernel = drawn(0, 4, 5), drawn(1, 5, 8)
+    else:
+        x, kernel = drawn(0, 4, 8, 8, 4), drawn(1, 3, 3, 4, 8)
+    whole, parts = PartitionSpec(), PartitionSpec(*(None,) * (kernel.ndim - 1), "filters")
+    gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(whole, parts), out_specs=whole)
+    with fast.written_for(platform):
+        found = jax.jit(gradient)(x, kernel)
+    np.testing.assert_allclose(found, jax.grad(loss)(x, kernel), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_batch_may_be_split_over_a_mesh_by_its_type(platform, groups):
     def loss(kernel, x):
