@@ -104,8 +104,10 @@ def conv_general_dilated(x, kernel, window_strides, padding, **options):
 def _is_like_ours(x, kernel, options):
     """Returns whether a convolution is of the kind that the networks here have, and so can be rewritten.
 
-    It has two spatial axes, no dilation, this axis order and only options that `nn.Conv` passes.
+    It has two spatial axes, no dilation, this axis order and only options that `nn.Conv` passes. What `lax`
+    rejects is not, so that it says why: the products of `_conv_for_cpu` may fit where the kernel does not.
     """
+    groups = options["feature_group_count"]
     orders = (options["dimension_numbers"], _ORDER)
     return (
         kernel.ndim == 4
@@ -113,6 +115,9 @@ def _is_like_ours(x, kernel, options):
         and len({lax.conv_dimension_numbers(x.shape, kernel.shape, order) for order in orders}) == 1
         and max(*options["lhs_dilation"], *options["rhs_dilation"]) == 1
         and _are_whole(x, kernel)
+        and x.dtype == kernel.dtype
+        and x.shape[-1] == groups * kernel.shape[2]
+        and kernel.shape[3] % groups == 0
     )
 
 

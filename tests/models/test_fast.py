@@ -417,6 +417,24 @@ def test_what_is_not_rewritten_is_xla_s(x_shape, kernel_shape, options, platform
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("window", [1, 3], ids=["patches", "band"])
+@pytest.mark.parametrize(
+    ("channels", "filters", "dtype", "groups"),
+    [(3, 4, jnp.float32, 1), (2, 4, jnp.float32, 2), (3, 5, jnp.float32, 2), (6, 4, jnp.bfloat16, 1)],
+)
+def test_a_kernel_that_does_not_fit_the_maps_is_rejected_as_by_xla(
+    platform, window, channels, filters, dtype, groups, monkeypatch
+):
+    monkeypatch.setattr(fast, "_WORTH_A_BAND", 0)
+    x, kernel = jnp.ones((2, 8, 8, 6)), jnp.ones((window, window, channels, filters), dtype)
+    options = PLAIN | {"feature_group_count": groups}
+    with pytest.raises((TypeError, ValueError)) as xla:
+        lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **options)
+    with fast.written_for(platform), pytest.raises(xla.type, match=re.escape(str(xla.value))):
+        conv_general_dilated(x, kernel, (1, 1), "SAME", **options)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 3, 8)])
 def test_a_window_larger_than_the_map_is_an_error(platform, shape):
     x, kernel = jnp.ones(shape), jnp.ones((5, 5, 8, 4))
