@@ -4,6 +4,8 @@ This module needs no workdir and leaves nothing in one; `loop` trains with the p
 """
 
 import collections
+import contextlib
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -75,7 +77,15 @@ class Program(NamedTuple):
         starts = self.start["workdir"] and processes.is_lead()
         # First, since the rest takes a while: a run that is still training deletes its older checkpoints.
         taken = self.layers_to_start_from(self.shapes_of_state()) if starts else None
-        state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
+        with _noting_modules() as modules:
+            state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
+        in_a_loop = self.steps_per_call > 1 and self.devices[0].platform == "cpu"
+        if in_a_loop and any(isinstance(module, nn.Conv) for module in modules):
+            logging.getLogger(__name__).warning(
+                "%s uses Flax's Conv, whose gradients are slow in a call of several steps on a CPU; take "
+                "layers.Conv, or set steps_per_call = 1 in a new workdir",
+                type(self.model).__name__,
+            )
         return transfer.put_layers(state, taken) if taken else state
 
     def layers_to_start_from(self, like):
@@ -242,13 +252,7 @@ def check_network(program, state, config):
 
 def _check_devices_together(program, state, what, num_devices):
     """Raises ValueError if each device would compute its own batch statistics, or all would drop the same."""
-    modules = []
-
-    def note(function, args, kwargs, context):
-        modules.append(context.module)
-        return function(*args, **kwargs)
-
-    with nn.intercept_methods(note):
+    with _noting_modules() as modules:
         program.shapes_of_state()
     remedy = "or set sync_batch_norm = False"
     alone = [module for module in modules if getattr(module, "axis_name", "none of its own") is None]
@@ -269,6 +273,19 @@ def _check_devices_together(program, state, what, num_devices):
             f"{what} would draw the same dropout mask on each of the {num_devices} devices; "
             f"give it a field axis_name, and pass that to layers.Dropout, {remedy}"
         )
+
+
+@contextlib.contextmanager
+def _noting_modules():
+    """Yields a list to which each module is added whose method is traced in the context."""
+    modules = []
+
+    def note(function, args, kwargs, context):
+        modules.append(context.module)
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        yield modules
 
 
 def check_protocol(program, state, protocol):

@@ -577,6 +577,32 @@ def test_an_axis_that_a_network_does_not_pass_on_is_missed(
         programs.check_program(program, config)
 
 
+class OwnConvolution(nn.Module):
+    """A network with a convolution of Flax or of `layers`."""
+
+    num_classes: int
+    of_flax: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image, train):
+        del train  # no layer behaves differently in training
+        conv = nn.Conv if self.of_flax else layers.Conv
+        return conv(self.num_classes, (3, 3), dtype=self.dtype)(image).mean(axis=(1, 2))
+
+
+@pytest.mark.parametrize(("of_flax", "steps_per_call"), [(True, 4), (True, 1), (False, 4)])
+def test_convolutions_that_are_slow_in_a_loop_are_told_of(
+    of_flax, steps_per_call, config, caplog, monkeypatch
+):
+    monkeypatch.setitem(models.MODELS, "own", OwnConvolution)
+    config.model = {"name": "own", "of_flax": of_flax}
+    config.steps_per_call, config.log_every_steps = steps_per_call, 4
+    with caplog.at_level(logging.WARNING, "cnn_cases"):
+        programs.make_program(config).init_state(0)
+    assert ("OwnConvolution uses Flax's Conv" in caplog.text) == (of_flax and steps_per_call == 4)
+
+
 def test_an_evaluation_can_be_shared_by_any_number_of_devices(config):
     program = programs.make_program(config, jax.devices()[:3])
     (batch,) = program.feed.eval_batches("validation")
