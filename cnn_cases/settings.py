@@ -122,6 +122,7 @@ def check_key(config, key):
     in_a_group = [one for one in known if one.endswith(f".{key}")]  # such as a study's base
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8) or in_a_group
     beside = [one for one in known if one.startswith((f"{key}.", f"{key.rpartition('.')[0]}."))]
+    beside = beside or (list(config) if is_study(config.to_dict()) else [])
     hint = f"known: {', '.join(beside)}" if beside else "configs/common.py lists the keys"
     raise ValueError(f"there is no such key; {f'did you mean {near[0]}?' if near else hint}")
 

@@ -59,6 +59,11 @@ def test_a_mistaken_key_of_a_study_leads_to_the_nearest(key, near):
         settings.check_key(depth_digits.get_config(), key)
 
 
+def test_a_key_that_is_near_none_of_a_study_is_refused_with_the_keys_of_the_study():
+    with pytest.raises(ValueError, match=r"there is no such key; known: base, grid, seeds$"):
+        settings.check_key(depth_digits.get_config(), "gird")
+
+
 @pytest.mark.parametrize("value", [(256,), (256, 256, 256), (256.0, 256.0), [256, 256]])
 def test_a_pair_is_a_tuple_of_two(value):
     config = common.get_config().to_dict()
