@@ -76,7 +76,8 @@ def to_html(record, panel_key=None, panels=None):
     """
     panels = panels or {None: ""}
     names = records.names_of_points(record, without=panel_key)
-    kinds = _kinds(record)
+    # Titles of curves, and the first part of their names.
+    kinds = {"training": "running", **{split: split for split in figures.splits(record)}}
     choices = _Choices(
         points=list(dict.fromkeys(names.values())),
         panels=list(panels.values()),
@@ -137,11 +138,6 @@ def _summary(record):
         words.append(f"{diverged} diverged: a cross marks the end of each that logged a value.")
     words.append("Hover for values, drag to move, press a button to hide or show its lines.")
     return " ".join(words)
-
-
-def _kinds(record):
-    """{"training": "running", "test": "test"}: titles of curves, and the first part of their names."""
-    return {"training": "running", **{split: split for split in figures.splits(record)}}
 
 
 def _plots(record, panels):
