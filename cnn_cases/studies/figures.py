@@ -326,10 +326,10 @@ def draw_panels(record, curves, key, titles=None, names=None):
     handles = []
     for point, color, marker in looks:
         runs = [run for run in record["runs"] if tuple(run[one] for one in others) == point]
-        panel = {title: [run for run in runs if run[key] == value] for value, title in titles.items()}
-        told = [label_of(title, of_panel) for title, of_panel in panel.items()]
-        title = "\n".join([names[point], *(text for text in told if text not in panel)])
-        handles.append(Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=title))
+        columns = [(title, [run for run in runs if run[key] == value]) for value, title in titles.items()]
+        told = [label_of(title, column) for title, column in columns if records.num_diverged(column)]
+        label = "\n".join([names[point], *told])
+        handles.append(Line2D([], [], color=color, linewidth=BOLD, marker=marker, label=label))
     handles.reverse()  # the darkest on top, like the curves of plain nets
     if records.num_diverged(record["runs"]):
         handles.append(cross())
