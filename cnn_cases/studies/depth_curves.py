@@ -5,7 +5,6 @@
 When started again, it skips finished runs and resumes unfinished ones.
 """
 
-import collections
 import functools
 import statistics
 
@@ -68,16 +67,18 @@ def summarise(record):
     Returns:
       [{"depth", "code", "plain train/loss": [one value per seed], ..., "plain diverged": number of seeds}].
     """
-    rows = {}
+    rows = []
     for code, part in records.split_by_code(record).items():
-        for run in part["runs"]:
-            depth, kind = run["model.depth"], KINDS[run["model.plain"]]
-            row = rows.setdefault((depth, code), collections.defaultdict(list, depth=depth, code=code))
-            row[f"{kind} diverged"] = row.get(f"{kind} diverged", 0) + (run["status"] == "diverged")
-            for name in _final_figures(record):
-                if run["status"] == "finished":
-                    row[f"{kind} {name}"].append(run["metrics"][name])
-    return [rows[key] for key in sorted(rows)]
+        for depth in {run["model.depth"] for run in part["runs"]}:
+            row = {"depth": depth, "code": code}
+            for plain, kind in KINDS.items():
+                point = {"model.depth": depth, "model.plain": plain}
+                runs = [run for run in part["runs"] if point.items() <= run.items()]
+                finished = records.final_metrics(runs)
+                row |= {f"{kind} {name}": [one[name] for one in finished] for name in _final_figures(record)}
+                row[f"{kind} diverged"] = records.num_diverged(runs)
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row["depth"], row["code"]))
 
 
 def _cell(row, kind, name):
@@ -96,19 +97,19 @@ def table(record, form):
       form: "text", "markdown" or "csv"; in CSV errors are fractions, in the other forms percent.
     """
     rows = summarise(record)
-    kinds = [kind for kind in KINDS.values() if any(f"{kind} diverged" in row for row in rows)]
+    there = {run["model.plain"] for run in record["runs"]}
+    kinds = [kind for plain, kind in KINDS.items() if plain in there]
     titles = _final_figures(record)
     columns = [(kind, name) for name in titles for kind in kinds]
     code = ["code"] if any(row["code"] for row in rows) else []
     if form == "csv":
         whats = [f"{kind} {name} {what}" for kind, name in columns for what in ("mean", "std", "seeds")]
-        counts = [f"{kind} diverged" for kind in kinds]
-        lines = [["depth", *code, *whats, *counts]]
+        lines = [["depth", *code, *whats, *(f"{kind} diverged" for kind in kinds)]]
         for row in rows:
             lines.append([row["depth"], *(row[key] for key in code)])
             for kind, name in columns:
                 lines[-1] += tables.statistics_of(row[f"{kind} {name}"])
-            lines[-1] += [row[count] or 0 for count in counts]  # no entry: no run of this kind
+            lines[-1] += [row[f"{kind} diverged"] for kind in kinds]
         return tables.render(lines, form)
     heads = [f"{kind} {titles[name]}{' %' * name.endswith('error')}" for kind, name in columns]
     lines = [["depth", *code, *heads]]
