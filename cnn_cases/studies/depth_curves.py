@@ -138,7 +138,7 @@ def draw_loss(record):
     return figures.draw_loss_by(record, *_panels(record))
 
 
-def _draw_by_depth(record, draw_panel, **labels):
+def _draw_by_depth(record, draw_panel, label):
     """A figure of training error (left) and test error (right) against depth, with a row for each code."""
     rows = summarise(record)
     codes = list(dict.fromkeys(row["code"] for row in rows))
@@ -150,7 +150,7 @@ def _draw_by_depth(record, draw_panel, **labels):
             axis.set_title(f"{title}, code {code}" if code else title)
             axis.set_xticks(sorted({row["depth"] for row in rows}))
             axis.grid(alpha=0.3)
-        axes[0].set(**labels)
+        axes[0].set_ylabel(label)
     depths = [row["depth"] for row in rows]
     room = max(1, 0.05 * (max(depths) - min(depths)))
     grid[0, 0].set_xlim(min(depths) - room, max(depths) + room)  # a depth without marks has its place, too
@@ -201,7 +201,7 @@ def draw_depth(record):
                     color=color,
                 )
 
-    figure, grid = _draw_by_depth(record, draw_panel, ylabel="error after the last step (%)")
+    figure, grid = _draw_by_depth(record, draw_panel, "error after the last step (%)")
     top = _room_for_errors(record, 1.2)
     for axis in grid.flat:
         axis.set_ylim(-0.02 * top, top)  # so that dots at zero are not cut
@@ -222,7 +222,7 @@ def draw_difference(record):
         for row in (row for row in rows if row["code"] == code):
             comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
 
-    figure, grid = _draw_by_depth(record, draw_panel, ylabel="plain minus residual (percentage points)")
+    figure, grid = _draw_by_depth(record, draw_panel, "plain minus residual (percentage points)")
     comparison.give_room(grid.flat, grid[:, 0], "y")
     # Not the sum over the rows: partners that ran with different code are left out in a row of each.
     compared = {(row["model.depth"], seed) for row in rows for seed in row["seeds"]}
