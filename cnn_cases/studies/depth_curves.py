@@ -170,14 +170,13 @@ def draw_depth(record):
 
     def draw_panel(axis, code, name):
         rows = [row for row in all_rows if row["code"] == code]
-        for kind, color in COLOURS.items():
+        for kind, style, marker, below in (("plain", "--", "s", 16), ("residual", "-", "o", 27)):
+            color = COLOURS[kind]
             diverged = [row for row in rows if row[f"{kind} diverged"]]
             points = [(row["depth"], [100 * value for value in row[f"{kind} {name}"]]) for row in rows]
             points = [(depth, values) for depth, values in points if values]
             depths = [depth for depth, _ in points]
-            style = {"plain": "--", "residual": "-"}[kind]
             means = [statistics.mean(values) for _, values in points]
-            marker = "s" if kind == "plain" else "o"
             axis.plot(depths, means, color=color, linestyle=style)
             axis.plot([], [], color=color, linestyle=style, marker=marker, markersize=4, label=kind)
             low, high = ([pick(values) for _, values in points] for pick in (min, max))
@@ -193,7 +192,7 @@ def draw_depth(record):
                 axis.annotate(
                     f"{number} of {number + len(row[f'{kind} {name}'])}",
                     (row["depth"], 1),
-                    (0, {"plain": -16, "residual": -27}[kind]),
+                    (0, -below),
                     xycoords=axis.get_xaxis_transform(),
                     textcoords="offset points",
                     ha="center",
