@@ -137,19 +137,8 @@ def table(record):
     Args:
       record: from `measure`.
     """
-    head = [
-        "",
-        "",
-        "output",
-        "parameters",
-        "multiply-adds",
-        "ratio",
-        "time (ms)",
-        "ratio",
-        "memory (MiB)",
-        "ratio",
-    ]
-    lines = [head]
+    measures = ["multiply-adds", "ratio", "time (ms)", "ratio", "memory (MiB)", "ratio"]
+    lines = [["", "", "output", "parameters", *measures]]
     for naive, reduced in _pairs(record):
         for row in (naive, reduced):
             cells = [

@@ -236,19 +236,8 @@ def table(record, form):
 
     Gradients and kernels have a column each for the first convolution, the largest value, and the last one.
     """
-    rows = [
-        [
-            "depth",
-            "net",
-            "step",
-            *(
-                f"{what}, {which}"
-                for what in ("gradient", "kernel")
-                for which in ("first", "largest", "last")
-            ),
-            "response, mean",
-        ]
-    ]
+    titles = [f"{what}, {which}" for what in ("gradient", "kernel") for which in ("first", "largest", "last")]
+    rows = [["depth", "net", "step", *titles, "response, mean"]]
     for depth, (plain, kind), step in itertools.product(
         values_of(record, "depth"), KINDS.items(), values_of(record, "step")
     ):
