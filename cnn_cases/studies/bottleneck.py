@@ -74,26 +74,25 @@ def make_networks():
     }
 
 
-def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
+def measure(batch_size, repeats=REPEATS):
     """Counts and measures the four networks.
 
     Args:
       batch_size: images per call.
       repeats: calls of each network, at least two.
-      image_shape: height, width and channels.
 
     Returns:
       A dict that JSON can hold: {"date", "environment", "image_shape", "batch_size", "networks":
       [{"comparison", "kind", "output" (shape), "parameters", "multiply_adds" (per image), "seconds" (for each
       call, for the whole batch), "temporary_bytes", "output_bytes"}]}.
     """
-    image = jax.random.normal(jax.random.key(0), (batch_size, *image_shape), jnp.float32)
+    image = jax.random.normal(jax.random.key(0), (batch_size, *IMAGE_SHAPE), jnp.float32)
     rows, calls = [], []
     for (comparison, kind), network in make_networks().items():
         variables = jax.jit(functools.partial(network.init, train=False))(jax.random.key(1), image)
         compiled = jax.jit(functools.partial(network.apply, train=False)).lower(variables, image).compile()
         output = compiled(variables, image)  # also warms up
-        sums = costs.total(costs.count(network, image_shape))
+        sums = costs.total(costs.count(network, IMAGE_SHAPE))
         memory = compiled.memory_analysis()
         rows.append(
             {
@@ -113,12 +112,7 @@ def measure(batch_size, repeats=REPEATS, image_shape=IMAGE_SHAPE):
             started = time.perf_counter()
             call().block_until_ready()
             row["seconds"].append(time.perf_counter() - started)
-    return {
-        **provenance.stamp(),
-        "image_shape": image_shape,
-        "batch_size": batch_size,
-        "networks": rows,
-    }
+    return provenance.stamp() | {"image_shape": IMAGE_SHAPE, "batch_size": batch_size, "networks": rows}
 
 
 # What the table and the figure show of a network: {title: value}, in millions of operations, ms and MiB.
