@@ -54,13 +54,11 @@ def compare(record, key, first, second, names):
         partners = {}
         others = [one for one, _ in record["config"]["grid"] if one != key]
         for run in part["runs"]:
-            point = tuple(run[one] for one in others)
-            partners.setdefault(point, {}).setdefault(run["seed"], {})[run[key]] = run
+            if run[key] in (first, second):
+                point = tuple(run[one] for one in others)
+                partners.setdefault(point, {}).setdefault(run["seed"], {})[run[key]] = run
         for point, seeds in partners.items():
             pairs = {seed: (one.get(first), one.get(second)) for seed, one in seeds.items()}
-            pairs = {seed: pair for seed, pair in pairs.items() if any(pair)}
-            if not pairs:  # only runs with other values of the key
-                continue
             good = {
                 seed: pair
                 for seed, pair in pairs.items()
