@@ -47,6 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from matplotlib.figure import Figure
 
 from cnn_cases import parsing, settings, tables
@@ -138,6 +139,7 @@ def count(model, image_shape, batch_size=1):
         lambda variables, image: model.apply(variables, image, train=False), variables, image
     )
 
+    params = traverse_util.flatten_dict(variables["params"])
     weighted = {call.path for call in calls if call.params}
     # A pooling inside a layer has no row of its own, unless that layer contains other layers too.
     single = {path for path in weighted if not any(_is_below(other, path) for other in weighted)}
@@ -145,13 +147,12 @@ def count(model, image_shape, batch_size=1):
     calls.sort(key=lambda call: call.path not in trunk)
     layers, kept = [], set()
     for call in calls:
-        full = {key: _at(variables["params"], call.path)[key] for key in call.params}
-        repeats = _repeats(call, calls, variables["params"], entered)
+        full = {key: params[*call.path, key] for key in call.params}
+        repeats = _repeats(call, calls, params, entered)
         wanted = [call.input] if call.params or call.kind == "max pool" else []
         newly = [leaf for leaf in jax.tree.leaves(wanted) if id(leaf) not in kept]
         size_of_kept = sum(leaf.size * jnp.dtype(call.computes_in or leaf.dtype).itemsize for leaf in newly)
         kept.update(map(id, newly))
-        kernel_size = full["kernel"].size if "kernel" in full else 0
         layers.append(
             Layer(
                 name=call.name,
@@ -161,7 +162,7 @@ def count(model, image_shape, batch_size=1):
                 output=jax.tree.leaves(call.output)[0].shape[1:],
                 repeats=repeats,
                 parameters=sum(leaf.size for leaf in full.values()),
-                multiply_adds=kernel_size * call.places,
+                multiply_adds=full["kernel"].size * call.places if "kernel" in full else 0,
                 forward=_bytes(call.input) + _bytes(call.output),
                 kept=size_of_kept * repeats,
                 side=call.path not in trunk,
@@ -282,7 +283,7 @@ def _repeats(call, calls, params, entered):
     witness = call if call.params else next(beside, None)
     if witness is not None:
         name, seen = next(iter(witness.params.items()))
-        full = _at(params, witness.path)[name]
+        full = params[*witness.path, name]
         if full.shape != seen.shape:
             return full.size // seen.size
     if entered[call.path] > 1:
@@ -291,12 +292,6 @@ def _repeats(call, calls, params, entered):
             "determined"
         )
     return 1
-
-
-def _at(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def _pair(strides):
