@@ -205,11 +205,11 @@ def _trace(run, *inputs):
         params = module.variables.get("params", {})
         own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
         if own:
-            given = _maps((args, kwargs))
+            given = [leaf for leaf in jax.tree.leaves((args, kwargs)) if hasattr(leaf, "shape")]
             kernel = _window(module, own["kernel"]) if "kernel" in own else ()
             stride = _pair(getattr(module, "strides", 1)) if kernel else ()
             kind = KINDS.get(type(module), type(module).__name__)
-            places = _places(module, given, _maps(output)) if "kernel" in own else 0
+            places = _places(module, given, jax.tree.leaves(output)) if "kernel" in own else 0
             # The network itself has an empty path, so its parameters give the name.
             name = "/".join(module.path) or ", ".join(own)
             computes_in = jnp.float32 if isinstance(module, BatchNorm) else getattr(module, "dtype", None)
@@ -242,11 +242,6 @@ def _trace(run, *inputs):
         stack.enter_context(nn.intercept_methods(watch_module))
         shapes = jax.eval_shape(run, *inputs)
     return shapes, calls, entered
-
-
-def _maps(tree):
-    """Returns those arguments or results of a call that have a shape, in order."""
-    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
 
 
 def _window(module, kernel):
