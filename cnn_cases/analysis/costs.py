@@ -385,14 +385,10 @@ def render(reports, form):
 
 
 def _as_dict(report):
-    totals = {"total": total(report.layers)}
+    sums = {"total": total(report.layers)._asdict()}
     if any(layer.side for layer in report.layers):
-        totals["side_branches"] = total(report.layers, side=True)
-    return {
-        **report._asdict(),
-        "layers": [layer._asdict() for layer in report.layers],
-        **{name: sums._asdict() for name, sums in totals.items()},
-    }
+        sums["side_branches"] = total(report.layers, side=True)._asdict()
+    return report._asdict() | {"layers": [layer._asdict() for layer in report.layers]} | sums
 
 
 def _title(report):
