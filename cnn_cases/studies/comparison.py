@@ -195,12 +195,9 @@ def compare_study(record):
 
     Returns:
       Rows of `compare`, each with "value", a value of the compared key; the key's own entry is "<value> minus
-      <first>". No rows if the study defines no comparison.
+      <first>".
     """
-    asked = plan.compared(record["config"])
-    if not asked:
-        return []
-    key, first, others = asked
+    key, first, others = plan.compared(record["config"])
     return [
         row | {"value": value, key: f"{plan.text_of(value)} minus {plan.text_of(first)}"}
         for value in others
@@ -215,15 +212,16 @@ def final_errors(record):
     return [name for name in names if all(name in metrics for metrics in finished)]
 
 
-def study_table(record, rows, form):
-    """The rows of `compare_study` as "text", "markdown" or "csv"; see `table`."""
+def study_table(record, form):
+    """The comparison that a study defines, as "text", "markdown" or "csv"; see `table`."""
     keys = [key for key, _ in record["config"]["grid"]]
     titles = {key: key for key in keys} if form == "csv" else plan.titles_of(keys)
-    return table(rows, titles | {name: name for name in final_errors(record)}, form)
+    return table(compare_study(record), titles | {name: name for name in final_errors(record)}, form)
 
 
-def draw_study(record, rows):
-    """A figure of the rows of `compare_study`."""
+def draw_study(record):
+    """A figure of the comparison that a study defines."""
+    rows = compare_study(record)
     grid = dict(record["config"]["grid"])
     short = plan.titles_of(list(grid))
     texts = {key: figures.shortened(values) for key, values in grid.items()}

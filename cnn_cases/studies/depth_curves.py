@@ -5,7 +5,6 @@
 When started again, it skips finished runs and resumes unfinished ones.
 """
 
-import functools
 import statistics
 
 from absl import flags
@@ -260,14 +259,7 @@ def write_report(record, workdir):
     texts = {"table": table, "comparison": comparison_table}
     drawings = {"curves": draw_curves, "loss": draw_loss, "depth": draw_depth, "difference": draw_difference}
     key, titles, _ = _panels(record)
-    report.write(
-        record,
-        workdir,
-        {name: functools.partial(make, record) for name, make in texts.items()},
-        {name: functools.partial(draw, record) for name, draw in drawings.items()},
-        key,
-        titles,
-    )
+    report.write(record, workdir, texts, drawings, key, titles)
 
 
 def check(study):

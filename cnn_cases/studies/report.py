@@ -22,8 +22,8 @@ def write(record, workdir, texts, drawings, panel_key=None, panels=None):
     Args:
       record: see `records`.
       workdir: the directory, which must exist.
-      texts: {name: form -> the table as text}; each becomes a .csv and a .md file.
-      drawings: {name: () -> figure}; each becomes a .png and an .svg file.
+      texts: {name: (record, form) -> the table as text}; each becomes a .csv and a .md file.
+      drawings: {name: record -> figure}; each becomes a .png and an .svg file.
       panel_key, panels: for the page; see `page.to_html`.
     """
     from cnn_cases.studies import page  # not above, since each process of `--jobs` would wait for Bokeh too
@@ -34,11 +34,11 @@ def write(record, workdir, texts, drawings, panel_key=None, panels=None):
             if name.partition(".")[0] not in texts.keys() | drawings.keys():
                 (workdir / name).unlink(missing_ok=True)
     for name, make in texts.items():
-        disk.write_text(workdir / f"{name}.csv", make("csv"))
-        disk.write_text(workdir / f"{name}.md", make("markdown"))
+        disk.write_text(workdir / f"{name}.csv", make(record, "csv"))
+        disk.write_text(workdir / f"{name}.md", make(record, "markdown"))
     disk.write_text(workdir / "curves.csv", tables.comma_separated(table_of_curves(record)))
     for name, draw in drawings.items():
-        figures.save(draw(), workdir / name)
+        figures.save(draw(record), workdir / name)
     disk.write_text(workdir / "curves.html", page.to_html(record, panel_key, panels))
     disk.write_text(workdir / "record.json", record_text(record))  # last, when all of it could be drawn
 

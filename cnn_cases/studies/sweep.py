@@ -207,16 +207,15 @@ def write_report(record, workdir):
       too, curves and page have panels for each compared value, if these are few, and loss is a separate
       figure.
     """
-    key, compared = figures.key_of_panels(record), comparison.compare_study(record)
-    texts = {"table": functools.partial(table, record)}
-    drawings = {"curves": lambda: figures.draw_curves(record)}
-    if compared:
-        texts["comparison"] = functools.partial(comparison.study_table, record, compared)
+    key = figures.key_of_panels(record)
+    texts, drawings = {"table": table}, {"curves": figures.draw_curves}
+    if plan.compared(record["config"]):
+        texts["comparison"] = comparison.study_table
         if comparison.final_errors(record):
-            drawings["difference"] = lambda: comparison.draw_study(record, compared)
+            drawings["difference"] = comparison.draw_study
     if key:
-        drawings["curves"] = lambda: figures.draw_errors_by(record, key)
-        drawings["loss"] = lambda: figures.draw_loss_by(record, key)
+        drawings["curves"] = functools.partial(figures.draw_errors_by, key=key)
+        drawings["loss"] = functools.partial(figures.draw_loss_by, key=key)
     report.write(record, workdir, texts, drawings, key, figures.panels(record, key) if key else None)
 
 
@@ -274,9 +273,8 @@ def main():
     record = record_of_flags(flags.FLAGS.config, workdir)
     write_report(record, workdir)
     print(table(record, "text"))
-    compared = comparison.compare_study(record)
-    if compared:
-        print(comparison.study_table(record, compared, "text"))
+    if plan.compared(record["config"]):
+        print(comparison.study_table(record, "text"))
     print(f"record, tables, figures and the page curves.html: {workdir}")
 
 

@@ -138,13 +138,12 @@ def test_a_study_compares_each_value_with_the_first(asking):
 
 
 def test_its_table_names_what_is_compared_and_the_rest_of_the_grid(asking):
-    rows = comparison.compare_study(asking)
-    lines = comparison.study_table(asking, rows, "markdown").splitlines()
+    lines = comparison.study_table(asking, "markdown").splitlines()
     assert lines[0].startswith(
         "| depth | plain | train/error (points) | 95 % interval | test/error (points) |"
     )
     assert lines[3].startswith("| 20 minus 8 | False | -15.00 | ")
-    (first, *_) = csv.DictReader(io.StringIO(comparison.study_table(asking, rows, "csv")))
+    (first, *_) = csv.DictReader(io.StringIO(comparison.study_table(asking, "csv")))
     assert (first["model.depth"], first["model.plain"], first["left out"]) == ("20 minus 8", "True", "1")
 
 
@@ -167,7 +166,6 @@ def test_errors_of_all_splits_and_protocols_are_compared(asking):
 def test_of_fewer_than_two_values_there_is_nothing_to_compare(asking, values):
     asking["config"]["grid"][0] = ["model.depth", values]
     assert plan.compared(asking["config"]) is None
-    assert comparison.compare_study(asking) == []
 
 
 def test_a_code_has_no_row_of_values_that_it_never_ran(asking):
@@ -185,11 +183,7 @@ def test_a_code_has_no_row_of_values_that_it_never_ran(asking):
         ("bbbbbbb", 32, True, 0, 2),
         ("bbbbbbb", 32, False, 0, 2),
     ]
-    assert labels(draw(asking))[-1] == "32 minus 8\nplain False\ncode bbbbbbb\n2 left out"
-
-
-def draw(record):
-    return comparison.draw_study(record, comparison.compare_study(record))
+    assert labels(comparison.draw_study(asking))[-1] == "32 minus 8\nplain False\ncode bbbbbbb\n2 left out"
 
 
 def labels(figure):
@@ -197,7 +191,7 @@ def labels(figure):
 
 
 def test_the_figure_names_each_row(asking):
-    figure = draw(asking)
+    figure = comparison.draw_study(asking)
     assert [axis.get_title() for axis in figure.axes] == ["train/error", "test/error"]
     assert figure.get_suptitle().startswith("depth, on digits, batches of 32\n")
     assert labels(figure) == [
@@ -210,13 +204,13 @@ def test_the_figure_names_each_row(asking):
 
 def test_what_all_rows_of_the_figure_compare_is_in_its_title(asking):
     asking["config"]["compare"] = "model.plain"
-    figure = draw(asking)
+    figure = comparison.draw_study(asking)
     assert figure.get_suptitle().startswith("plain: False minus True, on digits, batches of 32\n")
     assert labels(figure) == ["depth 8", "depth 20\n1 left out", "depth 32"]
 
 
 def test_the_figure_has_each_difference_the_mean_and_the_interval(asking):
-    axis = draw(asking).axes[0]
+    axis = comparison.draw_study(asking).axes[0]
     marks = {tuple(line.get_xdata()) for line in axis.lines if list(line.get_ydata())[:1] == [1]}
     low, high = (100 * end for end in comparison.compare_study(asking)[1]["train/error"]["interval"])
     assert {tuple(round(x, 6) for x in xs) for xs in marks} == {
@@ -231,10 +225,10 @@ def test_long_values_leave_room_in_the_figure_and_dollars_are_no_formulas(asking
     asking["config"] |= {"grid": [["start.workdir", ["", path]]], "compare": "start.workdir"}
     for one in asking["runs"]:
         one["start.workdir"] = path if one.pop("model.plain") else ""
-    figure = draw(asking)
+    figure = comparison.draw_study(asking)
     (line, _) = figure.get_suptitle().splitlines()
     assert line == "start.workdir: runs/long_long_lon…_long_long_name$1$ minus none, on digits, batches of 32"
-    assert path in comparison.study_table(asking, comparison.compare_study(asking), "markdown")
+    assert path in comparison.study_table(asking, "markdown")
     assert not figure._suptitle.get_parse_math()
 
 
@@ -257,11 +251,12 @@ def test_labels_of_several_lines_lie_apart(num_lines, asking):
 
 
 def test_small_differences_have_room_beside_large_ones(asking):
-    assert [axis.get_xscale() for axis in draw(asking).axes] == ["symlog", "symlog"]  # one is of 50 points
+    left, right = comparison.draw_study(asking).axes
+    assert left.get_xscale() == right.get_xscale() == "symlog"  # one difference is of 50 points
     for one in asking["runs"]:
         if one["status"] == "finished":
             one["metrics"] = {name: value / 10 for name, value in one["metrics"].items()}
-    left, right = draw(asking).axes
+    left, right = comparison.draw_study(asking).axes
     assert left.get_xscale() == "linear"
     assert left.get_xlim() == right.get_xlim()
 
