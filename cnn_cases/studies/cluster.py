@@ -69,8 +69,8 @@ def check(cluster, workdir):
         )
     if cluster.name == "local" and cluster.partition is not None:
         raise ValueError(f"partition = {cluster.partition!r}: cluster = 'local' has no partitions")
-    for key in ("gpus_per_run", "cpus_per_run"):
-        value, least = getattr(cluster, key), int(key == "cpus_per_run")
+    for key, least in (("gpus_per_run", 0), ("cpus_per_run", 1)):
+        value = getattr(cluster, key)
         if value is not None and value < least:
             raise ValueError(f"{key} = {value} must be {least} or more")
     if cluster.name == "local" and cluster.gpus_per_run is not None:
