@@ -197,7 +197,7 @@ def compared(study):
         raise ValueError(
             f"compare = {key!r} must be a key of the grid, which has {', '.join(grid) or 'none'}"
         )
-    first, *others = grid[key] or (None,)
+    first, *others = grid[key]
     return (key, first, tuple(others)) if others else None
 
 
