@@ -19,7 +19,6 @@ included.
 
 import argparse
 import functools
-import pathlib
 import statistics
 import time
 from typing import Any
@@ -200,7 +199,6 @@ def draw(record):
 
 def write_report(record, workdir):
     """Writes record.json, table.txt and the figure (bottleneck.png, bottleneck.svg)."""
-    workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     disk.write_json(workdir / "record.json", record)
     disk.write_text(workdir / "table.txt", table(record))
