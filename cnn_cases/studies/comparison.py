@@ -119,7 +119,7 @@ def draw(rows, labels, titles):
       labels: the label of each row.
       titles: {metric: title of its panel}.
     """
-    tallest = max((label.count("\n") + 1 for label in labels), default=1)
+    tallest = max(label.count("\n") + 1 for label in labels)
     height = 1.6 + max(0.55, 0.2 * tallest) * len(rows)
     figure = Figure(figsize=(4 + 3.2 * len(titles), height), layout="constrained")
     axes = figure.subplots(1, len(titles), squeeze=False, sharex=True, sharey=True)[0]

@@ -35,7 +35,7 @@ def _room_for_errors(record, factor):
     finished = records.final_metrics(record["runs"])
     errors = [metrics[name] for metrics in finished for name in _final_errors(record)]
     # Below 1 % the axis would have no whole numbers.
-    return min(100, max(1, factor * 100 * max(errors, default=1)))
+    return min(100, max(1, factor * 100 * max(errors)))
 
 
 def _final_figures(record):
