@@ -277,7 +277,7 @@ def stretch_small(axis, along="y", ticks=(0.5, 1, 2, 5, 10, 20, 50, 100)):
     one.set_label_text(f"{one.get_label_text()},\nlinear up to 1, then logarithmic")
 
 
-def draw_panels(record, curves, key, titles=None, names=None):
+def draw_panels(record, curves, key, titles, names):
     """Draws curves over steps: a column of panels for each value of a grid key, a row for each code.
 
     Args:

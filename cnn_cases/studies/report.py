@@ -14,7 +14,7 @@ _NOT_OF_ALL = (
 )
 
 
-def write(record, workdir, texts, drawings, panel_key=None, panels=None):
+def write(record, workdir, texts, drawings, panel_key, panels):
     """Writes record.json, curves.csv, curves.html (the page), and the study's own tables and figures.
 
     Tables and figures that only the report before had, for example of a larger part of the grid, are removed.
