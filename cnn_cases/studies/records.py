@@ -67,9 +67,8 @@ def _check_parts(record, study):
             if missing:
                 raise ValueError(f"{part}[{number}] has no {missing[0]}")
     for number, environment in enumerate(record["environments"]):
-        for key, is_possible, allowed in _OF_AN_ENVIRONMENT:
-            if not is_possible(environment[key]):
-                raise ValueError(f"environments[{number}]: {key} = {environment[key]!r} must be {allowed}")
+        for key, allowed in _wrong_in_environment(environment):
+            raise ValueError(f"environments[{number}]: {key} = {environment[key]!r} must be {allowed}")
     for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
         if plan.lookup(study["base"], key) is None:
             raise ValueError(f"config: base has no {key}")
@@ -77,6 +76,20 @@ def _check_parts(record, study):
         value = plan.lookup(study["base"], key)
         if type(value) is not kind and value is not None:  # the first two are there, see above
             raise ValueError(f"config: base.{key} = {value!r} is no {kind.__name__}")
+
+
+def _wrong_in_environment(environment):
+    """Yields the errors of an environment: a key, and what would be allowed."""
+    if not isinstance(environment["commit"], str | None):
+        yield "commit", "a text or null"
+    versions, devices = environment["versions"], environment["devices"]
+    # A package that another one stands in for has no version.
+    if not (isinstance(versions, dict) and all(isinstance(one, str | None) for one in versions.values())):
+        yield "versions", "names of packages with their versions"
+    if not (isinstance(devices, list) and all(isinstance(one, str) for one in devices)):
+        yield "devices", "a list of texts"
+    if not isinstance(environment["cpus"], int):
+        yield "cpus", "a whole number"
 
 
 def _check_runs(record):
@@ -133,25 +146,6 @@ def _is_number(value):
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer that is too large for a float
         return False
-
-
-def _are_texts(values):
-    return all(isinstance(value, str) for value in values)
-
-
-_OF_AN_ENVIRONMENT = (
-    ("commit", lambda value: value is None or isinstance(value, str), "a text or null"),
-    (
-        "versions",
-        # A package that another one stands in for has no version.
-        lambda value: (
-            isinstance(value, dict) and _are_texts(one for one in value.values() if one is not None)
-        ),
-        "names of packages with their versions",
-    ),
-    ("devices", lambda value: isinstance(value, list) and _are_texts(value), "a list of texts"),
-    ("cpus", lambda value: isinstance(value, int), "a whole number"),
-)
 
 
 def code_of(environment):
