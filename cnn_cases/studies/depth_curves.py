@@ -137,22 +137,22 @@ def draw_loss(record):
     return figures.draw_loss_by(record, *_panels(record))
 
 
-def _draw_by_depth(record, draw_panel, label):
-    """A figure of training error (left) and test error (right) against depth, with a row for each code."""
-    rows = summarise(record)
-    codes = list(dict.fromkeys(row["code"] for row in rows))
+def _draw_by_depth(record, rows, draw_panel, label):
+    """A figure of training error (left) and test error (right) against depth, with panels for each code."""
+    depths = sorted({run["model.depth"] for run in record["runs"]})
+    codes = list(dict.fromkeys(row["code"] for row in summarise(record)))
     figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
     grid = figure.subplots(len(codes), 2, squeeze=False, sharex=True, sharey=True)
     for axes, code in zip(grid, codes, strict=True):
+        of_code = [row for row in rows if row["code"] == code]
         for axis, (name, title) in zip(axes, _final_errors(record).items(), strict=True):
-            draw_panel(axis, code, name)
+            draw_panel(axis, of_code, name)
             axis.set_title(f"{title}, code {code}" if code else title)
-            axis.set_xticks(sorted({row["depth"] for row in rows}))
+            axis.set_xticks(depths)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel(label)
-    depths = [row["depth"] for row in rows]
-    room = max(1, 0.05 * (max(depths) - min(depths)))
-    grid[0, 0].set_xlim(min(depths) - room, max(depths) + room)  # a depth without marks has its place, too
+    room = max(1, 0.05 * (depths[-1] - depths[0]))
+    grid[0, 0].set_xlim(depths[0] - room, depths[-1] + room)  # a depth without marks has its place, too
     for axis in grid[-1]:
         axis.set_xlabel("depth (weighted layers)")
     return figure, grid
@@ -165,10 +165,7 @@ def draw_depth(record):
     stands for diverged runs and gives their number.
     """
 
-    all_rows = summarise(record)
-
-    def draw_panel(axis, code, name):
-        rows = [row for row in all_rows if row["code"] == code]
+    def draw_panel(axis, rows, name):
         for kind, style, marker, below in (("plain", "--", "s", 16), ("residual", "-", "o", 27)):
             color = COLOURS[kind]
             diverged = [row for row in rows if row[f"{kind} diverged"]]
@@ -199,7 +196,7 @@ def draw_depth(record):
                     color=color,
                 )
 
-    figure, grid = _draw_by_depth(record, draw_panel, "error after the last step (%)")
+    figure, grid = _draw_by_depth(record, summarise(record), draw_panel, "error after the last step (%)")
     top = _room_for_errors(record, 1.2)
     for axis in grid.flat:
         axis.set_ylim(-0.02 * top, top)  # so that dots at zero are not cut
@@ -215,12 +212,12 @@ def draw_difference(record):
     """Draws the final error of plain nets minus that of residual nets, in pairs with the same seed."""
     rows = compare(record)
 
-    def draw_panel(axis, code, name):
+    def draw_panel(axis, rows, name):
         axis.axhline(0, color="black", linewidth=0.8)
-        for row in (row for row in rows if row["code"] == code):
+        for row in rows:
             comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
 
-    figure, grid = _draw_by_depth(record, draw_panel, "plain minus residual (percentage points)")
+    figure, grid = _draw_by_depth(record, rows, draw_panel, "plain minus residual (percentage points)")
     comparison.give_room(grid.flat, grid[:, 0], "y")
     # Not the sum over the rows: partners that ran with different code are left out in a row of each.
     compared = {(row["model.depth"], seed) for row in rows for seed in row["seeds"]}
