@@ -167,12 +167,12 @@ def draw(record):
     for axis, (title, value) in zip(axes, MEASURES.items(), strict=True):
         for place, pair in enumerate(pairs):
             for row, offset in zip(pair, (-0.2, 0.2), strict=True):
-                text = f"{value(row):#.3g}".rstrip(".")
+                cost = end = value(row)
+                text = f"{cost:#.3g}".rstrip(".")
                 if row["kind"] == "reduced":
-                    ratio = value(pair[0]) / value(row)
+                    ratio = value(pair[0]) / cost
                     text += f"\n{ratio:.1f} times less" if ratio > 1 else f"\n{1 / ratio:.1f} times more"
-                axis.barh(place + offset, value(row), height=0.36, color=COLOURS[row["kind"]])
-                end = value(row)
+                axis.barh(place + offset, cost, height=0.36, color=COLOURS[row["kind"]])
                 if "time" in title:
                     low, _, high = (1e3 * q for q in statistics.quantiles(row["seconds"], n=4))
                     axis.hlines(place + offset, low, high, color="black", linewidth=1)
