@@ -257,7 +257,7 @@ class Logbook:
         self._lock.close()
 
 
-class _Events:
+class _Events(event_file_writer.EventsWriter):
     """A TensorBoard event file.
 
     tensorboardX's SummaryWriter writes from a thread, which dies on a full disk; later writes then wait
@@ -267,8 +267,7 @@ class _Events:
     def __init__(self, directory):
         """Creates a new file, whose name contains the time in seconds and the host."""
         directory.mkdir(exist_ok=True)
-        self._file = event_file_writer.EventsWriter(str(directory / "events"))
-        self.write(0, file_version="brain.Event:2")
+        super().__init__(str(directory / "events"))
 
     def begin(self, first_step):
         """Makes TensorBoard discard all earlier events from `first_step` on."""
@@ -277,13 +276,7 @@ class _Events:
         self.flush()
 
     def write(self, step, **content):
-        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-
-    def flush(self):
-        self._file.flush()
-
-    def close(self):
-        self._file.close()
+        self.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
 
 def claim(workdir, config, suits=None):

@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_is_told_with_the_workdir_and_the_log_can_be_closed(
 def test_an_event_file_that_cannot_be_written_is_told_too(tmp_path):
     log = open_log(tmp_path)
     log.start(0)
-    writer = log._tensorboard._file._py_recordio_writer
+    writer = log._tensorboard._py_recordio_writer
     writer.close()
     writer._writer = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
     log.write(1, {"running/loss": 0.1})
