@@ -78,7 +78,7 @@ OF_THE_MACHINE = (
 class Logbook:
     """The log of one run."""
 
-    def __init__(self, workdir, config, *, data, inputs, num_steps, title, show_progress, devices=None):
+    def __init__(self, workdir, config, *, data, inputs, num_steps, show_progress, devices=None):
         """Opens or creates the log of `workdir`.
 
         Args:
@@ -87,7 +87,6 @@ class Logbook:
           data: identifies the data of this run; a value that JSON can hold.
           inputs: the content of inputs.npz.
           num_steps: length of the run, for the progress bar.
-          title: of the progress bar.
           show_progress: print a line at each evaluation; also draw a bar on a terminal, or print a line per
             minute elsewhere.
           devices: those that the run uses, in all processes; None for all that there are.
@@ -118,7 +117,7 @@ class Logbook:
         self._show_progress, self._next_line = show_progress, time.monotonic() + SECONDS_A_LINE
         self._bar = tqdm(
             total=num_steps,
-            desc=title,
+            desc=self._workdir.name,
             unit=" steps",
             disable=not (show_progress and is_watched()),
             leave=False,

@@ -179,7 +179,6 @@ def _open(workdir, config, program, data, show_progress):
         data=data,
         inputs=program.inputs(config),
         num_steps=config.num_steps,
-        title=workdir.name,
         show_progress=show_progress,
         devices=devices,
     )

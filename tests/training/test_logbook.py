@@ -20,7 +20,7 @@ CONFIG = {"seed": 0, "optimizer": {"momentum": 0.9, "name": "sgd"}, "splits": ("
 
 def open_log(workdir, config=CONFIG):
     return logbook.Logbook(
-        workdir, config, data={"train": [9, 7]}, inputs=b"", num_steps=10, title="test", show_progress=False
+        workdir, config, data={"train": [9, 7]}, inputs=b"", num_steps=10, show_progress=False
     )
 
 
@@ -250,7 +250,6 @@ def test_other_data_are_refused(tmp_path):
             data={"train": [9, 8]},
             inputs=b"",
             num_steps=10,
-            title="test",
             show_progress=False,
         )
     assert (tmp_path / "environment.json").read_text() == before
@@ -314,9 +313,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_who_watches_may_go_away(tmp_path, monkeypatch):
-    log = logbook.Logbook(
-        tmp_path, CONFIG, data=None, inputs=b"", num_steps=10, title="test", show_progress=True
-    )
+    log = logbook.Logbook(tmp_path, CONFIG, data=None, inputs=b"", num_steps=10, show_progress=True)
     broken = mock.Mock(spec=sys.stderr)
     broken.write.side_effect = BrokenPipeError
     monkeypatch.setattr(sys, "stderr", broken)
@@ -344,9 +341,7 @@ def test_a_refused_start_is_not_noted(tmp_path):
 def test_without_a_terminal_a_line_a_minute_tells_how_far_a_run_is(tmp_path, monkeypatch, capfd):
     now = 1000.0
     monkeypatch.setattr(logbook.time, "monotonic", lambda: now)
-    log = logbook.Logbook(
-        tmp_path, CONFIG, data=None, inputs=b"", num_steps=90, title="test", show_progress=True
-    )
+    log = logbook.Logbook(tmp_path, CONFIG, data=None, inputs=b"", num_steps=90, show_progress=True)
     with contextlib.closing(log):
         for step in range(10, 90, 10):
             now += 25
