@@ -69,7 +69,10 @@ def replay(workdir, step=None, data_dir=""):
     starts = saved_runs.read_starts(workdir)
     logbook.warn_of_devices(workdir, config, starts, len(program.devices))
     saved_runs.check_data(workdir, starts, program.feed)
-    program, state = _state_after(first, workdir, config, program)
+    if first:
+        state = checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
+    else:
+        state = saved_runs.initial_state(workdir, config, program)
     seeds = _seeds(range(first, step), workdir, config, saved, diverged)
 
     batches = before = metrics = None
@@ -78,7 +81,8 @@ def replay(workdir, step=None, data_dir=""):
         if batches is None or seeds[done] != seeds[done - 1]:
             batches = program.feed.train_batches(seeds[done], done)
             state = devices.replicate(state.replace(seed=np.int32(seeds[done])), program.devices)
-        batch = _on_devices(next(batches), program)
+        batch = jax.tree.map(lambda leaf: leaf[None], next(batches))
+        batch = devices.shard(batch, len(program.devices), axis=1)
         if done == step - 1:
             before = jax.device_get(state)
         state, metrics = program.train(state, program.arrays, batch)
@@ -108,16 +112,6 @@ def _checked_step(step, workdir, config, diverged):
     return step
 
 
-def _state_after(first, workdir, config, program):
-    """Returns the program and the run's state after `first` steps: a checkpoint's, or the initial one.
-
-    The program has the start of a run that began with the layers of another one.
-    """
-    if first:
-        return program, checkpoint.read(workdir / "checkpoints", first, program.shapes_of_state())
-    return saved_runs.initial_state(workdir, config, program)
-
-
 def _seeds(steps, workdir, config, saved, diverged):
     """Returns {number of steps done before: seed of the batches of the next step}.
 
@@ -144,11 +138,6 @@ def _seeds(steps, workdir, config, saved, diverged):
         else loop.seed_of_batches(config.seed, rewound_to, done)
         for done in steps
     }
-
-
-def _on_devices(batch, program):
-    stacked = jax.tree.map(lambda leaf: leaf[None], batch)
-    return devices.shard(stacked, len(program.devices), axis=1)
 
 
 def _culprit(program, state, batch, *, infs):

@@ -96,7 +96,7 @@ def check_data(workdir, starts, feed, splits=("train",)):
 
 
 def initial_state(workdir, config, program):
-    """Returns the program, with the start that a run had, and the state before the run's first step.
+    """Returns the state before a run's first step, with the layers that it started from, if any.
 
     Args:
       workdir, config: of the run.
@@ -107,15 +107,14 @@ def initial_state(workdir, config, program):
     """
     noted = logbook.noted_start(workdir) if config.start.workdir else None
     if not noted:
-        return program, program.init_state(config.seed)
-    program = program.starting_from(noted[0])
-    state = program.init_state(config.seed)
+        return program.init_state(config.seed)
+    state = program.starting_from(noted[0]).init_state(config.seed)
     if noted != transfer.identity(config.start.workdir, noted[0]):
         raise ValueError(
             f"start.workdir = {config.start.workdir!r} is not what it was when {workdir} started from "
             f"step {noted[0]} of it; restore that run; without it, only checkpoints of {workdir} can be used"
         )
-    return program, state
+    return state
 
 
 def usable_devices(config):

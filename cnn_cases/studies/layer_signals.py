@@ -177,7 +177,7 @@ def measure(workdir, num_batches=NUM_BATCHES, data_dir=""):
 
 def saved_states(program, config, run_dir):
     """Yields (step, state) of a run: first its initial state, then those of its checkpoints."""
-    _, initial = saved_runs.initial_state(run_dir, config, program)
+    initial = saved_runs.initial_state(run_dir, config, program)
     yield 0, initial
     for step in checkpoint.steps(run_dir / "checkpoints"):
         yield step, checkpoint.read(run_dir / "checkpoints", step, initial)
