@@ -119,7 +119,7 @@ def rehearse(config, devices):
         shown = protocol != "single" and set(config.evaluation.final_splits) - {"train"}
         shapes = programs.check_protocol(program, state, protocol) if shown else []
         for shape in sorted(set(shapes)):
-            share = num_devices, programs.views_on_device(program, shape, size)
+            share = num_devices, programs.views_at_once(feed.image_shape, shape, size, num_devices)
             views = jax.ShapeDtypeStruct((*share, *shape), np.uint8)
             stages.append((f"views of {shape[0]}x{shape[1]}", program.predict, views, None))
     for stage in stages:

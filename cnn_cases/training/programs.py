@@ -353,22 +353,17 @@ def predict(program, state, split, protocol, *, batch_size, show_progress=False,
     Returns:
       See `predictions.average_views`; in the order of `feed.examples`.
     """
-    num_devices = len(program.devices)
+    num_devices, image_shape = len(program.devices), program.feed.image_shape
+    num_of_all = len(devices_lib.of_all_processes(program.devices))
     hidden = not (show_progress and is_watched())
     examples = _stoppable(program.feed.examples(split), check_stop)
     return predictions.average_views(
         tqdm(examples, desc=split, unit=" images", disable=hidden, leave=False),
-        make_views(protocol, program.feed.image_shape, program.feed.view, program.feed.border),
+        make_views(protocol, image_shape, program.feed.view, program.feed.border),
         lambda images: program.predict(state, program.arrays, devices_lib.shard(images, num_devices)),
-        batch_size=lambda shape: num_devices * views_on_device(program, shape, batch_size),
+        batch_size=lambda shape: num_devices * views_at_once(image_shape, shape, batch_size, num_of_all),
         ahead=devices_lib.max_in_flight(program.devices),
     )
-
-
-def views_on_device(program, shape, batch_size):
-    """Returns how many views of a shape a device takes per call of `program.predict`; see `views_at_once`."""
-    num_devices = len(devices_lib.of_all_processes(program.devices))
-    return views_at_once(program.feed.image_shape, shape, batch_size, num_devices)
 
 
 def views_at_once(image_shape, shape, batch_size, num_devices=1):
