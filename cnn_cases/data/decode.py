@@ -174,8 +174,11 @@ def evaluation_view(image, image_size, border, crop):
     return framed(image, evaluation_box(*image.shape[:2], image_size, crop), image_size, border)
 
 
-def resized(image, box, image_size):
-    """Resizes a box of an image to a square. image uint8 [H, W, C] -> uint8 [image_size, image_size, C]."""
+def framed(image, box, image_size, border):
+    """Resizes a box of an image to a square with a border of zeros. uint8 [H, W, C] -> uint8 [S, S, C].
+
+    S is image_size + 2 * border.
+    """
     top, left, height, width = box
     part = image[top : top + height, left : left + width]
     # Linear interpolation reads 2x2 pixels, and so skips none up to a factor of two. The mean over areas
@@ -184,16 +187,9 @@ def resized(image, box, image_size):
         sides = min(width, image_size), min(height, image_size)
         part = cv2.resize(part, sides, interpolation=cv2.INTER_AREA)
     square = cv2.resize(part, (image_size, image_size), interpolation=cv2.INTER_LINEAR)
-    return square.reshape(image_size, image_size, image.shape[2])  # OpenCV drops a single channel
-
-
-def framed(image, box, image_size, border):
-    """Resizes a box of an image to a square with a border of zeros. uint8 [H, W, C] -> uint8 [S, S, C].
-
-    S is image_size + 2 * border.
-    """
+    square = square.reshape(image_size, image_size, image.shape[2])  # OpenCV drops a single channel
     edge = (border, border)
-    return np.pad(resized(image, box, image_size), (edge, edge, (0, 0)))
+    return np.pad(square, (edge, edge, (0, 0)))
 
 
 def _square(height, width, image_size, shorter_side):

@@ -227,24 +227,24 @@ def test_evaluation_sees_the_centre(name):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_of_the_right_size_stays_as_it_is(channels):
     image = np.random.default_rng(0).integers(0, 256, (9, 12, channels), np.uint8)
-    np.testing.assert_array_equal(decode.resized(image, (0, 3, 9, 9), 9), image[:, 3:])
+    np.testing.assert_array_equal(decode.framed(image, (0, 3, 9, 9), 9, 0), image[:, 3:])
 
 
 def test_far_smaller_images_are_means_of_all_pixels():
     stripes = np.tile(np.uint8([[[0], [255]]]), (64, 32, 1))
-    assert np.ptp(decode.resized(stripes, (0, 0, 64, 64), 8)) == 0
-    assert abs(decode.resized(stripes, (0, 0, 64, 64), 8).mean() - 127.5) <= 0.5
+    assert np.ptp(decode.framed(stripes, (0, 0, 64, 64), 8, 0)) == 0
+    assert abs(decode.framed(stripes, (0, 0, 64, 64), 8, 0).mean() - 127.5) <= 0.5
 
 
 def test_images_of_three_times_the_side_are_means_too():
     stripes = np.tile(np.uint8([[[0], [0], [240]]]), (24, 8, 1))
-    np.testing.assert_array_equal(decode.resized(stripes, (0, 0, 24, 24), 8), 80)
+    np.testing.assert_array_equal(decode.framed(stripes, (0, 0, 24, 24), 8, 0), 80)
 
 
 def test_a_side_that_shrinks_is_averaged_where_the_other_grows():
     stripes = np.tile(np.uint8([[[0], [255]]]), (60, 240, 1))
     assert (
-        np.ptp(decode.resized(stripes, (0, 0, 60, 480), 96)[:, 1:-1]) <= 52
+        np.ptp(decode.framed(stripes, (0, 0, 60, 480), 96, 0)[:, 1:-1]) <= 52
     )  # of 5 pixels, 2 or 3 are bright
 
 
@@ -253,7 +253,7 @@ def test_a_resized_box_is_the_crop_of_the_resized_image():
     image = image.resize((120, 100), Image.Resampling.BICUBIC)
     box = decode.evaluation_box(100, 120, 28, CROP | {"name": "shorter_side", "eval_shorter_side": 50})
     expected = np.asarray(image.resize((60, 50), Image.Resampling.BILINEAR))[11:39, 16:44]
-    assert distance(decode.resized(np.asarray(image), box, 28), expected) < 1
+    assert distance(decode.framed(np.asarray(image), box, 28, 0), expected) < 1
 
 
 @pytest.mark.parametrize(
