@@ -148,9 +148,15 @@ def make_optimizer(
     for factor in rate_factors:
         checks.positive("optimizer.rate_factors", factor)
 
+    def is_decayed(path, _):
+        if frozen and frozen(path[0].key):
+            return False
+        # Not by the number of axes: `scan_blocks` stacks the scales of a stage's blocks, too.
+        return decayed == "all" or path[-1].key == "kernel"
+
     mask = None
     if frozen or decayed == "kernels":
-        mask = functools.partial(_is_decayed, kernels_only=decayed == "kernels", frozen=frozen)
+        mask = functools.partial(jax.tree.map_with_path, is_decayed)
     chain = []
     if name != "adamw":
         chain.append(optax.add_decayed_weights(weight_decay, mask))
@@ -198,15 +204,3 @@ def _multiply_rates(patterns, factors):
 
 
 _name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-
-
-def _is_decayed(params, *, kernels_only, frozen):
-    """Returns, for each parameter, whether weight decay applies to it."""
-
-    def is_decayed(path, _):
-        if frozen and frozen(path[0].key):
-            return False
-        # Not by the number of axes: `scan_blocks` stacks the scales of a stage's blocks, too.
-        return path[-1].key == "kernel" or not kernels_only
-
-    return jax.tree.map_with_path(is_decayed, params)
