@@ -152,16 +152,8 @@ def colours(image, streams, settings, basis):
 
 def geometry(image, streams, settings):
     """Applies the warp, the crop and the flip; pixels from outside are 0. [B, H, W, C] -> [B, H, W, C]."""
-    affine = dict(shift=settings.shift, scale=settings.scale, squeeze=settings.squeeze, shear=settings.shear)
-    if any(affine.values()) or settings.elastic:
-        image = random_warp(
-            image,
-            streams["affine"],
-            streams["elastic"],
-            **affine,
-            elastic=settings.elastic,
-            elastic_sigma=settings.elastic_sigma,
-        )
+    if any((settings.shift, settings.scale, settings.squeeze, settings.shear, settings.elastic)):
+        image = random_warp(image, streams, settings)
     if settings.pad:
         image = random_crop(image, streams["pad"], settings.pad)
     if settings.flip:
@@ -265,14 +257,14 @@ def _grey(image):
     return (image * np.float32([0.299, 0.587, 0.114])).sum(axis=-1, keepdims=True)
 
 
-def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shear, elastic, elastic_sigma):
+def random_warp(image, streams, settings):
     """Distorts images as LeCun et al. 1998, section III.B, and Simard et al. 2003, section 2, distort MNIST.
 
     One bilinear sampling applies a planar affine map (translation, scaling, squeezing, horizontal shearing)
     about the centre and random displacements that are similar for neighbouring pixels. Pixels from outside
-    are 0. `Settings` explains the numbers.
+    are 0.
 
-    Shapes: image float32 [B, H, W, C], affine_keys and elastic_keys [B] -> [B, H, W, C].
+    Shapes: image float32 [B, H, W, C], streams from `split_streams` -> [B, H, W, C].
     """
     height, width = image.shape[1:3]
     centre = np.float32([(height - 1) / 2, (width - 1) / 2])
@@ -281,21 +273,22 @@ def random_warp(image, affine_keys, elastic_keys, *, shift, scale, squeeze, shea
 
     def warp(picture, affine_key, elastic_key):
         draws = jax.random.uniform(affine_key, (5,), minval=-1, maxval=1)
-        down, right = shift * draws[:2]
-        enlarged, widened, slant = 1 + scale * draws[2], 1 + squeeze * draws[3], shear * draws[4]
+        down, right = settings.shift * draws[:2]
+        enlarged, widened = 1 + settings.scale * draws[2], 1 + settings.squeeze * draws[3]
+        slant = settings.shear * draws[4]
         # The inverse map: where the pixel at (rows, columns) comes from.
         source_rows = (rows - down) * widened / enlarged
         source_columns = (columns - right) / (widened * enlarged) - slant * source_rows
         source = jnp.stack(jnp.broadcast_arrays(source_rows + centre[0], source_columns + centre[1]))
-        if elastic:
-            source += elastic_field(elastic_key, height, width, elastic, elastic_sigma)
+        if settings.elastic:
+            source += elastic_field(elastic_key, height, width, settings.elastic, settings.elastic_sigma)
 
         def sample(channel):
             return map_coordinates(channel, list(source), order=1, mode="constant", cval=0.0)
 
         return jax.vmap(sample, in_axes=-1, out_axes=-1)(picture)
 
-    return jax.vmap(warp)(image, affine_keys, elastic_keys)
+    return jax.vmap(warp)(image, streams["affine"], streams["elastic"])
 
 
 def elastic_field(key, height, width, alpha, sigma):

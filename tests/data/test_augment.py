@@ -309,18 +309,8 @@ def moments(image):
 
 
 @functools.partial(jax.jit, static_argnames=("elastic", "elastic_sigma"))
-def warp(image, streams, *, shift=0.0, scale=0.0, squeeze=0.0, shear=0.0, elastic=0.0, elastic_sigma=4.0):
-    return augment.random_warp(
-        image,
-        streams["affine"],
-        streams["elastic"],
-        shift=shift,
-        scale=scale,
-        squeeze=squeeze,
-        shear=shear,
-        elastic=elastic,
-        elastic_sigma=elastic_sigma,
-    )
+def warp(image, streams, **settings):
+    return augment.random_warp(image, streams, augment.Settings(**settings))
 
 
 def warped(picture, batch=200, **settings):
