@@ -193,14 +193,12 @@ def colour_basis(images):
       eigenvectors [C, C] in columns.
     """
     channels = images.shape[-1]
-    count, total, squares = 0, np.zeros(channels), np.zeros((channels, channels))
+    total, squares = np.zeros(channels), np.zeros((channels, channels))
     for part in _parts(images):
         colours = part.reshape(-1, channels).astype(np.float64) / 255
-        count, total, squares = (
-            count + len(colours),
-            total + colours.sum(axis=0),
-            squares + colours.T @ colours,
-        )
+        total += colours.sum(axis=0)
+        squares += colours.T @ colours
+    count = images.size // channels
     mean = total / count
     values, vectors = np.linalg.eigh(squares / count - np.outer(mean, mean))
     return values[::-1].astype(np.float32), vectors[:, ::-1].astype(np.float32)
