@@ -64,7 +64,7 @@ def make_feed(
       stream: workers, buffer and max_damaged of `StreamFeed`; a resident feed ignores them.
       normalization, augment, axis_name: see `pixels.make_pixels`.
       batch_size, eval_batch_size: examples in a training or evaluation step, over all devices of all
-        processes.
+        processes; multiples of their number, which `programs.make_program` ensures.
       process_index, process_count: the number of this process, from 0, and of all processes. Each process
         makes a contiguous share of every batch, and has every `process_count`-th of the examples.
 
@@ -90,9 +90,6 @@ def make_feed(
     )
     check_disjoint(name, splits, data_dir)
     allow_open_files(name, splits, data_dir)
-    for key, size in (("batch_size", batch_size), ("evaluation.batch_size", eval_batch_size)):
-        if size < 1 or size % process_count:
-            raise ValueError(f"{key} = {size} must be a positive multiple of {process_count} (processes)")
     sizes = dict(
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,

@@ -312,12 +312,6 @@ def test_all_batches_that_are_made_in_advance_have_to_fit_into_memory(workers, b
         ({"border": -1}, "data.border = -1 must be between 0 and 8192 pixels"),
         ({"image_size": 10**6}, "data.image_size = 1000000 must be between 0 and 8192 pixels"),
         ({"batch_size": 25}, "batch_size = 25 must be between 1 and the 24 training examples"),
-        ({"eval_batch_size": 0}, "evaluation.batch_size = 0 must be a positive multiple of 1"),
-        ({"process": (0, 4)}, r"batch_size = 6 must be a positive multiple of 4 \(processes\)"),
-        (
-            {"feed": "resident", "crop.name": "squeeze", "process": (0, 4)},
-            r"batch_size = 6 must be a positive",
-        ),
         ({"stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
         ({"feed": "resident", "stream.workers": -1}, "data.stream.workers = -1 must be 0 or more"),
         ({"stream.workers": 10**6}, "data.stream.workers = 1000000 must be .* at most 1024"),
