@@ -199,14 +199,10 @@ class StreamFeed:
         has started.
         """
         recipe = self._recipes[role]
-        make = functools.partial(
-            evaluation_batch,
-            recipe=recipe,
-            batch_size=self._eval_batch_size,
-            position=order.own_positions(self._eval_batch_size, *self._share),
-        )
-        numbers = grain.MapDataset.range(-(-len(recipe.records) // self._eval_batch_size))
-        yield from self._batches(role, numbers.map(make), 0)
+        position = order.own_positions(self._eval_batch_size, *self._share)
+        firsts = grain.MapDataset.range(0, len(recipe.records), self._eval_batch_size)
+        batches = firsts.map(lambda first: evaluation_batch(recipe, first + position))
+        yield from self._batches(role, batches, 0)
 
     def examples(self, role):
         """Yields this process's intact examples, in order: (image uint8 [H, W, C], label), not cropped."""
@@ -229,7 +225,8 @@ class StreamFeed:
 
     def view(self, image):
         """An image uint8 [h, w, C] of any size as evaluation shows it: uint8 `image_shape`."""
-        return _evaluation_view(self._recipes["train"], image)
+        recipe = self._recipes["train"]
+        return decode.evaluation_view(image, recipe.image_size, recipe.border, recipe.crop)
 
     def normalize(self, arrays, image):
         """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
@@ -286,7 +283,7 @@ class StreamFeed:
         count = min(len(recipe.records), MAX_SAMPLE)
         indices = np.linspace(0, len(recipe.records) - 1, count).astype(int)
         with concurrent.futures.ThreadPoolExecutor(self._threads()) as pool:
-            parts = [*pool.map(functools.partial(_evaluation_examples, recipe), np.array_split(indices, 64))]
+            parts = [*pool.map(functools.partial(evaluation_batch, recipe), np.array_split(indices, 64))]
         self._note("train", np.concatenate([part["damaged"] for part in parts]).tolist())
         return np.concatenate([part["image"][part["mask"] == 1] for part in parts])
 
@@ -362,16 +359,12 @@ def training_batch(step, *, recipe, seed, batch_size, position):
     return batch | {"damaged": np.array(sorted(damaged), np.int64)}
 
 
-def evaluation_batch(number, *, recipe, batch_size, position):
-    """Makes the share of an evaluation batch at `position`.
+def evaluation_batch(recipe, indices):
+    """Makes an evaluation batch of the records at `indices`, int [B]; those past the last one are padding.
 
     Returns:
       {"image", "label", "mask", "damaged"}, the last as in `training_batch`.
     """
-    return _evaluation_examples(recipe, int(number) * batch_size + position)
-
-
-def _evaluation_examples(recipe, indices):
     batch = _black(recipe, len(indices)) | {"mask": np.zeros(len(indices), np.float32)}
     damaged = []
     for row, index in enumerate(indices.tolist()):
@@ -382,8 +375,8 @@ def _evaluation_examples(recipe, indices):
         except ValueError:
             damaged.append(index)
             continue
-        batch["image"][row], batch["label"][row] = _evaluation_view(recipe, image), label
-        batch["mask"][row] = 1
+        view = decode.evaluation_view(image, recipe.image_size, recipe.border, recipe.crop)
+        batch["image"][row], batch["label"][row], batch["mask"][row] = view, label, 1
     return batch | {"damaged": np.array(damaged, np.int64)}
 
 
@@ -393,11 +386,6 @@ def _black(recipe, count):
         "image": np.zeros((count, side, side, recipe.channels), np.uint8),
         "label": np.zeros(count, np.int32),
     }
-
-
-def _evaluation_view(recipe, image):
-    """An image uint8 [h, w, C] as evaluation shows it: uint8 [H, W, C], cropped, resized and framed."""
-    return decode.evaluation_view(image, recipe.image_size, recipe.border, recipe.crop)
 
 
 def _first(iterator):

@@ -268,9 +268,7 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
     feed = stream.StreamFeed(
         {"train": records}, make_pixels=make_pixels, workers=0, buffer=1, max_damaged=0.2, **settings
     )
-    sample = stream.evaluation_batch(
-        0, recipe=feed._recipes["train"], batch_size=4, position=np.array([0, 7, 15, 23])
-    )
+    sample = stream.evaluation_batch(feed._recipes["train"], np.array([0, 7, 15, 23]))
     np.testing.assert_array_equal(seen[0], sample["image"][sample["mask"] == 1])
 
 
