@@ -101,20 +101,15 @@ def check(settings, image_shape):
         demand(0 <= getattr(settings, key) < 1, key, "in [0, 1)")
     checks.positive("data.augment.elastic_sigma", settings.elastic_sigma)
     side = min(height, width)
+    up_to_side = f"at most {side}, the pixels of an image's side (data.image_size)"
     # A wider Gaussian moves all pixels alike, and takes long to compute.
-    demand(
-        settings.elastic_sigma <= side or not settings.elastic,
-        "elastic_sigma",
-        f"at most {side}, the pixels of an image's side (data.image_size)",
-    )
+    demand(settings.elastic_sigma <= side or not settings.elastic, "elastic_sigma", up_to_side)
     checks.one_of("data.augment.lighting_basis", settings.lighting_basis, BASES)
     for key in ("pad", "shift", "cutout"):
-        allowed = f"at most {side}, the pixels of an image's side (data.image_size)"
-        demand(getattr(settings, key) <= side, key, allowed)
+        demand(getattr(settings, key) <= side, key, up_to_side)
     for key in ("lighting", "saturation"):
-        demand(
-            not getattr(settings, key) or channels == 3, key, f"0 for images of {channels} channels, not 3"
-        )
+        is_right = not getattr(settings, key) or channels == 3
+        demand(is_right, key, f"0 for images of {channels} channels, not 3")
     demand(
         not (settings.mixup and settings.cutmix),
         "mixup",
