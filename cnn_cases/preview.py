@@ -8,7 +8,6 @@ mixed and num_microbatches is above 1, a run mixes each part of a batch separate
 the normalisation, network and optimizer, so a run may still reject the config.
 """
 
-import itertools
 import math
 import pathlib
 
@@ -47,7 +46,7 @@ def training_images(config, step):
     data = dict(**config.data) | {"normalization": "none"}
     feed = feeds.make_feed(**data, batch_size=config.batch_size, eval_batch_size=config.evaluation.batch_size)
     batches = feed.train_batches(config.seed, step - 1)
-    (batch,) = itertools.islice(batches, 1)
+    batch = next(batches)
     batches.close()
     augment_key, _ = steps.step_keys(config.seed, step - 1)
     image, label = jax.jit(feed.prepare)(feed.arrays, batch, augment_key)

@@ -8,7 +8,6 @@ compiled for the devices of this machine.
 """
 
 import importlib.util
-import itertools
 import math
 import os
 import re
@@ -130,7 +129,7 @@ def rehearse(config, devices):
 
 def _shares(batches, num_devices, steps=None):
     """Shapes and types of one of a feed's batches, or of `steps` batches, after `devices.shard`."""
-    (batch,) = itertools.islice(batches, 1)
+    batch = next(batches)
     batches.close()  # ends a stream's workers
     outer = (num_devices, steps) if steps else (num_devices,)
     return {
