@@ -396,7 +396,7 @@ def _outcome(function):
     try:
         return {"value": function()}
     except (ValueError, OSError) as error:
-        return {"error": str(error)}
+        return {"error": str(error) or repr(error)}
 
 
 def broadcast(tree):

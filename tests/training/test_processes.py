@@ -158,3 +158,16 @@ def test_what_is_broadcast_goes_in_pieces_and_comes_whole(monkeypatch):
 def test_what_the_collectives_say_when_another_process_is_gone(text, several, lost, monkeypatch):
     monkeypatch.setattr(processes, "is_one_of_several", lambda: several)
     assert processes.is_loss(RuntimeError(text)) is lost
+
+
+@pytest.mark.parametrize("share", [processes.lead_first, processes.from_lead])
+def test_an_error_without_a_message_reaches_all_processes_too(share, monkeypatch):
+    monkeypatch.setattr(processes, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(processes, "is_lead", lambda: True)
+    monkeypatch.setattr(processes, "gather", lambda value: [value, None])
+
+    def fail():
+        raise ValueError
+
+    with pytest.raises(ValueError, match=r"^ValueError\(\)$"):
+        share(fail)
