@@ -171,13 +171,8 @@ def ours(case, dtype, *, steps_per_call=0, num_devices=1, over_devices=devices_l
 
 
 def _steps_per_call(case, platform):
-    """As many as in a long training run: images of up to 32x32 pixels are resident, larger ones are streamed.
-
-    One on accelerators, where the host starts a call while the one before is computed.
-    """
-    if platform != "cpu" or max(case.image_shape) > 32:
-        return 1
-    return programs.max_steps_per_call(platform)
+    """As many as in a long training run whose images are streamed."""
+    return programs.max_steps_per_call(platform, "stream", _batch_size(case, platform), case.image_shape)
 
 
 def _counted(compiled, platform):

@@ -22,8 +22,9 @@ def get_config():
     config.num_steps = 1_000  # training steps
     config.batch_size = 128  # examples per step, over all devices
     # Steps per call to the devices; must divide num_steps and the intervals of logging, evaluation,
-    # checkpoints and profile. 0: one step for a stream; else the largest common divisor (without profile) up
-    # to 10 on a CPU, where a call costs memory traffic, and up to 50 on accelerators, to save launches.
+    # checkpoints and profile. 0: the largest common divisor (without profile) up to 50 on accelerators, to
+    # save launches, or 1 for a stream; on a CPU, where a call costs memory traffic, up to 10, or fewer if a
+    # call would then see more than 1.3 million pixels.
     config.steps_per_call = 0
     config.dtype = "float32"  # compute type, "float32" or "bfloat16"; parameters are float32
     config.sync_batch_norm = True  # batch statistics over the global batch; False: over each device's share

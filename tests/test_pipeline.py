@@ -39,8 +39,8 @@ def test_a_call_of_several_steps_counts_as_several(monkeypatch):
 @pytest.mark.parametrize("config", [resnet_cifar10.get_config(), resnet_digits.get_config()])
 @pytest.mark.parametrize("of_turn", pipeline.STEPS_A_TURN.values(), ids=pipeline.STEPS_A_TURN)
 def test_a_turn_is_of_whole_calls(of_turn, config):
-    assert of_turn["cpu"] % programs.steps_per_call(config, "cpu") == 0
-    assert of_turn["accelerator"] % programs.steps_per_call(config, "gpu") == 0
+    assert of_turn["cpu"] % programs.steps_per_call(config, "cpu", (32, 32, 3)) == 0
+    assert of_turn["accelerator"] % programs.steps_per_call(config, "gpu", (32, 32, 3)) == 0
 
 
 @pytest.mark.parametrize("measure", [pipeline.resident_feed, pipeline.whole_training])

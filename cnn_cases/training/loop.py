@@ -231,7 +231,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
                         config,
                         program,
                         state.replace(seed=np.int32(seed)),
-                        batches,
+                        _calls(batches, step, config.num_steps, program),
                         running,
                         log=log,
                         checkpoints=checkpoints,
@@ -361,10 +361,11 @@ class _Training:
     a CPU, calls of several steps take so long that this would gain nothing, and a signal would wait for them.
     """
 
-    def __init__(self, config, program, state, batches, running, *, log, checkpoints, stop):
-        """Takes the state, whose memory the first step reuses, and the batches of the next steps."""
+    def __init__(self, config, program, state, calls, running, *, log, checkpoints, stop):
+        """Takes the state, whose memory the first step reuses, and the next calls' batches, see `_calls`."""
         self._config, self._program = config, program
-        self._batches, self._running = batches, running
+        self._calls, self._running = calls, running
+        self._drawn = None  # the next of `calls`, if it has been drawn
         self._log, self._checkpoints, self._stop = log, checkpoints, stop
         self._state = devices_lib.replicate(state, program.devices)
         several = processes.is_one_of_several()
@@ -417,20 +418,18 @@ class _Training:
         config, program = self._config, self._program
         first_profiled, last_profiled = config.profile_steps or (0, 0)
         before = step
-        # If the run was stopped with another steps_per_call, a shorter call realigns it.
-        step += program.steps_per_call - step % program.steps_per_call
+        step, batches = self._drawn or next(self._calls)
         if before < first_profiled <= step:
             self._collect()
             self._log.start_profile()
-        stacked = jax.tree.map(_stack, *itertools.islice(self._batches, step - before))
-        stacked = devices_lib.shard(stacked, len(program.devices), axis=1)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            self._state, metrics = program.train(self._state, program.arrays, stacked)
+            self._state, metrics = program.train(self._state, program.arrays, batches)
         number = self._of_all(self._stop.number, metrics) if self._of_all else 0
         # Not when the row is written: the rate would then be computed after the calls in flight.
         row_is_due = step == config.num_steps or _is_due(step, config.log_every_steps)
         rate = program.schedule(step - 1) if row_is_due else None
         self._in_flight.append(_Call(step, metrics, number, rate))
+        self._drawn = next(self._calls, None)  # while the devices compute, since a stream has to decode it
         self._collect(at_most=self._max_in_flight)
         if before < last_profiled <= step:
             self._collect()
@@ -523,6 +522,15 @@ class _Training:
         """Returns whether the state is saved at this step even without a signal."""
         config = self._config
         return step == config.num_steps or _is_due(step, config.checkpoint.every_steps)
+
+
+def _calls(batches, step, num_steps, program):
+    """Yields (number of steps done after a call, its batches as `program.train` takes them), after `step`."""
+    while step < num_steps:
+        # If the run was stopped with another steps_per_call, a shorter call realigns it.
+        before, step = step, step + program.steps_per_call - step % program.steps_per_call
+        stacked = jax.tree.map(_stack, *itertools.islice(batches, step - before))
+        yield step, devices_lib.shard(stacked, len(program.devices), axis=1)
 
 
 def _scores(probabilities, label):

@@ -31,8 +31,10 @@ from cnn_cases.training.state import init_state, shapes_of_state
 MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
-# If the config does not say. A signal waits for one call on a CPU, and for up to three on accelerators.
+# If the config does not say. A signal waits for up to three calls on accelerators, and for one on a CPU. This
+# call must not take minutes, so it has at most the pixels of ten batches of 128 images of 32x32.
 MAX_STEPS_PER_CALL, MAX_STEPS_PER_CALL_ON_CPU = 50, 10
+MAX_PIXELS_PER_CALL_ON_CPU = 10 * 128 * 32 * 32
 
 
 class Program(NamedTuple):
@@ -166,7 +168,7 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
         loss=loss,
         feed=feed,
         arrays=replicate(feed.arrays, devices),
-        steps_per_call=steps_per_call(config, devices[0].platform),
+        steps_per_call=steps_per_call(config, devices[0].platform, feed.image_shape),
         train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),
         evaluate=devices_lib.pmap_eval(eval_step, devices),
@@ -197,30 +199,40 @@ def make_network(config, num_classes):
     return model, make_optimizer(schedule, **optimizer), schedule
 
 
-def steps_per_call(config, platform):
+def steps_per_call(config, platform, image_shape):
     """Returns how many steps one call to the devices does.
 
-    If the config says 0, it is 1 with a stream, since the images of all steps would be in memory at once.
-    Otherwise it is the largest number up to `max_steps_per_call` that divides all intervals of the run. So
-    one launch serves many steps, and on a CPU the memory of their activations is asked for, and cleared by
-    the operating system, only once.
+    If the config says 0, it is the largest number up to `max_steps_per_call` that divides all intervals of
+    the run. So one launch serves many steps, and on a CPU the memory of their activations is asked for, and
+    cleared by the operating system, only once.
 
     Args:
       config: from `configs/`.
       platform: "cpu", "gpu" or "tpu".
+      image_shape: (H, W, C).
     """
     if config.steps_per_call:
         return config.steps_per_call
-    if config.data.feed == "stream":
-        return 1
     others = config.evaluation.every_steps, config.checkpoint.every_steps  # gcd ignores a 0
     common = math.gcd(config.num_steps, config.log_every_steps, *others)
-    return max(count for count in range(1, max_steps_per_call(platform) + 1) if common % count == 0)
+    most = max_steps_per_call(platform, config.data.feed, config.batch_size, image_shape)
+    return max(count for count in range(1, most + 1) if common % count == 0)
 
 
-def max_steps_per_call(platform):
-    """Returns how many steps one call may do if the config does not say."""
-    return MAX_STEPS_PER_CALL_ON_CPU if platform == "cpu" else MAX_STEPS_PER_CALL
+def max_steps_per_call(platform, feed, batch_size, image_shape):
+    """Returns how many steps one call may do if the config does not say.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      feed: "resident" or "stream".
+      batch_size: over all devices.
+      image_shape: (H, W, C).
+    """
+    if platform == "cpu":
+        pixels = batch_size * math.prod(image_shape[:2])
+        return max(1, min(MAX_STEPS_PER_CALL_ON_CPU, MAX_PIXELS_PER_CALL_ON_CPU // pixels))
+    # The images of a stream's call would all be in the device's memory.
+    return 1 if feed == "stream" else MAX_STEPS_PER_CALL
 
 
 def check(config, devices=None):

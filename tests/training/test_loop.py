@@ -20,6 +20,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from cnn_cases import models, stopping
+from cnn_cases.data import order
 from cnn_cases.models import layers
 from cnn_cases.training import checkpoint, devices, logbook, loop, predictions, programs, running
 from configs import resnet_digits
@@ -91,26 +92,28 @@ def test_what_a_row_needs_waits_for_no_later_step(config, tmp_path):
     assert all(calls[index - 1] == ("train", calls[index][1]) for index in rates)
 
 
-@pytest.mark.parametrize(("steps_per_call", "at_once"), [(1, 3), (2, 1)])
-def test_calls_are_sent_ahead_unless_each_is_long(steps_per_call, at_once, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("steps_per_call", "expected"), [(1, "d" + "sd" * 2 + "sdr" * 9 + "srrr"), (2, "dd" + "sddr" * 5 + "sr")]
+)
+def test_calls_are_sent_ahead_unless_they_are_long_and_batches_always_drawn_ahead(
+    steps_per_call, expected, config, tmp_path, monkeypatch
+):
     config.steps_per_call = steps_per_call
     config.log_every_steps = config.evaluation.every_steps = config.checkpoint.every_steps = config.num_steps
     program = programs.make_program(config, jax.devices()[:1])
-    calls = []  # +1 for each that is sent, -1 for each whose metrics are read
-    add = running.RunningMetrics.add
+    done = []  # batches that are drawn, calls that are sent, calls whose metrics are read
 
-    def train(*arguments):
-        calls.append(1)
-        return program.train(*arguments)
+    def noting(what, function):
+        def noted(*arguments):
+            done.append(what)
+            return function(*arguments)
 
-    def read(*arguments):
-        calls.append(-1)
-        return add(*arguments)
+        return noted
 
-    monkeypatch.setattr(running.RunningMetrics, "add", read)
-    run(config, tmp_path, program._replace(train=train))
-    assert max(itertools.accumulate(calls)) == at_once
-    assert sum(calls) == 0
+    monkeypatch.setattr(order, "places_in_order", noting("d", order.places_in_order))
+    monkeypatch.setattr(running.RunningMetrics, "add", noting("r", running.RunningMetrics.add))
+    run(config, tmp_path, program._replace(train=noting("s", program.train)))
+    assert "".join(done) == expected
 
 
 def test_a_finished_run_without_its_config_is_nobodys(config, tmp_path, program):
@@ -394,15 +397,17 @@ def test_an_open_number_of_steps_a_call_goes_by_the_device_and_the_intervals(con
     config.num_steps, config.log_every_steps = 64_000, 100
     config.evaluation.every_steps, config.checkpoint.every_steps = 1_000, 4_000
 
-    def chosen(platform="gpu", **changes):
+    def chosen(platform="gpu", image_shape=(32, 32, 3), **changes):
         changed = copy.deepcopy(config)
         changed.update_from_flattened_dict(changes)
-        return programs.steps_per_call(changed, platform)
+        return programs.steps_per_call(changed, platform, image_shape)
 
     assert chosen() == chosen("tpu") == 50
     assert chosen("cpu") == 10
     assert chosen("cpu", **{"evaluation.every_steps": 25}) == 5
-    assert chosen("cpu", **{"data.feed": "stream"}) == 1
+    assert chosen("cpu", (224, 224, 3), batch_size=4) == 5
+    assert chosen("cpu", (224, 224, 3), batch_size=24) == 1
+    assert chosen("cpu", (224, 224, 3), batch_size=4, **{"data.feed": "stream"}) == 5
     assert chosen(**{"data.feed": "stream"}) == 1
     assert chosen(**{"evaluation.every_steps": 0}) == 50
     assert chosen(**{"evaluation.every_steps": 25}) == 25
