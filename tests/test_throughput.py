@@ -54,7 +54,7 @@ def test_a_device_gets_its_share_of_the_batch(train, monkeypatch):
     batch.assert_called_once_with(SMALL, 4)
 
 
-def test_small_images_are_trained_ten_steps_per_call_on_a_cpu(train):
+def test_on_a_cpu_a_call_does_as_many_steps_as_in_a_training_run(train):
     def shapes(case):
         """Those of the batches in a call that trains, and in the program whose operations are counted."""
         train.reset_mock()
@@ -63,7 +63,7 @@ def test_small_images_are_trained_ten_steps_per_call_on_a_cpu(train):
         return [one.call_args.args[2].shape for one in (train, train.lower)]
 
     assert shapes(SMALL) == [(1, 10, 1), (1, 1, 1)]
-    assert shapes(SMALL._replace(image_shape=(36, 36, 1))) == [(1, 1, 1), (1, 1, 1)]
+    assert shapes(SMALL._replace(image_shape=(224, 224, 1))) == [(1, 3, 1), (1, 1, 1)]
     assert throughput._steps_per_call(SMALL, "gpu") == 1
 
 
