@@ -131,7 +131,8 @@ def ours(case, dtype, *, steps_per_call=0, num_devices=1, over_devices=devices_l
         "steps_per_call": steps_per_call or _steps_per_call(case, devices[0].platform),
     }
     model, tx, train_steps = training(case, dtype)
-    predict_step = steps.make_predict_step(model.apply, lambda arrays, _: arrays["image"])
+    at_once = programs.images_at_once(model.apply)
+    predict_step = steps.make_predict_step(model.apply, lambda _, image: image, at_once)
     devices_of_all = len(devices_lib.of_all_processes(devices))
     devices_lib.check_batch_size(batch_size, devices_of_all)
     share = batch_size // devices_of_all
@@ -143,6 +144,7 @@ def ours(case, dtype, *, steps_per_call=0, num_devices=1, over_devices=devices_l
     began = time.perf_counter()
     train = over_devices(train_steps, devices)
     predict = devices_lib.pmap_predict(predict_step, devices)
+    images = devices_lib.pmap_predict(lambda _, arrays, __: arrays["image"], devices)(None, arrays, nothing)
     last = [train(state, arrays, nothing)]
     jax.block_until_ready(last)
     facts["first_step_seconds"] = time.perf_counter() - began
@@ -162,7 +164,7 @@ def ours(case, dtype, *, steps_per_call=0, num_devices=1, over_devices=devices_l
             wait()
 
     def infer_once():
-        last[1:] = [predict(last[0][0], arrays, nothing)]
+        last[1:] = [predict(last[0][0], arrays, images)]
 
     def peak_bytes():
         return (devices[0].memory_stats() or {}).get("peak_bytes_in_use")

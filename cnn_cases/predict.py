@@ -46,7 +46,9 @@ class TrainedNetwork:
         self.state, self._statistics = jax.device_put((state, shown.statistics))
         normalize = pixels.make_normalize(shown.statistics)
         self._normalize = jax.jit(lambda arrays, image: normalize(arrays, pixels.to_unit(image)))
-        self._predict = jax.jit(steps.make_predict_step(model.apply, self._normalize))
+        self._predict = jax.jit(
+            steps.make_predict_step(model.apply, self._normalize, programs.images_at_once(model.apply))
+        )
 
     def normalize(self, images):
         """Turns images of `image_shape`, uint8 [N, H, W, C], into those that `model` takes, float32.

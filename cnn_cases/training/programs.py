@@ -5,6 +5,7 @@ This module needs no workdir and leaves nothing in one; `loop` trains with the p
 
 import collections
 import contextlib
+import functools
 import logging
 import math
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from cnn_cases import checks, settings
 from cnn_cases.data import inputs
 from cnn_cases.data.feeds import class_names, make_feed
 from cnn_cases.data.views import make_views
-from cnn_cases.models import layers, make_model
+from cnn_cases.models import fast, layers, make_model
 from cnn_cases.training import devices as devices_lib
-from cnn_cases.training import predictions, processes, steps, transfer
+from cnn_cases.training import predictions, processes, provenance, steps, transfer
 from cnn_cases.training.logbook import is_watched
 from cnn_cases.training.losses import make_loss, of_classes
 from cnn_cases.training.optimizer import make_optimizer, make_schedule
@@ -35,6 +36,8 @@ ON_NONFINITE = ("stop", "skip", "rewind")
 # call must not take minutes, so it has at most the pixels of ten batches of 128 images of 32x32.
 MAX_STEPS_PER_CALL, MAX_STEPS_PER_CALL_ON_CPU = 50, 10
 MAX_PIXELS_PER_CALL_ON_CPU = 10 * 128 * 32 * 32
+# Of the largest maps of the images that a thread of a CPU evaluates at a time; a call needs a few such maps.
+MAX_BYTES_OF_MAPS = 4_000_000
 
 
 class Program(NamedTuple):
@@ -158,7 +161,9 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
         frozen=frozen,
         skip_nonfinite=config.on_nonfinite == "skip",
     )
-    eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS)
+    at_once = images_at_once(model.apply)
+    eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS, at_once)
+    predict_step = steps.make_predict_step(model.apply, feed.normalize, at_once)
     program = Program(
         model=model,
         tx=tx,
@@ -172,7 +177,7 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
         train_steps=train_steps,
         train=devices_lib.pmap_train(train_steps, devices),
         evaluate=devices_lib.pmap_eval(eval_step, devices),
-        predict=devices_lib.pmap_predict(steps.make_predict_step(model.apply, feed.normalize), devices),
+        predict=devices_lib.pmap_predict(predict_step, devices),
         devices=devices,
     )
     if frozen:
@@ -233,6 +238,30 @@ def max_steps_per_call(platform, feed, batch_size, image_shape):
         return max(1, min(MAX_STEPS_PER_CALL_ON_CPU, MAX_PIXELS_PER_CALL_ON_CPU // pixels))
     # The images of a stream's call would all be in the device's memory.
     return 1 if feed == "stream" else MAX_STEPS_PER_CALL
+
+
+def images_at_once(apply):
+    """Returns the function (images or their shape, variables) -> how many a device should evaluate at a time.
+
+    On a CPU, so few that the activations of a call take less than the 32 MB for which glibc asks Linux anew
+    for each call (see `steps_per_call`), or, with more than two threads, so many that each has enough to do.
+    Elsewhere, all of them.
+
+    Args:
+      apply: `model.apply` of a Linen module.
+    """
+
+    def at_once(image, variables):
+        number, *shape = image.shape
+        # Small images have small maps, and tracing a deep network takes time.
+        if fast.platform() != "cpu" or number * math.prod(shape) <= 2**16:
+            return number
+        noting = functools.partial(apply, train=False, capture_intermediates=True, mutable=["intermediates"])
+        _, noted = jax.eval_shape(noting, variables, jax.ShapeDtypeStruct((1, *shape), np.float32))
+        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(noted))
+        return max(1, MAX_BYTES_OF_MAPS * provenance.cpu_threads() // largest)
+
+    return at_once
 
 
 def check(config, devices=None):

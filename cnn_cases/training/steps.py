@@ -146,11 +146,17 @@ def step_keys(seed, step):
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
 
 
-def make_eval_step(apply, prepare, loss, axis_name):
+def _all_at_once(image, variables):
+    del variables
+    return image.shape[0]
+
+
+def make_eval_step(apply, prepare, loss, axis_name, at_once=_all_at_once):
     """Returns a function that evaluates one batch, with the averaged parameters if the state has them.
 
     Args:
       apply, prepare, loss, axis_name: as in `make_train_steps`.
+      at_once: (images [B, H, W, C] or their shape and type, variables) -> how many are computed at a time.
 
     Returns:
       (state, arrays, batch) -> {"loss", "error", "count"}: float32 scalars, summed over the examples of the
@@ -158,36 +164,62 @@ def make_eval_step(apply, prepare, loss, axis_name):
     """
 
     def eval_step(state, arrays, batch):
-        image, label = prepare(arrays, batch, None)
-        logits = apply(state.variables, image, train=False)
-        each = {
-            "loss": loss(logits, label),
-            "error": zero_one_loss(logits, label),
-            "count": jnp.ones_like(batch["mask"]),
-        }
+        def each(part):
+            image, label = prepare(arrays, part, None)
+            logits = apply(state.variables, image, train=False)
+            return {
+                "loss": loss(logits, label),
+                "error": zero_one_loss(logits, label),
+                "count": jnp.ones_like(part["mask"]),
+            }
+
+        image, _ = jax.eval_shape(lambda: prepare(arrays, batch, None))
+        values = _by_parts(each, batch, at_once(image, state.variables))
         # Multiplying by the mask would keep the NaN of a padding example.
-        sums = {name: jnp.where(batch["mask"] > 0, value, 0).sum() for name, value in each.items()}
+        sums = {name: jnp.where(batch["mask"] > 0, value, 0).sum() for name, value in values.items()}
         return lax.psum(sums, axis_name)
 
     return eval_step
 
 
-def make_predict_step(apply, normalize):
+def make_predict_step(apply, normalize, at_once=_all_at_once):
     """Returns a function that computes log-probabilities, with the averaged parameters if there are any.
 
     Args:
       apply: `model.apply`.
       normalize: the feed's function (arrays, image uint8 [B, H, W, C]) -> image float32.
+      at_once: as in `make_eval_step`.
 
     Returns:
       (state, arrays, image uint8 [B, H, W, C]) -> log-softmax of the logits, float32 [B, K].
     """
 
     def predict_step(state, arrays, image):
-        logits = apply(state.variables, normalize(arrays, image), train=False)
-        return jax.nn.log_softmax(logits.astype(jnp.float32))
+        def each(part):
+            logits = apply(state.variables, normalize(arrays, part), train=False)
+            return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+        return _by_parts(each, image, at_once(image, state.variables))
 
     return predict_step
+
+
+def _by_parts(function, batch, size):
+    """Returns `function(batch)`, computed for at most `size` examples at a time; all arrays are [B, ...]."""
+    count = len(jax.tree.leaves(batch)[0])
+    number = -(-count // size)
+    if number == 1:
+        return function(batch)
+    # More parts if no padding is needed then.
+    number = next((more for more in range(number, 2 * number) if count % more == 0), number)
+    size = -(-count // number)
+
+    def split(leaf):
+        padding = ((0, number * size - count), *((0, 0) for _ in leaf.shape[1:]))
+        return jnp.pad(leaf, padding).reshape(number, size, *leaf.shape[1:])
+
+    values = lax.map(function, jax.tree.map(split, batch))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], values)
 
 
 def zero_one_loss(logits, label):

@@ -136,6 +136,34 @@ def test_masked_examples_do_not_count_not_even_as_nan():
     assert float(sums["count"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "parts"), [(12, 12, [12]), (12, 4, [4]), (12, 5, [4]), (11, 5, [4]), (11, 1, [1])]
+)
+def test_an_evaluation_in_parts_is_that_of_the_whole_batch(count, size, parts):
+    arrays, _, state = problem()
+    seen = []
+
+    def apply(variables, image, train):
+        seen.append(len(image))
+        return linear(variables, image, train)
+
+    def at_once(image, variables):
+        assert image.shape == (count, 3)
+        assert variables["params"].keys() == {"w"}
+        return size
+
+    batch = {"index": np.arange(count), "mask": np.float32([1] * (count - 1) + [0])}
+    whole = on_one_device(steps.make_eval_step(linear, prepare, cross_entropy, AXIS))
+    partly = on_one_device(steps.make_eval_step(apply, prepare, cross_entropy, AXIS, at_once))
+    jax.tree.map(np.testing.assert_allclose, partly(state, arrays, batch), whole(state, arrays, batch))
+    assert seen == parts
+    image = arrays["image"][:count]
+    predict = jax.jit(steps.make_predict_step(apply, lambda _, image: image, at_once))
+    expected = jax.nn.log_softmax(image @ state.params["w"])
+    np.testing.assert_allclose(predict(state, arrays, image), expected, rtol=1e-5)
+    assert seen == parts * 2
+
+
 def test_microbatches_give_the_same_step():
     arrays, tx, state = problem()
     batch = {"index": np.arange(12)[None]}
