@@ -135,7 +135,8 @@ def get_config():
     config.schedule.warmup_factor = 0.1  # initial fraction of the learning rate in the warm-up
 
     config.evaluation = ConfigDict()
-    # Examples per step, over all devices; rounded up to a multiple of the number of devices.
+    # Examples per step, over all devices; rounded up to a multiple of the number of devices. A CPU computes
+    # them in parts, so that a large batch takes little memory.
     config.evaluation.batch_size = 512
     config.evaluation.every_steps = 100  # interval in steps; 0: only at the end
     config.evaluation.splits = ("validation",)  # names in data.splits to evaluate during training
