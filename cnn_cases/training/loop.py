@@ -371,8 +371,7 @@ class _Training:
         several = processes.is_one_of_several()
         self._of_all = devices_lib.pmap_max(program.devices) if several else None
         self._heard = 0  # the signal that any process received, as of the last collected call
-        long_calls = program.devices[0].platform == "cpu" and program.steps_per_call > 1
-        self._max_in_flight = 0 if long_calls else devices_lib.max_in_flight(program.devices)
+        self._max_in_flight = 0 if program.loops_on_cpu else devices_lib.max_in_flight(program.devices)
         self._in_flight = collections.deque()
         self._restart_clock()
 

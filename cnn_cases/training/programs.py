@@ -70,6 +70,11 @@ class Program(NamedTuple):
     predict: Any
     devices: list
 
+    @property
+    def loops_on_cpu(self):
+        """Whether a call does several steps, on a CPU."""
+        return self.steps_per_call > 1 and self.devices[0].platform == "cpu"
+
     def init_state(self, seed):
         """Returns the state before the first step.
 
@@ -84,8 +89,7 @@ class Program(NamedTuple):
         taken = self.layers_to_start_from(self.shapes_of_state()) if starts else None
         with _noting_modules() as modules:
             state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
-        in_a_loop = self.steps_per_call > 1 and self.devices[0].platform == "cpu"
-        if in_a_loop and any(isinstance(module, nn.Conv) for module in modules):
+        if self.loops_on_cpu and any(isinstance(module, nn.Conv) for module in modules):
             logging.getLogger(__name__).warning(
                 "%s uses Flax's Conv, whose gradients are slow in a call of several steps on a CPU; take "
                 "layers.Conv, or set steps_per_call = 1 in a new workdir",
