@@ -4,8 +4,8 @@ Every architecture, in training (a whole step: forward, backward, SGD with momen
 inference, on data that is on the device already. The peer is the same network in PyTorch, eager and with
 torch.compile, channels last, under autocast if the type is bfloat16: torchvision's if it is installed and has
 the same network, else that of `benchmarks.peers`. Parameters and multiply-adds are checked to be equal in
-number. On a CPU, a call of ours does as many steps as in a training run: ten on images of up to 32x32 pixels,
-which are resident there, and one on larger ones. This project does not require PyTorch: pip install torch.
+number. A call of ours does as many steps as in a long training run whose images are streamed: on a CPU up to
+ten, elsewhere one. This project does not require PyTorch: pip install torch.
 
 Each contender has a separate process; when all are made, of one case or of several, they take turns.
 Contenders that are made at the same time share the device while XLA and cuDNN choose kernels by timing them,
