@@ -82,6 +82,11 @@ def expand(study):
     return runs
 
 
+def expand_saved(saved):
+    """Does the same for a study as read from JSON; raises ValueError if this code cannot read it."""
+    return expand(ConfigDict(settings.from_json(settings.completed(saved))))
+
+
 def _override(config, where, key, value):
     try:
         settings.override(config, key, value)

@@ -42,6 +42,9 @@ def read(path):
         study = settings.from_json(record["config"])
         plan.check(study)
         _check_parts(record, study)
+        for run in plan.expand_saved(record["config"]):
+            if min(run.config.num_steps, run.config.batch_size) < 1:
+                raise ValueError(f"config: num_steps and batch_size of {run.name} must be 1 or more")
         runs = [
             run | {key: settings.from_json(run[key]) for key, _ in study["grid"]} for run in record["runs"]
         ]
@@ -70,12 +73,8 @@ def _check_parts(record, study):
         for key, allowed in _wrong_in_environment(environment):
             raise ValueError(f"environments[{number}]: {key} = {environment[key]!r} must be {allowed}")
     for key in ("model.name", "data.name", "data.splits.train", "num_steps", "batch_size"):
-        if plan.lookup(study["base"], key) is None:
+        if plan.lookup(study["base"], key) is None:  # `expand_saved` would complete it with a default
             raise ValueError(f"config: base has no {key}")
-    for key, kind in (("num_steps", int), ("batch_size", int), ("data.augment", dict)):
-        value = plan.lookup(study["base"], key)
-        if type(value) is not kind and value is not None:  # the first two are there, see above
-            raise ValueError(f"config: base.{key} = {value!r} is no {kind.__name__}")
 
 
 def _wrong_in_environment(environment):

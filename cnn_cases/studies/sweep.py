@@ -13,7 +13,7 @@ import pathlib
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
@@ -89,15 +89,10 @@ def _has_more(workdir, runs):
     """Whether the study in `workdir` has these runs and others: a part of it is asked for."""
     path = workdir / "config.json"
     try:
-        known = _expand(disk.read_json(path, dict, logbook.PUT_BACK)) if path.exists() else []
+        known = plan.expand_saved(disk.read_json(path, dict, logbook.PUT_BACK)) if path.exists() else []
     except ValueError:  # which `logbook.claim` explains
         return False
     return {run.name for run in runs} < {run.name for run in known}
-
-
-def _expand(saved):
-    """The runs of a study as read from JSON; raises ValueError if this code cannot read it."""
-    return plan.expand(ConfigDict(settings.from_json(settings.completed(saved))))
 
 
 def _is_part(study, known):
@@ -106,7 +101,7 @@ def _is_part(study, known):
     So a study can grow by seeds, depths or other values of its grid, and a part of it can be drawn.
     """
     try:
-        known = _expand(known)
+        known = plan.expand_saved(known)
     except ValueError:
         return False
     ours, theirs = ({run.name: run.config.to_dict() for run in runs} for runs in (plan.expand(study), known))

@@ -59,7 +59,7 @@ def record():
         "num_steps": 20,
         "data": {"name": "digits", "splits": {"train": "train"}},
         "loss": {"name": "cross_entropy"},
-        "model": {"name": "resnet_cifar"},
+        "model": {"name": "resnet_cifar", "depth": 8, "plain": False},
     }
     grid = [["model.depth", [8, 20]], ["model.plain", [True, False]]]
     config = {"base": base, "grid": grid, "seeds": [0, 1]}

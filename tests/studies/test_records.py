@@ -147,9 +147,12 @@ def test_a_point_and_a_seed_run_once_by_each_code(mixed, tmp_path):
     [
         (lambda record: record["runs"][0].update(environments=[0.0]), r"runs\[0\]: environments = \[0.0\]"),
         (lambda record: record["runs"][0]["metrics"].update({"test/error": True}), "test/error = True"),
-        (lambda record: record["config"]["base"].update(num_steps="20"), "base.num_steps = '20' is no int"),
-        (lambda record: record["config"]["base"].update(batch_size="32"), "base.batch_size = '32' is no int"),
-        (lambda record: record["config"]["base"]["data"].update(augment=5), "base.data.augment = 5 is no"),
+        (lambda record: record["config"]["base"].update(num_steps="20"), r"base.num_steps = '20' \(str\)"),
+        (lambda record: record["config"]["base"]["data"].update(augment=5), r"base.data.augment = 5 \(int\)"),
+        (lambda record: record["config"]["base"]["data"].update(name={}), r"base.data.name = {} \(dict\)"),
+        (lambda record: record["config"]["base"].update(loss=[]), r"base.loss = \(\) \(tuple\)"),
+        (lambda record: record["config"]["base"].update(batch_size=0), "batch_size .* must be 1 or more"),
+        (lambda record: record["config"]["grid"][0][1].append("x"), "grid: model.depth = 'x' does not fit"),
     ],
 )
 def test_a_part_of_another_type_is_named(record, damage, message, tmp_path):
