@@ -82,7 +82,7 @@ def run(main, takes_files=False):
             _leave_at_once("SIGINT", 130)
         except Exception as error:
             if processes.is_loss(error):
-                processes.end_after_loss(f"another process died or left: {error}")
+                processes.end_after_loss(processes.loss_in_words(error))
             refusal = devices.message_for_user(error)
             if refusal is None:
                 if processes.is_one_of_several():  # they and Python's shutdown would wait for each other

@@ -329,6 +329,16 @@ def is_loss(error):
     return is_one_of_several() and any(sign in str(error) for sign in signs)
 
 
+def loss_in_words(error):
+    """Returns what an error of `is_loss` means."""
+    if "Gloo context initialization failed" in str(error):
+        return (
+            "the processes cannot connect, or one has died (on CPUs, a host must resolve its own name to an "
+            f"address that the other hosts reach, not to 127.0.1.1; see /etc/hosts): {error}"
+        )
+    return f"another process died or left: {error}"
+
+
 def is_one_of_several():
     """Returns whether several processes share this run; starts devices only if jax.distributed is in use."""
     return jax.distributed.is_initialized() and jax.process_count() > 1

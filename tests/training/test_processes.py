@@ -160,6 +160,12 @@ def test_what_the_collectives_say_when_another_process_is_gone(text, several, lo
     assert processes.is_loss(RuntimeError(text)) is lost
 
 
+def test_processes_that_never_met_are_told_of_the_names_of_their_hosts():
+    met, never_met = "Gloo all-reduce failed: closed", "UNKNOWN: Gloo context initialization failed: refused"
+    assert processes.loss_in_words(RuntimeError(met)) == f"another process died or left: {met}"
+    assert "not to 127.0.1.1" in processes.loss_in_words(RuntimeError(never_met))
+
+
 @pytest.mark.parametrize("share", [processes.lead_first, processes.from_lead])
 def test_an_error_without_a_message_reaches_all_processes_too(share, monkeypatch):
     monkeypatch.setattr(processes, "is_one_of_several", lambda: True)
