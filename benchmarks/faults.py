@@ -6,7 +6,9 @@ in the best checkpoint, the rows of metrics.jsonl byte by byte, the curves of Te
 the final metrics. If a run ends before all signals were sent, another run begins. The signals come at these
 moments, in turn:
 
-start        any time between the start of the process and its first rows, imports and compilation included
+start        any time between the start of the process and its first rows, imports included
+compile      any time within a second after the log was opened, with no compiled step in the cache; the next
+             starts find there what this one has left
 step         any time within 0.2 s after a row of metrics
 row          as soon as a row of metrics is written
 evaluation   within 0.02 s after a row of training, which an evaluation follows
@@ -15,7 +17,8 @@ save         while a checkpoint is being written
 SIGKILL leaves a process no time for anything. After SIGTERM it has to save, which is timed, say at which step
 it did, and end with exit code 143. Before it trains, it ends at once; before its imports are done, the signal
 itself ends it. A signal that came too late, when the run was over, is sent to the next run instead; in the
-first half of the run none is too late, and one that does nothing then ends the harness.
+first half of the run none is too late, and one that does nothing then ends the harness. So does a process
+that has not ended BOUND_SECONDS after its signal.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import collections
 import functools
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
@@ -43,7 +47,7 @@ from cnn_cases.training import checkpoint, logbook, programs
 event_pb2 = logbook.event_pb2  # of tensorboardX, which would import PyTorch here
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/resnet_digits.py"
-MOMENTS = ("start", "step", "row", "evaluation", "save")
+MOMENTS = ("start", "compile", "step", "row", "evaluation", "save")
 # A row, an evaluation and a checkpoint every few steps, so that little time passes between them.
 OVERRIDES = {
     "model.depth": 8,
@@ -53,6 +57,7 @@ OVERRIDES = {
     "checkpoint.every_steps": 20,
 }
 POLL_SECONDS = 0.001
+BOUND_SECONDS = 60  # from a signal to the end of the process
 # Runs in a row whose first signal came too late, which happens where a start takes as long as the run.
 MOST_IN_VAIN = 3
 
@@ -79,23 +84,28 @@ def disturb(workdir, overrides, signals, rng):
 
     Raises:
       RuntimeError: a process did not end as it should.
+      subprocess.TimeoutExpired: a process did not end BOUND_SECONDS after its signal.
     """
-    blows, startup = [], 5.0
+    blows, startup, caches = [], 5.0, itertools.count()
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{workdir}-cache"}
     while True:
+        blow = signals[0] if signals else None
+        if blow and blow[1] == "compile":
+            environment["JAX_COMPILATION_CACHE_DIR"] = f"{workdir}-cache-{next(caches)}"
         with (
             (workdir.parent / f"{workdir.name}.log").open("w+") as errors,
-            children.ended(start(workdir, overrides, errors)) as (process,),
+            children.ended(start(workdir, overrides, errors, environment=environment)) as (process,),
         ):
-            began, blow = time.monotonic(), signals[0] if signals else None
+            began = time.monotonic()
             rows = workdir / "metrics.jsonl"
             if blow and wait_for(process, workdir, blow[1], startup, rng):
                 number, moment = blow
                 done = last_step(rows)
                 process.send_signal(number)
                 sent = time.monotonic()
-                code = process.wait()
+                code = process.wait(BOUND_SECONDS)
                 seconds = time.monotonic() - sent
-                if moment != "start":
+                if moment not in ("start", "compile"):
                     startup = sent - began
             else:
                 blow, code = None, process.wait()
@@ -134,7 +144,7 @@ def _is_right(number, moment, code, saved, kept):
     if number == signal.SIGKILL:
         return code == -signal.SIGKILL
     if saved is None:
-        return moment == "start" and code in (128 + signal.SIGTERM, -signal.SIGTERM)
+        return moment in ("start", "compile") and code in (128 + signal.SIGTERM, -signal.SIGTERM)
     return code == 128 + signal.SIGTERM and kept[-1:] == [saved]
 
 
@@ -148,18 +158,22 @@ def wait_for(process, workdir, moment, startup, rng):
       startup: seconds within which "start" falls.
       rng: a `random.Random`.
     """
-    rows, saves = workdir / "metrics.jsonl", workdir / "checkpoints"
+    rows, saves, starts = (workdir / name for name in ("metrics.jsonl", "checkpoints", "environment.json"))
     left_over = set(saves.glob(checkpoint.DRAFTS))  # by a process that was killed while saving
 
-    def written():
-        return rows.read_bytes() if rows.exists() else b""
+    def written(path=rows):
+        return path.read_bytes() if path.exists() else b""
 
     until = time.monotonic() + rng.uniform(0, startup)
-    before, events = len(written()), rng.randint(1, 3)
+    before, events, known = len(written()), rng.randint(1, 3), written(starts)
     while process.poll() is None:
         if moment == "start":
             if time.monotonic() > until:
                 return True
+        elif moment == "compile":
+            if written(starts) != known:
+                time.sleep(rng.uniform(0, 1))
+                return process.poll() is None
         elif moment == "save":
             drafts = set(saves.glob(checkpoint.DRAFTS))
             if drafts - left_over:

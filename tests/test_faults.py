@@ -25,9 +25,10 @@ OVERRIDES = {
 
 
 def test_a_training_that_was_killed_and_one_that_was_stopped_leave_what_an_undisturbed_one_does(tmp_path):
-    planned = [(signal.SIGKILL, "save"), (signal.SIGTERM, "row")]
+    planned = [(signal.SIGKILL, "compile"), (signal.SIGKILL, "save"), (signal.SIGTERM, "row")]
     outcome = faults.torment(tmp_path, planned, OVERRIDES)
     assert [(one["signal"], one["exit_code"]) for one in outcome["blows"]] == [
+        ("SIGKILL", -9),
         ("SIGKILL", -9),
         ("SIGTERM", 143),
     ]
@@ -70,7 +71,7 @@ with (workdir / "metrics.jsonl").open("w") as rows:
         time.sleep(0.1)
 """
 
-    def start(workdir, *_):
+    def start(workdir, *_, **__):
         return subprocess.Popen([sys.executable, "-c", code, workdir])
 
     monkeypatch.setattr(faults, "start", start)

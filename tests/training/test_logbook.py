@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -93,6 +94,23 @@ def test_rows_are_those_of_the_mark_or_refused(tmp_path):
     assert log.flush()["bytes"] == len(whole)
     log.close()
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cut", ["metrics.jsonl", "tensorboard/events.out.tfevents.0000000001"])
+def test_a_kill_at_any_byte_of_what_comes_after_a_checkpoint_changes_no_row_and_no_curve(cut, tmp_path):
+    whole = tmp_path / "whole"
+    mark = write_rows(whole, [1, 2, 3, 4])
+    (events,) = (whole / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.0000000001"))  # older than that of the next start
+    content = (whole / cut).read_bytes()
+    for length in range(len(content) - 60, len(content)):  # within both rows, or the events of both
+        killed = tmp_path / "killed"
+        shutil.copytree(whole, killed)
+        (killed / cut).write_bytes(content[:length])
+        write_rows(killed, [3, 4], 2, mark)
+        assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes(), length
+        assert faults.curves(killed) == faults.curves(whole), length
+        shutil.rmtree(killed)
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])
