@@ -1,6 +1,6 @@
 """How wrong configs are handled: `python -m benchmarks.fuzz [--inputs=2000] [--minutes=60] [--out=FILE]`.
 
-Shortened configs of `configs/` get one or two mistakes each, of these KINDS:
+The configs of `configs/`, shortened, get one or two mistakes in turn, of these KINDS:
 
 missing    a key is left out
 misnamed   a key has another name
@@ -13,9 +13,9 @@ unit       a value has another unit or form: percent, thousands, text, pairs
 other      a value has the right type but makes no sense in its place
 
 Two outcomes are right: the config trains, or a ValueError that names a wrong key refuses it before the first
-step. The small networks on digits train two steps and are evaluated and saved by the training loop itself;
-other networks, whose compilation takes minutes, are traced with shapes instead of arrays. Blank images
-replace all data sets except digits.
+step. The networks whose step compiles in seconds (REAL) train two steps and are evaluated and saved by the
+training loop itself; the others are traced with shapes instead of arrays. Blank images replace all data sets
+except digits.
 
 Studies get their own kinds of mistakes, and have to expand or to be refused in the same way.
 """
@@ -48,7 +48,11 @@ from cnn_cases.training import loop, programs
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
 TRAINING = sorted(path.stem for path in ROOT.glob("[!_]*.py") if path.stem != "common")
-REAL = ("lenet5_digits", "lenet5_1998_digits", "resnet_digits", "resnet_preact_digits")  # train two steps
+REAL = (  # train two steps, where a mistake does not enlarge the images
+    *("lenet5_digits", "lenet5_mnist", "lenet5_1998_digits", "lenet5_1998_mnist"),
+    *("lenet5_1998_distorted_mnist", "vgg_digits", "nin_digits", "nin_cifar10", "resnet18_digits"),
+    *("resnet_digits", "resnet_cifar10", "resnet_preact_digits", "resnet_preact_cifar10"),
+)
 SMALLEST_DEPTHS = {"resnet": 18, "resnet_cifar": 8, "resnet_preact_cifar": 11}
 SECONDS = 180  # time limit for each input
 
@@ -239,18 +243,17 @@ class Outcome(SimpleNamespace):
 RIGHT = ("trained", "refused")
 
 
-def try_config(rng, directory, names=TRAINING):
-    """Makes a config with mistakes, and trains it if possible.
+def try_config(rng, directory, name):
+    """Puts mistakes into a config, and trains it if possible.
 
     Args:
       rng: a `random.Random`.
       directory: a directory for the run, which does not exist yet.
-      names: names of the configs to choose from.
+      name: of the config, one of TRAINING.
 
     Returns:
       An Outcome. "trained" and "refused" are right; an unexpected error gives the name of its type.
     """
-    name = rng.choice(names)
     values = shortened(name)
     kinds, keys = [], []
     for kind in rng.choices(KINDS, k=1 if rng.random() < 0.8 else 2):
@@ -445,13 +448,16 @@ def main():
     options = parser.parse_args()
     rng, end = random.Random(options.seed), time.monotonic() + 60 * options.minutes
     counts, kinds, wrong, tried = collections.Counter(), collections.defaultdict(collections.Counter), [], 0
+    configs = collections.Counter()
     with tempfile.TemporaryDirectory() as directory:
         # Most mistakes do not change the compiled step.
         jax.config.update("jax_compilation_cache_dir", f"{directory}/compiled")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         while tried < options.inputs and time.monotonic() < end:
+            name = TRAINING[tried % len(TRAINING)]
             tried += 1
-            outcomes = [try_config(rng, pathlib.Path(directory, str(tried)))]
+            configs[name] += 1
+            outcomes = [try_config(rng, pathlib.Path(directory, str(tried)), name)]
             if tried % 10 == 0:
                 outcomes.append(try_study(rng))
             for outcome in outcomes:
@@ -466,6 +472,7 @@ def main():
         "studies_tried": tried // 10,
         "outcomes": counts,
         "by_kind": {kind: dict(kinds[kind]) for kind in sorted(kinds)},
+        "by_config": configs,
         "wrong": wrong,
     }
     for key, value in figures.items():
