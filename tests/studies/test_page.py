@@ -1,12 +1,49 @@
+import html
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from cnn_cases.studies import page
 
 PANELS = {True: "plain nets", False: "residual nets"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Presses two buttons and points at a curve; then the title is the visible lines and the text of the tooltip.
+USE = """
+<script>
+const all = (root) => [...root.querySelectorAll("*")].flatMap(
+  (one) => [one, ...(one.shadowRoot ? all(one.shadowRoot) : [])]);
+const after = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+addEventListener("load", async () => {
+  while (!all(document).some((one) => one.matches(".bk-btn"))) await after(100);
+  for (const one of all(document)) {
+    if (one.matches(".bk-btn") && ["depth 8", "seed 1"].includes(one.textContent)) one.click();
+  }
+  await after(200);
+  const models = [...Bokeh.documents[0]._all_models.values()];
+  const lines = models.filter((one) => one.type === "GlyphRenderer" && one.visible);
+  const view = Bokeh.index.query_one((one) => one.model === lines[0]);
+  const {x, y} = lines[0].data_source.data;
+  const surface = view.plot_view.canvas_view.events_el;
+  let tips = [];
+  while (tips.length === 0) {  // the layout may not have settled
+    const [sx, sy] = view.coordinates.map_to_screen([x[1]], [y[1]]);
+    const place = {clientX: surface.getBoundingClientRect().x + sx[0],
+                   clientY: surface.getBoundingClientRect().y + sy[0],
+                   isPrimary: true, pointerType: "mouse"};
+    surface.dispatchEvent(new PointerEvent("pointermove", place));
+    await after(100);
+    tips = all(document).filter((one) => one.matches(".bk-Tooltip"));
+  }
+  const texts = [...tips[0].shadowRoot.children].filter((one) => !one.matches("style"));
+  const text = texts.map((one) => one.textContent).join(" ");
+  document.title = JSON.stringify([lines.map((one) => one.name), text]);
+});
+</script>
+"""
 
 
 class Loads(html.parser.HTMLParser):
@@ -162,3 +199,17 @@ def test_the_text_of_a_button_can_be_read(number, record):
         red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         light = 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05  # as WCAG 2 defines it
         assert (light / 0.05 if ink == "black" else 1.05 / light) > 4.4
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_a_browser_hides_the_lines_of_released_buttons_and_shows_values_under_the_pointer(record, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page.to_html(record, "model.plain", PANELS).replace("<head>", f"<head>{USE}", 1))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000", "--dump-dom"]
+    shown = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=100, check=True)
+    title = re.search("<title>(.*?)</title>", shown.stdout, re.DOTALL)[1]
+    names, under_pointer = json.loads(html.unescape(title))
+    kinds = "training", "test"
+    assert set(names) == {f"depth 20, {panel}, seed 0, {kind}" for panel in PANELS.values() for kind in kinds}
+    assert under_pointer.strip() == "depth 20, plain nets, seed 0, trainingstep 20, error 50.00 %"
