@@ -4,15 +4,16 @@ A record is a dict that JSON can hold, made by `sweep.make_record`:
 
     config          the config of the study (see `plan`)
     environments    the distinct environments in which its runs started: commit, code, versions, devices, data
-    runs            one dict per run: its point of the grid {key: value}, seed, status ("finished",
-                    "diverged"), step (the last), metrics (if finished), seconds, date (of its end),
-                    environments (indices of those in which it was started and resumed), curves
+    runs            one dict per run: its point of the grid {key: value}, seed, config_hash (since 2026-12),
+                    status ("finished", "diverged"), step (the last), metrics (if finished), seconds, date (of
+                    its end), environments (indices of those in which it was started and resumed), curves
                     {"running/error", "running/loss", "<split>/error", "<split>/loss": [[step, value]]}
 
 Errors are fractions.
 """
 
 import collections
+import hashlib
 import json
 import math
 import pathlib
@@ -115,6 +116,10 @@ def _wrong(record, run):
     for key, values in (*study["grid"], ("seed", study["seeds"])):
         if run[key] not in values:
             yield key, run[key], f"one of {', '.join(map(repr, values))}"
+    if "config_hash" in run:
+        here = config_hash(study, {key: run[key] for key, _ in study["grid"]}, run["seed"])
+        if run["config_hash"] != here:
+            yield "config_hash", run["config_hash"], f"{here}, that of the record's config"
     if not _is_number(run["step"]):
         yield "step", run["step"], "a number"
     if not isinstance(run.get("date", ""), str):
@@ -132,6 +137,18 @@ def _wrong(record, run):
         for name, value in run[part].items():
             if not is_possible(value):
                 yield f"{part}: {name}", value, allowed
+
+
+def config_hash(study, point, seed):
+    """Identifies the config of a run, as text; a record whose config was changed later no longer has it.
+
+    Args:
+      study: the config of a record.
+      point: {key of the grid: value}.
+      seed: of the run.
+    """
+    config = plan.config_of(study, point) | {"seed": seed}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _is_curve(value):

@@ -126,6 +126,8 @@ def make_record(study, workdir):
     """
     workdir = pathlib.Path(workdir)
     logbook.check_owner(workdir, study.to_dict(), functools.partial(_is_part, study))
+    config = study.to_dict()
+    config["base"]["data"]["data_dir"] = ""  # the location of the data is not part of the experiment
     outcomes, environments = [], []
     for run in plan.expand(study):
         run_dir = workdir / "runs" / run.name
@@ -147,12 +149,9 @@ def make_record(study, workdir):
             for name, value in row.items():
                 if name.endswith(("/error", "/loss")):
                     curves.setdefault(name, []).append((row["step"], float(f"{value:.6g}")))
-        outcomes.append(
-            run.point
-            | {"seed": run.config.seed, **result, "environments": sorted(set(numbers)), "curves": curves}
-        )
-    config = study.to_dict()
-    config["base"]["data"]["data_dir"] = ""  # the location of the data is not part of the experiment
+        seed = run.config.seed
+        identity = run.point | {"seed": seed, "config_hash": records.config_hash(config, run.point, seed)}
+        outcomes.append(identity | result | {"environments": sorted(set(numbers)), "curves": curves})
     return {"config": config, "environments": environments, "runs": outcomes}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cnn_cases import saved_runs, stopping
-from cnn_cases.studies import report, sweep
+from cnn_cases.studies import records, report, sweep
 from cnn_cases.training import disk, programs
 from tests.conftest import metrics_of
 from tests.studies.conftest import cells, tiny_study
@@ -147,6 +147,20 @@ def test_a_record_holds_points_seeds_curves_and_figures(finished, study):
     assert record["config"]["base"]["data"]["data_dir"] == "", "a place on this machine"
     assert len(record["environments"]) == 1
     assert {tuple(run["environments"]) for run in record["runs"]} == {(0,)}
+
+
+def test_each_run_of_a_record_has_the_hash_of_its_config_which_another_config_has_not(
+    finished, study, tmp_path
+):
+    record = sweep.make_record(study, finished)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    hashes = [run["config_hash"] for run in records.read(path)["runs"]]
+    assert len(set(hashes)) == len(record["runs"])
+    record["config"]["base"]["optimizer"]["learning_rate"] *= 2
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"runs\[0\]: config_hash = '{hashes[0]}' must be \w{{12}}, th"):
+        records.read(path)
 
 
 def test_a_study_can_be_read_where_its_data_lie_elsewhere(finished, study):
