@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from benchmarks import report
+from benchmarks.throughput import PEERS
 from cnn_cases import models
 from cnn_cases.data import feeds
 from cnn_cases.studies import comparison, depth_curves, ledger, plan, records
@@ -425,6 +426,48 @@ def test_the_head_of_a_study_has_the_comparison_of_its_record(study, record, met
 def test_the_tables_of_speed_are_those_of_the_records():
     text = report.DOCUMENT.read_text()
     assert text == report.fill(text), "run `python -m benchmarks.report`"
+
+
+@pytest.mark.parametrize("work", ["train", "infer"])
+def test_the_ratios_in_the_readme_are_those_of_the_record(work):
+    rows = json.loads((ROOT / "results/throughput_cpu.json").read_text())
+    ratios = {
+        name.replace(", ", " at "): f"{min(row[work][peer]['ratio']['median'] for peer in PEERS):.2f}"
+        for name, row in rows.items()
+    }
+    (line,) = re.findall(r"^\| two CPU cores.*float32.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    *_, training, inference, _ = line.split("|")
+    if work == "infer":
+        low, high = sorted(ratios, key=lambda name: float(ratios[name]))[:: len(ratios) - 1]
+        assert inference.strip() == f"{ratios[low]} ({low}) to {ratios[high]} ({high})"
+        return
+    faster, slower, slowest = training.split(";")
+    told = dict(re.findall(r"([A-Z][\w-]+(?: at 32x32)?) \((\d\.\d\d)\)", faster))
+    assert told == {name: ratio for name, ratio in ratios.items() if float(ratio) > 1}
+    others = sorted((name for name in ratios if name not in told), key=lambda name: float(ratios[name]))
+    assert slowest.strip() == f"{ratios[others[0]]} for {others[0]}"
+    assert slower.strip().startswith(f"{ratios[others[1]]} to {ratios[others[-1]]} for ")
+
+
+def test_the_seconds_of_whole_processes_in_the_readme_are_those_of_the_record():
+    cases = json.loads((ROOT / "results/end_to_end_cpu.json").read_text())
+
+    def seconds(case, digits):
+        found = {name: one["seconds"]["median"] for name, one in cases[case]["contenders"].items()}
+        return {name: f"{value:.{digits}f}" for name, value in found.items()}
+
+    study = seconds("depth study, digits", 0)
+    one, other = (seconds(case, 1) for case in ("ResNet-20, digits", "LeNet-5, MNIST"))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for words in (
+        f"took {study['first start']} s from start to end, and {study['later start']} s when started again",
+        f"A plain PyTorch script took {study['torch']} s",
+        f"each with half of the networks, took {study['torch, two processes']} s",
+        f"took {one['later start']} s with a warm cache and {one['first start']} s without",
+        f"MNIST took {other['later start']} and {other['first start']} s",
+        f"PyTorch took {one['torch']} and {other['torch']} s",
+    ):
+        assert words in text
 
 
 @pytest.mark.parametrize("document", ledger.DOCUMENTS, ids=name_of)
