@@ -5,9 +5,9 @@ sharing   Milliseconds of a training step on one batch that is split over 1, 2 a
           `jax.jit` on one device. All share the same cores, so nothing becomes faster, and the extra time is
           the cost of sharing: the devices wait for each other at every batch normalisation, whose statistics
           are those of the whole batch, and for the mean of the gradients.
-depth     Seconds until the first training step of CIFAR-10's ResNets is done, with tracing and compilation,
-          and milliseconds of the steps after it; compared with PyTorch, eager and with torch.compile, if it
-          is installed (pip install torch).
+depth     Seconds until the first training step of CIFAR-10's ResNets is done, with ours the first call (ten
+          steps), with tracing and compilation, and milliseconds of the steps after it; compared with PyTorch,
+          eager and with torch.compile, if it is installed (pip install torch).
 
 Every contender has separate processes, and the contenders take turns. Values are medians over the turns with
 the lowest and the highest; a ratio is the median of the ratios of the turns.

@@ -32,8 +32,8 @@ from cnn_cases.training.state import init_state, shapes_of_state
 MAX_EVAL_BATCH_SIZE = 100_000
 
 ON_NONFINITE = ("stop", "skip", "rewind")
-# If the config does not say. A signal waits for up to three calls on accelerators, and for one on a CPU. This
-# call must not take minutes, so it has at most the pixels of ten batches of 128 images of 32x32.
+# If the config does not say. On a CPU, a signal waits for a call of several steps, which must not take
+# minutes: it has at most the pixels of ten batches of 128 images of 32x32.
 MAX_STEPS_PER_CALL, MAX_STEPS_PER_CALL_ON_CPU = 50, 10
 MAX_PIXELS_PER_CALL_ON_CPU = 10 * 128 * 32 * 32
 # Of the largest maps of the images that a thread of a CPU evaluates at a time; a call needs a few such maps.
@@ -247,9 +247,9 @@ def max_steps_per_call(platform, feed, batch_size, image_shape):
 def images_at_once(apply):
     """Returns the function (images or their shape, variables) -> how many a device should evaluate at a time.
 
-    On a CPU, so few that the activations of a call take less than the 32 MB for which glibc asks Linux anew
-    for each call (see `steps_per_call`), or, with more than two threads, so many that each has enough to do.
-    Elsewhere, all of them.
+    On a CPU, so few that the activations of a call mostly take less than the 32 MB for which glibc asks Linux
+    anew for each call (see `steps_per_call`), or, with more than two threads, so many that each has enough to
+    do. Elsewhere, and of small images, all of them.
 
     Args:
       apply: `model.apply` of a Linen module.
