@@ -1,4 +1,4 @@
-"""All recorded studies in one table, next to the published results.
+"""The studies whose records are directly in results/, in one table next to the published results.
 
     python -m cnn_cases.studies.ledger              prints the table in Markdown
     python -m cnn_cases.studies.ledger --write      writes it into docs/results.md, and its rows with a
