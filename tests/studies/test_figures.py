@@ -60,6 +60,15 @@ def test_titles_have_all_values_of_what_a_grid_changes(record):
     assert figure.axes[0].get_ylabel() == "training loss (cross-entropy, nats; rbf_map, no unit)"
 
 
+@pytest.mark.parametrize("values", [(0.8, 1.3), (2.1, 4.9), (0.3, 40), (0.001, 1)])
+def test_a_logarithmic_axis_has_numbers_whatever_its_range(values):
+    axis = Figure().add_subplot()
+    axis.plot(values)
+    figures.set_log_scale(axis)
+    low, high = axis.get_ylim()
+    assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
+
+
 def test_a_curve_of_one_value_is_a_dot(record):
     for one in record["runs"]:
         one["curves"] = {name: curve[-1:] for name, curve in one["curves"].items()}
