@@ -86,12 +86,12 @@ def disturb(workdir, overrides, signals, rng):
       RuntimeError: a process did not end as it should.
       subprocess.TimeoutExpired: a process did not end BOUND_SECONDS after its signal.
     """
-    blows, startup, caches = [], 5.0, itertools.count()
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{workdir}-cache"}
+    blows, startup, cache = [], 5.0, f"{workdir}-cache"
     while True:
         blow = signals[0] if signals else None
         if blow and blow[1] == "compile":
-            environment["JAX_COMPILATION_CACHE_DIR"] = f"{workdir}-cache-{next(caches)}"
+            cache = f"{workdir}-cache-{len(blows)}"  # a new one
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
         with (
             (workdir.parent / f"{workdir.name}.log").open("w+") as errors,
             children.ended(start(workdir, overrides, errors, environment=environment)) as (process,),
