@@ -14,7 +14,7 @@ import textwrap
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 from cnn_cases.studies import plan, records
 
@@ -191,8 +191,8 @@ def set_log_scale(axis):
     if axis.get_ylim()[0] <= 0:
         axis.set_ylim(0.1, 10)  # nothing is drawn: all runs diverged before their first row
     low, high = axis.get_ylim()
-    narrow = high < 5 * low  # and may have none, or only one, of 1, 2, 5, 10
-    axis.yaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1, 2, 5)))
+    narrow = high < 5 * low  # it may have only one of 1, 2, 5, 10; if it has none, Matplotlib does the same
+    axis.yaxis.set_major_locator(AutoLocator() if narrow else LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
 
