@@ -12,7 +12,7 @@ The recipe is that of `resnet_cifar10`, on 45,000 images. Plain-110 is expected 
 recalled, stays above 60 %.
 Result: 9.89, 10.30, 12.22 and 14.38 % test error with plain nets of depths 20, 32, 44 and 56, and 8.84, 7.74,
 7.70 and 7.37 % with residual ones, with seed 0, in bfloat16; side by side on one H100, 2026-11-27
-(results/depth_cifar10.json; docs/speed.md has the command and the time). Depth 110 was not run yet.
+(results/depth_cifar10.json; README.md has the command and the time). Depth 110 was not run yet.
 After 1,000 steps, with five seeds, plain nets of 20 and 32 layers have 4.1 and 10.3 points more test error
 than residual nets. With 8 layers they have 0.8 points less, but the 95 % interval, -1.73 to 0.13, contains
 zero (two CPU cores, 2026-11-28, results/depth_cifar10_1000_steps.json).
