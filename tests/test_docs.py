@@ -1,6 +1,7 @@
 """The documents keep their word: links lead somewhere, commands can start, numbers are those of the code."""
 
 import ast
+import collections
 import functools
 import importlib
 import inspect
@@ -478,6 +479,48 @@ def test_the_seconds_of_whole_processes_in_the_readme_are_those_of_the_record():
         f"took {one['later start']} s with a warm cache and {one['first start']} s without",
         f"MNIST took {other['later start']} and {other['first start']} s",
         f"PyTorch took {one['torch']} and {other['torch']} s",
+    ):
+        assert words in text
+
+
+def test_the_figures_of_fault_tolerance_are_those_of_the_record():
+    record = json.loads((ROOT / "results/reliability.json").read_text())
+    text = one_line((ROOT / "docs/what_survives_what.md").read_text())
+
+    def at_most(seconds):
+        return f"{math.ceil(10 * max(seconds)) / 10} s"
+
+    faults, processes = record["signals"], record["processes"]
+    kills, terms = (
+        sum(number for moment, number in faults["moments"].items() if moment.startswith(signal))
+        for signal in ("SIGKILL", "SIGTERM")
+    )
+    signals = f"{kills} SIGKILLs and {terms} SIGTERMs"
+    assert signals in one_line((ROOT / "README.md").read_text())
+    damages = record["damage"]["damages"]
+    by_outcome = collections.Counter(damage["outcome"] for damage in damages)
+    longest = processes["longest_seconds"]
+    refusal = at_most(one["seconds"] for one in processes["refused"].values())
+    configs = record["configs"]
+    memory = {name: feed["mebibytes"] for name, feed in record["memory"]["feeds"].items()}
+    slopes = " and ".join(f"{memory[name]['per_1000_steps']:.2f}" for name in ("resident", "stream"))
+    for words in (
+        f"{signals}, all in one run of {faults['overrides']['num_steps']} steps",
+        f"exited within {at_most(faults['seconds_to_save_on_sigterm']['all'])} while it compiled",
+        f"does {len(damages)} such things",
+        f"{by_outcome['refused']} were refused, {by_outcome['fell back']} fell back to the previous "
+        f"checkpoint, {by_outcome['unharmed']} did no harm",
+        f"while they compile | when their next collective fails | {at_most([longest['SIGKILL start']])} |",
+        f"| {at_most([longest['SIGKILL step'], longest['SIGKILL save']])} |",
+        f"| {at_most([longest['SIGSTOP step']])} of {processes['heartbeat_timeout_seconds']} + 10 |",
+        f"| {at_most([longest['SIGKILL import']])} of {processes['meeting_timeout_seconds']} + 10 |",
+        f"| {refusal}, startup included |",
+        f"after {len(processes['blows'])} such failures",
+        *(f"to {one['last']:.0f} MiB, with a peak of {one['largest']:.1f}" for one in memory.values()),
+        f"slopes are {slopes} MiB per 1,000 steps",
+        f"Of {configs['configs_tried']} configs and {configs['studies_tried']} studies, "
+        f"{configs['outcomes']['refused']} were refused with the name of the key and "
+        f"{configs['outcomes']['trained']} were accepted",
     ):
         assert words in text
 
