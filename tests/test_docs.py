@@ -516,7 +516,10 @@ def test_the_figures_of_fault_tolerance_are_those_of_the_record():
         f"| {at_most([longest['SIGKILL import']])} of {processes['meeting_timeout_seconds']} + 10 |",
         f"| {refusal}, startup included |",
         f"after {len(processes['blows'])} such failures",
-        *(f"to {one['last']:.0f} MiB, with a peak of {one['largest']:.1f}" for one in memory.values()),
+        *(
+            f"from {one['first']:.0f} to {one['last']:.0f} MiB, with a peak of {one['largest']:.1f}"
+            for one in memory.values()
+        ),
         f"slopes are {slopes} MiB per 1,000 steps",
         f"Of {configs['configs_tried']} configs and {configs['studies_tried']} studies, "
         f"{configs['outcomes']['refused']} were refused with the name of the key and "

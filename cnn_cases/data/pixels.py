@@ -245,7 +245,7 @@ def _whitening(images):
 
     With D = H W C, these are {"zca_mean": float32 [H, W, C], "zca_matrix": float32 [D, D]}. The
     contrast-normalised images have the covariance V diag(lambda) V^T, and the matrix is
-    V diag((lambda + 0.1)^(-1/2)) V^T. For CIFAR-10 it takes 37 MB, so it is an argument of the step and not a
+    V diag((lambda + 0.1)^(-1/2)) V^T. For CIFAR-10 it takes 38 MB, so it is an argument of the step and not a
     constant in it.
     """
     size = images[0].size
