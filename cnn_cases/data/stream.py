@@ -140,9 +140,10 @@ class StreamFeed:
         channels, side = features["image"].shape[-1], image_size + 2 * border
         self.image_shape, self.border = (side, side, channels), border
         self.num_classes, self.num_train = features["label"].num_classes, len(records)
+        self._workers, self._buffer, self._threads = workers, buffer, max(buffer, workers)
         kept = workers * _QUEUES * (buffer + 1) if workers else buffer
         # Those of training stay while an evaluation makes its own.
-        made_ahead = kept * batch_size + max(buffer, workers) * eval_batch_size
+        made_ahead = kept * batch_size + self._threads * eval_batch_size
         memory.check(
             made_ahead // process_count + min(MAX_SAMPLE, len(records)),
             self.image_shape,
@@ -155,7 +156,6 @@ class StreamFeed:
                 "data.stream.workers (0 needs none), data.stream.buffer, batch_size or data.image_size",
             )
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
-        self._workers, self._buffer = workers, buffer
         self._share = process_index, process_count
         self._recipes = {
             role: Recipe(records, channels, image_size, border, crop, int(max_damaged * len(records)))
@@ -184,8 +184,9 @@ class StreamFeed:
             batch_size=self._batch_size,
             position=order.own_positions(self._batch_size, *self._share),
         )
-        steps = grain.MapDataset.range(first_step, _ENDLESS)
-        yield from self._batches("train", steps.map(make), self._workers)
+        steps = grain.MapDataset.range(first_step, _ENDLESS).map(make)
+        made = self._by_workers(steps) if self._workers else self._by_threads(steps)
+        yield from self._reported("train", made)
 
     def training_examples(self, seed, step):
         """Which examples of the training split make up the whole batch of a step: int32 [B]."""
@@ -202,18 +203,15 @@ class StreamFeed:
         position = order.own_positions(self._eval_batch_size, *self._share)
         firsts = grain.MapDataset.range(0, len(recipe.records), self._eval_batch_size)
         batches = firsts.map(lambda first: evaluation_batch(recipe, first + position))
-        yield from self._batches(role, batches, 0)
+        yield from self._reported(role, self._by_threads(batches))
 
     def examples(self, role):
         """Yields this process's intact examples, in order: (image uint8 [H, W, C], label), not cropped."""
         recipe, (first, count) = self._recipes[role], self._share
         indices = grain.MapDataset.range(first, len(recipe.records), count)
         stored = indices.map(functools.partial(stored_example, recipe=recipe))
-        threads = self._threads()
-        with contextlib.closing(
-            iter(stored.to_iter_dataset(grain.ReadOptions(threads, threads)))
-        ) as iterator:
-            for index, image, label in iterator:
+        with contextlib.closing(self._by_threads(stored)) as examples:
+            for index, image, label in examples:
                 if image is None:
                     self._note(role, [index])
                 else:
@@ -238,30 +236,28 @@ class StreamFeed:
             return self.normalize(arrays, batch["image"]), batch["label"]
         return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)
 
-    def _threads(self):
-        """The number of reading threads in this process: at least as many as training has workers."""
-        return max(self._buffer, self._workers)
+    def _by_threads(self, dataset):
+        """An iterator over what threads of this process make; close it to end them."""
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(self._threads, self._threads)))
 
-    def _batches(self, role, dataset, workers):
-        """Yields the batches of a dataset, and notes the damaged records that they report."""
-        threads = 0 if workers else self._threads()  # a worker makes one batch at a time
-        batches = dataset.to_iter_dataset(grain.ReadOptions(threads, threads))
-        if workers:
-            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=self._buffer)
-            batches = batches.mp_prefetch(options, worker_init_fn=_end_with_parent)
-        with contextlib.ExitStack() as stack:
-            if workers:
-                stack.callback(_wait_until_freed)
-            iterator = stack.enter_context(contextlib.closing(iter(batches)))
-            with _deaths_explained():
-                batch = _first(iterator) if workers else next(iterator, None)
-            while batch:
-                if workers:  # their batches lie in shared memory, which a copy frees at once
-                    batch = {name: np.array(leaf) for name, leaf in batch.items()}
+    def _by_workers(self, dataset):
+        """Yields the batches that worker processes make; close the generator to end them."""
+        options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._buffer)
+        alone = grain.ReadOptions(0, 0)  # a worker makes one batch at a time
+        batches = dataset.to_iter_dataset(alone).mp_prefetch(options, worker_init_fn=_end_with_parent)
+        try:
+            with contextlib.closing(iter(batches)) as iterator, _deaths_explained():
+                yield _copied(_first(iterator))
+                yield from map(_copied, iterator)
+        finally:
+            _wait_until_freed()
+
+    def _reported(self, role, made):
+        """Yields the batches of a closable iterator, and notes the damaged records that they report."""
+        with contextlib.closing(made):
+            for batch in made:
                 self._note(role, batch.pop("damaged").tolist())
                 yield batch
-                with _deaths_explained():
-                    batch = next(iterator, None)
 
     def _note(self, role, indices):
         """Warns of newly found damaged records; raises ValueError if there are too many in all."""
@@ -282,7 +278,7 @@ class StreamFeed:
         recipe = self._recipes["train"]
         count = min(len(recipe.records), MAX_SAMPLE)
         indices = np.linspace(0, len(recipe.records) - 1, count).astype(int)
-        with concurrent.futures.ThreadPoolExecutor(self._threads()) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             parts = [*pool.map(functools.partial(evaluation_batch, recipe), np.array_split(indices, 64))]
         self._note("train", np.concatenate([part["damaged"] for part in parts]).tolist())
         return np.concatenate([part["image"][part["mask"] == 1] for part in parts])
@@ -386,6 +382,11 @@ def _black(recipe, count):
         "image": np.zeros((count, side, side, recipe.channels), np.uint8),
         "label": np.zeros(count, np.int32),
     }
+
+
+def _copied(batch):
+    """A batch outside of the shared memory in which a worker put it, and which is then freed at once."""
+    return {name: np.array(leaf) for name, leaf in batch.items()}
 
 
 def _first(iterator):
