@@ -3,7 +3,7 @@
 All feeds have the same interface:
 
     feed.image_shape, feed.num_classes, feed.num_train
-    feed.statistics                       the normalisation's statistics of the training images
+    feed.pixels                           the `pixels.Pixels` of the training images
     feed.arrays                           arrays on the devices, an argument of every step
     feed.train_batches(seed, first_step)  an endless iterator over the batches of the training steps from
                                           `first_step` on; a step's batch is a pure function of seed and step
@@ -17,7 +17,6 @@ All feeds have the same interface:
     feed.prepare(arrays, batch, key)      inside the step: a batch -> image, label. `key` is None in
                                           evaluation, which does not augment; in training the label can be
                                           a target, a share of each class (see `pixels.Pixels`)
-    feed.normalize(arrays, image)         inside the step: views of an image (see `views`), uint8, -> float32
 
 If several processes share a training run, each has its own feed, with its share of the batches and examples.
 The shares of a batch, concatenated in the order of the processes, equal the batch of a single process.

@@ -41,7 +41,8 @@ class Pixels(NamedTuple):
       train: (arrays, image uint8 [B, H, W, C], label int32 [B], position int32 [B] in the global batch, key)
         -> image float32 [B, H, W, C], label int32 [B], or, where examples are mixed, the target float32
         [B, num_classes].
-      evaluate: (arrays, image uint8 [B, H, W, C]) -> image float32 [B, H, W, C]; deterministic.
+      evaluate: (arrays, image uint8 [B, H, W, C], also of `views`) -> image float32 [B, H, W, C];
+        deterministic.
     """
 
     statistics: dict[str, Any]

@@ -22,7 +22,7 @@ class ResidentFeed:
       border: see `feeds`.
       num_classes: number of classes.
       num_train: number of training examples.
-      statistics: those of `pixels`.
+      pixels: a `pixels.Pixels`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ResidentFeed:
         self.image_shape, self.border = splits["train"][0].shape[1:], 0  # the images have theirs
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size
         self._share = process_index, process_count
-        self._pixels, self.statistics = pixels, pixels.statistics
+        self.pixels = pixels
         self._ranges, start = {}, 0
         for role, (images, _) in splits.items():
             self._ranges[role] = range(start, start + len(images))
@@ -119,14 +119,10 @@ class ResidentFeed:
         """Returns the image unchanged: evaluation shows it as it is stored."""
         return image
 
-    def normalize(self, arrays, image):
-        """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
-        return self._pixels.evaluate(arrays, image)
-
     def prepare(self, arrays, batch, key):
         """Inside the step: a batch -> image float32 [B, H, W, C], label or target; see `feeds`."""
         image, label = arrays["image"][batch["index"]], arrays["label"][batch["index"]]
         image = image.reshape(-1, *self.image_shape)
         if key is None:
-            return self.normalize(arrays, image), label
-        return self._pixels.train(arrays, image, label, batch["position"], key)
+            return self.pixels.evaluate(arrays, image), label
+        return self.pixels.train(arrays, image, label, batch["position"], key)

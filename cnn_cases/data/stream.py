@@ -90,7 +90,7 @@ class StreamFeed:
       border: see `feeds`.
       num_classes: number of classes.
       num_train: number of training examples, including damaged ones.
-      statistics: those of the result of `make_pixels`.
+      pixels: the result of `make_pixels`.
     """
 
     def __init__(
@@ -162,8 +162,8 @@ class StreamFeed:
             for role, (records, _) in splits.items()
         }
         self._damaged = {role: set() for role in splits}
-        self._pixels = make_pixels(self._sample(), num_classes=self.num_classes)
-        self.arrays, self.statistics = self._pixels.arrays, self._pixels.statistics
+        self.pixels = make_pixels(self._sample(), num_classes=self.num_classes)
+        self.arrays = self.pixels.arrays
 
     def train_batches(self, seed, first_step):
         """Yields the batches of the training steps from `first_step` on (the first of all is 0), endlessly.
@@ -226,15 +226,12 @@ class StreamFeed:
         recipe = self._recipes["train"]
         return decode.evaluation_view(image, recipe.image_size, recipe.border, recipe.crop)
 
-    def normalize(self, arrays, image):
-        """Inside the step: images uint8 [B, H, W, C] -> float32, as the network takes them in evaluation."""
-        return self._pixels.evaluate(arrays, image)
-
     def prepare(self, arrays, batch, key):
         """Inside the step: a batch -> image float32 [B, H, W, C], label or target; see `feeds`."""
+        image, label = batch["image"], batch["label"]
         if key is None:
-            return self.normalize(arrays, batch["image"]), batch["label"]
-        return self._pixels.train(arrays, batch["image"], batch["label"], batch["position"], key)
+            return self.pixels.evaluate(arrays, image), label
+        return self.pixels.train(arrays, image, label, batch["position"], key)
 
     def _by_threads(self, dataset):
         """An iterator over what threads of this process make; close it to end them."""

@@ -115,7 +115,7 @@ class Program(NamedTuple):
     def inputs(self, config):
         """Returns the content of the file that `data.inputs` reads, for a run of `config`."""
         names = class_names(config.data.name, config.data.data_dir)
-        return inputs.to_bytes(inputs.Inputs(self.feed.image_shape, names, self.feed.statistics))
+        return inputs.to_bytes(inputs.Inputs(self.feed.image_shape, names, self.feed.pixels.statistics))
 
     def shapes_of_state(self):
         """Returns the shapes and types of the state; computes nothing."""
@@ -167,7 +167,7 @@ def make_program(config, devices=None, *, replicate=devices_lib.replicate):
     )
     at_once = images_at_once(model.apply)
     eval_step = steps.make_eval_step(model.apply, feed.prepare, loss, devices_lib.AXIS, at_once)
-    predict_step = steps.make_predict_step(model.apply, feed.normalize, at_once)
+    predict_step = steps.make_predict_step(model.apply, feed.pixels.evaluate, at_once)
     program = Program(
         model=model,
         tx=tx,
@@ -345,7 +345,7 @@ def check_protocol(program, state, protocol):
       ValueError: there is no such protocol, or the network cannot take its views.
     """
     feed = program.feed
-    predict = steps.make_predict_step(program.model.apply, feed.normalize)
+    predict = steps.make_predict_step(program.model.apply, feed.pixels.evaluate)
     shown = make_views(protocol, feed.image_shape, feed.view, feed.border)
     return check_views(predict, state, feed.arrays, protocol, feed.image_shape, shown)
 

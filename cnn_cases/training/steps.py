@@ -187,7 +187,7 @@ def make_predict_step(apply, normalize, at_once=_all_at_once):
 
     Args:
       apply: `model.apply`.
-      normalize: the feed's function (arrays, image uint8 [B, H, W, C]) -> image float32.
+      normalize: (arrays, image uint8 [B, H, W, C]) -> image float32, as `pixels.Pixels.evaluate` does it.
       at_once: as in `make_eval_step`.
 
     Returns:

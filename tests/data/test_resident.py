@@ -166,7 +166,7 @@ def test_views_are_normalised_as_in_evaluation():
     batch = next(feed.eval_batches("test"))
     image, _ = feed.prepare(feed.arrays, batch, None)
     stored = all_images()[batch["index"]]
-    np.testing.assert_array_equal(feed.normalize(feed.arrays, stored), image)
+    np.testing.assert_array_equal(feed.pixels.evaluate(feed.arrays, stored), image)
 
 
 def test_the_examples_of_a_split_come_as_they_are_stored():

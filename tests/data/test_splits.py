@@ -77,7 +77,7 @@ def test_the_statistics_are_those_of_the_training_split_alone(data_dir):
     def are_of(role):
         images, _, _ = splits.load_split("digits", config.data.splits[role], data_dir, image_size=16)
         expected = {"mean": (images / 255).mean(), "std": (images / 255).std()}
-        return [np.allclose(feed.statistics[name], expected[name], rtol=1e-5) for name in expected]
+        return [np.allclose(feed.pixels.statistics[name], expected[name], rtol=1e-5) for name in expected]
 
     assert are_of("train") == [True, True]
     assert are_of("validation") == are_of("test") == [False, False]

@@ -259,7 +259,7 @@ def test_statistics_are_of_evenly_spaced_images_as_they_are_evaluated(monkeypatc
 
     def make_pixels(image, **_):
         seen.append(image)
-        return SimpleNamespace(statistics={}, arrays={})
+        return SimpleNamespace(arrays={})
 
     crop = common.get_config().data.crop
     crop.name = "area"
@@ -431,4 +431,4 @@ def test_statistics_are_those_of_the_training_images(feed, feed_of, data_dir):
     settings = {"name": "digits", "data_dir": data_dir, "image_size": 8, "crop.name": "squeeze"}
     made = feed_of(feed=feed, normalization="pixel_mean", **settings)
     images = np.stack([image for image, _ in made.examples("train")])
-    np.testing.assert_allclose(made.normalize(made.arrays, images).mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(made.pixels.evaluate(made.arrays, images).mean(axis=0), 0, atol=1e-5)
