@@ -103,18 +103,18 @@ class Total(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The record of a layer's call while the model is traced."""
+    """The record of a layer's call while the model is traced; in a scan, of one of the repetitions."""
 
     path: tuple[str, ...]  # of the module; for a pooling, of the module that calls it
     name: str
     kind: str
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
     input: Any  # one or several arrays; keeping them keeps their ids unique
     output: Any
-    computes_in: Any  # the type to which the input is converted; None for the input's type
-    places: int  # how often one image uses each weight of the kernel
-    params: dict  # of the module itself, {name: array}, without the axes along which a scan stacks them
+    params: dict  # of the module itself, {name: array}
+    computes_in: Any = None  # the type to which the input is converted; None for the input's type
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    multiply_adds: int = 0
 
 
 def count(model, image_shape, batch_size=1):
@@ -142,16 +142,14 @@ def count(model, image_shape, batch_size=1):
     params = traverse_util.flatten_dict(variables["params"])
     weighted = {call.path for call in calls if call.params}
     # A pooling inside a layer has no row of its own, unless that layer contains other layers too.
-    single = {path for path in weighted if not any(_is_below(other, path) for other in weighted)}
+    single = weighted - {path[:depth] for path in weighted for depth in range(len(path))}
     calls = [call for call in calls if call.params or call.path not in single]
     calls.sort(key=lambda call: call.path not in trunk)
     layers, kept = [], set()
     for call in calls:
-        full = {key: params[*call.path, key] for key in call.params}
         repeats = _repeats(call, calls, params, entered)
         wanted = [call.input] if call.params or call.kind == "max pool" else []
         newly = [leaf for leaf in jax.tree.leaves(wanted) if id(leaf) not in kept]
-        size_of_kept = sum(leaf.size * jnp.dtype(call.computes_in or leaf.dtype).itemsize for leaf in newly)
         kept.update(map(id, newly))
         layers.append(
             Layer(
@@ -161,10 +159,10 @@ def count(model, image_shape, batch_size=1):
                 stride=call.stride,
                 output=jax.tree.leaves(call.output)[0].shape[1:],
                 repeats=repeats,
-                parameters=sum(leaf.size for leaf in full.values()),
-                multiply_adds=full["kernel"].size * call.places if "kernel" in full else 0,
+                parameters=repeats * sum(leaf.size for leaf in call.params.values()),
+                multiply_adds=repeats * call.multiply_adds,
                 forward=_bytes(call.input) + _bytes(call.output),
-                kept=size_of_kept * repeats,
+                kept=repeats * _bytes(newly, call.computes_in),
                 side=call.path not in trunk,
             )
         )
@@ -190,10 +188,10 @@ def _trace(run, *inputs):
     """
     calls, entered, inside = [], collections.Counter(), []
 
-    def note(*call):
+    def note(*call, **more):
         # The body of an `nn.scan` is traced several times; the first is enough.
         if entered[inside[-1]] == 1:
-            calls.append(_Call(inside[-1], *call))
+            calls.append(_Call(inside[-1], *call, **more))
 
     def watch_module(method, args, kwargs, context):
         module = context.module
@@ -206,14 +204,12 @@ def _trace(run, *inputs):
         own = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
         if own:
             given = [leaf for leaf in jax.tree.leaves((args, kwargs)) if hasattr(leaf, "shape")]
-            kernel = _window(module, own["kernel"]) if "kernel" in own else ()
-            stride = _pair(getattr(module, "strides", 1)) if kernel else ()
-            kind = KINDS.get(type(module), type(module).__name__)
-            places = _places(module, given, jax.tree.leaves(output)) if "kernel" in own else 0
             # The network itself has an empty path, so its parameters give the name.
             name = "/".join(module.path) or ", ".join(own)
+            kind = KINDS.get(type(module), type(module).__name__)
             computes_in = jnp.float32 if isinstance(module, BatchNorm) else getattr(module, "dtype", None)
-            note(name, kind, kernel, stride, given, output, computes_in, places, own)
+            more = _of_kernel(module, own["kernel"], given, output) if "kernel" in own else {}
+            note(name, kind, given, output, own, computes_in, **more)
         inside.pop()
         return output
 
@@ -222,7 +218,7 @@ def _trace(run, *inputs):
             output = function(inputs, window_shape, strides, **options)
             number = sum(call.path == inside[-1] and call.kind == kind for call in calls) + 1
             name = "/".join((*inside[-1], f"{kind.replace(' ', '_')}{number}"))
-            note(name, kind, tuple(window_shape), _pair(strides), inputs, output, None, 0, {})
+            note(name, kind, inputs, output, {}, kernel=tuple(window_shape), stride=_pair(strides))
             return output
 
         return pool
@@ -244,11 +240,15 @@ def _trace(run, *inputs):
     return shapes, calls, entered
 
 
-def _window(module, kernel):
-    """Returns the height and width of a layer's kernel, or its length; () if there is no window."""
+def _of_kernel(module, kernel, given, output):
+    """Returns the fields of _Call that only a layer with a kernel has."""
     if hasattr(module, "kernel_size"):
-        return tuple(np.atleast_1d(module.kernel_size).tolist())
-    return kernel.shape[:2] if kernel.ndim > 2 and not isinstance(module, nn.DenseGeneral) else ()
+        window = tuple(np.atleast_1d(module.kernel_size).tolist())
+    else:
+        window = kernel.shape[:2] if kernel.ndim > 2 and not isinstance(module, nn.DenseGeneral) else ()
+    stride = _pair(getattr(module, "strides", 1)) if window else ()
+    places = _places(module, given, jax.tree.leaves(output))
+    return {"kernel": window, "stride": stride, "multiply_adds": kernel.size * places}
 
 
 def _places(module, given, output):
@@ -263,10 +263,6 @@ def _places(module, given, output):
     if isinstance(module, nn.DenseGeneral):
         return math.prod(output[0].shape[1:]) // math.prod(np.atleast_1d(module.features).tolist())
     return math.prod(output[0].shape[1:-1])
-
-
-def _is_below(path, other):
-    return path != other and path[: len(other)] == other
 
 
 def _repeats(call, calls, params, entered):
@@ -293,8 +289,9 @@ def _pair(strides):
     return (strides or 1,) * 2 if isinstance(strides, int | None) else tuple(strides)
 
 
-def _bytes(arrays):
-    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(arrays))
+def _bytes(arrays, dtype=None):
+    """Returns the bytes of arrays, converted to `dtype` if it is given."""
+    return sum(one.size * jnp.dtype(dtype or one.dtype).itemsize for one in jax.tree.leaves(arrays))
 
 
 class Report(NamedTuple):
