@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import pathlib
 import statistics
-import threading
 import time
 from typing import Any, NamedTuple
 from unittest import mock
+
+from cnn_cases import stopping
 
 SECONDS_A_TURN = 1.0
 ACCELERATORS_SHARE = 0.3  # of that, on accelerators: their steps are short and their time is expensive
@@ -90,7 +91,7 @@ class Contender:
     def __init__(self, make, *arguments, environment=None):
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            1, mp_context=context, initializer=_end_with_parent
+            1, mp_context=context, initializer=stopping.end_with_parent
         )
         with mock.patch.dict(os.environ, _ENVIRONMENT | (environment or {})):  # which the process inherits
             self.made = self._pool.submit(_make, make, arguments)
@@ -128,14 +129,6 @@ def check_same_platform(platforms):
             raise ValueError(
                 f"{first} and {name} compute on different devices; install both for the same kind of device"
             )
-
-
-def _end_with_parent():
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make(make, arguments):

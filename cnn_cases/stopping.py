@@ -1,6 +1,8 @@
-"""The signals that end a run after it has been saved."""
+"""What ends a process: the signals that end a run after it has been saved, and the end of its parent."""
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -59,3 +61,16 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent(*_, by=lambda: os._exit(1)):
+    """Lets this process end, `by` a function, once the one that started it has ended, even if it was killed.
+
+    The processes are those of multiprocessing; what a pool passes to its initializer is ignored.
+    """
+
+    def watch():
+        multiprocessing.parent_process().join()
+        by()
+
+    threading.Thread(target=watch, daemon=True).start()

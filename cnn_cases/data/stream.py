@@ -14,8 +14,6 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
-import multiprocessing
-import os
 import re
 import signal
 import threading
@@ -241,7 +239,7 @@ class StreamFeed:
         """Yields the batches that worker processes make; close the generator to end them."""
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._buffer)
         alone = grain.ReadOptions(0, 0)  # a worker makes one batch at a time
-        batches = dataset.to_iter_dataset(alone).mp_prefetch(options, worker_init_fn=_end_with_parent)
+        batches = dataset.to_iter_dataset(alone).mp_prefetch(options, worker_init_fn=stopping.end_with_parent)
         try:
             with contextlib.closing(iter(batches)) as iterator, _deaths_explained():
                 yield _copied(_first(iterator))
@@ -426,14 +424,3 @@ def _wait_until_freed():
     weakref.finalize(last.shm, freed.set)
     del last
     freed.wait(MAX_WAIT)
-
-
-def _end_with_parent(worker_index, worker_count):
-    """In a worker: exits once the process that started it has ended, even if it was killed."""
-    del worker_index, worker_count
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

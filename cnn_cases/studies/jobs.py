@@ -11,7 +11,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 
 import jax
 
@@ -167,7 +166,8 @@ def _take(news):
 def _work(todo, telling, index, workdir, num_threads, num_jobs):
     """Runs groups until none are left; the main function of a process of `run_side_by_side`."""
     os.setpgrp()  # Ctrl-C in a terminal reaches only the parent, which then sends SIGTERM
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Otherwise the runs of a parent that was killed would go on and stay locked.
+    stopping.end_with_parent(by=lambda: os.kill(os.getpid(), signal.SIGTERM))
     if num_threads:
         os.environ["PJRT_NPROC"] = str(num_threads)  # XLA reads it when it starts, later
     runtime.collect_garbage_rarely()
@@ -185,9 +185,3 @@ def _work(todo, telling, index, workdir, num_threads, num_jobs):
     except stopping.InterruptedRun as interruption:
         processes.tell(interruption)
         sys.exit(128 + interruption.signal_number)
-
-
-def _end_with_parent():
-    """Sends SIGTERM in place of a parent that was killed; otherwise the runs would go on and stay locked."""
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
