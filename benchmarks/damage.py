@@ -34,7 +34,6 @@ import time
 from benchmarks import children, faults, record
 from cnn_cases.training import checkpoint
 
-ROOT = faults.ROOT
 CONFIG = "configs/lenet5_digits.py"
 # keep_last is one more than the default, so that undamaged checkpoints remain.
 OVERRIDES = {
@@ -154,11 +153,7 @@ class Workshop:
 
     def start(self, workdir):
         """Starts a process that trains in `workdir`."""
-        flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-        command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        return faults.start(workdir, OVERRIDES, subprocess.PIPE, environment=self.environment, config=CONFIG)
 
     def train(self, workdir):
         """Trains in `workdir` until the process ends; returns its `Run`."""

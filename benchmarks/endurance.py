@@ -18,7 +18,6 @@ import psutil
 
 from benchmarks import children, faults, record
 from cnn_cases import parsing
-from cnn_cases.training import logbook
 
 CONFIG = "configs/lenet5_digits.py"
 OVERRIDES = {
@@ -56,7 +55,7 @@ def measure(workdir, overrides):
         family = psutil.Process(process.pid)
         while process.poll() is None:
             try:
-                step = max((row["step"] for row in logbook.read_rows(workdir / "metrics.jsonl")), default=0)
+                step = faults.last_step(workdir / "metrics.jsonl")
                 samples.append((step, *_sizes([family, *family.children(recursive=True)])))
             except psutil.Error:
                 pass  # one of them has just ended

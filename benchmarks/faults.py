@@ -63,10 +63,10 @@ MOST_IN_VAIN = 3
 
 
 def start(workdir, overrides, errors, more_flags=(), environment=None, config=CONFIG):
-    """Starts a process that trains in `workdir`; its output goes to the open file `errors`."""
+    """Starts a process that trains in `workdir`; its output goes to the open file `errors`, or to pipes."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags, *more_flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=errors, stderr=errors)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=errors, stderr=errors, text=True)
 
 
 def disturb(workdir, overrides, signals, rng):
