@@ -330,7 +330,10 @@ def train(config, directory, in_earnest):
         batch |= {"image": stacked(np.uint8, *program.feed.image_shape), "label": stacked(np.int32)}
     else:
         batch |= {"index": stacked(np.int32)}
-    _after_the_start(lambda: jax.eval_shape(program.train, state, program.arrays, batch))
+    try:
+        jax.eval_shape(program.train, state, program.arrays, batch)
+    except ValueError as error:
+        raise RuntimeError(f"refused in the first step: {error}") from error
     return "trained"
 
 
@@ -344,26 +347,15 @@ def _train_two_steps(config, program, directory):
         steps_done += program.steps_per_call
         return program.train(state, arrays, batches)
 
-    def run():
-        with contextlib.suppress(loop.DivergedError, TwoStepsError):
-            loop.train_and_evaluate(
-                config, directory, program=program._replace(train=train), show_progress=False
-            )
-
+    watched = program._replace(train=train)
     try:
-        run()
+        with contextlib.suppress(loop.DivergedError, TwoStepsError):
+            loop.train_and_evaluate(config, directory, program=watched, show_progress=False)
     except ValueError as error:
         if steps_done:
             raise RuntimeError(f"refused after the first step: {error}") from error
         raise
     return "trained"
-
-
-def _after_the_start(action):
-    try:
-        return action()
-    except ValueError as error:
-        raise RuntimeError(f"refused in the first step: {error}") from error
 
 
 GRIDS = (
