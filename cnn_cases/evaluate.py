@@ -224,11 +224,8 @@ def write_report(out, metrics, names, probabilities, label, examples):
     images = pick(examples, mistakes)
     sure = probabilities.max(axis=1)
     shown = [(images[n], names[label[n]], names[predicted[n]], sure[n]) for n in mistakes]
-    for name, figure in (
-        ("confusion", draw_confusion(counts, names, title)),
-        ("mistakes", draw_mistakes(shown, title)),
-    ):
-        figure.savefig(out / f"{name}.png", dpi=150)
+    draw_confusion(counts, names, title).savefig(out / "confusion.png", dpi=150)
+    draw_mistakes(shown, title).savefig(out / "mistakes.png", dpi=150)
 
 
 def confusion(predicted, label, num_classes):
