@@ -403,6 +403,7 @@ def _rows(report):
     shapes, numbers = ["kernel", "stride", "output"], ["parameters", "share", "multiply-adds", "share"]
     rows = [["layer", "kind", *shapes, *numbers, "forward MiB", "kept MiB"]]
     for layer in report.layers:
+        parameters, multiply_adds, *memory = _cells(layer)
         rows.append(
             [
                 layer.name + (f" x {layer.repeats}" if layer.repeats > 1 else ""),
@@ -410,38 +411,33 @@ def _rows(report):
                 _times(layer.kernel),
                 _times(layer.stride if len(set(layer.stride)) > 1 else layer.stride[:1]),
                 _times(layer.output),
-                f"{layer.parameters:,}",
+                parameters,
                 "" if layer.side else share(layer.parameters, whole.parameters),
-                f"{layer.multiply_adds:,}",
+                multiply_adds,
                 "" if layer.side else share(layer.multiply_adds, whole.multiply_adds),
-                _mebibytes(layer.forward),
-                _mebibytes(layer.kept),
+                *memory,
             ]
         )
     sums = {"total": whole}
     if any(layer.side for layer in report.layers):
         sums = {"total, without side branches": whole, "side branches": total(report.layers, side=True)}
     for name, one in sums.items():
-        numbers = [f"{one.parameters:,}", "", f"{one.multiply_adds:,}", ""]
-        rows.append([name, "", "", "", "", *numbers, _mebibytes(one.forward), _mebibytes(one.kept)])
+        parameters, multiply_adds, *memory = _cells(one)
+        rows.append([name, "", "", "", "", parameters, "", multiply_adds, "", *memory])
     return rows
 
 
 def _comparison(reports):
     rows = [["config", "image", "parameters", "multiply-adds", "forward MiB", "kept MiB"]]
     for report in reports:
-        sums = total(report.layers)
-        rows.append(
-            [
-                _name_of(report),
-                _times(report.image_shape),
-                f"{sums.parameters:,}",
-                f"{sums.multiply_adds:,}",
-                _mebibytes(sums.forward),
-                _mebibytes(sums.kept),
-            ]
-        )
+        rows.append([_name_of(report), _times(report.image_shape), *_cells(total(report.layers))])
     return rows
+
+
+def _cells(costs):
+    """Returns the four costs of a Layer or a Total as text: two numbers, and two sizes in MiB."""
+    sizes = (f"{size / 2**20:,.3f}" for size in (costs.forward, costs.kept))
+    return [f"{costs.parameters:,}", f"{costs.multiply_adds:,}", *sizes]
 
 
 def _table(rows, form):
@@ -456,10 +452,6 @@ def _name_of(report):
 
 def _times(shape):
     return "x".join(str(size) for size in shape)
-
-
-def _mebibytes(number):
-    return f"{number / 2**20:,.3f}"
 
 
 def stages(layers):
