@@ -84,9 +84,8 @@ class Program(NamedTuple):
         Raises:
           ValueError: the network rejects its images, or cannot start from the layers of the other network.
         """
-        starts = self.start["workdir"] and processes.is_lead()
         # First, since the rest takes a while: a run that is still training deletes its older checkpoints.
-        taken = self.layers_to_start_from(self.shapes_of_state()) if starts else None
+        taken = self.layers_to_start_from() if processes.is_lead() else None
         with _noting_modules() as modules:
             state = init_state(self.model, self.tx, self.feed.image_shape, seed, with_ema=self.with_ema)
         if self.loops_on_cpu and any(isinstance(module, nn.Conv) for module in modules):
@@ -97,16 +96,11 @@ class Program(NamedTuple):
             )
         return transfer.put_layers(state, taken) if taken else state
 
-    def layers_to_start_from(self, like):
-        """Returns `transfer.trained_layers` for a state or its shapes; None if the run starts from no other.
-
-        Raises:
-          ValueError: a pattern of `start.layers` matches no layer of the network; see also `trained_layers`.
-        """
+    def layers_to_start_from(self):
+        """Returns `transfer.trained_layers`; None if the run starts from no other."""
         if not self.start["workdir"]:
             return None
-        transfer.check_patterns("start.layers", self.start["layers"], sorted(like.params))
-        return transfer.trained_layers(like, **self.start)
+        return transfer.trained_layers(self.shapes_of_state(), **self.start)
 
     def starting_from(self, step):
         """Returns the same program, but starting from the checkpoint of `step` instead of the config's."""
@@ -277,7 +271,7 @@ def check_program(program, config):
     """Does the same for the program of a config; returns the shapes and types of its state."""
     like = program.shapes_of_state()
     check_network(program, like, config)
-    program.layers_to_start_from(like)
+    program.layers_to_start_from()
     return like
 
 

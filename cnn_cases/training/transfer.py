@@ -57,8 +57,8 @@ def trained_layers(like, workdir, step, layers):
       like: a state of the network that will receive the layers, or its `state.shapes_of_state`.
       workdir: of the run that trained the other network; it is only read.
       step: which of its checkpoints: "last", "best" or a number.
-      layers: patterns of the names of the layers to take, which have passed `check_patterns`; these layers
-        must have the same parameters, of the same shapes, in both networks.
+      layers: patterns of the names of the layers to take; these layers must have the same parameters, of the
+        same shapes, in both networks.
 
     Returns:
       {"params", "batch_stats"}: each a dict {layer name: its values}.
@@ -71,6 +71,7 @@ def trained_layers(like, workdir, step, layers):
         raise ValueError(
             "start.layers = () must have patterns of layers' names; set start.workdir = '' for none"
         )
+    check_patterns("start.layers", layers, names)
     with _found(workdir, step) as (directory, number):
         saved = checkpoint.read(directory, number)
     there, taken = saved["ema_params"] or saved, {"params": {}, "batch_stats": {}}
