@@ -358,12 +358,8 @@ def _check_structure(directory, step, state, like):
     Orbax restores a leaf in the shape in which it was saved, even if another is requested; if names differ,
     its error does not say which.
     """
-    there, here = shapes(state), shapes(like)
-    lines = [
-        f"{name} is {there.get(name, 'missing')} in the checkpoint but {here.get(name, 'missing')} now"
-        for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name))
-        if there.get(name) != here.get(name)
-    ]
+    differing = different_shapes(state, like)
+    lines = [f"{name} is {there} in the checkpoint but {here} now" for name, there, here in differing]
     if lines:
         more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
         raise _other_state(directory, step, "; ".join([*lines[:3], *more]))
@@ -376,12 +372,18 @@ def _other_state(directory, step, reason):
     )
 
 
-def shapes(tree):
-    """Returns {name of a leaf, such as "params/conv1/kernel": its shape, as text}."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
+def different_shapes(there, here):
+    """Yields (name of a leaf, such as "params/conv1/bias", its shape there, here) where two trees differ."""
+    there, here = _shapes(there), _shapes(here)
+    for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name)):
+        if there.get(name) != here.get(name):
+            yield name, there.get(name, "missing"), here.get(name, "missing")
+
+
+def _shapes(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): "x".join(map(str, leaf.shape)) or "a number"
-        for path, leaf in leaves
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 

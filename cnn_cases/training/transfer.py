@@ -82,14 +82,12 @@ def trained_layers(like, workdir, step, layers):
                 f"it has {', '.join(sorted(there['params']))}"
             )
         for part, own in (("params", like.params), ("batch_stats", like.batch_stats)):
-            found, expected = (checkpoint.shapes({name: one.get(name, {})}) for one in (there[part], own))
-            for leaf in sorted(found.keys() | expected.keys()):
-                if found.get(leaf) != expected.get(leaf):
-                    raise ValueError(
-                        f"start.layers = {layers}: {leaf} is {found.get(leaf, 'missing')} in {workdir} and "
-                        f"{expected.get(leaf, 'missing')} in this network; name the layers to take, of "
-                        f"{', '.join(names)}"
-                    )
+            pair = ({name: one.get(name, {})} for one in (there[part], own))
+            for leaf, found, expected in checkpoint.different_shapes(*pair):
+                raise ValueError(
+                    f"start.layers = {layers}: {leaf} is {found} in {workdir} and {expected} in this "
+                    f"network; name the layers to take, of {', '.join(names)}"
+                )
             if name in own:
                 taken[part][name] = there[part][name]
     return taken
