@@ -85,7 +85,7 @@ class Checkpoints:
         self._directory = pathlib.Path(directory).absolute()
         self._newest = self._directory.with_name(NEWEST)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._policy = _LastAndBest(keep_last)
+        self._policy = _LastAndBest(keep_last, _errors(self._directory))
         options = ocp.CheckpointManagerOptions(
             create=False,
             multiprocessing_options=_of_process_0_alone(),
@@ -94,8 +94,6 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
-        for step in self._manager.all_steps():
-            self._policy.errors[step] = _error_of(self._directory / str(step))
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._saving = None  # (step, future) of the save in progress
 
@@ -277,19 +275,19 @@ def find(directory, which):
       ValueError: there is no such checkpoint; the message lists the existing ones.
     """
     which = str(which)
-    errors = {step: _error_of(pathlib.Path(directory) / str(step)) for step in steps(directory)}
-    if not errors:
+    kept = steps(directory)
+    if not kept:
         missing = "" if pathlib.Path(directory).exists() else ", which does not exist"
         raise ValueError(f"there is no checkpoint in {directory}{missing}")
-    there = f"{directory} has steps {', '.join(map(str, sorted(errors)))}"
+    there = f"{directory} has steps {', '.join(map(str, kept))}"
     if which == "last":
-        return max(errors)
+        return kept[-1]
     if which == "best":
-        measured = {step: errors[step] for step in sorted(errors) if errors[step] is not None}
-        if not measured:
+        errors = _errors(directory)
+        if not errors:
             raise ValueError(f"no checkpoint has an evaluation error, so none is the best; {there}")
-        return min(measured, key=measured.get)
-    if not which.isdecimal() or int(which) not in errors:
+        return min(errors, key=errors.get)
+    if not which.isdecimal() or int(which) not in kept:
         raise ValueError(f"there is no checkpoint of step {which!r}; {there}; or use 'last' or 'best'")
     return int(which)
 
@@ -426,26 +424,26 @@ def _read_only(directory, step):
 class _LastAndBest:
     """A preservation policy for Orbax: keep the latest checkpoints, and the one with the lowest error."""
 
-    def __init__(self, keep_last):
-        self._keep_last = keep_last
-        self.errors = {}  # step -> error, None where nothing was evaluated
+    def __init__(self, keep_last, errors):
+        self._keep_last, self.errors = keep_last, errors  # step -> error, or None where none was measured
 
     def should_preserve(self, checkpoints, *, context):
         del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        measured = {step: self.errors[step] for step in steps if self.errors.get(step) is not None}
-        kept = {*sorted(steps)[-self._keep_last :], *([min(measured, key=measured.get)] if measured else [])}
-        return [step in kept for step in steps]
+        there = [checkpoint.step for checkpoint in checkpoints]
+        measured = {step: self.errors[step] for step in there if self.errors.get(step) is not None}
+        kept = {*sorted(there)[-self._keep_last :], min(measured, key=measured.get, default=None)}
+        return [step in kept for step in there]
 
 
-def _error_of(checkpoint):
-    """Returns the error of a checkpoint's evaluation; None if there was none, or if it cannot be read."""
-    try:
-        if (checkpoint / LATER_ERROR).exists():
-            return json.loads((checkpoint / LATER_ERROR).read_text())
-        return _json_of(checkpoint)["error"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _errors(directory):
+    """Returns {step: error of its evaluation}, without steps that have none, or none that can be read."""
+    errors = {}
+    for step in steps(directory):
+        checkpoint = pathlib.Path(directory) / str(step)
+        later = checkpoint / LATER_ERROR
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            errors[step] = json.loads(later.read_text()) if later.exists() else _json_of(checkpoint)["error"]
+    return {step: error for step, error in errors.items() if error is not None}
 
 
 def _json_of(checkpoint):

@@ -241,12 +241,8 @@ def test_a_signal_during_an_evaluation_ends_it_and_changes_nothing(step, config,
     assert run(config, tmp_path, program)["metrics"] == expected
     assert (tmp_path / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path, program), last_state(unbroken, program))
-    errors_of_both = [
-        {one: checkpoint._error_of(workdir / "checkpoints" / str(one)) for one in (8, 12)}
-        for workdir in (tmp_path, unbroken)
-    ]
-    assert errors_of_both[0] == errors_of_both[1]
-    assert None not in errors_of_both[0].values()
+    errors, expected = (checkpoint._errors(workdir / "checkpoints") for workdir in (tmp_path, unbroken))
+    assert [errors[one] for one in (8, 12)] == [expected[one] for one in (8, 12)]
 
 
 def test_a_checkpoint_that_only_a_signal_made_is_never_the_best(config, tmp_path, program):
@@ -260,8 +256,8 @@ def test_a_checkpoint_that_only_a_signal_made_is_never_the_best(config, tmp_path
     with pytest.raises(stopping.InterruptedRun, match="saved after step 2"):
         run(config, tmp_path, program._replace(evaluate=evaluate))
     run(config, tmp_path, program)
-    errors = {step: checkpoint._error_of(tmp_path / "checkpoints" / str(step)) for step in (2, 4, 8, 12)}
-    assert [step for step, error in errors.items() if error is None] == [2]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 4, 8, 12]
+    assert list(checkpoint._errors(tmp_path / "checkpoints")) == [4, 8, 12]
 
 
 def test_a_signal_during_an_evaluation_is_not_lost(config, tmp_path, program):
