@@ -285,15 +285,12 @@ def check_network(program, state, config):
     """
     check_protocol(program, state, config.evaluation.protocol)
     num_devices = len(devices_lib.of_all_processes(program.devices))
-    if config.sync_batch_norm and num_devices > 1:
-        _check_devices_together(program, state, f"model.name = {config.model.name!r}", num_devices)
-
-
-def _check_devices_together(program, state, what, num_devices):
-    """Raises ValueError if each device would compute its own batch statistics, or all would drop the same."""
+    if not config.sync_batch_norm or num_devices == 1:
+        return
+    # Each device could compute its own batch statistics, or all could drop the same.
+    what, remedy = f"model.name = {config.model.name!r}", "or set sync_batch_norm = False"
     with _noting_modules() as modules:
         program.shapes_of_state()
-    remedy = "or set sync_batch_norm = False"
     alone = [module for module in modules if getattr(module, "axis_name", "none of its own") is None]
     if (state.batch_stats and not hasattr(program.model, "axis_name")) or any(
         isinstance(module, nn.BatchNorm | layers.BatchNorm) for module in alone
