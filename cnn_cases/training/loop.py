@@ -81,9 +81,11 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     # Everything that a bad config can break is built before the workdir is touched. Process 0 goes first: it
     # may prepare the data set, which the other processes then find.
     resumes = processes.from_lead(lambda: bool(checkpoint.steps(workdir / "checkpoints")))
-    made = processes.lead_first(lambda: program or programs.make_program(config))
+    program = processes.lead_first(lambda: program or programs.make_program(config))
     start = processes.from_lead(lambda: _identity_of_start(config, workdir, resumes))
-    program, state = processes.lead_first(lambda: _make_start(config, made, start, resumes))
+    if start:  # the other run may still be training, so its last step may change
+        program = program.starting_from(start[0])
+    state = processes.lead_first(lambda: _make_state(config, program, resumes))
     data = program.feed.fingerprint()
     _check_same_data(data)
     data = data | {"start": start} if start else data
@@ -156,15 +158,11 @@ def _check_same_data(data):
             )
 
 
-def _make_start(config, program, start, resumes):
-    """Returns the program with its start, and the state before the first step (None if the run resumes).
-
-    `start` is from `_identity_of_start`: the other run may still be training, so its last step may change.
-    """
-    program = program.starting_from(start[0]) if start else program
+def _make_state(config, program, resumes):
+    """Returns the state before the first step, None if the run resumes; checks the network in both cases."""
     state = None if resumes else program.init_state(config.seed)
     programs.check_network(program, state or program.shapes_of_state(), config)
-    return program, state
+    return state
 
 
 def _open(workdir, config, program, data, show_progress):
