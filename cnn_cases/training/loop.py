@@ -239,8 +239,7 @@ def _train_to_the_end(config, program, state, *, workdir, log, checkpoints, stop
             processes.from_lead(checkpoints.wait)  # a run whose last save failed is not finished
         except DivergedError as error:
             processes.from_lead(checkpoints.wait)
-            steps = processes.from_lead(lambda: checkpoint.steps(workdir / "checkpoints"))
-            kept = max(steps, default=0)
+            kept = processes.from_lead(lambda: max(checkpoint.steps(workdir / "checkpoints"), default=0))
             # This is the first failure after `kept` if `kept` is newer than the restored checkpoint.
             before = len(running.nonfinite) - saved if kept == step else 0
             running.nonfinite.append(error.step)
@@ -363,7 +362,7 @@ class _Training:
         """Takes the state, whose memory the first step reuses, and the next calls' batches, see `_calls`."""
         self._config, self._program = config, program
         self._calls, self._running = calls, running
-        self._drawn = None  # the next of `calls`, if it has been drawn
+        self._next = next(calls, None)
         self._log, self._checkpoints, self._stop = log, checkpoints, stop
         self._state = devices_lib.replicate(state, program.devices)
         several = processes.is_one_of_several()
@@ -415,7 +414,7 @@ class _Training:
         config, program = self._config, self._program
         first_profiled, last_profiled = config.profile_steps or (0, 0)
         before = step
-        step, batches = self._drawn or next(self._calls)
+        step, batches = self._next
         if before < first_profiled <= step:
             self._collect()
             self._log.start_profile()
@@ -426,7 +425,7 @@ class _Training:
         row_is_due = step == config.num_steps or _is_due(step, config.log_every_steps)
         rate = program.schedule(step - 1) if row_is_due else None
         self._in_flight.append(_Call(step, metrics, number, rate))
-        self._drawn = next(self._calls, None)  # while the devices compute, since a stream has to decode it
+        self._next = next(self._calls, None)  # while the devices compute, since a stream has to decode it
         self._collect(at_most=self._max_in_flight)
         if before < last_profiled <= step:
             self._collect()
