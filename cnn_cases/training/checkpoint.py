@@ -189,11 +189,10 @@ class Checkpoints:
           ValueError: no checkpoint is intact, or the checkpoints that were saved are gone.
         """
         self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
         noted = self._noted()
         items = ocp.args.Composite(state=ocp.args.StandardRestore(_empty(like)), extra=ocp.args.JsonRestore())
         damaged = {}
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 _verify(self._directory / str(step))
                 with _other_structure_refused(self._directory, step, like):
