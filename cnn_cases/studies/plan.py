@@ -51,13 +51,11 @@ def expand(study):
         raise ValueError(f"a study must be a ConfigDict, not {study!r}")
     check(study)
     settings.check(study.base, "base.")
-    keys = [key for key, _ in study.grid]
-    short = short_names([*keys, "seed"])
+    short = short_names([*dict(study.grid), "seed"])
     runs = []
-    for values in itertools.product(*(values for _, values in study.grid)):
+    for point in points_of(study):
         for seed in study.seeds:
             config = copy.deepcopy(study.base)
-            point = dict(zip(keys, values, strict=True))
             own = point | {"seed": seed}
             for key, value in own.items():
                 _override(config, "grid", key, value)
@@ -157,6 +155,12 @@ def _is_plain(value):
     return isinstance(value, bool | int | float | str)
 
 
+def points_of(study):
+    """The points of a study's grid, in order."""
+    grid = dict(study["grid"])
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
 def adjustments(study, point):
     """Yields the (key, value) pairs of a study's `adjust` that apply to a point of its grid."""
     for (key, value), pairs in study.get("adjust", ()):
@@ -172,10 +176,7 @@ def config_of(study, point):
 
 def values_of(study, key):
     """The distinct values of a key over the points of a study's grid, in order."""
-    keys = [key for key, _ in study["grid"]]
-    points = itertools.product(*(values for _, values in study["grid"]))
-    configs = (config_of(study, dict(zip(keys, point, strict=True))) for point in points)
-    return tuple(dict.fromkeys(lookup(config, key) for config in configs))
+    return tuple(dict.fromkeys(lookup(config_of(study, point), key) for point in points_of(study)))
 
 
 def lookup(config, key):
