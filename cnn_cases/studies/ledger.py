@@ -209,14 +209,10 @@ def collect(studies):
     rows, records_of = {}, {}
     for name, record in studies.items():
         study = settings.completed(record["config"])  # an older record lacks newer keys
-        keys = [key for key, _ in study["grid"]]
         for run in record["runs"]:
-            point = {key: run[key] for key in keys}
+            point = records.point_of(record, run)
             config = plan.config_of(study, point)
-            environments = [record["environments"][number] for number in run["environments"]]
-            starts = {(records.code_of(start), records.data_of(start)) for start in environments}
-            # By their texts: a package that another one stands in for has no version to compare.
-            group = json.dumps([recipe(config), sorted(starts, key=repr)], sort_keys=True)
+            group = json.dumps(recipe(config), sort_keys=True), records.codes_of(record, run)
             row = rows.setdefault(group, Row([], point, config, [], []))
             if records_of.get((group, run["seed"])) == name:
                 raise ValueError(
@@ -232,7 +228,7 @@ def collect(studies):
             if name not in row.names:
                 row.names.append(name)
             row.runs.append(run)
-            row.environments.extend(environments)
+            row.environments.extend(records.starts_of(record, run))
     return list(rows.values())
 
 

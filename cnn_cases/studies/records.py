@@ -98,9 +98,7 @@ def _check_runs(record):
     for number, run in enumerate(record["runs"]):
         for key, value, allowed in _wrong(record, run):
             raise ValueError(f"runs[{number}]: {key} = {reprlib.repr(value)} must be {allowed}")
-        starts = (record["environments"][start] for start in run["environments"])
-        codes = frozenset((code_of(start), data_of(start)) for start in starts)
-        identity = (*(run[key] for key, _ in record["config"]["grid"]), run["seed"], codes)
+        identity = (*point_of(record, run).values(), run["seed"], codes_of(record, run))
         if identity in seen:
             raise ValueError(
                 f"runs[{number}] is a duplicate, of the same code and with seed {run['seed']}; remove one"
@@ -117,7 +115,7 @@ def _wrong(record, run):
         if run[key] not in values:
             yield key, run[key], f"one of {', '.join(map(repr, values))}"
     if "config_hash" in run:
-        here = config_hash(study, {key: run[key] for key, _ in study["grid"]}, run["seed"])
+        here = config_hash(study, point_of(record, run), run["seed"])
         if run["config_hash"] != here:
             yield "config_hash", run["config_hash"], f"{here}, that of the record's config"
     if not _is_number(run["step"]):
@@ -188,6 +186,21 @@ def _kinds_of_devices(environment):
     return tuple(sorted(set(environment["devices"])))
 
 
+def point_of(record, run):
+    """The point of the grid at which a run is: {key: value}."""
+    return {key: run[key] for key, _ in record["config"]["grid"]}
+
+
+def starts_of(record, run):
+    """The environments in which a run was started and resumed, in order."""
+    return [record["environments"][number] for number in run["environments"]]
+
+
+def codes_of(record, run):
+    """Identifies the code and the data at all starts of a run, as a set."""
+    return frozenset((code_of(start), data_of(start)) for start in starts_of(record, run))
+
+
 def split_by_code(record):
     """Splits a record by the code of its runs: no mean should be taken over several codes.
 
@@ -197,47 +210,44 @@ def split_by_code(record):
     Returns:
       {what distinguishes a code, in words: record}; {"": record} if all runs had the same code.
     """
-    environments = record["environments"]
+    had = collections.defaultdict(set)
+    for run in record["runs"]:
+        config = plan.config_of(record["config"], point_of(record, run))
+        named = json.dumps([config["data"], plan.lookup(config, "start")], sort_keys=True)
+        had[named].update(map(data_of, starts_of(record, run)))
+    other_data = any(len(each) > 1 for each in had.values())
+    parts = collections.defaultdict(list)
+    for run in record["runs"]:
+        codes = ((code_of(start), data_of(start) * other_data) for start in starts_of(record, run))
+        parts[tuple(dict.fromkeys(codes))].append(run)
+    if len(parts) == 1:
+        return {"": record}
+    starts = [starts_of(record, runs[0]) for runs in parts.values()]
+    names = _names_of_codes(starts, record["environments"], other_data)
+    return {name: record | {"runs": runs} for name, runs in zip(names, parts.values(), strict=True)}
+
+
+def _names_of_codes(codes, environments, other_data):
+    """Says what distinguishes codes, each given as the starts of one of its runs, in words."""
     packages = list(map(_packages, environments))
     names = sorted({name for one in packages for name in one})
     changed = [name for name in names if len({one.get(name) for one in packages}) > 1]
     several_kinds = len(set(map(_kinds_of_devices, environments))) > 1
 
-    def starts_of(run):
-        return [environments[number] for number in run["environments"]]
-
-    keys = [key for key, _ in record["config"]["grid"]]
-    had = collections.defaultdict(set)
-    for point, runs in group_by_point(record).items():
-        config = plan.config_of(record["config"], dict(zip(keys, point, strict=True)))
-        named = json.dumps([config["data"], plan.lookup(config, "start")], sort_keys=True)
-        had[named] |= {data_of(start) for run in runs for start in starts_of(run)}
-    other_data = any(len(each) > 1 for each in had.values())
-
-    def words(environment):
-        commit = environment["commit"]
+    def words(start):
+        commit = start["commit"]
         parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with the suffix for local changes
-        parts += [f"{name} {_packages(environment).get(name)}" for name in changed]
+        parts += [f"{name} {_packages(start).get(name)}" for name in changed]
         if several_kinds:
-            parts.append(f"on {', '.join(_kinds_of_devices(environment)) or 'unknown'}")
+            parts.append(f"on {', '.join(_kinds_of_devices(start)) or 'unknown'}")
         if other_data:
-            parts.append(f"data {zlib.crc32(data_of(environment).encode()):08x}")
+            parts.append(f"data {zlib.crc32(data_of(start).encode()):08x}")
         return " ".join(parts)
 
-    parts = collections.defaultdict(list)
-    for run in record["runs"]:
-        starts = starts_of(run)
-        key = tuple(dict.fromkeys((code_of(start), data_of(start) * other_data) for start in starts))
-        parts[key].append(run)
-    if len(parts) == 1:
-        return {"": record}
-    first = {key: starts_of(runs[0]) for key, runs in parts.items()}
-    names = {key: " then ".join(dict.fromkeys(map(words, first[key]))) for key in parts}
-    times = collections.Counter(names.values())
-    for key, name in names.items():
-        if times[name] > 1:  # without a commit, or with two sets of local changes to one
-            names[key] += f" ({', '.join(dict.fromkeys(str(start.get('code')) for start in first[key]))})"
-    return {names[key]: record | {"runs": runs} for key, runs in parts.items()}
+    names = [" then ".join(dict.fromkeys(map(words, starts))) for starts in codes]
+    # Words can be the same without a commit, or with two sets of local changes to one.
+    sums = [f" ({', '.join(dict.fromkeys(str(start.get('code')) for start in starts))})" for starts in codes]
+    return [name + code * (names.count(name) > 1) for name, code in zip(names, sums, strict=True)]
 
 
 def num_diverged(runs):
@@ -252,10 +262,9 @@ def final_metrics(runs):
 
 def group_by_point(record):
     """{point of the grid, as a tuple of values: its runs}."""
-    keys = [key for key, _ in record["config"]["grid"]]
     points = collections.defaultdict(list)
     for run in record["runs"]:
-        points[tuple(run[key] for key in keys)].append(run)
+        points[tuple(point_of(record, run).values())].append(run)
     return dict(points)
 
 
