@@ -177,9 +177,9 @@ def data_of(environment):
 
 
 def _packages(environment):
-    """{package: version}, and the precision of matrix products if it is set."""
-    precision = environment.get("matmul_precision")
-    return environment["versions"] | ({"matmul_precision": precision} if precision else {})
+    """{package: version} of those that have one, and the precision of matrix products if it is set."""
+    packages = environment["versions"] | {"matmul_precision": environment.get("matmul_precision")}
+    return {name: version for name, version in packages.items() if version}
 
 
 def _kinds_of_devices(environment):

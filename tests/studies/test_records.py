@@ -29,6 +29,12 @@ def test_other_versions_are_another_code_and_another_machine_is_not(mixed):
     assert list(records.split_by_code(mixed)) == ["aaaaaaa jax 0.10.2", "aaaaaaa jax 0.10.1"]
 
 
+def test_a_package_without_a_version_is_no_other_code_than_one_that_is_not_named(mixed):
+    first, second = mixed["environments"]
+    second |= {"commit": first["commit"], "versions": first["versions"] | {"tensorflow-datasets": None}}
+    assert records.split_by_code(mixed) == {"": mixed}
+
+
 def test_commits_of_one_code_are_not_parted_and_changes_of_one_commit_are(mixed):
     for one in mixed["environments"]:
         one["code"] = "0123456789ab"
