@@ -246,7 +246,7 @@ def comparison_table(record, form):
 
 
 def write_report(record, workdir):
-    """Writes the report of a record into a directory.
+    """Writes the report of a record into a directory, and returns its tables as text.
 
     Files:
       record.json; table.csv, table.md; comparison.csv, comparison.md (plain against residual in pairs);
@@ -256,7 +256,7 @@ def write_report(record, workdir):
     texts = {"table": table, "comparison": comparison_table}
     drawings = {"curves": draw_curves, "loss": draw_loss, "depth": draw_depth, "difference": draw_difference}
     key, titles, _ = _panels(record)
-    report.write(record, workdir, texts, drawings, key, titles)
+    return report.write(record, workdir, texts, drawings, key, titles)
 
 
 def check(study):
@@ -286,14 +286,9 @@ def check(study):
 
 
 def main():
-    """Runs the study, prints its table and draws its figures."""
-    study, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    check(study)
-    record = sweep.record_of_flags(study, workdir)
-    write_report(record, workdir)
-    print(table(record, "text"))
-    print(comparison_table(record, "text"))
-    print(f"record, tables, figures and the page curves.html: {workdir}")
+    """Checks and runs the study of the flags."""
+    check(flags.FLAGS.config)
+    sweep.run_study(write_report)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ def write(record, workdir, texts, drawings, panel_key, panels):
       texts: {name: (record, form) -> the table as text}; each becomes a .csv and a .md file.
       drawings: {name: record -> figure}; each becomes a .png and an .svg file.
       panel_key, panels: for the page; see `page.to_html`.
+
+    Returns:
+      The tables as text.
     """
     from cnn_cases.studies import page  # not above, since each process of `--jobs` would wait for Bokeh too
 
@@ -41,6 +44,7 @@ def write(record, workdir, texts, drawings, panel_key, panels):
         figures.save(draw(record), workdir / name)
     disk.write_text(workdir / "curves.html", page.to_html(record, panel_key, panels))
     disk.write_text(workdir / "record.json", record_text(record))  # last, when all of it could be drawn
+    return [make(record, "text") for make in texts.values()]
 
 
 def record_text(record):

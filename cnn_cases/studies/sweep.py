@@ -193,7 +193,7 @@ def table(record, form):
 
 
 def write_report(record, workdir):
-    """Writes the report of a record into a directory.
+    """Writes the report of a record into a directory, and returns its tables as text.
 
     Files:
       record.json; table.csv, table.md; curves.html (the page); curves as CSV, PNG and SVG. If the study has
@@ -210,7 +210,8 @@ def write_report(record, workdir):
     if key:
         drawings["curves"] = functools.partial(figures.draw_errors_by, key=key)
         drawings["loss"] = functools.partial(figures.draw_loss_by, key=key)
-    report.write(record, workdir, texts, drawings, key, figures.panels(record, key) if key else None)
+    titles = figures.panels(record, key) if key else None
+    return report.write(record, workdir, texts, drawings, key, titles)
 
 
 def define_flags():
@@ -242,13 +243,17 @@ def cluster_of_flags():
     return None
 
 
-def record_of_flags(study, workdir):
-    """Runs the study according to the flags of `define_flags` and returns its record.
+def run_study(write):
+    """Runs the study of the flags of `define_flags`, writes its report and prints the tables.
+
+    Args:
+      write: `write_report` of the study's module.
 
     Raises:
       ValueError: a flag sets a key of the base that the grid or the seeds set for every run, or see
         `run_all` and `make_record`.
     """
+    study, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
     plan.expand(study)
     set_by = {"base.seed": "seeds"} | {f"base.{key}": "grid" for key, _ in study.grid}
     for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items():
@@ -258,20 +263,11 @@ def record_of_flags(study, workdir):
             )
     if not flags.FLAGS.figures_only:
         run_all(study, workdir, flags.FLAGS.jobs, cluster_of_flags())
-    return make_record(study, workdir)
-
-
-def main():
-    """Runs a study, prints its tables and draws its figures."""
-    workdir = pathlib.Path(flags.FLAGS.workdir)
-    record = record_of_flags(flags.FLAGS.config, workdir)
-    write_report(record, workdir)
-    print(table(record, "text"))
-    if plan.compared(record["config"]):
-        print(comparison.study_table(record, "text"))
+    for text in write(make_record(study, workdir), workdir):
+        print(text)
     print(f"record, tables, figures and the page curves.html: {workdir}")
 
 
 if __name__ == "__main__":
     define_flags()
-    command.run(main)
+    command.run(functools.partial(run_study, write_report))
