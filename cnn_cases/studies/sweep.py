@@ -135,14 +135,13 @@ def make_record(study, workdir):
         if not result:
             raise ValueError(f"{run_dir} is not finished; start the study again, without --figures_only")
         logbook.check_owner(run_dir, run.config.to_dict())
-        numbers = []
         starts = logbook.read_environments(run_dir)
         if not starts:
             raise ValueError(f"{run_dir} has no environment.json, which identifies its code; put it back")
         for start in starts:
             if start not in environments:
                 environments.append(start)
-            numbers.append(environments.index(start))
+        numbers = sorted({environments.index(start) for start in starts})
         result.pop("examples", None)  # a diverged run has one for each example of a batch
         curves = {}
         for row in logbook.read_rows(run_dir / "metrics.jsonl"):
@@ -151,7 +150,7 @@ def make_record(study, workdir):
                     curves.setdefault(name, []).append((row["step"], float(f"{value:.6g}")))
         seed = run.config.seed
         identity = run.point | {"seed": seed, "config_hash": records.config_hash(config, run.point, seed)}
-        outcomes.append(identity | result | {"environments": sorted(set(numbers)), "curves": curves})
+        outcomes.append(identity | result | {"environments": numbers, "curves": curves})
     return {"config": config, "environments": environments, "runs": outcomes}
 
 
