@@ -80,8 +80,9 @@ def _check_parts(record, study):
 
 def _wrong_in_environment(environment):
     """Yields the errors of an environment: a key, and what would be allowed."""
-    if not isinstance(environment["commit"], str | None):
-        yield "commit", "a text or null"
+    for key in ("commit", "code", "matmul_precision"):  # older environments lack the last two
+        if not isinstance(environment.get(key), str | None):
+            yield key, "a text or null"
     versions, devices = environment["versions"], environment["devices"]
     # A package that another one stands in for has no version.
     if not (isinstance(versions, dict) and all(isinstance(one, str | None) for one in versions.values())):

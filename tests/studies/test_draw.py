@@ -228,6 +228,10 @@ def test_a_grid_of_depths_without_figures_of_training_is_drawn_as_any_study(reco
             lambda record: record["environments"][0].update(devices=-1),
             "environments[0]: devices = -1 must be a list of texts",
         ),
+        (
+            lambda record: record["environments"][0].update(code=["0123"]),
+            "environments[0]: code = ['0123'] must be a text or null",
+        ),
         (lambda record: record["runs"][0].update(date=20261128), "runs[0]: date = 20261128 must be a text"),
         (
             lambda record: record["runs"][0]["metrics"].update({"test/error": 10**400}),
