@@ -28,7 +28,6 @@ def main(arguments=None):
             options.record /= "record.json"
         record, study = _read(options.record)
         _check_free(options.out, record)
-        options.out.mkdir(parents=True, exist_ok=True)
         study.write_report(record, options.out)
         print(f"tables and figures: {options.out}")
 

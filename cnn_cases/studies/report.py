@@ -21,7 +21,7 @@ def write(record, workdir, texts, drawings, panel_key, panels):
 
     Args:
       record: see `records`.
-      workdir: the directory, which must exist.
+      workdir: the directory.
       texts: {name: (record, form) -> the table as text}; each becomes a .csv and a .md file.
       drawings: {name: record -> figure}; each becomes a .png and an .svg file.
       panel_key, panels: for the page; see `page.to_html`.
@@ -32,6 +32,7 @@ def write(record, workdir, texts, drawings, panel_key, panels):
     from cnn_cases.studies import page  # not above, since each process of `--jobs` would wait for Bokeh too
 
     workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     if (workdir / "record.json").exists():  # otherwise they are no report's
         for name in _NOT_OF_ALL:
             if name.partition(".")[0] not in texts.keys() | drawings.keys():
