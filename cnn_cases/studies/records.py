@@ -23,6 +23,14 @@ import zlib
 from cnn_cases import settings
 from cnn_cases.studies import plan
 
+# Settings of JAX that change the numbers of a run, as `provenance.environment` names them.
+JAX_DEFAULTS = {
+    "matmul_precision": None,
+    "random_numbers": "threefry2x32",
+    "partitionable": True,
+    "x64": False,
+}
+
 
 def read(path):
     """The record in a JSON file; None if the file holds something else.
@@ -80,9 +88,13 @@ def _check_parts(record, study):
 
 def _wrong_in_environment(environment):
     """Yields the errors of an environment: a key, and what would be allowed."""
-    for key in ("commit", "code", "matmul_precision"):  # older environments lack the last two
+    # Older environments lack all but the commit.
+    for key in ("commit", "code", "matmul_precision", "random_numbers"):
         if not isinstance(environment.get(key), str | None):
             yield key, "a text or null"
+    for key in ("partitionable", "x64"):
+        if not isinstance(environment.get(key), bool | None):
+            yield key, "true or false"
     versions, devices = environment["versions"], environment["devices"]
     # A package that another one stands in for has no version.
     if not (isinstance(versions, dict) and all(isinstance(one, str | None) for one in versions.values())):
@@ -164,7 +176,7 @@ def _is_number(value):
 
 
 def code_of(environment):
-    """Identifies the code of a run, as a tuple: code, packages, kinds of devices.
+    """Identifies the code of a run, as a tuple: code, packages and settings of JAX, kinds of devices.
 
     The code is a checksum of the training code; older environments have only the commit.
     """
@@ -178,9 +190,10 @@ def data_of(environment):
 
 
 def _packages(environment):
-    """{package: version} of those that have one, and the precision of matrix products if it is set."""
-    packages = environment["versions"] | {"matmul_precision": environment.get("matmul_precision")}
-    return {name: version for name, version in packages.items() if version}
+    """{package: version} of those that have one, and {setting of JAX: value} of those that were changed."""
+    versions = {name: version for name, version in environment["versions"].items() if version}
+    settings = {name: environment.get(name, default) for name, default in JAX_DEFAULTS.items()}
+    return versions | {name: value for name, value in settings.items() if value != JAX_DEFAULTS[name]}
 
 
 def _kinds_of_devices(environment):
@@ -238,7 +251,7 @@ def _names_of_codes(codes, environments, other_data):
     def words(start):
         commit = start["commit"]
         parts = [commit[:7] + commit[40:] if commit else "no commit"]  # with the suffix for local changes
-        parts += [f"{name} {_packages(start).get(name)}" for name in changed]
+        parts += [f"{name} {_packages(start).get(name, JAX_DEFAULTS.get(name))}" for name in changed]
         if several_kinds:
             parts.append(f"on {', '.join(_kinds_of_devices(start)) or 'unknown'}")
         if other_data:

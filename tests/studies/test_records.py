@@ -3,6 +3,7 @@ import json
 import pytest
 
 from cnn_cases.studies import plan, records
+from cnn_cases.training import provenance
 
 
 def test_runs_of_one_code_stay_together(record):
@@ -99,15 +100,29 @@ def test_changes_of_one_commit_are_told_apart_by_their_code(mixed):
     assert list(records.split_by_code(mixed)) == ["aaaaaaa-dirty (0123)", "aaaaaaa-dirty (4567)"]
 
 
-def test_another_precision_of_matrix_products_is_another_code(mixed):
+@pytest.mark.parametrize(
+    ("setting", "default", "other"),
+    [
+        ("matmul_precision", None, "highest"),
+        ("random_numbers", "threefry2x32", "rbg"),
+        ("partitionable", True, False),
+        ("x64", False, True),
+    ],
+)
+def test_another_setting_of_jax_is_another_code(setting, default, other, mixed):
     first, second = mixed["environments"]
-    second |= {"commit": first["commit"], "matmul_precision": None}
-    assert list(records.split_by_code(mixed)) == [""]
-    second["matmul_precision"] = "highest"
+    second |= {"commit": first["commit"], setting: default}
+    assert list(records.split_by_code(mixed)) == [""]  # the first is older than the key
+    second[setting] = other
     assert list(records.split_by_code(mixed)) == [
-        "aaaaaaa matmul_precision None",
-        "aaaaaaa matmul_precision highest",
+        f"aaaaaaa {setting} {default}",
+        f"aaaaaaa {setting} {other}",
     ]
+
+
+def test_the_defaults_of_jax_are_those_of_this_jax():
+    here = provenance.environment()
+    assert {name: here[name] for name in records.JAX_DEFAULTS} == records.JAX_DEFAULTS
 
 
 def test_points_hold_their_runs(record):
