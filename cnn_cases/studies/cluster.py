@@ -22,6 +22,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import psutil
 import submitit
 from submitit.core import utils as submitit_utils
 from submitit.helpers import Checkpointable
@@ -30,7 +31,7 @@ from cnn_cases import checks, saved_runs, stopping
 from cnn_cases.studies import jobs
 from cnn_cases.training import logbook, loop, processes, runtime
 
-COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ("ps",)}
+COMMANDS = {"slurm": ("sbatch", "srun", "squeue", "scontrol"), "local": ()}
 MAX_TIMEOUTS = 100  # per run, which resumes from a checkpoint after each
 LEAST_MINUTES = 3  # Slurm warns 90 seconds before the end
 
@@ -279,12 +280,15 @@ def _alive(name, all_paths):
         queue = subprocess.run(squeue, capture_output=True, text=True)
         # If the queue cannot be queried right now, the jobs are assumed to be in it.
         return ids if queue.returncode else ids & set(queue.stdout.split())
-    ps = ["ps", "-ww", "-o", "pid=,args=", "-p", ",".join(sorted(ids))]
-    letters = os.environ | {"LC_ALL": "C.UTF-8"}  # in other locales ps omits parts of a path
-    listing = subprocess.run(ps, capture_output=True, text=True, env=letters).stdout
-    commands = dict(line.split(maxsplit=1) for line in listing.splitlines())
-    # By now the id may belong to another process.
-    return {paths.job_id for paths in all_paths if commands.get(paths.job_id, "").endswith(str(paths.folder))}
+    return {paths.job_id for paths in all_paths if _runs_here(paths)}
+
+
+def _runs_here(paths):
+    """Whether the process of a local job runs; by now its id may belong to another process."""
+    try:
+        return psutil.Process(int(paths.job_id)).cmdline()[-1:] == [str(paths.folder)]
+    except psutil.Error:  # there is none, or it has ended, or belongs to another user
+        return False
 
 
 def _ended(waiting, cluster_name, stop):
