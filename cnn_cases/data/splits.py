@@ -302,28 +302,35 @@ def _decode_once(builder, base):
     """Images uint8 [N, H, W, C] and labels int32 [N] of a whole split, cached next to the prepared data set.
 
     Reading CIFAR-10's decoded pixels takes a tenth of a second, decoding them several seconds. If the data
-    set's files have changed since, they are decoded again.
+    set's files have changed since, or the cached ones are damaged, they are decoded again.
     """
     place = pathlib.Path(builder.data_path)
     files = sorted(place.glob(f"*-{base}.*"))
     told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     version = f"{zlib.crc32(repr(told).encode()):08x}"
-    paths = [place / "decoded" / f"{base}-{name}-{version}.npy" for name in ("image", "label")]
+    names = ("image", "label", "checksums")
+    paths = [place / "decoded" / f"{base}-{name}-{version}.npy" for name in names]
     shape = (builder.info.splits[base].num_examples, *builder.info.features["image"].shape)
     try:
-        images, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-        if (images.shape, images.dtype, labels.shape) == (shape, np.uint8, shape[:1]):
+        *arrays, checksums = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        images, labels = arrays
+        is_sound = (images.shape, images.dtype, labels.shape) == (shape, np.uint8, shape[:1])
+        if is_sound and np.array_equal(checksums, _checksums(arrays)):
             return images, labels
     except (OSError, ValueError, EOFError, tokenize.TokenError):
         pass  # missing, incomplete or with a damaged header, which NumPy reads as Python's tokens
     arrays = _decode(builder, base)
-    for name, path, array in zip(("image", "label"), paths, arrays, strict=True):
+    for name, path, array in zip(names, paths, [*arrays, _checksums(arrays)], strict=True):
         sources.keep(path, functools.partial(np.save, arr=array, allow_pickle=False))
         current = set(path.parent.glob(f"{path.stem}*.npy"))  # another process may just be writing it
         for other in set(path.parent.glob(f"{base}-{name}*.npy")) - current:
             with contextlib.suppress(OSError):
                 other.unlink()  # decoded from earlier files
     return arrays
+
+
+def _checksums(arrays):
+    return np.array([zlib.crc32(np.ascontiguousarray(array)) for array in arrays])
 
 
 def resize(image, height, width):

@@ -96,11 +96,26 @@ def test_a_damaged_copy_of_the_decoded_images_is_made_again(prepared):
     whole, _, _ = splits.load_split("digits", "train", str(prepared))
     (copy,) = prepared.rglob("train-image-*.npy")
     complete = copy.read_bytes()
-    for damage in (complete[:1000], b"", complete.replace(b")", b"(", 1)):  # the last in its header
+    one_bit = complete[:5000] + bytes([complete[5000] ^ 1]) + complete[5001:]
+    for damage in (complete[:1000], b"", complete.replace(b")", b"(", 1), one_bit):  # the third in its header
         copy.write_bytes(damage)
         splits.load_split.cache_clear()
         again, _, _ = splits.load_split("digits", "train", str(prepared))
         np.testing.assert_array_equal(again, whole)
+
+
+@pytest.mark.parametrize("name", ["label", "checksums"])
+def test_a_flipped_bit_beside_the_decoded_images_is_noticed(name, prepared):
+    images, labels, _ = splits.load_split("digits", "train", str(prepared))
+    images, labels = images.copy(), labels.copy()
+    (copy,) = prepared.rglob(f"train-{name}-*.npy")
+    sound = copy.read_bytes()
+    copy.write_bytes(sound[:-4] + bytes([sound[-4] ^ 2]) + sound[-3:])
+    splits.load_split.cache_clear()
+    same_images, same_labels, _ = splits.load_split("digits", "train", str(prepared))
+    np.testing.assert_array_equal(same_images, images)
+    np.testing.assert_array_equal(same_labels, labels)
+    assert copy.read_bytes() == sound
 
 
 def test_other_files_of_a_set_are_decoded_anew(prepared):
@@ -131,7 +146,7 @@ def test_what_another_process_is_writing_at_the_same_time_stays(prepared, monkey
     splits.load_split("digits", "test", str(prepared))
     names = {path.name.rpartition("-")[2] for path in prepared.rglob("decoded/*-0123456789abcdef.npy")}
     assert names == {"0123456789abcdef.npy"}
-    assert len([*prepared.rglob("decoded/*.npy")]) == 4
+    assert len([*prepared.rglob("decoded/*.npy")]) == 6
 
 
 def test_a_directory_that_cannot_be_written_costs_only_the_copy(prepared, caplog):
