@@ -8,6 +8,7 @@ import collections
 import contextlib
 import datetime
 import itertools
+import multiprocessing
 import pathlib
 import shlex
 import signal
@@ -54,7 +55,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
 
     Raises:
       ValueError: the config is invalid, the workdir belongs to another config, cannot be written or is
-        damaged, or the processes differ.
+        damaged, the processes differ, or a worker process that imports the caller's script called this.
       OSError: a checkpoint could not be saved.
       DivergedError: the loss, the gradient or the state became NaN or infinite, and `on_nonfinite` ends the
         run. The last good checkpoint is kept, and result.json has what `cnn_cases.replay` needs:
@@ -63,6 +64,7 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
       InterruptedRun: SIGTERM, SIGINT or SIGUSR2 reached any of the processes; the run was saved.
     """
     started = time.monotonic()
+    _check_not_in_worker()
     workdir = pathlib.Path(workdir)
     settings.check(config)  # a config that JSON cannot hold could not be compared with the workdir's
     check_path(workdir)
@@ -114,6 +116,15 @@ def train_and_evaluate(config, workdir, *, program=None, show_progress=True):
     if number:  # too late to stop this run, but the caller may have more runs
         raise InterruptedRun(f"{signal.Signals(number).name}: {workdir} is finished and saved", number)
     return result
+
+
+def _check_not_in_worker():
+    """Raises ValueError in a process that, as it starts, runs the script of the process that started it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            "a worker process first runs the script that started it, and so would train, too; put what the "
+            'script does below `if __name__ == "__main__":`'
+        )
 
 
 def _check_alike(config):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -1076,3 +1077,30 @@ def test_checkpoints_that_can_not_be_the_best_are_told_of(changes, told, config,
         loop.train_and_evaluate(config, tmp_path, program=stop_after(program, 1, interrupt))
     words = "only checkpoints at whose step 'validation' is evaluated can be the best"
     assert (words in capfd.readouterr().err) == told
+
+
+def test_a_script_without_a_guard_is_told_of_it_in_its_workers(tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import multiprocessing
+
+from cnn_cases.training import loop
+
+multiprocessing.set_start_method("spawn", force=True)
+if multiprocessing.current_process().name != "MainProcess":  # in the child
+    loop.train_and_evaluate(None, {str(tmp_path / "run")!r})
+child = multiprocessing.Process(target=print)
+child.start()
+child.join()
+assert child.exitcode == 1
+""")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ValueError: a worker process first runs the script that started it" in done.stderr
+    assert not (tmp_path / "run").exists()
