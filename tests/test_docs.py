@@ -402,22 +402,23 @@ def test_the_table_of_dtypes_is_that_of_its_records():
 
 
 @pytest.mark.parametrize(
-    ("study", "record", "metric"),
+    ("study", "record", "metric", "words"),
     [
-        ("side_branches", "side_branches_imagenette", "validation/error"),
-        ("response_norm_digits", "response_norm_digits", "test/error"),
+        ("side_branches", "side_branches_imagenette", "validation/error", "{} without and of {} with "),
+        ("response_norm_digits", "response_norm_digits", "test/error", "{} without and of {} with "),
+        ("vgg_depth_digits", "vgg_depth_digits", "test/error", "{} with D and {} with E"),
     ],
 )
-def test_the_head_of_a_study_has_the_comparison_of_its_record(study, record, metric):
+def test_the_head_of_a_study_has_the_comparison_of_its_record(study, record, metric, words):
     record = records.read(ROOT / f"results/{record}.json")
     (row,) = comparison.compare_study(record)
     head = one_line(ast.get_docstring(ast.parse((ROOT / f"configs/studies/{study}.py").read_text())))
-    without, beside = (
+    means = (
         f"{100 * statistics.mean(run['metrics'][metric] for run in runs):.2f} %"
         for runs in records.group_by_point(record).values()
     )
     low, high = (f"{100 * end:.2f}" for end in row[metric]["interval"])
-    assert f"errors of {without} without and of {beside} with " in head
+    assert f"errors of {words.format(*means)}" in head
     difference = (
         f"difference of {100 * row[metric]['mean']:.2f} points has a 95 % interval of {low} to {high}"
     )
