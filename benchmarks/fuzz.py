@@ -375,7 +375,7 @@ def try_study(rng):
         "adjust": (),
     }
     if values["grid"]:
-        values["compare"] = values["grid"][0][0]
+        values["compare"] = values["against"] = values["grid"][0][0]
     kind = rng.choice(("missing", "misnamed", "mistyped", "inside", "base"))
     part = rng.choice(list(values))
     value = rng.choice(VALUES)
@@ -410,7 +410,8 @@ def try_study(rng):
         key, inner = rng.choice(inside[part])
         keys, values[part] = [part, key], (inner,)
     if part == "grid":
-        values.pop("compare", None)  # it may no longer be a key of the grid, and be named instead
+        for name in ("compare", "against"):  # they may no longer be keys of the grid, and be named instead
+            values.pop(name, None)
 
     def expand():
         for run in plan.expand(ConfigDict(values)):

@@ -47,7 +47,7 @@ def _kinds(section, prefix=""):
 KEYS = _kinds(common.get_config().to_dict())
 KEYS["model"] = {"name": str, ...: object}  # `models` has the types of the architecture's own fields
 KEYS["data"]["splits"] = {"train": str, ...: str}
-STUDY_KEYS = {"base", "grid", "seeds"}  # `plan` explains them, and two that a study can do without
+STUDY_KEYS = {"base", "grid", "seeds"}  # `plan` explains them, and others that are optional
 NOT_OF_MODEL = {  # fields of a model that other keys, or the data, determine
     "num_classes": "there are as many classes as the data set has",
     "dtype": "the compute type is dtype, without model.",

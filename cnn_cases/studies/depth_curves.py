@@ -5,15 +5,15 @@
 When started again, it skips finished runs and resumes unfinished ones.
 """
 
-import statistics
+import itertools
 
 from absl import flags
-from matplotlib.figure import Figure
 
 from cnn_cases import command, tables
-from cnn_cases.studies import comparison, figures, plan, records, report, sweep
+from cnn_cases.studies import comparison, figures, final_errors, plan, records, report, sweep
 
 KINDS = {True: "plain", False: "residual"}
+DEPTH = "depth (weighted layers)"
 COLOURS = dict(zip(KINDS.values(), figures.TWO_COLOURS, strict=True))
 
 
@@ -47,7 +47,7 @@ def suits(record):
     config, names = record["config"], _final_figures(record).keys()
     return (
         _is_of_twins(config["grid"])
-        and "compare" not in config
+        and not config.keys() & {"compare", "against"}
         and all(names <= metrics.keys() for metrics in records.final_metrics(record["runs"]))
     )
 
@@ -137,94 +137,41 @@ def draw_loss(record):
     return figures.draw_loss_by(record, *_panels(record))
 
 
-def _draw_by_depth(record, rows, draw_panel, label):
-    """A figure of training error (left) and test error (right) against depth, with panels for each code."""
-    depths = sorted({run["model.depth"] for run in record["runs"]})
-    codes = list(dict.fromkeys(row["code"] for row in summarise(record)))
-    figure = Figure(figsize=(9.5, 3.8 * len(codes) + 0.2), layout="constrained")
-    grid = figure.subplots(len(codes), 2, squeeze=False, sharex=True, sharey=True)
-    for axes, code in zip(grid, codes, strict=True):
-        of_code = [row for row in rows if row["code"] == code]
-        for axis, (name, title) in zip(axes, _final_errors(record).items(), strict=True):
-            draw_panel(axis, of_code, name)
-            axis.set_title(f"{title}, code {code}" if code else title)
-            axis.set_xticks(depths)
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel(label)
-    room = max(1, 0.05 * (depths[-1] - depths[0]))
-    grid[0, 0].set_xlim(depths[0] - room, depths[-1] + room)  # a depth without marks has its place, too
-    for axis in grid[-1]:
-        axis.set_xlabel("depth (weighted layers)")
-    return figure, grid
-
-
 def draw_depth(record):
-    """Draws final training and test error against depth, for plain and residual nets.
-
-    Lines connect the means, bands span minimum to maximum, and every seed is a dot. A cross at the upper edge
-    stands for diverged runs and gives their number.
-    """
-
-    def draw_panel(axis, rows, name):
-        for kind, style, marker, below in (("plain", "--", "s", 16), ("residual", "-", "o", 27)):
-            color = COLOURS[kind]
-            diverged = [row for row in rows if row[f"{kind} diverged"]]
-            points = [(row["depth"], [100 * value for value in row[f"{kind} {name}"]]) for row in rows]
-            points = [(depth, values) for depth, values in points if values]
-            depths = [depth for depth, _ in points]
-            means = [statistics.mean(values) for _, values in points]
-            axis.plot(depths, means, color=color, linestyle=style)
-            axis.plot([], [], color=color, linestyle=style, marker=marker, markersize=4, label=kind)
-            low, high = ([pick(values) for _, values in points] for pick in (min, max))
-            axis.fill_between(depths, low, high, color=color, alpha=0.15, linewidth=0)
-            for depth, values in points:
-                axis.plot([depth] * len(values), values, marker, color=color, markersize=4, alpha=0.7)
-            if diverged:
-                edge = {"transform": axis.get_xaxis_transform(), "clip_on": False, "markeredgewidth": 2}
-                depths, title = [row["depth"] for row in diverged], f"{kind}, diverged"
-                axis.plot(depths, [1.0] * len(depths), "x", color=color, label=title, markersize=8, **edge)
-            for row in diverged:
-                number = row[f"{kind} diverged"]
-                axis.annotate(
-                    f"{number} of {number + len(row[f'{kind} {name}'])}",
-                    (row["depth"], 1),
-                    (0, -below),
-                    xycoords=axis.get_xaxis_transform(),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                    color=color,
-                )
-
-    figure, grid = _draw_by_depth(record, summarise(record), draw_panel, "error after the last step (%)")
+    """Draws final training and test error against depth, for plain and residual nets; see `final_errors`."""
+    looks = {
+        (True,): final_errors.Look("plain", COLOURS["plain"], "s", "--"),
+        (False,): final_errors.Look("residual", COLOURS["residual"], "o"),
+    }
+    figure, rows = final_errors.draw(record, "model.depth", _final_errors(record), looks, xlabel=DEPTH)
     top = _room_for_errors(record, 1.2)
-    for axis in grid.flat:
+    for axis in itertools.chain(*rows.values()):
         axis.set_ylim(-0.02 * top, top)  # so that dots at zero are not cut
         axis.legend(frameon=False)
-    seeds = figures.describe_seeds(record)
-    if len(record["config"]["seeds"]) > 1:
-        seeds = f"dot: a seed, line: {seeds}"
-    figure.suptitle(f"{figures.describe_data(record)}; {seeds}", fontsize=10)
+    figure.suptitle(final_errors.caption(record), fontsize=10)
     return figure
 
 
 def draw_difference(record):
     """Draws the final error of plain nets minus that of residual nets, in pairs with the same seed."""
-    rows = compare(record)
-
-    def draw_panel(axis, rows, name):
-        axis.axhline(0, color="black", linewidth=0.8)
-        for row in rows:
-            comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
-
-    figure, grid = _draw_by_depth(record, rows, draw_panel, "plain minus residual (percentage points)")
-    comparison.give_room(grid.flat, grid[:, 0], "y")
+    names, rows = _final_errors(record), compare(record)
+    ylabel = "plain minus residual (percentage points)"
+    figure, panels = final_errors.make_panels(
+        record, "model.depth", names.values(), xlabel=DEPTH, ylabel=ylabel
+    )
+    for code, axes in panels.items():
+        for axis, name in zip(axes, names, strict=True):
+            axis.axhline(0, color="black", linewidth=0.8)
+            for row in rows:
+                if row["code"] == code:
+                    comparison.draw_marks(axis, row["model.depth"], row[name], upright=True)
+    comparison.give_room(list(itertools.chain(*panels.values())), [axes[0] for axes in panels.values()], "y")
     # Not the sum over the rows: partners that ran with different code are left out in a row of each.
     compared = {(row["model.depth"], seed) for row in rows for seed in row["seeds"]}
     left_out = len({(run["model.depth"], run["seed"]) for run in record["runs"]} - compared)
     figure.suptitle(
         f"{figures.describe_data(record)}; errors after the last step; "
-        + comparison.describe_marks(rows, _final_errors(record))
+        + comparison.describe_marks(rows, names)
         + (f"; {left_out} pairs left out" if left_out else ""),
         fontsize=9,
     )
@@ -267,10 +214,10 @@ def check(study):
             f"grid = {study.grid}: a depth study needs values of model.depth, and True and False for "
             "model.plain; cnn_cases.studies.sweep runs other grids"
         )
-    if "compare" in study:
+    for key in {"compare", "against"} & set(study):
         raise ValueError(
-            f"compare = {study.compare!r}: a depth study compares plain and residual nets; leave it out, or "
-            "take cnn_cases.studies.sweep"
+            f"{key} = {study[key]!r}: a depth study compares plain and residual nets as depth grows; leave "
+            "it out, or take cnn_cases.studies.sweep"
         )
     for run in runs:
         splits, protocol = run.config.evaluation.final_splits, run.config.evaluation.protocol

@@ -231,7 +231,7 @@ def draw_curves(record):
                 )
         set_loss_axis(loss, record)
         error.set_ylabel("error (%)")
-        _scale_errors([error], [error])
+        scale_errors([error], [error])
         for axis in (loss, error):
             axis.set(xlabel="training step", xlim=(0, None))
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -249,7 +249,7 @@ def draw_curves(record):
     return figure
 
 
-def _scale_errors(axes, labelled):
+def scale_errors(axes, labelled):
     """Scales the error axis that these axes share, from 0 to the largest error.
 
     If some errors are small, 0 to 1 %, 1 to 10 % and 10 to 100 % get equal room, and the label of each of the
@@ -293,7 +293,7 @@ def draw_panels(record, curves, key, titles, names):
     Returns:
       The figure, and its rows of axes, which share their scales.
     """
-    titles, names = titles or panels(record, key), names or _names_without(record, key)
+    titles, names = titles or panels(record, key), names or names_without(record, key)
     parts = records.split_by_code(record)
     others = [one for one, _ in record["config"]["grid"] if one != key]
     looks = list(zip(names, shades(len(names)), itertools.cycle(MARKERS), strict=False))
@@ -335,7 +335,7 @@ def draw_panels(record, curves, key, titles, names):
     handles.reverse()  # the darkest on top, like the curves of plain nets
     if records.num_diverged(record["runs"]):
         handles.append(cross())
-    _add_legend_beside(figure, handles)
+    add_legend_beside(figure, handles)
     return figure, rows
 
 
@@ -370,7 +370,7 @@ def draw_errors_by(record, key, titles=None, names=None, top=None):
     for axes in rows:
         axes[0].set_ylabel("error (%)")
     if top is None:
-        _scale_errors(list(rows.flat), rows[:, 0])
+        scale_errors(list(rows.flat), rows[:, 0])
     else:
         rows[0, 0].set_ylim(0, top)
     words = f"thin: training error, bold: {evaluated[0]} error" if evaluated else "training error"
@@ -387,7 +387,7 @@ def draw_loss_by(record, key, titles=None, names=None):
     return figure
 
 
-def _names_without(record, key):
+def names_without(record, key):
     """{point of the other keys: its name}."""
     number = [one for one, _ in record["config"]["grid"]].index(key)
     names = records.names_of_points(record, without=key)
@@ -402,10 +402,10 @@ def _add_legend_of_points(figure, record):
             points.items(), shades(len(points)), itertools.cycle(MARKERS), strict=False
         )
     ]
-    _add_legend_beside(figure, handles, fontsize=9)
+    add_legend_beside(figure, handles, fontsize=9)
 
 
-def _add_legend_beside(figure, handles, **style):
+def add_legend_beside(figure, handles, **style):
     """Adds a legend on the right, and enlarges the figure if the legend would leave its panels no room."""
     legend = figure.legend(handles=handles, loc="outside right center", frameon=False, **style)
     for text in legend.get_texts():

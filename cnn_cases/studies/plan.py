@@ -10,6 +10,8 @@ study's record holds, which `config_of`, `values_of` and `lookup` take:
               ((key, value), ...). Each further key is one of `base`, or a setting that the point's network
               has and the network of `base` does not
     compare   optional: the key of the grid whose values are compared in pairs of runs (see `comparison`)
+    against   optional: the key of the grid, with numbers as values, against which a figure shows the final
+              errors (see `final_errors`)
 
 Points are dicts {key of the grid: value}.
 """
@@ -97,9 +99,9 @@ def check(study):
     missing = settings.STUDY_KEYS - set(study)
     if missing:
         raise ValueError(f"this is no study config: {' and '.join(sorted(missing))} missing")
-    for key in set(study) - settings.STUDY_KEYS - {"adjust", "compare"}:
+    for key in set(study) - settings.STUDY_KEYS - {"adjust", "compare", "against"}:
         raise ValueError(
-            f"{key} is unknown; a study has base, grid and seeds, and can have adjust and compare"
+            f"{key} is unknown; a study has base, grid and seeds, and can have adjust, compare and against"
         )
     grid, seeds = study["grid"], study["seeds"]
     if not (_are_pairs(grid) and all(isinstance(values, tuple) for _, values in grid)):
@@ -123,6 +125,7 @@ def check(study):
     if "adjust" in study:
         _check_adjust(study["adjust"], keys)
     compared(study)
+    against(study)
 
 
 def _check_adjust(adjust, keys):
@@ -198,13 +201,32 @@ def compared(study):
     """
     if "compare" not in study:
         return None
-    key, grid = study["compare"], dict(study["grid"])
+    first, *others = _values_of_named(study, "compare")
+    return (study["compare"], first, tuple(others)) if others else None
+
+
+def against(study):
+    """The key of a study's grid against which its final errors are drawn.
+
+    None without `against`, or if the key has one value.
+
+    Raises:
+      ValueError: `against` is not a key of the grid, or not all of its values are numbers.
+    """
+    if "against" not in study:
+        return None
+    values = _values_of_named(study, "against")
+    if not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"against = {study['against']!r} must have numbers in the grid, not {values}")
+    return study["against"] if len(values) > 1 else None
+
+
+def _values_of_named(study, name):
+    """The values of the key of its grid that a study's `name` is."""
+    key, grid = study[name], dict(study["grid"])
     if key not in list(grid):
-        raise ValueError(
-            f"compare = {key!r} must be a key of the grid, which has {', '.join(grid) or 'none'}"
-        )
-    first, *others = grid[key]
-    return (key, first, tuple(others)) if others else None
+        raise ValueError(f"{name} = {key!r} must be a key of the grid, which has {', '.join(grid) or 'none'}")
+    return grid[key]
 
 
 def short_names(keys):

@@ -10,7 +10,11 @@ from cnn_cases.training import disk
 # What some reports have and others lack.
 _NOT_OF_ALL = (
     *("comparison.csv", "comparison.md"),
-    *(f"{name}.{kind}" for name in ("loss", "depth", "difference") for kind in ("png", "svg")),
+    *(
+        f"{name}.{kind}"
+        for name in ("loss", "depth", "final_errors", "difference")
+        for kind in ("png", "svg")
+    ),
 )
 
 

@@ -3,8 +3,9 @@
     python -m cnn_cases.studies.sweep --config=configs/studies/seeds.py:lenet5_mnist --workdir=runs/seeds
 
 prints a table of the final metrics and writes it (table.md), with the curves (curves.png, curves.svg and the
-page curves.html), a comparison in pairs (comparison.md, difference.png) if the study defines one, and all
-results of the runs (record.json). When started again, it skips finished runs and resumes unfinished ones.
+page curves.html) and all results of the runs (record.json); and, if the study asks for them, a comparison in
+pairs (comparison.md, difference.png) and the final errors against a number of the grid (final_errors.png).
+When started again, it skips finished runs and resumes unfinished ones.
 """
 
 import functools
@@ -17,7 +18,7 @@ from ml_collections import config_flags
 
 from cnn_cases import command, settings, tables
 from cnn_cases.studies import cluster as clusters
-from cnn_cases.studies import comparison, figures, jobs, plan, records, report
+from cnn_cases.studies import comparison, figures, final_errors, jobs, plan, records, report
 from cnn_cases.training import checkpoint, disk, logbook, processes, programs
 
 
@@ -198,10 +199,12 @@ def write_report(record, workdir):
       record.json; table.csv, table.md; curves.html (the page); curves as CSV, PNG and SVG. If the study has
       `compare`: comparison.csv, comparison.md, and difference as PNG and SVG. If its grid then has other keys
       too, curves and page have panels for each compared value, if these are few, and loss is a separate
-      figure.
+      figure. If it has `against`: final_errors as PNG and SVG.
     """
     key = figures.key_of_panels(record)
     texts, drawings = {"table": table}, {"curves": figures.draw_curves}
+    if plan.against(record["config"]) and comparison.final_errors(record):
+        drawings["final_errors"] = final_errors.draw_study
     if plan.compared(record["config"]):
         texts["comparison"] = comparison.study_table
         if comparison.final_errors(record):

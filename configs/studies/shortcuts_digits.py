@@ -25,6 +25,7 @@ def get_config():
         common.follow_test_error(config.base)
     config.grid = (("model.depth", (20, 32, 44, 56)), ("model.shortcut", ("A", "B", "C")))
     config.compare = "model.shortcut"
+    config.against = "model.depth"
     config.seeds = (0, 1, 2)
     config.lock()
     return config

@@ -219,6 +219,7 @@ def test_the_test_is_that_of_the_protocol(record):
         ),
         ("seeds", (), r"seeds = \(\) must have values"),
         ("compare", "model.depth", "compare = 'model.depth': a depth study compares plain and residual nets"),
+        ("against", "model.depth", "against = 'model.depth': a depth study compares plain and residual nets"),
     ],
 )
 def test_a_study_that_cannot_be_drawn_is_refused(key, value, message):

@@ -6,7 +6,7 @@ import reprlib
 
 import pytest
 
-from cnn_cases.studies import depth_curves, draw, records
+from cnn_cases.studies import depth_curves, draw, records, sweep
 from tests.studies.conftest import run
 
 GRADIENTS_AND_RESPONSES = [f"{name}.{form}" for name in ("gradients", "responses") for form in ("png", "svg")]
@@ -95,6 +95,23 @@ def test_a_grid_of_depths_that_compares_something_else_is_drawn_as_any_study(rec
     page = (tmp_path / "out/curves.html").read_text()
     assert "depth 8: error" in page
     assert "depth 20: loss" in page
+
+
+def test_a_study_can_ask_for_its_final_errors_against_a_number(record, tmp_path):
+    record["config"]["against"] = "model.depth"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    draw.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out/final_errors.png").exists()
+    assert (tmp_path / "out/final_errors.svg").exists()
+    assert not (tmp_path / "out/depth.png").exists()
+
+
+def test_a_figure_that_only_the_report_before_had_is_removed(record, tmp_path):
+    record["config"]["against"] = "model.depth"
+    sweep.write_report(record, tmp_path)
+    del record["config"]["against"]
+    sweep.write_report(record, tmp_path)
+    assert not [*tmp_path.glob("final_errors.*")]
 
 
 def test_many_compared_values_have_no_panels_of_their_own(record, tmp_path):

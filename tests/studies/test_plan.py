@@ -96,6 +96,27 @@ def test_only_a_key_of_the_grid_can_be_compared(record, compare, known):
 
 
 @pytest.mark.parametrize(
+    ("against", "message"),
+    [
+        (
+            "model.deep",
+            "against = 'model.deep' must be a key of the grid, which has model.depth",
+        ),
+        ("model.plain", r"against = 'model.plain' must have numbers in the grid, not \[True, False\]"),
+    ],
+)
+def test_only_numbers_of_the_grid_can_be_an_axis(record, against, message):
+    record["config"]["against"] = against
+    with pytest.raises(ValueError, match=message):
+        plan.against(record["config"])
+
+
+def test_one_number_is_no_axis(record):
+    record["config"] |= {"against": "model.depth", "grid": [["model.depth", [8]]]}
+    assert plan.against(record["config"]) is None
+
+
+@pytest.mark.parametrize(
     ("keys", "names"),
     [
         (["model.depth", "seed"], ["depth", "seed"]),

@@ -71,7 +71,7 @@ def study(data_dir):
         ),
         (
             {"grids": ()},
-            "grids is unknown; a study has base, grid and seeds, and can have adjust and compare",
+            "grids is unknown; a study has base, grid and seeds, and can have adjust, compare and against",
         ),
         ({"base": 3}, r"base = 3 \(int\) must be a ConfigDict"),
         ({"adjust": (("num_steps", 8),)}, r"adjust = \(\('num_steps', 8\),\) must be pairs of"),
