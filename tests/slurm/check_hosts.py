@@ -19,16 +19,21 @@ TRAIN = [
     *(sys.executable, "train.py", "--config=configs/resnet_digits.py"),
     *(f"--config.{key}={value}" for key, value in OVERRIDES.items()),
 ]
-# The script of docs/cluster.md, with the CPUs of this Slurm.
-SCRIPT = """#!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=30:00
-#SBATCH --signal=USR2@90 --requeue --open-mode=append --output={log}
-srun --cpus-per-task=1 --kill-on-bad-exit=0 \\
-    {command}
-code=$?
-if [ $code = 140 ]; then scontrol requeue $SLURM_JOB_ID; fi
-exit $code
-"""
+MANUAL = pathlib.Path(__file__).parents[2] / "docs/cluster.md"
+
+
+def batch_script(log, command):
+    """The batch script of the manual for one CPU per host, with another command and a log file."""
+    (script,) = re.findall(r"```\n(#!/bin/bash\n.*?)```", MANUAL.read_text(), re.DOTALL)
+    for there, here in (
+        ("--gpus-per-node=4 --cpus-per-task=32 --time=24:00:00", "--cpus-per-task=1 --time=30:00"),
+        ("--open-mode=append", f"--open-mode=append --output={log}"),
+        ("srun --cpus-per-task=32", "srun --cpus-per-task=1"),
+        ("python train.py --config=configs/resnet_imagenet2012.py --workdir=runs/resnet", command),
+    ):
+        assert script.count(there) == 1, f"{MANUAL} no longer has {there}"
+        script = script.replace(there, here)
+    return script
 
 
 def main(workdir):
@@ -40,7 +45,7 @@ def main(workdir):
     subprocess.run(command, check=True, capture_output=True, env=environment)
 
     run, log, script = workdir / "two", workdir / "job.log", workdir / "job.sh"
-    script.write_text(SCRIPT.format(log=log, command=" ".join([*TRAIN, f"--workdir={run}"])))
+    script.write_text(batch_script(log, " ".join([*TRAIN, f"--workdir={run}"])))
     job = re.search(r"\d+", slurm("sbatch", str(script)))[0]
 
     def step():
