@@ -10,7 +10,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from cnn_cases.studies import comparison, figures, plan, records
 
@@ -54,14 +54,14 @@ def make_panels(record, key, titles, *, xlabel, ylabel):
     low, high = numbers[0], numbers[-1]
     if low > 0 and high > SPREAD * low:
         grid[0, 0].set_xscale("log")
-        grid[0, 0].set_xlim(low / 1.2, high * 1.2)
+        room = (high / low) ** 0.05
+        grid[0, 0].set_xlim(low / room, high * room)
     else:
         room = 0.05 * (high - low) or 1
         grid[0, 0].set_xlim(low - room, high + room)
     for axis in grid.flat:
         axis.set_xticks(numbers, list(map(plan.text_of, numbers)))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_minor_formatter(NullFormatter())
     return figure, dict(zip(parts, grid, strict=True))
 
 
@@ -142,8 +142,9 @@ def draw_study(record):
     figure, rows = draw(record, key, errors, looks, xlabel=plan.titles_of([key])[key])
     axes = [axis for row in rows.values() for axis in row]
     figures.scale_errors(axes, [row[0] for row in rows.values()])
+    if records.num_diverged(record["runs"]):
+        axes[0].set_ylim(0, min(100, 2 * axes[0].get_ylim()[1]))  # room for their numbers
     shown = {line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
-    shown.pop("", None)
     if shown:
         figures.add_legend_beside(figure, list(shown.values()))
     figure.suptitle(caption(record), fontsize=10)

@@ -41,6 +41,17 @@ def test_the_order_of_the_grid_is_not_that_of_the_axis(asking):
     np.testing.assert_allclose(after, before)
 
 
+def test_the_numbers_of_diverged_runs_have_room(asking):
+    for one in asking["runs"]:
+        one["metrics"] = dict.fromkeys(["train/error", "test/error"], 0.2)
+    axis, _ = final_errors.draw_study(asking).axes
+    assert axis.get_ylim() == pytest.approx((0, 42))
+    for one in asking["runs"]:
+        one["status"] = "finished"
+    axis, _ = final_errors.draw_study(asking).axes
+    assert axis.get_ylim() == pytest.approx((0, 21))
+
+
 def test_a_grid_of_numbers_alone_has_one_line_and_no_legend(asking):
     asking["config"]["grid"] = [["model.depth", [8, 20]]]
     asking["runs"] = [one for one in asking["runs"] if not one["model.plain"]]
