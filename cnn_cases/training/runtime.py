@@ -1,5 +1,6 @@
 """Sets up a process that computes: XLA's flags, JAX's cache of programs, Python's garbage collection."""
 
+import atexit
 import gc
 import hashlib
 import importlib.util
@@ -12,11 +13,12 @@ import jaxlib
 
 from cnn_cases.training import provenance
 
-# XLA's flags for CPUs, and the versions of jaxlib that know them: give sums to YNNPACK, and keep the barriers
-# that mark what must be computed only once.
+# XLA's flags for CPUs, and the versions of jaxlib that know them: give sums to YNNPACK, keep the barriers
+# that mark what must be computed only once, and let LLVM do only what takes it little time.
 CPU_FLAGS = {
     "xla_cpu_experimental_ynn_fusion_type": "REDUCE",
     "xla_disable_hlo_passes": "cse_barrier_expander",
+    "xla_backend_optimization_level": "1",
 }
 _KNOWN_BY = ("0.10.", "0.11.")
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
@@ -28,8 +30,9 @@ def choose_cpu_flags():
     XLA has two libraries for CPUs, YNNPACK and Eigen. By default it gives convolutions to YNNPACK and sums to
     neither; with the flag, Eigen computes the convolutions and YNNPACK the sums. XLA also recomputes
     activations wherever they are used, which costs more than keeping them; `models.fast.conv_general_dilated`
-    uses barriers to mark those to keep, and XLA would remove the barriers too early. `python -m
-    benchmarks.flags` measures the effect.
+    uses barriers to mark those to keep, and XLA would remove the barriers too early. LLVM optimises what is
+    left, elementwise functions and copies, as well at its level 1 as at XLA's default of 3, and sooner.
+    `python -m benchmarks.flags` measures the effect.
 
     A flag that is already in XLA_FLAGS stays unchanged. Nothing is set for other versions of jaxlib, which
     may abort at an unknown flag, nor where JAX is installed for accelerators, whose compilers do not need
@@ -107,6 +110,8 @@ def collect_garbage_rarely():
 
     Tracing a network creates millions of objects, most of which stay alive, and each search visits them. For
     the ten networks of the digits study, with 20 steps each, that took 4.5 of 43 s of CPU time (one process,
-    2026-11-29).
+    2026-11-29). Nor does Python search when it ends, which took half a second (2026-12-01): frozen objects
+    are not visited, and their memory is freed anyway.
     """
     gc.set_threshold(50_000)
+    atexit.register(gc.freeze)

@@ -1,6 +1,8 @@
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +25,17 @@ def test_the_switch_for_reproducible_bits_is_xlas_and_keeps_what_the_user_says(f
 
 YNNPACK = "--xla_cpu_experimental_ynn_fusion_type=REDUCE"
 BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
+LLVM = "--xla_backend_optimization_level=1"
 
 
 @pytest.mark.parametrize(
     ("version", "flags", "added"),
     [
-        ("0.10.2", "", [YNNPACK, BARRIERS]),
-        ("0.11.2", "--xla_cpu_use_onednn=true", [YNNPACK, BARRIERS]),
-        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", [BARRIERS]),
-        ("0.10.2", "--xla_disable_hlo_passes=dce", [YNNPACK]),
+        ("0.10.2", "", [YNNPACK, BARRIERS, LLVM]),
+        ("0.11.2", "--xla_cpu_use_onednn=true", [YNNPACK, BARRIERS, LLVM]),
+        ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=DOT", [BARRIERS, LLVM]),
+        ("0.10.2", "--xla_disable_hlo_passes=dce", [YNNPACK, LLVM]),
+        ("0.10.2", "--xla_backend_optimization_level=2", [YNNPACK, BARRIERS]),
         ("0.12.0", "", []),
         ("0.9.1", "", []),
     ],
@@ -98,3 +102,21 @@ def test_kinds_of_cpus_differ_in_what_they_are_and_can(key, is_telling, monkeypa
         monkeypatch.setattr(pathlib.Path, "read_text", lambda _, text=text: text)
         kinds.add(runtime._kind_of_cpu())
     assert (len(kinds) == 2) == is_telling
+
+
+ENDS = """
+import atexit
+import gc
+from cnn_cases.training import runtime
+
+atexit.register(lambda: print(gc.get_freeze_count() > 0))
+{setup}
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "printed"), [("", "False\n"), ("runtime.collect_garbage_rarely()", "True\n")]
+)
+def test_a_process_that_ends_does_not_search_its_objects_for_cycles(setup, printed):
+    command = [sys.executable, "-c", ENDS.format(setup=setup)]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == printed
