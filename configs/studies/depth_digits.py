@@ -5,7 +5,7 @@ Command: python -m cnn_cases.studies.depth_curves --config=configs/studies/depth
              --workdir=runs/depth_digits
 Result: mean test errors of 1.88, 2.54, 23.38, 72.11 and 82.72 % with plain nets of 8, 20, 32, 44 and 56
 layers, and of 2.35, 2.25, 2.07, 1.88 and 1.69 % with residual ones, 2026-11-28 (results/depth_digits.json);
-with --jobs=2, 85 s, 2026-11-30 (results/end_to_end_cpu.json); both on two CPU cores.
+with --jobs=2, 69 s, 2026-12-01 (results/end_to_end_cpu.json); both on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -660,6 +660,8 @@ def test_an_output_that_cannot_be_written_is_answered_by_one_message():
         (["--set", "model.depht=56"], "py: model.depht = 56: there is no such key; known: model.name\n"),
         (["--set", "num_step=5"], "py: num_step = 5: there is no such key; did you mean num_steps?"),
         (["--set", "num_steps=many"], "num_steps = 'many': it must be an int (of 64 bits), as 400 is"),
+        (["--set", "num_steps={[]: 1}"], "num_steps = '{[]: 1}': it must be an int"),
+        (["--set", f"num_steps={'(' * 300}"], "it must be an int"),
         (["--set", "model=5"], "model = 5: there is no such key; known: model.name\n"),
         (["--set=model.name=a", "--set=model.name=b"], "--set model.name is given more than once"),
         (["--set", "lr=1"], "lr = 1: there is no such key; configs/common.py lists the keys"),
