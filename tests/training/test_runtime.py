@@ -109,7 +109,8 @@ import atexit
 import gc
 from cnn_cases.training import runtime
 
-atexit.register(lambda: print(gc.get_freeze_count() > 0))
+before = gc.get_freeze_count()
+atexit.register(lambda: print(gc.get_freeze_count() > before))
 {setup}
 """
 
