@@ -24,13 +24,13 @@ ONE_STEP = "chosen, one step per call"
 YNNPACK, BARRIERS, LLVM = runtime.CPU_FLAGS
 
 
-def _chosen(**changes):
-    """The flags of `runtime.choose_cpu_flags`, some with another value, or left out with None."""
+def _chosen(changes):
+    """The flags of `runtime.choose_cpu_flags`, with some added, changed, or left out with None."""
     flags = runtime.CPU_FLAGS | changes
     return " ".join(f"--{name}={value}" for name, value in flags.items() if value is not None)
 
 
-_CHOSEN = _chosen()
+_CHOSEN = _chosen({})
 FLAGS = {
     "cpu": {
         DEFAULTS: "",
@@ -38,13 +38,13 @@ FLAGS = {
         FLAX: _CHOSEN,
         ONE_STEP: _CHOSEN,
         HUGE_PAGES: _CHOSEN,
-        "no barriers": _chosen(**{BARRIERS: None}),
-        "nothing by YNNPACK": _chosen(**{YNNPACK: ""}),
-        "sums and elementwise by YNNPACK": _chosen(**{YNNPACK: "REDUCE,ELTWISE"}),
-        "all optimisations by LLVM": _chosen(**{LLVM: "3"}),
-        "chosen, fast math": f"{_CHOSEN} --xla_cpu_enable_fast_math=true",
-        "chosen, oneDNN": f"{_CHOSEN} --xla_cpu_use_onednn=true",
-        "chosen, fast to compile": f"{_CHOSEN} --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+        "no barriers": _chosen({BARRIERS: None}),
+        "nothing by YNNPACK": _chosen({YNNPACK: ""}),
+        "sums and elementwise by YNNPACK": _chosen({YNNPACK: "REDUCE,ELTWISE"}),
+        "all optimisations by LLVM": _chosen({LLVM: "3"}),
+        "chosen, fast math": _chosen({"xla_cpu_enable_fast_math": "true"}),
+        "chosen, oneDNN": _chosen({"xla_cpu_use_onednn": "true"}),
+        "chosen, fast to compile": _chosen({"xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE"}),
     },
     "gpu": {
         DEFAULTS: "",

@@ -514,7 +514,7 @@ def _override(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as model.depth=56")
     try:
         return key, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it is documented to
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # it documents all five
         return key, value
 
 

@@ -110,8 +110,8 @@ def collect_garbage_rarely():
 
     Tracing a network creates millions of objects, most of which stay alive, and each search visits them. For
     the ten networks of the digits study, with 20 steps each, that took 4.5 of 43 s of CPU time (one process,
-    2026-11-29). Nor does Python search when it ends, which took half a second (2026-12-01): frozen objects
-    are not visited, and their memory is freed anyway.
+    2026-11-29). Nor does Python search when it ends, which took half a second (one core,
+    2026-12-01): frozen objects are not visited, and their memory is freed anyway.
     """
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
