@@ -1,7 +1,7 @@
 """The record of a run in its workdir: config, environment, metrics, progress.
 
     config.json        the resolved config; a workdir belongs to one config
-    environment.json   commit, versions, devices and data of each start
+    environment.json   commit, versions, devices, XLA's flags and data of each start
     inputs.npz         image shape, class names and pixel statistics, for `cnn_cases.predict`
     metrics.jsonl      one row per line: {"step": ..., "running/loss": ..., "validation/error": ...}
     tensorboard/       the same figures as event files

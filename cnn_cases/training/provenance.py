@@ -60,6 +60,7 @@ def environment(devices=None):
         "random_numbers": jax.config.jax_default_prng_impl,
         "partitionable": jax.config.jax_threefry_partitionable,
         "x64": jax.config.jax_enable_x64,
+        "xla_flags": _xla_flags(),
         "versions": {package: _version(package) for package in PACKAGES},
     }
 
@@ -76,6 +77,11 @@ def cpu_threads():
     if threads.isdecimal() and int(threads):
         return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _xla_flags():
+    """Returns XLA's flags, `runtime`'s included, and those of its compiler for TPUs; some change rounding."""
+    return [flag for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") for flag in os.environ.get(name, "").split()]
 
 
 def _cpu_model():

@@ -102,6 +102,19 @@ def test_settings_of_jax_that_change_the_random_numbers_or_the_rounding_are_told
     }
 
 
+def test_the_flags_of_xla_are_told(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true  --xla_gpu_deterministic_ops=true")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    assert provenance.environment()["xla_flags"] == [
+        "--xla_cpu_enable_fast_math=true",
+        "--xla_gpu_deterministic_ops=true",
+        "--xla_tpu_scoped_vmem_limit_kib=65536",
+    ]
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    assert provenance.environment()["xla_flags"] == []
+
+
 @pytest.mark.parametrize(("told", "threads"), [("5", 5), (None, 3), ("", 3), ("0", 3), ("many", 3)])
 def test_threads_are_as_many_as_told_or_else_as_the_cores_of_this_process(told, threads, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 7}, raising=False)
