@@ -228,6 +228,7 @@ def _trace(run, *inputs):
         (nn, "avg_pool", "average pool"),
         (fast, "max_pool_by_shifts", "max pool"),
         (fast, "max_pool_by_place", "max pool"),
+        (fast, "avg_pool_by_shifts", "average pool"),
     )
     # `nn.intercept_methods` reports methods of modules only; poolings are plain functions.
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,8 @@ gradient holds a NaN or an infinity, pixels beside those that see it can become 
 multiply it by zeros.
 
 You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated`,
-`matrix_product` for `@`, `max_pool` for `nn.max_pool`, `relu` for `nn.relu`, and `keep(x)` for x.
+`matrix_product` for `@`, `max_pool` and `avg_pool` for those of `nn`, `relu` for `nn.relu`, and `keep(x)`
+for x.
 `docs/speed.md` has the measurements.
 """
 
@@ -436,11 +437,16 @@ def max_pool_by_shifts(x, window_shape, strides, padding):
     x = keep(x)
     pads = _pads(x, window_shape, strides, padding)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    for axis, window, stride in ((2, window_shape[1], strides[1]), (1, window_shape[0], strides[0])):
-        last = x.shape[axis] - window
-        shifts = [lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(window)]
-        x = functools.reduce(_larger, shifts)
+    for axis in (2, 1):
+        x = functools.reduce(_larger, _shifts(x, axis, window_shape, strides))
     return keep(x)
+
+
+def _shifts(x, axis, window_shape, strides):
+    """Returns, for each place in a window along axis 1 or 2 of x, that cell of all windows."""
+    window, stride = window_shape[axis - 1], strides[axis - 1]
+    last = x.shape[axis] - window
+    return [lax.slice_in_dim(x, i, last + i + 1, stride, axis) for i in range(window)]
 
 
 def max_pool_by_place(x, window_shape, strides, padding):
@@ -489,6 +495,31 @@ def _gather_gradients(geometry, place, gradient):
 
 
 _largest.defvjp(_largest_and_place, _gather_gradients)
+
+
+def avg_pool(x, window_shape, strides, padding="VALID"):
+    """`nn.avg_pool`, written so that XLA runs it and its gradient fast on a CPU: `avg_pool_by_shifts`.
+
+    Padding counts as zeros. Shapes and errors are those of `max_pool`.
+    """
+    pads = _pads(x, window_shape, strides, padding)
+    pool = avg_pool_by_shifts if is_for_cpu() else nn.avg_pool
+    return pool(x, window_shape, strides, padding=pads)
+
+
+def avg_pool_by_shifts(x, window_shape, strides, padding):
+    """`nn.avg_pool` as the mean of shifted maps, first over a window's columns and then over its rows.
+
+    Value and gradient are the same up to rounding. XLA adds up each window of `nn.avg_pool` cell by cell, and
+    in its gradient visits the zeros between the windows, too: that of a side branch of GoogLeNet, for eight
+    images, takes 5 ms, and this one 0.14 (two cores, 2026-12-01).
+    """
+    x = keep(x)
+    x = jnp.pad(x, ((0, 0), *_pads(x, window_shape, strides, padding), (0, 0)))
+    for axis in (2, 1):
+        shifts = _shifts(x, axis, window_shape, strides)
+        x = keep(functools.reduce(jnp.add, shifts) / len(shifts))
+    return x
 
 
 def _pads(x, window_shape, strides, padding):

@@ -47,7 +47,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.fast import max_pool, relu
+from cnn_cases.models.fast import avg_pool, max_pool, relu
 from cnn_cases.models.layers import (
     ConvUnit,
     Dense,
@@ -155,7 +155,7 @@ class SideBranch(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """[B, H, W, C] -> logits [B, num_classes]; the first dense layer's weights depend on H and W."""
-        x = nn.avg_pool(x, (5, 5), (3, 3))
+        x = avg_pool(x, (5, 5), (3, 3))
         x = self.unit(128, (1, 1), name="conv")(x)
         x = x.reshape(x.shape[0], -1)
         x = relu(self.dense(1024, name="dense")(x))

@@ -55,7 +55,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cnn_cases.models.fast import max_pool
+from cnn_cases.models.fast import avg_pool, max_pool
 from cnn_cases.models.layers import ConvUnit, Dense, Dropout, batch_norm, check_image_size
 
 # Filters of the pool projection in the modules of figure 5, and `filters` of the modules of figure 6.
@@ -66,7 +66,7 @@ FIGURE_7 = ("7b", "7c")
 
 def avg_pool_same(x):
     """3x3 average pooling with stride 1; padding counts as zeros. [B, H, W, C] -> [B, H, W, C]."""
-    return nn.avg_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
+    return avg_pool(x, (3, 3), (1, 1), padding=((1, 1), (1, 1)))
 
 
 class Figure5Module(nn.Module):
@@ -212,7 +212,7 @@ class SideBranch(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[B, H, W, 768] -> logits [B, num_classes]."""
-        x = nn.avg_pool(x, (5, 5), (3, 3))
+        x = avg_pool(x, (5, 5), (3, 3))
         x = self.unit(128, (1, 1), name="conv1")(x)
         x = self.unit(768, (5, 5), padding=(0, 0), name="conv2")(x)
         return self.dense(self.num_classes, name="logits")(x.mean(axis=(1, 2)))

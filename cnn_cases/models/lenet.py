@@ -48,7 +48,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from cnn_cases.models.fast import conv_general_dilated, relu
+from cnn_cases.models.fast import avg_pool, conv_general_dilated, relu
 from cnn_cases.models.layers import Conv, Dense, broadcast_like, check_image_size
 
 # Table I: the maps of S2 that feed each of C3's sixteen maps.
@@ -132,9 +132,9 @@ class LeNet5(nn.Module):
         del train  # no layer behaves differently in training
         check_image_size("LeNet-5", x, 16)
         x = relu(Conv(6, (5, 5), padding="VALID", dtype=self.dtype, name="conv1")(x))
-        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = avg_pool(x, (2, 2), (2, 2))
         x = relu(Conv(16, (5, 5), padding="VALID", dtype=self.dtype, name="conv2")(x))
-        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = avg_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         x = relu(Dense(120, dtype=self.dtype, name="dense1")(x))
         x = relu(Dense(84, dtype=self.dtype, name="dense2")(x))
@@ -156,7 +156,7 @@ class Subsampling(nn.Module):
         init = uniform_by_fan_in(4)
         coefficient = self.param("coefficient", init, x.shape[-1:])
         bias = self.param("bias", init, x.shape[-1:])
-        x = 4 * nn.avg_pool(x.astype(self.dtype), (2, 2), (2, 2))
+        x = 4 * avg_pool(x.astype(self.dtype), (2, 2), (2, 2))
         return x * broadcast_like(coefficient, x) + broadcast_like(bias, x)
 
 

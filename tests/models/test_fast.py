@@ -11,7 +11,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_cases.models import fast
-from cnn_cases.models.fast import conv_general_dilated, conv_in_order, matrix_product, max_pool, relu
+from cnn_cases.models.fast import (
+    avg_pool,
+    conv_general_dilated,
+    conv_in_order,
+    matrix_product,
+    max_pool,
+    relu,
+)
 from cnn_cases.models.resnet import CifarResNet
 from tests.conftest import drawn
 
@@ -446,6 +453,8 @@ def test_a_window_larger_than_the_map_is_an_error(platform, shape):
             conv_general_dilated(x, kernel, (1, 1), "VALID")
         with pytest.raises(ValueError, match=message):
             max_pool(x, (5, 5), (1, 1))
+        with pytest.raises(ValueError, match=message):
+            avg_pool(x, (5, 5), (1, 1))
         assert conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1))).shape == (1, 1, shape[2] - 2, 4)
 
 
@@ -489,6 +498,35 @@ def test_max_pool_has_no_scatter_on_a_cpu_or_gpu_and_is_flax_s_on_a_tpu(backend,
     gradient = jax.grad(lambda x: max_pool(x, (3, 3), (2, 2), ((0, 1), (0, 1))).sum())
     with fast.written_for(backend):
         assert ("scatter" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == scatters
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((2, 2), (2, 2), "VALID"),
+        ((5, 5), (3, 3), "VALID"),
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((3, 2), (1, 3), ((1, 0), (0, 2))),
+        ((3, 3), (2, 2), "SAME"),
+    ],
+)
+def test_avg_pool_is_flax_s_in_value_and_gradient(platform, window, strides, padding):
+    with fast.written_for(platform):
+        (ours, our_gradients), (flax, flax_gradients) = values_and_gradients(
+            [lambda x, pool=pool: pool(x, window, strides, padding) for pool in (avg_pool, nn.avg_pool)],
+            lambda shape: drawn(1, *shape),
+            drawn(0, 2, 8, 9, 4),
+        )
+    np.testing.assert_allclose(ours, flax, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(*our_gradients, *flax_gradients, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "by_windows"), [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_avg_pool_has_no_windows_of_xla_on_a_cpu(platform, by_windows):
+    gradient = jax.value_and_grad(lambda x: avg_pool(x, (5, 5), (3, 3)).sum())
+    with fast.written_for(platform):
+        assert ("reduce_window" in str(jax.make_jaxpr(gradient)(jnp.ones((1, 8, 8, 1))))) == by_windows
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -390,7 +390,7 @@ def test_the_side_branch_averages_before_and_after_its_convolutions():
     shapes = jax.eval_shape(lambda x: side.init(jax.random.key(0), x), x)
     variables = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
     seen = inputs_and_outputs(lambda: side.apply(variables, x))
-    np.testing.assert_allclose(seen["conv1"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5)
+    np.testing.assert_allclose(seen["conv1"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5, atol=1e-6)
     assert seen["conv2"][0] is seen["conv1"][1]
     np.testing.assert_allclose(seen["logits"][0], seen["conv2"][1].mean(axis=(1, 2)), rtol=1e-5)
 
