@@ -62,6 +62,7 @@ def write_section(path, name, command, figures, devices=None):
         the same with other flags than numbers, or on other devices.
     """
     head = {"command": command, **provenance.stamp()}
+    del head["environment"]["xla_flags"]  # of this process; those that are measured choose theirs
     if devices:
         head["environment"]["devices"] = devices
     devices = head["environment"]["devices"]

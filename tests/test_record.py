@@ -16,6 +16,7 @@ def test_a_section_takes_the_place_of_its_older_self_alone(tmp_path):
     record.write_section(path, "LeNet-5", "python -m benchmarks.flags", {"seconds": 3})
     sections = json.loads(path.read_text())
     assert {name: one["seconds"] for name, one in sections.items()} == {"LeNet-5": 3, "NIN": 2}
+    assert "xla_flags" not in sections["NIN"]["environment"]  # those of this process, which measures nothing
     with pytest.raises(ValueError, match=r"section 'NIN' is by python -m benchmarks\.flags; name another"):
         record.write_section(path, "NIN", "python -m benchmarks.throughput", {})
     with pytest.raises(ValueError, match=r"section 'NIN' is by python -m benchmarks\.flags; name another"):
