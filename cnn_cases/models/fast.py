@@ -284,6 +284,8 @@ def _product_gradients(factors, gradient):
         of_matrix = keep(keep(gradient.T) @ rows).T
     else:
         of_matrix = keep(rows.T) @ gradient
+    # XLA would copy the matrix: the optimizer might change it, in place, before `of_rows` has read it.
+    of_rows, of_matrix = keep((of_rows, of_matrix))
     return _summed_as(factors[0], of_rows), _summed_as(matrix, of_matrix)  # as in `_conv_gradients`
 
 
