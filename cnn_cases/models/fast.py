@@ -7,14 +7,14 @@ multiply it by zeros.
 
 You can read the networks without this file: take `conv_general_dilated` for `lax.conv_general_dilated`,
 `matrix_product` for `@`, `max_pool` and `avg_pool` for those of `nn`, `relu` for `nn.relu`, and `keep(x)`
-for x.
-`docs/speed.md` has the measurements.
+for x. `docs/speed.md` has the measurements.
 """
 
 import contextlib
 import contextvars
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -518,10 +518,9 @@ def avg_pool_by_shifts(x, window_shape, strides, padding):
     """
     x = keep(x)
     x = jnp.pad(x, ((0, 0), *_pads(x, window_shape, strides, padding), (0, 0)))
-    for axis in (2, 1):
-        shifts = _shifts(x, axis, window_shape, strides)
-        x = keep(functools.reduce(jnp.add, shifts) / len(shifts))
-    return x
+    of_columns = keep(functools.reduce(jnp.add, _shifts(x, 2, window_shape, strides)))
+    of_windows = functools.reduce(jnp.add, _shifts(of_columns, 1, window_shape, strides))
+    return keep(of_windows / math.prod(window_shape))
 
 
 def _pads(x, window_shape, strides, padding):

@@ -259,7 +259,7 @@ def images_at_once(apply):
         _, noted = jax.eval_shape(noting, variables, jax.ShapeDtypeStruct((1, *shape), np.float32))
         sizes = sorted(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(noted))
         most = max(MAX_BYTES_OF_MAPS, MAX_BYTES_OF_MAPS_PER_THREAD * provenance.cpu_threads())
-        # XLA's block has 0.5 to 1.4 times as much an image (eleven networks, two threads, 2026-12-01).
+        # XLA needs 0.5 to 1.4 times as much for an image (eleven networks, two threads, 2026-12-01).
         each = max(sum(sizes[-4:]), 2.5 * sizes[-1])
         return max(1, int(most / each))
 

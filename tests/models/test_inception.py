@@ -484,7 +484,7 @@ def test_a_side_branch_averages_and_has_relu_before_its_logits():
     shapes = jax.eval_shape(lambda x: side.init(jax.random.key(0), x, False), x)
     variables = jax.tree.map(lambda leaf: random.normal(0, 1, leaf.shape).astype(np.float32), shapes)
     seen = inputs_and_outputs(lambda: side.apply(variables, x, False))
-    np.testing.assert_allclose(seen["conv"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen["conv"][0], nn.avg_pool(x, (5, 5), (3, 3)), rtol=1e-5)
     np.testing.assert_array_equal(seen["dense"][0], seen["conv"][1].reshape(2, -1))
     np.testing.assert_allclose(seen["logits"][0], nn.relu(seen["dense"][1]), rtol=1e-5)
     assert seen["logits"][0] is seen["dropout"][1]
