@@ -25,6 +25,11 @@ def broadcast_like(parameter, x):
     return jnp.broadcast_to(parameter, x.shape).astype(x.dtype)
 
 
+def compiled(init):
+    """Returns the initialiser as one program, for a network whose layers are initialised one by one."""
+    return jax.jit(init, static_argnums=(1, 2))
+
+
 class Conv(nn.Module):
     """`nn.Conv` for images, fast on a CPU and a GPU too, with the bias's gradient summed in float32.
 
@@ -49,7 +54,7 @@ class Conv(nn.Module):
     def __call__(self, x):
         """[B, H, W, C] -> [B, H', W', features]."""
         shape = (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = self.param("kernel", compiled(self.kernel_init), shape, jnp.float32)
         y = conv_general_dilated(
             *promote_dtype(x, kernel, dtype=self.dtype),
             np.broadcast_to(self.strides, 2).tolist(),
@@ -78,7 +83,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[..., C] -> [..., features]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", compiled(self.kernel_init), (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         y = matrix_product(*promote_dtype(x, kernel, dtype=self.dtype))
         return y + broadcast_like(bias, y)

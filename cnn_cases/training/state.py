@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
 
 
 class TrainState(struct.PyTreeNode):
@@ -48,9 +51,8 @@ def init_state(model, tx, image_shape, seed, *, with_ema=False):
     Raises:
       ValueError: the model rejects its settings or the image size.
     """
-    # One program, since many small ones take longer to compile and load; it is compiled with few
-    # optimisations, since it runs once.
-    return _jitted(model, tx, tuple(image_shape), with_ema)(seed)
+    draw, structure = _initialisation(model, tx, tuple(image_shape), with_ema)
+    return jax.tree.unflatten(structure, draw(np.int32(seed)))
 
 
 def shapes_of_state(model, tx, image_shape, *, with_ema=False):
@@ -58,11 +60,23 @@ def shapes_of_state(model, tx, image_shape, *, with_ema=False):
     return jax.eval_shape(_maker(model, tx, image_shape, with_ema), 0)
 
 
-@functools.lru_cache(maxsize=8)  # all seeds of a network share the compiled program
-def _jitted(*arguments):
-    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options = quickly if jax.default_backend() == "cpu" else None
-    return jax.jit(_maker(*arguments), compiler_options=options)
+@functools.lru_cache(maxsize=8)  # all seeds of a network share the tracing and the compiled programs
+def _initialisation(*arguments):
+    """Returns the function seed -> leaves of the state, and the structure of the state.
+
+    To XLA, each layer of a program is a new one, and drawing its kernel takes as much to compile as its
+    gradient. So if most layers have a twin, the function runs operation by operation: then each kind of layer
+    is compiled once, for all networks that have it. Otherwise, a single program compiles sooner.
+    """
+    made, state = jax.make_jaxpr(_maker(*arguments), return_shape=True)(np.int32(0))
+    outputs, constants = made.jaxpr.outvars, made.jaxpr.constvars
+    needed, _ = partial_eval.dce_jaxpr(made.jaxpr, [True] * len(outputs), instantiate=True)
+    draw = jaxpr_as_fun(ClosedJaxpr(needed, made.consts))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
+    alike = len(shapes) > 2 * len({*shapes})
+    # The step donates every leaf, and none can be donated twice: only a program copies those that are equal.
+    apart = len({*map(id, [*outputs, *constants])}) == len([*outputs, *constants])
+    return draw if alike and apart else jax.jit(draw), jax.tree.structure(state)
 
 
 def _maker(model, tx, image_shape, with_ema):

@@ -7,6 +7,8 @@ import pytest
 from cnn_cases.models import make_model
 from cnn_cases.training.state import init_state
 
+SGD = optax.sgd(0.1, 0.9)
+
 
 def make(plain=False, seed=0):
     model = make_model("resnet_cifar", num_classes=10, dtype="bfloat16", depth=8, plain=plain)
@@ -42,3 +44,39 @@ def test_a_state_holds_its_seed_and_an_average_that_starts_as_the_net():
     assert int(state.seed) == 7
     newest = {"params": state.params, "batch_stats": state.batch_stats}
     jax.tree.map(np.testing.assert_array_equal, state.ema_params, newest)
+
+
+def deep(depth=20, optimizer=SGD):  # most of its layers have the shape of another
+    model = make_model("resnet_cifar", num_classes=10, dtype="float32", depth=depth)
+    return model, optimizer, (8, 8, 1)
+
+
+def test_each_kind_of_layer_is_compiled_once_for_all_networks(caplog):
+    init_state(*deep(20), seed=0)
+    with jax.log_compiles():
+        state = init_state(*deep(32), seed=0)
+    assert "Finished tracing" in caplog.text
+    assert "Finished XLA compilation" not in caplog.text
+    kernels = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1]
+    assert len({np.asarray(kernel).tobytes() for kernel in kernels}) == len(kernels) == 32
+
+
+def test_layers_that_are_compiled_one_by_one_get_the_values_of_a_single_program():
+    model, optimizer, shape = deep()
+    variables = jax.jit(lambda: model.init(jax.random.key(3), jnp.zeros((1, *shape)), train=False))()
+    state = init_state(model, optimizer, shape, seed=3)
+    for ours, theirs in ((state.params, variables["params"]), (state.batch_stats, variables["batch_stats"])):
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5), ours, theirs)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("shared", ["with the parameters", "with the next seed"])
+def test_no_leaf_of_a_state_is_the_memory_of_another(shared):  # since a step donates them all
+    constant = jnp.arange(3.0)
+    optimizer = optax.GradientTransformation(
+        lambda params: params if shared == "with the parameters" else constant, SGD.update
+    )
+    states = [init_state(*deep(optimizer=optimizer), seed) for seed in (0, 1)]
+    leaves = [leaf for leaf in jax.tree.leaves(states) if isinstance(leaf, jax.Array)]
+    memory = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len({*memory}) == len(memory) > 100
